@@ -1,0 +1,9 @@
+"""The two ways a verb ends badly: the user's input is wrong (exit code 2), or the run failed (exit code 1)."""
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the config key, file or row, what was found and what was expected."""
+
+
+class RunError(RuntimeError):
+    """A run that had good input but could not finish, such as NaN in the loss or a full disk."""
