@@ -1,0 +1,308 @@
+"""The diagonal Fisher information of a model over a data set, and each sample's trace."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.errors import InputError
+from irdscale.fisher.capture import Capture, batch_size, frozen, why_no_rules
+from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
+from irdscale.fisher.rules import Buffers, Dense, Term, add_squares, add_traces
+from irdscale.progress import bar
+
+log = logging.getLogger(__name__)
+
+
+class SizedDataset(Protocol):
+    """Anything with a length and rows, such as a datasets.Dataset or a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal Fisher information and per-sample traces.
+
+    Attributes:
+        diagonal: name -> mean over samples of the squared gradient, in the parameter's shape.
+        sample_trace: float64 [N], in data set order: each sample's sum of squared gradients over `diagonal`'s names.
+        sample_gradients: gradients of single samples that were taken to get there.
+    """
+
+    diagonal: dict[str, Tensor]
+    sample_trace: Tensor
+    sample_gradients: int = 0
+
+    def gather(self) -> dict[str, Tensor]:
+        """The whole diagonal."""
+        return self.diagonal
+
+
+@dataclass
+class SampleGradients:
+    """One model and data set, ready for passes over chosen samples.
+
+    A pass is exact for batches by the rules of `irdscale.fisher.rules` where `why_no_rules` finds nothing against
+    them, and takes one sample per backward otherwise, which the log says.
+    """
+
+    model: nn.Module
+    dataset: SizedDataset
+    collate_fn: Collate
+    scored: dict[str, nn.Parameter]
+    batch_size: int = 8
+    objective: Objective = "label"
+    token_reduction: TokenReduction = "mean"
+    seed: int = 0
+    taken: int = 0
+    _reason: str | None = None
+    _checked: bool = False
+    _buffers: Buffers = field(default_factory=Buffers)
+
+    def accumulate(
+        self,
+        order: Sequence[int],
+        sums: dict[str, Tensor],
+        traces: Tensor | None = None,
+        *,
+        boundaries: Iterable[int] = (),
+        at_boundary: Callable[[int], None] | None = None,
+        progress: bool = False,
+        description: str = "Fisher",
+    ) -> None:
+        """Add each ordered sample's squared gradient to `sums`, and to its entry of `traces` [N] where given.
+
+        `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary.
+        """
+
+        def arrived(name: str, terms: list[Term], places: Tensor) -> None:
+            trace_B = None if traces is None else traces.new_zeros(len(places))
+            add_squares(terms, sums[name], trace_B, self._buffers)
+            if traces is not None and trace_B is not None:
+                traces.index_add_(0, places, trace_B)
+
+        self._run(order, arrived, boundaries, at_boundary, progress, description)
+
+    def add_traces(self, order: Sequence[int], traces: Tensor, *, progress: bool = False) -> None:
+        """Add the squared gradient norm of each ordered sample to its entry of `traces` (float64 [N])."""
+
+        def arrived(name: str, terms: list[Term], places: Tensor) -> None:
+            trace_B = traces.new_zeros(len(places))
+            add_traces(terms, self.scored[name].shape, trace_B, self._buffers)
+            traces.index_add_(0, places, trace_B)
+
+        self._run(order, arrived, (), None, progress, "Sample traces")
+
+    def _run(
+        self,
+        order: Sequence[int],
+        arrived: Callable[[str, list[Term], Tensor], None],
+        boundaries: Iterable[int],
+        at_boundary: Callable[[int], None] | None,
+        progress: bool,
+        description: str,
+    ) -> None:
+        stops = sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)})
+        wanted = set(boundaries)
+        start = 0
+        with bar(description, len(order), enabled=progress) as advance:
+            for stop in stops:
+                while start < stop:
+                    indices = list(order[start : min(start + self.batch_size, stop)])
+                    if not self._checked:
+                        self._check(self._batch(indices))
+                    if self._reason is None:
+                        self._by_rules(self._batch(indices), indices, arrived)
+                    else:
+                        self._one_by_one(indices, arrived)
+                    start += len(indices)
+                    advance(len(indices))
+                if stop in wanted and at_boundary is not None:
+                    at_boundary(stop)
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        batch = self.collate_fn([self.dataset[i] for i in indices])
+        if "labels" not in batch and self.objective == "label":
+            raise InputError(f"sample {indices[0]}: found no labels; expected them for fisher.objective 'label'")
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        self._reason = why_no_rules(self.model, self.scored, batch)
+        self._checked = True
+        if self._reason is not None:
+            log.warning("Fisher takes one sample per backward: %s", self._reason)
+
+    def _losses(self, logits: Tensor, batch: dict[str, Any], indices: Sequence[int]) -> list[Tensor]:
+        labels = batch.get("labels")
+        kind = loss_kind(self.model, logits, logits.new_zeros(len(logits)) if labels is None else labels)
+        losses = list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, self.token_reduction))
+        for loss_B in losses:
+            bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                row = self.dataset[indices[bad[0]]]
+                row = f" (row {row['row']} of its split)" if isinstance(row, dict) and "row" in row else ""
+                raise InputError(
+                    f"sample {indices[bad[0]]}{row}: found a loss of {loss_B[bad[0]].item()}; expected a finite number"
+                )
+        return losses
+
+    def _by_rules(
+        self,
+        batch: dict[str, Any],
+        indices: Sequence[int],
+        arrived: Callable[[str, list[Term], Tensor], None],
+    ) -> None:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        places = torch.tensor(indices)
+        with (
+            frozen(self.model),
+            torch.enable_grad(),
+            Capture(self.model, self.scored, lambda name, terms: arrived(name, terms, places)) as capture,
+        ):
+            losses = self._losses(_logits(capture.forward(inputs, batch_size(batch))), batch, indices)
+            for i, loss_B in enumerate(losses):
+                capture.backward(loss_B, retain_graph=i + 1 < len(losses))
+                self.taken += len(indices)
+
+    def _one_by_one(self, indices: Sequence[int], arrived: Callable[[str, list[Term], Tensor], None]) -> None:
+        for index in indices:
+            one = self._batch([index])
+            inputs = {key: value for key, value in one.items() if key != "labels"}
+            with frozen(self.model, self.scored), torch.enable_grad():
+                losses = self._losses(_logits(self.model(**inputs)), one, [index])
+                for i, loss_B in enumerate(losses):
+                    gradients = torch.autograd.grad(
+                        loss_B.sum(), list(self.scored.values()), allow_unused=True, retain_graph=i + 1 < len(losses)
+                    )
+                    self.taken += 1
+                    with torch.no_grad():
+                        for name, gradient in zip(self.scored, gradients, strict=True):
+                            if gradient is not None:
+                                arrived(name, [Dense(gradient.unsqueeze(0))], torch.tensor([index]))
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output.logits if hasattr(output, "logits") else output
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the model's output is {type(output).__name__}; expected one with logits")
+    return logits
+
+
+def scored_parameters(
+    model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The floating-point parameters that match an `include` expression and no `exclude` expression, tied ones once.
+
+    Raises:
+        InputError: an expression is malformed, or no parameter is left.
+    """
+    wanted, unwanted = _expressions("include", include), _expressions("exclude", exclude)
+    kept = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and (wanted is None or any(e.search(name) for e in wanted))
+        and not any(e.search(name) for e in unwanted or ())
+    }
+    if not kept:
+        names = ", ".join(list(dict(model.named_parameters()))[:3])
+        raise InputError(
+            f"fisher.include={include} and fisher.exclude={exclude}: found no parameter; expected names such as {names}"
+        )
+    return kept
+
+
+def _expressions(key: str, patterns: str | Sequence[str] | None) -> list[re.Pattern[str]] | None:
+    if patterns is None:
+        return None
+    try:
+        return [re.compile(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    except re.error as error:
+        raise InputError(f"fisher.{key}: found {patterns!r}; expected regular expressions ({error})") from None
+
+
+def accumulate_fisher(
+    model: nn.Module,
+    dataset: SizedDataset,
+    *,
+    collate_fn: Collate,
+    batch_size: int = 8,
+    objective: Objective = "label",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    layout: Literal["replicated", "sharded"] = "replicated",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    token_reduction: TokenReduction = "mean",
+    seed: int = 0,
+) -> Fisher:
+    """The diagonal Fisher information of `model` over `dataset`: the mean of squared per-sample gradients.
+
+    Each sample's own gradient is squared, then summed (Sung, Nair, Raffel 2021, arXiv 2111.09839, equation 3); the
+    answer does not depend on the batch size beyond float rounding. The model is put in evaluation mode for the
+    passes and left as it was found.
+
+    Args:
+        model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model).
+        dataset: rows for `collate_fn`; N of them.
+        collate_fn: a list of rows -> a dictionary of tensors whose first dimension is the batch, with `labels`.
+        objective: `label` (the data's labels), `sampled` (drawn from the model, by `seed` and the sample's index) or
+            `expected` (over all classes, one backward pass each).
+        include, exclude: regular expressions, searched in parameter names.
+        layout: one process holds the whole diagonal in either layout.
+        dtype: of the sums; squares are formed in float32 at least.
+        token_reduction: for language models, a sample's loss is the mean or the sum over its target tokens.
+
+    Raises:
+        InputError: an unknown option, no parameter or sample is left, a sample's loss is not finite (named), or the
+            model's loss is of a kind that is not covered.
+    """
+    _one_of("objective", objective, ("label", "sampled", "expected"))
+    _one_of("layout", layout, ("replicated", "sharded"))
+    _one_of("token_reduction", token_reduction, ("mean", "sum"))
+    if len(dataset) == 0:
+        raise InputError("the data set is empty; expected at least one sample")
+    if batch_size < 1:
+        raise InputError(f"fisher.batch_size: found {batch_size}; expected at least 1")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise InputError(f"accumulate_fisher: found a process group of {ranks} ranks; expected one process")
+    samples = SampleGradients(
+        model,
+        dataset,
+        collate_fn,
+        scored_parameters(model, include, exclude),
+        batch_size=batch_size,
+        objective=objective,
+        token_reduction=token_reduction,
+        seed=seed,
+    )
+    sums = zero_sums(samples.scored, dtype)
+    traces = torch.zeros(len(dataset), dtype=torch.float64)
+    samples.accumulate(range(len(dataset)), sums, traces, progress=progress)
+    for total in sums.values():
+        total /= len(dataset)
+    return Fisher(sums, traces, samples.taken)
+
+
+def zero_sums(scored: dict[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Accumulators of each scored parameter's shape, beside it."""
+    return {name: torch.zeros(p.shape, dtype=dtype, device=p.device) for name, p in scored.items()}
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name}: found {value!r}; expected one of {', '.join(known)}")

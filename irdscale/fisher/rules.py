@@ -1,0 +1,324 @@
+"""Per-sample gradients from what a module saw (X) and what came back (dY), by module type.
+
+Each rule turns one call of a module into terms, one for each of its own scored parameters. The per-sample gradient of
+a parameter is the sum of its terms over all calls of all modules that hold it (tied weights, layers run twice), and
+is squared only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+
+@dataclass
+class Outer:
+    """G_n = sum over tokens of left_t right_t^T, for a parameter of shape [P, Q]."""
+
+    left_BTP: Tensor
+    right_BTQ: Tensor
+
+
+@dataclass
+class Rows:
+    """G_n has row `ids_t` increased by `grad_t`, for a parameter of shape [V, D]."""
+
+    ids_BT: Tensor
+    grad_BTD: Tensor
+
+
+@dataclass
+class Dense:
+    """G_n itself, shape [B, *parameter]."""
+
+    grad_B: Tensor
+
+
+Term = Outer | Rows | Dense
+
+
+@dataclass
+class Call:
+    """One call of a module: its inputs, and how many samples the batch has."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int
+
+    @property
+    def x(self) -> Tensor:
+        """The first tensor among the inputs."""
+        return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+
+
+Rule = Callable[[Call, Tensor, set[str]], dict[str, Term]]
+
+
+def _samples(x: Tensor, batch: int) -> Tensor:
+    """[B, ..., D] or [1, ..., D] as [B, T, D]."""
+    x = x.expand(batch, *x.shape[1:]) if batch > 1 and x.shape[0] == 1 else x
+    return x.reshape(batch, -1, x.shape[-1])
+
+
+def _linear(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    dy_BTO = _samples(dy, call.batch)
+    terms: dict[str, Term] = {}
+    if "weight" in wanted:
+        terms["weight"] = Outer(dy_BTO, _samples(call.x, call.batch))
+    if "bias" in wanted:
+        terms["bias"] = Dense(dy_BTO.sum(1))
+    return terms
+
+
+def _conv1d(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    dy_BTO = _samples(dy, call.batch)
+    terms: dict[str, Term] = {}
+    if "weight" in wanted:
+        terms["weight"] = Outer(_samples(call.x, call.batch), dy_BTO)
+    if "bias" in wanted:
+        terms["bias"] = Dense(dy_BTO.sum(1))
+    return terms
+
+
+def _embedding(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    ids = call.x
+    ids = ids.expand(call.batch, *ids.shape[1:]) if call.batch > 1 and ids.shape[0] == 1 else ids
+    ids_BT, grad_BTD = ids.reshape(call.batch, -1), _samples(dy, call.batch)
+    padding = cast(nn.Embedding, call.module).padding_idx
+    if padding is not None:
+        # Embedding gives its padding row no gradient.
+        grad_BTD = grad_BTD.masked_fill(ids_BT.eq(padding).unsqueeze(2), 0)
+    return {"weight": Rows(ids_BT, grad_BTD)}
+
+
+def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    module = cast(nn.LayerNorm, call.module)
+    shape = tuple(module.normalized_shape)
+    x = call.x.expand(dy.shape)
+    over = tuple(range(1, dy.dim() - len(shape)))
+    terms: dict[str, Term] = {}
+    if "weight" in wanted:
+        product = dy * F.layer_norm(x, shape, None, None, module.eps)
+        terms["weight"] = Dense(product.sum(over) if over else product)
+    if "bias" in wanted:
+        terms["bias"] = Dense(dy.sum(over) if over else dy)
+    return terms
+
+
+def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    """Vector-Jacobian product of the module alone, vmapped over samples."""
+    module, batch = call.module, call.batch
+    names = sorted(wanted)
+    parameters = {name: module._parameters[name].detach() for name in names}  # type: ignore[union-attr]
+    values = [*call.args, *call.kwargs.values()]
+    keys = list(call.kwargs)
+    mapped = [isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] in (batch, 1) for v in values]
+    tensors = [
+        v.detach().expand(batch, *v.shape[1:]) if is_mapped else v for v, is_mapped in zip(values, mapped, strict=True)
+    ]
+
+    def local(dy_sample: Tensor, *moving: Tensor) -> dict[str, Tensor]:
+        stream = iter(moving)
+        inputs = [next(stream).unsqueeze(0) if m else v for v, m in zip(tensors, mapped, strict=True)]
+        args, kwargs = tuple(inputs[: len(call.args)]), dict(zip(keys, inputs[len(call.args) :], strict=True))
+        _, pull = vjp(lambda p: functional_call(module, p, args, kwargs), parameters)[:2]
+        return pull(dy_sample.unsqueeze(0))[0]
+
+    moving = [v for v, m in zip(tensors, mapped, strict=True) if m]
+    grads = vmap(local)(dy, *moving)
+    return {name: Dense(grads[name]) for name in names}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a module by the forward that it runs; None if no rule applies.
+
+    A subclass that changes `forward` is not the type it derives from, and falls to the generic rule.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return _linear
+    if forward is Conv1D.forward:
+        return _conv1d
+    if forward is nn.Embedding.forward:
+        return _embedding if module.max_norm is None and not module.scale_grad_by_freq else None
+    if forward is nn.LayerNorm.forward:
+        return _layer_norm
+    if next(module.children(), None) is None:
+        return _generic
+    return None
+
+
+def is_generic(rule: Rule) -> bool:
+    """Whether a rule runs the module's own forward again."""
+    return rule is _generic
+
+
+def _inner(a: Term, b: Term) -> Tensor:
+    """Sum over the parameter's entries of the product of two terms' gradients, shape [B], without forming either."""
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        left_BTT = torch.bmm(a.left_BTP, b.left_BTP.transpose(1, 2))
+        right_BTT = torch.bmm(a.right_BTQ, b.right_BTQ.transpose(1, 2))
+        return (left_BTT * right_BTT).sum((1, 2))
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        same_BTT = a.ids_BT.unsqueeze(2) == b.ids_BT.unsqueeze(1)
+        return (torch.bmm(a.grad_BTD, b.grad_BTD.transpose(1, 2)) * same_BTT).sum((1, 2))
+    if isinstance(a, Outer) and isinstance(b, Rows):
+        product_BTT = torch.bmm(a.right_BTQ, b.grad_BTD.transpose(1, 2))
+        left_BTT = a.left_BTP.gather(2, b.ids_BT.unsqueeze(1).expand(-1, a.left_BTP.shape[1], -1))
+        return (left_BTT * product_BTT).sum((1, 2))
+    if isinstance(a, Rows) and isinstance(b, Outer):
+        return _inner(b, a)
+    raise TypeError("no inner product of dense terms")
+
+
+def _cast(term: Term) -> Term:
+    """Squares are formed in float32 at least."""
+
+    def up(x: Tensor) -> Tensor:
+        return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+    if isinstance(term, Outer):
+        left, right = up(term.left_BTP), up(term.right_BTQ)
+        wide = torch.promote_types(left.dtype, right.dtype)
+        return Outer(left.to(wide), right.to(wide))
+    if isinstance(term, Rows):
+        return Rows(term.ids_BT, up(term.grad_BTD))
+    return Dense(up(term.grad_B))
+
+
+def _tokens_first(terms: list[Term]) -> list[Term]:
+    """Join the outer terms of several calls along their tokens: (A + B) is then one product."""
+    outers = [t for t in terms if isinstance(t, Outer)]
+    others = [t for t in terms if not isinstance(t, Outer)]
+    if len(outers) > 1:
+        joined = Outer(
+            torch.cat([t.left_BTP for t in outers], 1),
+            torch.cat([t.right_BTQ for t in outers], 1),
+        )
+        return [joined, *others]
+    return [*outers, *others]
+
+
+def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size, out: Tensor | None = None) -> Tensor:
+    """G_n of one sample, in the parameter's shape, from the sum of its terms; may reuse the buffer `out`."""
+    terms = _tokens_first([_cast(t) for t in terms])
+    gradient: Tensor | None = None
+    for term in terms:
+        if isinstance(term, Outer):
+            gradient = torch.mm(term.left_BTP[n].t(), term.right_BTQ[n], out=out).view(shape)
+        elif isinstance(term, Rows):
+            if gradient is None:
+                gradient = term.grad_BTD.new_zeros(shape)
+            gradient.index_add_(0, term.ids_BT[n], term.grad_BTD[n].to(gradient.dtype))
+        else:
+            gradient = term.grad_B[n].reshape(shape) if gradient is None else gradient + term.grad_B[n].reshape(shape)
+    assert gradient is not None
+    return gradient
+
+
+class Buffers:
+    """One scratch buffer a data type, as large as the largest gradient asked for."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """A contiguous scratch tensor of `shape`; what it held before is lost."""
+        key, numel = (like.dtype, like.device), shape.numel()
+        if key not in self._flat or self._flat[key].numel() < numel:
+            self._flat[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self._flat[key][:numel].view(shape)
+
+
+def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
+    """total += sum_n G_n^2, and trace_B[n] += sum of G_n^2 where it is wanted (float64).
+
+    Args:
+        terms: the terms of one parameter over all its uses in a batch.
+        total: the parameter's running sum, in the parameter's shape.
+    """
+    terms = _tokens_first([_cast(t) for t in terms])
+    first = terms[0]
+    if len(terms) == 1 and isinstance(first, Rows):
+        _add_row_squares(first, total, trace_B)
+    elif all(isinstance(t, Dense) for t in terms):
+        gradient_B = sum(t.grad_B for t in terms if isinstance(t, Dense))
+        assert isinstance(gradient_B, Tensor)
+        square_B = gradient_B.reshape(len(gradient_B), *total.shape).square()
+        total += square_B.sum(0, dtype=total.dtype)
+        if trace_B is not None:
+            trace_B += square_B.flatten(1).sum(1, dtype=torch.float64)
+    elif len(terms) == 1 and isinstance(first, Outer) and first.left_BTP.shape[1] == 1:
+        # With one token the square of the product is the product of the squares.
+        left_BP, right_BQ = first.left_BTP[:, 0].square(), first.right_BTQ[:, 0].square()
+        total.add_(left_BP.t() @ right_BQ)
+        if trace_B is not None:
+            trace_B += left_BP.sum(1, dtype=torch.float64) * right_BQ.sum(1, dtype=torch.float64)
+    else:
+        for n in range(_batch(first)):
+            out = buffers.take(total.shape, first.left_BTP) if isinstance(first, Outer) else None
+            gradient = per_sample_gradient(terms, n, total.shape, out)
+            if gradient.dtype == total.dtype:
+                total.addcmul_(gradient, gradient)
+            else:
+                total += gradient.to(total.dtype).square_()
+            if trace_B is not None:
+                flat = gradient.view(-1)
+                trace_B[n] += torch.dot(flat, flat)
+
+
+def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: Buffers) -> None:
+    """trace_B[n] += sum of G_n^2 (float64), by inner products of tokens where that is less work than forming G_n."""
+    terms = _tokens_first([_cast(t) for t in terms])
+    first = terms[0]
+    if isinstance(first, Outer) and not any(isinstance(t, Dense) for t in terms):
+        tokens, (rows, columns) = first.left_BTP.shape[1], (shape[0], shape[1])
+        if tokens * (rows + columns) < rows * columns or len(terms) > 1:
+            for i, a in enumerate(terms):
+                trace_B += _inner(a, a).double()
+                for b in terms[i + 1 :]:
+                    trace_B += 2 * _inner(a, b).double()
+            return
+        for n in range(_batch(first)):
+            flat = per_sample_gradient(terms, n, shape, buffers.take(shape, first.left_BTP)).view(-1)
+            trace_B[n] += torch.dot(flat, flat)
+    elif len(terms) == 1 and isinstance(first, Rows):
+        _add_row_squares(first, None, trace_B)
+    elif all(isinstance(t, Dense) for t in terms):
+        gradient_B = sum(t.grad_B for t in terms if isinstance(t, Dense))
+        assert isinstance(gradient_B, Tensor)
+        trace_B += gradient_B.flatten(1).square().sum(1, dtype=torch.float64)
+    else:
+        for n in range(_batch(first)):
+            flat = per_sample_gradient(terms, n, shape).reshape(-1)
+            trace_B[n] += torch.dot(flat, flat)
+
+
+def _batch(term: Term) -> int:
+    if isinstance(term, Outer):
+        return term.left_BTP.shape[0]
+    return term.ids_BT.shape[0] if isinstance(term, Rows) else term.grad_B.shape[0]
+
+
+def _add_row_squares(rows: Rows, total: Tensor | None, trace_B: Tensor | None) -> None:
+    """Sum the gradients of equal ids within a sample before squaring; only rows that occur are touched."""
+    batch, width = rows.grad_BTD.shape[0], rows.grad_BTD.shape[2]
+    beyond = int(rows.ids_BT.max()) + 1
+    sample_BT = torch.arange(batch, device=rows.ids_BT.device).unsqueeze(1)
+    keys, inverse = torch.unique(sample_BT * beyond + rows.ids_BT, return_inverse=True)
+    sums_UD = rows.grad_BTD.new_zeros(len(keys), width)
+    sums_UD.index_add_(0, inverse.reshape(-1), rows.grad_BTD.reshape(-1, width))
+    squares_UD = sums_UD.square_()
+    if total is not None:
+        total.index_add_(0, keys % beyond, squares_UD.to(total.dtype))
+    if trace_B is not None:
+        trace_B.index_add_(0, keys // beyond, squares_UD.sum(1, dtype=torch.float64))

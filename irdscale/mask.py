@@ -1,0 +1,242 @@
+"""Masks: which entries of which parameters are trained."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from irdscale.errors import InputError
+from irdscale.files import read_json, write_folder, write_json
+
+if TYPE_CHECKING:
+    from irdscale.fisher import Fisher
+
+FORMAT = "irdscale-mask"
+VERSION = 1
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """int32 where every flat index of a parameter fits, int64 otherwise."""
+    return torch.int32 if numel <= 2**31 else torch.int64
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The k entries to train.
+
+    Attributes:
+        indices: name -> sorted flat indices (int32 or int64, by the parameter's size), only where there are any.
+        shapes: name -> shape, of every parameter that was scored.
+    """
+
+    indices: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+
+    @cached_property
+    def k(self) -> int:
+        """Number of entries."""
+        return sum(len(index) for index in self.indices.values())
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits of SHA-256 over names and indices: equal for equal masks."""
+        sha = hashlib.sha256()
+        for name in sorted(self.indices):
+            sha.update(name.encode() + b"\0")
+            sha.update(self.indices[name].to(torch.int64).numpy().tobytes() + b"\0")
+        return sha.hexdigest()[:16]
+
+    def save(self, folder: Path | str) -> None:
+        """Write mask.safetensors and mask.json into `folder`, atomically."""
+        from safetensors.torch import save_file
+
+        def fill(target: Path) -> None:
+            save_file(self.indices, target / "mask.safetensors")
+            shapes = {name: list(shape) for name, shape in self.shapes.items()}
+            write_json(
+                target / "mask.json",
+                {"format": FORMAT, "version": VERSION, "k": self.k, "hash": self.hash, "shapes": shapes},
+            )
+
+        write_folder(folder, fill)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Mask:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no mask there, or its files are damaged.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "mask.json", "mask")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise InputError(f"{folder / 'mask.json'}: found no mask; expected format {FORMAT!r}")
+        if meta.get("version") != VERSION:
+            raise InputError(f"{folder / 'mask.json'}: found version {meta.get('version')}; expected {VERSION}")
+        indices = read_tensors(folder / "mask.safetensors", "mask")
+        try:
+            mask = cls(indices, {name: tuple(shape) for name, shape in meta["shapes"].items()})
+            whole = mask.hash == meta["hash"] and mask.k == meta["k"] and set(indices) <= set(mask.shapes)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{folder / 'mask.json'}: damaged mask: no valid {error}") from error
+        if not whole:
+            raise InputError(f"{folder / 'mask.safetensors'}: damaged mask: its contents do not match the stored hash")
+        mask.check()
+        return mask
+
+    def check(self) -> None:
+        """Refuse indices that no parameter of the stated shapes can have.
+
+        Raises:
+            InputError: an index is out of range, unsorted or repeated, or a shape is missing.
+        """
+        for name, index in self.indices.items():
+            if name not in self.shapes:
+                raise InputError(f"mask: {name}: found indices without a shape")
+            numel = torch.Size(self.shapes[name]).numel()
+            if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"mask: {name}: found {index.dtype} {tuple(index.shape)}; expected flat integers")
+            if len(index) and (int(index[0]) < 0 or int(index[-1]) >= numel or bool((index[1:] <= index[:-1]).any())):
+                raise InputError(f"mask: {name}: expected sorted, distinct indices from 0 to {numel - 1}")
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        InputError: it is missing, truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {what}: {error.strerror or 'no such file'}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged {what}: {error}") from error
+
+
+def top_k(fisher: Fisher, k: int) -> Mask:
+    """The mask of the k entries with the largest Fisher information, exactly; ties go by the global flat index.
+
+    The global flat index counts through the parameters in the order of `fisher.diagonal`. Non-negative floats order
+    like their bits, so the k-th value is found by histograms of 11 bits at a time, without sorting or joining.
+
+    Raises:
+        InputError: k is not within 0 and the number of entries, or an entry is NaN, infinite or negative (named).
+    """
+    diagonal = fisher.gather()
+    total = sum(d.numel() for d in diagonal.values())
+    if not 0 <= k <= total:
+        raise InputError(f"top_k: found k = {k}; expected 0 to {total}, the number of scored entries")
+    _check_scores(diagonal)
+    shapes = {name: tuple(d.shape) for name, d in diagonal.items()}
+    if k == 0:
+        return Mask({}, shapes)
+    bits = {name: _bits(d) for name, d in diagonal.items()}
+    threshold, ties = _kth_largest(list(bits.values()), k)
+    indices: dict[str, Tensor] = {}
+    for name, flat in bits.items():
+        chosen = flat > threshold
+        equal = (flat == threshold).nonzero().flatten()[:ties]
+        ties -= len(equal)
+        chosen[equal] = True
+        index = chosen.nonzero().flatten()
+        if len(index):
+            indices[name] = index.to(index_dtype(flat.numel())).cpu()
+    return Mask(indices, shapes)
+
+
+def _check_scores(diagonal: dict[str, Tensor]) -> None:
+    for name, scores in diagonal.items():
+        low, high = (float(x) for x in scores.aminmax()) if scores.numel() else (0.0, 0.0)
+        if not (low >= 0 and high < float("inf")):
+            found = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
+            raise InputError(f"{name}: found {found} Fisher information; expected finite numbers of at least 0")
+
+
+def _bits(scores: Tensor) -> Tensor:
+    """Non-negative floats as integers of the same order."""
+    flat = scores.detach().reshape(-1)
+    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+    # Adding 0 turns -0.0, whose bits would order first among negatives, into 0.0.
+    return (flat + 0.0).view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
+
+
+def _kth_largest(flats: list[Tensor], k: int) -> tuple[int, int]:
+    """The k-th largest value, and how many entries equal to it are among the k largest."""
+    width = 31 if all(f.dtype == torch.int32 for f in flats) else 63
+    prefix, known, left = 0, 0, k
+    while known < width:
+        digits = min(11, width - known)
+        shift = width - known - digits
+        counts = torch.zeros(2**digits, dtype=torch.int64)
+        for flat in flats:
+            inside = flat if known == 0 else flat[(flat >> (shift + digits)) == prefix]
+            digit = (inside >> shift) & (2**digits - 1)
+            counts += torch.bincount(digit, minlength=2**digits).cpu()
+        above = counts.flip(0).cumsum(0).flip(0) - counts
+        bucket = int(((above < left) & (above + counts >= left)).nonzero()[0])
+        left -= int(above[bucket])
+        prefix, known = (prefix << digits) | bucket, known + digits
+    return prefix, left
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The entries of a mask from the largest score to the smallest, so that every smaller mask is a prefix.
+
+    Attributes:
+        parameter: int64 [k], which parameter, counting through `shapes`.
+        index: int64 [k], flat index in that parameter.
+        shapes: name -> shape of every scored parameter.
+    """
+
+    parameter: Tensor
+    index: Tensor
+    shapes: dict[str, tuple[int, ...]]
+
+    def prefix(self, k: int) -> Mask:
+        """The mask of the k entries with the largest scores."""
+        if not 0 <= k <= len(self.index):
+            raise InputError(f"found k = {k}; expected 0 to {len(self.index)}, the ranked entries")
+        parameter, index = self.parameter[:k], self.index[:k]
+        indices: dict[str, Tensor] = {}
+        for place, (name, shape) in enumerate(self.shapes.items()):
+            inside = index[parameter == place].sort().values
+            if len(inside):
+                indices[name] = inside.to(index_dtype(torch.Size(shape).numel()))
+        return Mask(indices, self.shapes)
+
+
+def rank_entries(fisher: Fisher, k: int) -> Ranking:
+    """The k entries with the largest Fisher information in descending order, by the tie rule of `top_k`."""
+    mask, diagonal = top_k(fisher, k), fisher.gather()
+    scores: list[Tensor] = []
+    parameters: list[Tensor] = []
+    flats: list[Tensor] = []
+    for place, name in enumerate(mask.shapes):
+        if name in mask.indices:
+            index = mask.indices[name].long()
+            scores.append(diagonal[name].reshape(-1)[index.to(diagonal[name].device)].cpu())
+            parameters.append(torch.full_like(index, place))
+            flats.append(index)
+    if not flats:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Ranking(none, none, mask.shapes)
+    order = torch.cat(scores).sort(descending=True, stable=True).indices
+    return Ranking(torch.cat(parameters)[order], torch.cat(flats)[order], mask.shapes)
+
+
+def density(mask: Mask) -> dict[str, Any]:
+    """name -> share of the parameter's entries that the mask trains, for every scored parameter."""
+    return {
+        name: len(mask.indices.get(name, ())) / max(1, torch.Size(shape).numel()) for name, shape in mask.shapes.items()
+    }
