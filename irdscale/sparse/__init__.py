@@ -1,0 +1,16 @@
+"""Sparse training: k trainable numbers on a frozen base, and the adapters they are saved to."""
+
+from irdscale.sparse.adapter import load_adapter, save_adapter
+from irdscale.sparse.model import base_hash, entries_of, matching_parameters, merge, sparse_state, sparsify, unload
+
+__all__ = [
+    "base_hash",
+    "entries_of",
+    "load_adapter",
+    "matching_parameters",
+    "merge",
+    "save_adapter",
+    "sparse_state",
+    "sparsify",
+    "unload",
+]

@@ -1,0 +1,133 @@
+"""Forward with the patched weight, backward with the k gradients alone.
+
+Each function is told the frozen weight, which already holds base + delta at the mask's entries, and the trainable
+`values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Active:
+    """Where the entries of one matrix lie.
+
+    Attributes:
+        rows, columns: sorted, the ones that hold an entry; None for all of them.
+        place: int64 [k], flat place of each entry in the [rows, columns] product.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    place: Tensor
+
+
+def active_entries(index: Tensor, shape: tuple[int, ...]) -> Active:
+    """The rows and columns of a matrix of `shape` that hold the entries at the sorted flat `index`."""
+    row_k, column_k = index // shape[1], index % shape[1]
+    rows, row_place_k = row_k.unique(return_inverse=True)
+    columns, column_place_k = column_k.unique(return_inverse=True)
+    all_rows, all_columns = len(rows) == shape[0], len(columns) == shape[1]
+    return Active(
+        None if all_rows else rows,
+        None if all_columns else columns,
+        row_place_k * len(columns) + column_place_k,
+    )
+
+
+def _entries(left_TP: Tensor, right_TQ: Tensor, active: Active) -> Tensor:
+    """The entries of left^T right that the mask holds, as float32 [k]."""
+    if active.rows is not None:
+        left_TP = left_TP.index_select(1, active.rows)
+    if active.columns is not None:
+        right_TQ = right_TQ.index_select(1, active.columns)
+    return torch.mm(left_TP.t(), right_TQ).view(-1).index_select(0, active.place)
+
+
+class SparseMatmul(torch.autograd.Function):
+    """x W^T + b (Linear) or x W + b (Conv1D), with gradients for entries of W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_values: Tensor | None,
+        bias_values: Tensor | None,
+        active: Active | None,
+        bias_index: Tensor | None,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.weight, ctx.transposed, ctx.active, ctx.bias_index = weight, transposed, active, bias_index
+        ctx.value_types = [None if v is None else v.dtype for v in (weight_values, bias_values)]
+        ctx.save_for_backward(x if weight_values is not None and ctx.needs_input_grad[3] else None)
+        if not transposed:
+            return F.linear(x, weight, bias)
+        flat_TI = x.reshape(-1, x.shape[-1])
+        y_TO = flat_TI @ weight if bias is None else torch.addmm(bias, flat_TI, weight)
+        return y_TO.view(*x.shape[:-1], weight.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
+        dy_TO = dy.reshape(-1, dy.shape[-1])
+        (x,) = ctx.saved_tensors
+        if x is not None:
+            x_TI = x.reshape(-1, x.shape[-1])
+            left, right = (x_TI, dy_TO) if ctx.transposed else (dy_TO, x_TI)
+            weight_grad = _entries(left, right, ctx.active).to(ctx.value_types[0])
+        if ctx.needs_input_grad[4]:
+            bias_grad = dy_TO.sum(0).index_select(0, ctx.bias_index).to(ctx.value_types[1])
+        return dx, None, None, weight_grad, bias_grad, None, None, None
+
+
+class SparseEmbedding(torch.autograd.Function):
+    """Rows of a table, with gradients for entries of the rows that were looked up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, values: Tensor, index: Tensor, padding_idx: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.index, ctx.shape, ctx.padding_idx, ctx.dtype = index, weight.shape, padding_idx, values.dtype
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        seen_U, inverse = ids.reshape(-1).unique(return_inverse=True)
+        width = dy.shape[-1]
+        sums_UD = dy.new_zeros(len(seen_U), width).index_add_(0, inverse, dy.reshape(-1, width))
+        if ctx.padding_idx is not None:
+            sums_UD[seen_U == ctx.padding_idx] = 0
+        place_V = ids.new_full((ctx.shape[0],), -1)
+        place_V[seen_U] = torch.arange(len(seen_U), device=ids.device)
+        place_k = place_V[ctx.index // width]
+        gradient = sums_UD.view(-1).index_select(0, place_k.clamp_min(0) * width + ctx.index % width)
+        return None, None, gradient.masked_fill_(place_k < 0, 0).to(ctx.dtype), None, None
+
+
+class Patched(torch.autograd.Function):
+    """The patched parameter itself, for whatever uses it; the entries are taken from its gradient when it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        ctx.index, ctx.dtype = index, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        return None, dw.reshape(-1).index_select(0, ctx.index).to(ctx.dtype), None

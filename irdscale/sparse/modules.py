@@ -1,0 +1,144 @@
+"""Modules whose parameters have trainable entries: the same objects and names, of a subclass made for them.
+
+The frozen parameter stays where it is. At each use the k entries are patched into it (base + delta), so there is no
+copy of a weight anywhere, and the k base numbers are kept to restore it bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irdscale.sparse.functions import Active, Patched, SparseEmbedding, SparseMatmul, active_entries
+
+
+@dataclass
+class Entries:
+    """The trainable entries of one parameter, shared by every module that holds it."""
+
+    name: str
+    parameter: nn.Parameter
+    values: nn.Parameter
+    index: Tensor
+    base: Tensor
+    active: Active | None
+
+    def to_device(self) -> None:
+        """Follow the parameter to its device."""
+        device = self.parameter.device
+        if self.index.device != device:
+            self.index, self.base = self.index.to(device), self.base.to(device)
+            if self.parameter.dim() == 2:
+                self.active = active_entries(self.index, tuple(self.parameter.shape))
+
+    def patch(self) -> None:
+        """Write base + delta into the parameter."""
+        self.to_device()
+        with torch.no_grad():
+            effective = (self.base.to(self.values.dtype) + self.values).to(self.parameter.dtype)
+            # Through .data, for autograd must not count this as a change between forward and backward.
+            self.parameter.data.view(-1).index_copy_(0, self.index, effective)
+
+    def restore(self) -> None:
+        """Write the base numbers back into the parameter."""
+        self.to_device()
+        self.parameter.data.view(-1).index_copy_(0, self.index, self.base)
+
+
+def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
+    """Entries at the sorted flat `index` of a parameter, with deltas of 0 (float32; float64 for a float64 base)."""
+    if not parameter.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    index = index.to(torch.int64).to(parameter.device)
+    base = parameter.detach().view(-1).index_select(0, index)
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=parameter.device))
+    active = active_entries(index, tuple(parameter.shape)) if parameter.dim() == 2 else None
+    return Entries(name, parameter, values, index, base, active)
+
+
+def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
+    """Give `module` the trainable entries of its parameter `local_name`; the values become `{local_name}_values`."""
+    original = type(module)._original if isinstance(module, SparseModule) else type(module)
+    held: dict[str, Entries] = {**module.__dict__.get("_sparse", {}), local_name: entries}
+    module.__dict__["_sparse"] = held
+    module.register_parameter(f"{local_name}_values", entries.values)
+    module.__class__ = _subclass(original, tuple(sorted(held)))  # type: ignore[arg-type]
+
+
+def detach(module: SparseModule) -> None:
+    """Make `module` what it was before `attach`; the parameter keeps what it holds now."""
+    for local_name in module._sparse:
+        del module._parameters[f"{local_name}_values"]
+    del module.__dict__["_sparse"]
+    object.__setattr__(module, "__class__", type(module)._original)
+
+
+class SparseModule(nn.Module):
+    """What the subclasses share. Reading a masked parameter gives its effective value, differentiable in `values`."""
+
+    _original: type[nn.Module]
+    _sparse: dict[str, Entries]
+
+
+def _effective(module: SparseModule, local_name: str) -> Tensor:
+    entries = module._sparse[local_name]
+    entries.patch()
+    parameter, values = module._parameters[local_name], entries.values
+    assert parameter is not None
+    if values.requires_grad and torch.is_grad_enabled():
+        return Patched.apply(parameter, values, entries.index)
+    return parameter
+
+
+def _matmul_forward(module: Any, x: Tensor) -> Tensor:
+    weight, bias = module._sparse.get("weight"), module._sparse.get("bias")
+    for entries in (weight, bias):
+        if entries is not None:
+            entries.patch()
+    return SparseMatmul.apply(
+        x,
+        module._parameters["weight"],
+        module._parameters.get("bias"),
+        weight.values if weight else None,
+        bias.values if bias else None,
+        weight.active if weight else None,
+        bias.index if bias else None,
+        not isinstance(module, nn.Linear),
+    )
+
+
+def _embedding_forward(module: Any, input: Tensor) -> Tensor:
+    entries = module._sparse["weight"]
+    entries.patch()
+    weight = module._parameters["weight"]
+    if entries.values.requires_grad and torch.is_grad_enabled():
+        return SparseEmbedding.apply(input, weight, entries.values, entries.index, module.padding_idx)
+    return F.embedding(input, weight)
+
+
+@cache
+def _subclass(original: type[nn.Module], local_names: tuple[str, ...]) -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    def reader(local_name: str) -> property:
+        return property(lambda module: _effective(module, local_name))
+
+    body: dict[str, Any] = {name: reader(name) for name in local_names}
+    body |= {"_original": original, "__module__": original.__module__}
+    if original.forward in (nn.Linear.forward, Conv1D.forward):
+        body["forward"] = _matmul_forward
+    elif original.forward is nn.Embedding.forward:
+
+        def forward(module: Any, input: Tensor) -> Tensor:
+            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+                return nn.Embedding.forward(module, input)
+            return _embedding_forward(module, input)
+
+        body["forward"] = forward
+    return type(f"Sparse{original.__name__}", (SparseModule, original), body)
