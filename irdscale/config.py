@@ -1,0 +1,407 @@
+"""The run configuration: a YAML file and `key=value` overrides, checked before anything is loaded.
+
+Paths that begin with `./` or `../` are relative to the YAML file they stand in, or to the working folder when they
+come from the command line. Every error is one line with the file, the line, the key, what was found and expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from irdscale.errors import InputError
+
+Kind = Literal["sequence-classification", "regression"]
+Direction = Literal["ird", "reverse", "random"]
+CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews_correlation")
+REGRESSION_METRICS = ("pearson", "spearman")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        min_length=1,
+        description="Folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package.",
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Data type of the base weights.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class ColumnsConfig(Section):
+    text: list[str] = Field(min_length=1, max_length=2, description="One text column, or two for pairs.")
+    label: str = Field(description="Label column: class numbers, class names, or a number for regression.")
+
+
+class LimitConfig(Section):
+    train: int | None = Field(None, ge=1, description="Samples kept of the train split, drawn with `split_seed`.")
+    selection: int | None = Field(None, ge=1, description="Samples kept of the selection split.")
+    test: int | None = Field(None, ge=1, description="Samples kept of the test split.")
+
+
+class TaskConfig(Section):
+    dataset: str = Field(
+        min_length=1,
+        description="`glue/NAME`, a hub id, or a local file or folder of parquet, JSONL or CSV files.",
+    )
+    kind: Kind | None = Field(None, description="Inferred for GLUE tasks, required for others.")
+    subset: str | None = Field(None, description="Configuration of a hub data set, or a folder inside a local one.")
+    columns: ColumnsConfig | None = Field(None, description="Inferred for GLUE tasks, required for others.")
+    metric: str | None = Field(
+        None, description=f"One of {', '.join(CLASSIFICATION_METRICS + REGRESSION_METRICS)}; the task's own if unset."
+    )
+    max_length: int = Field(128, ge=4, description="Tokens; longer samples are truncated.")
+    limit: LimitConfig = Field(default_factory=lambda: LimitConfig())
+    split_seed: int = Field(0, ge=0, description="Seed of every split and draw of samples.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None) -> str | None:
+        known = CLASSIFICATION_METRICS + REGRESSION_METRICS
+        if value is not None and value not in known:
+            raise ValueError(f"found {value!r}{nearest(value, known)}; expected one of {', '.join(known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _metric_fits_kind(self) -> TaskConfig:
+        if self.kind is not None and self.metric is not None:
+            expected = REGRESSION_METRICS if self.kind == "regression" else CLASSIFICATION_METRICS
+            if self.metric not in expected:
+                raise ValueError(
+                    f"metric: found {self.metric!r} with kind {self.kind!r}; expected one of {', '.join(expected)}"
+                )
+        return self
+
+
+class FisherConfig(Section):
+    samples: int = Field(256, ge=1, description="N: the samples of the train split that the search starts from.")
+    batch_size: int = Field(8, ge=1, description="Samples a pass; changes speed and memory, not the result.")
+    objective: Literal["label", "sampled", "expected"] = Field(
+        "label", description="Labels of the data, drawn from the model, or the expectation over the model's classes."
+    )
+    include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
+    exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
+    dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _expressions(cls, value: list[str] | None) -> list[str] | None:
+        return _compiles(value)
+
+
+class SearchConfig(Section):
+    ratio: float = Field(0.005, gt=0, le=1, description="K / parameters of the model: where the search starts.")
+    min_ratio: float | None = Field(None, gt=0, le=1, description="Never fewer parameters; ratio / 8 if unset.")
+    min_samples: int = Field(8, ge=1, description="Never fewer samples.")
+    max_rounds: int = Field(8, ge=1, description="Rounds of halving after the start.")
+    patience: int = Field(2, ge=1, description="Stop after so many rounds without a new best.")
+    direction: Direction = Field(
+        "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
+    )
+    pool: Literal["full", "nested"] = Field(
+        "full", description="Rank the samples once by their whole trace, or again in each round within the mask."
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
+    )
+    runner: Literal["local"] = Field("local", description="Where candidates run: this process.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"found {value}; expected distinct seeds")
+        return value
+
+    @model_validator(mode="after")
+    def _ratios(self) -> SearchConfig:
+        if self.min_ratio is not None and self.min_ratio > self.ratio:
+            raise ValueError(f"min_ratio: found {self.min_ratio}; expected at most ratio ({self.ratio})")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the train split.")
+    batch_size: int = Field(16, ge=1, description="Samples a step.")
+    eval_batch_size: int = Field(64, ge=1, description="Samples a forward pass when a metric is measured.")
+    learning_rate: float = Field(1e-3, gt=0, description="Of AdamW, for the masked entries and the head.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
+    decay: Literal["delta", "weight"] = Field(
+        "delta", description="Decay pulls towards the pretrained weight (delta) or towards zero (weight)."
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        "linear", description="Learning rate after the warm-up."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping over the trained entries.")
+    always_train: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="Parameters trained densely, as regular expressions; `auto`: those the checkpoint does not hold.",
+    )
+
+    @field_validator("always_train")
+    @classmethod
+    def _expressions(cls, value: Any) -> Any:
+        return value if value == "auto" else _compiles(value)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("found both steps and epochs; expected one of them")
+        return self
+
+
+class RunConfig(Section):
+    """Everything a run needs. `load_config` builds it from a file; Python users may build it directly."""
+
+    model: ModelConfig
+    task: TaskConfig
+    fisher: FisherConfig = Field(default_factory=lambda: FisherConfig())
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig())
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
+
+    @model_validator(mode="after")
+    def _samples(self) -> RunConfig:
+        if self.search.min_samples > self.fisher.samples:
+            raise ValueError(
+                f"search.min_samples: found {self.search.min_samples}; "
+                f"expected at most fisher.samples ({self.fisher.samples})"
+            )
+        return self
+
+
+def _compiles(patterns: list[str] | None) -> list[str] | None:
+    for pattern in patterns or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"found {pattern!r}; expected a regular expression ({error})") from None
+    return patterns
+
+
+def nearest(word: str, known: Any) -> str:
+    """` (did you mean "..."?)` for a misspelt word, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2 and everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _convert(node: yaml.Node, loader: _Loader, where: str, key: str, lines: dict[str, int]) -> Any:
+    """Build plain values from YAML nodes, with the line of each key, refusing keys given twice."""
+    lines[key] = node.start_mark.line + 1
+    if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+        raise InputError(f"{where}:{lines[key]}: {key}: found the tag {node.tag!r}; expected a plain value")
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            name = str(loader.construct_object(key_node))
+            dotted = f"{key}.{name}" if key else name
+            if name in values:
+                raise InputError(f"{where}:{key_node.start_mark.line + 1}: {dotted}: given twice")
+            values[name] = _convert(value_node, loader, where, dotted, lines)
+            lines[dotted] = key_node.start_mark.line + 1
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert(item, loader, where, f"{key}.{i}", lines) for i, item in enumerate(node.value)]
+    return loader.construct_object(node)
+
+
+def _parse_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
+    lines: dict[str, int] = {}
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return (None if node is None else _convert(node, loader, where, "", lines)), lines
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}{line}: not YAML: {problem}") from error
+    except RecursionError:
+        raise InputError(f"{where}: not YAML: a value that contains itself") from None
+
+
+def _local(value: Any, folder: Path) -> Any:
+    if isinstance(value, str) and (value.startswith(("./", "../", "~/")) or value in (".", "..")):
+        return str((folder / Path(value).expanduser()).resolve())
+    return value
+
+
+def _resolve_paths(values: Any, folder: Path) -> None:
+    """Make the explicit relative paths of `values` absolute, in place."""
+    for section, key in (("model", "path"), ("task", "dataset")):
+        if isinstance(values.get(section), dict) and key in values[section]:
+            values[section][key] = _local(values[section][key], folder)
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML), and check everything.
+
+    Raises:
+        InputError: the file is missing or no YAML, a key is unknown or given twice, a value has the wrong type or
+            range, or two values contradict each other.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise InputError(f"{path}: cannot read the configuration: {reason}") from error
+    values, lines = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, output")
+    _resolve_paths(values, path.parent)
+    from_command_line: set[str] = set()
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
+        parsed, _ = _parse_yaml(raw, f"{key}={raw}")
+        branch: dict[str, Any] = {}
+        leaf = branch
+        *parents, last = key.split(".")
+        for parent in parents:
+            leaf[parent] = {}
+            leaf = leaf[parent]
+        leaf[last] = parsed
+        _resolve_paths(branch, Path.cwd())
+        _merge(values, branch, key)
+        from_command_line.add(key)
+    return _validate(values, str(path), lines, from_command_line)
+
+
+def _merge(values: dict[str, Any], branch: dict[str, Any], key: str) -> None:
+    for name, value in branch.items():
+        inside = values.get(name)
+        if isinstance(value, dict) and isinstance(inside, dict) and len(value) == 1 and "." in key:
+            _merge(inside, value, key.partition(".")[2])
+        else:
+            values[name] = value
+
+
+def _validate(values: dict[str, Any], where: str, lines: dict[str, int], overridden: set[str]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        found = _first([dict(problem) for problem in error.errors()])
+        location = [part for part in found["loc"] if part not in _UNION_MEMBERS]
+        dotted = ".".join(str(part) for part in location)
+        message = _explain(found, location)
+        named, colon, rest = message.partition(": ")
+        if colon and re.fullmatch(r"[a-z_.]+", named) and found["type"] == "value_error":
+            dotted = named if "." in named else ".".join(filter(None, [dotted, named]))
+            message = rest
+        if any(f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.") for key in overridden):
+            place = "command line"
+        else:
+            place = f"{where}:{lines[dotted]}" if dotted in lines else where
+        raise InputError(f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}") from None
+
+
+# What pydantic adds to the location of an error inside `always_train`, which is a word or a list.
+_UNION_MEMBERS = ("literal['auto']", "list[str]")
+
+
+def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The error to show: an unknown key before all others, since it often is the cause of them."""
+    unknown = [error for error in errors if error["type"] == "extra_forbidden"]
+    if unknown:
+        return unknown[0]
+    # Of a list, what is wrong inside it; not that it is no word.
+    items = [error for error in errors if len(error["loc"]) > 1 and error["loc"][-2] == "list[str]"]
+    if items and "literal['auto']" in errors[0]["loc"]:
+        return items[0]
+    return errors[0]
+
+
+def _explain(error: dict[str, Any], location: list[Any]) -> str:
+    """What was found and expected, for one pydantic error."""
+    found, kind = error.get("input"), error["type"]
+    shown = "nothing" if found is None else repr(found)
+    if kind == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"unknown key{nearest(str(location[-1]), known) or '; expected one of ' + ', '.join(known)}"
+    if kind == "missing":
+        section = _section_at(location)
+        return (
+            f"missing; expected a section with {', '.join(_required(section))}"
+            if section
+            else "missing; expected a value"
+        )
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    if kind in ("model_type", "model_attributes_type"):
+        return f"found {shown}; expected a section with keys such as {', '.join(_fields_at(location)[:3])}"
+    if "literal['auto']" in error["loc"]:
+        return f"found {shown}; expected 'auto' or a list of regular expressions"
+    if kind in ("too_short", "too_long"):
+        size = error["ctx"].get("min_length", error["ctx"].get("max_length"))
+        items = "1 item" if size == 1 else f"{size} items"
+        return f"found {shown}; expected at {'least' if kind == 'too_short' else 'most'} {items}"
+    if kind == "string_too_short":
+        return "found ''; expected some text"
+    message = str(error["msg"]).removeprefix("Input should be ")
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", message)
+        return f"found {shown}{nearest(str(found), choices)}; expected {message}"
+    return f"found {shown}; expected {message[0].lower()}{message[1:]}"
+
+
+def _section_at(location: list[Any]) -> type[Section] | None:
+    """The section that a location names, or None where it names a value."""
+    section: Any = RunConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        members = (annotation, *get_args(annotation))
+        section = next((t for t in members if isinstance(t, type) and issubclass(t, Section)), None)
+        if section is None:
+            return None
+    return section
+
+
+def _required(section: type[Section]) -> list[str]:
+    return [name for name, field in section.model_fields.items() if field.is_required()]
+
+
+def _fields_at(location: list[Any]) -> list[str]:
+    section = _section_at(location)
+    return list(section.model_fields) if section else []
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old -> new` for every leaf that differs."""
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += config_changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {before} -> {after}")
+    return changes

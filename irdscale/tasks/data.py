@@ -1,0 +1,296 @@
+"""Reading labelled text: GLUE tasks, hub data sets, and local parquet, JSONL and CSV files.
+
+Columns are read into memory; nothing is written next to the user's files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from irdscale.config import ColumnsConfig, Kind, TaskConfig, nearest
+from irdscale.errors import InputError
+from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
+from irdscale.tasks.hub import hub_access, is_hub_id, one_line
+
+FILE_TYPES = (".parquet", ".jsonl", ".csv")
+# The names under which data sets publish their validation split.
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows come from: a local path, or a hub data set and its configuration."""
+
+    name: str
+    kind: Kind
+    columns: ColumnsConfig
+    glue: GlueTask | None
+    path: Path | None
+    hub: tuple[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's columns as Python values. `where` names its file or data set, for messages."""
+
+    where: str
+    texts: list[list[str]]
+    labels: list[Any] | None
+    label_names: list[str] | None
+
+
+def find_source(task: TaskConfig) -> Source:
+    """Decide what `task.dataset` is: a local path if there is one, else `glue/NAME`, else a hub id. Reads no data.
+
+    Raises:
+        InputError: nothing of that name, or `kind`, `columns` or `subset` missing or at odds with it.
+    """
+    path = Path(task.dataset).expanduser()
+    glue: GlueTask | None = None
+    hub: tuple[str, str | None] | None = None
+    if path.exists():
+        path = _with_subset(path, task.subset).resolve()
+        if path.is_dir() and path.parts[-2:-1] == ("glue",) and path.name in GLUE:
+            glue = glue_task(path.name)
+        name = f"glue/{glue.name}" if glue else path.stem if path.is_file() else path.name
+    elif task.dataset.startswith("glue/"):
+        glue = glue_task(task.dataset.removeprefix("glue/"))
+        if task.subset is not None:
+            raise InputError(f"task.subset: found {task.subset!r}; expected none beside {task.dataset}")
+        name, hub = task.dataset, (HUB_ID, glue.name)
+    elif path.suffix in FILE_TYPES or not is_hub_id(task.dataset):
+        raise InputError(f"task.dataset: {task.dataset}: no such file or folder")
+    else:
+        hub = (task.dataset, task.subset)
+        name = task.dataset if task.subset is None else f"{task.dataset}/{task.subset}"
+    local = None if hub else path
+    if glue is not None:
+        if task.kind not in (None, glue.kind):
+            raise InputError(f"task.kind: found {task.kind!r}; expected {glue.kind!r} for glue/{glue.name}")
+        columns = task.columns or ColumnsConfig(text=list(glue.text), label=glue.label)
+        return Source(name, glue.kind, columns, glue, local, hub)
+    if task.kind is None:
+        raise InputError(
+            "task.kind: missing; expected sequence-classification or regression (only GLUE tasks have their own)"
+        )
+    if task.columns is None:
+        raise InputError("task.columns: missing; expected {text: [..], label: ..} (only GLUE tasks have their own)")
+    return Source(name, task.kind, task.columns, None, local, hub)
+
+
+def _with_subset(path: Path, subset: str | None) -> Path:
+    if subset is None:
+        return path
+    if path.is_file():
+        raise InputError(f"task.subset: found {subset!r}; expected none beside a file ({path})")
+    if not (path / subset).is_dir():
+        folders = sorted(child.name for child in path.iterdir() if child.is_dir())
+        there = f"expected a folder in {path}: {', '.join(folders) or 'there is none'}"
+        raise InputError(f"task.subset: found {subset!r}{nearest(subset, folders)}; {there}")
+    return path / subset
+
+
+def read_splits(source: Source) -> dict[str, Split]:
+    """The splits `train` and, where they exist, `validation` and `test`.
+
+    Raises:
+        InputError: a file cannot be read, a column is missing or of the wrong type, a text is missing, or a split is
+            empty.
+    """
+    tables = _read_hub(source) if source.path is None else _read_local(source)
+    return {name: _columns(name, where, table, source.columns) for name, (where, table) in tables.items()}
+
+
+def _read_local(source: Source) -> dict[str, tuple[str, pa.Table]]:
+    path = source.path
+    assert path is not None
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise InputError(f"task.dataset: {path}: found file type {path.suffix!r}; expected one of {_types()}")
+        return {"train": (str(path), _read_file(path, source.columns))}
+    files = sorted(child for child in path.iterdir() if child.suffix in FILE_TYPES and child.is_file())
+    if not files:
+        there = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+        raise InputError(f"task.dataset: {path}: found {there}; expected train.parquet (or {_types()})")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    unknown = [name for name in by_split if name not in ("train", *VALIDATION_NAMES, "test")]
+    if unknown and source.glue is None:
+        there = ", ".join(file.name for file in by_split[unknown[0]])
+        raise InputError(f"task.dataset: {path}: found {there}; expected only files named train, validation and test")
+    tables = {}
+    for split, published in _names(list(by_split), source.glue, str(path)).items():
+        shards = by_split[published]
+        _check_shards(shards, published)
+        where = str(shards[0] if len(shards) == 1 else path / published)
+        read = [_read_file(file, source.columns) for file in shards]
+        try:
+            tables[split] = where, pa.concat_tables(read)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"task.dataset: {where}: the files differ in their columns: {one_line(error)}") from None
+    return tables
+
+
+def _types() -> str:
+    return ", ".join(FILE_TYPES)
+
+
+def _names(found: list[str], glue: GlueTask | None, where: str) -> dict[str, str]:
+    """Which of the published splits are train, validation and test: {our name: the published name}."""
+    names = {"train": "train", "test": "test"}
+    validations = [glue.validation] if glue else [name for name in found if name in VALIDATION_NAMES]
+    if len(validations) > 1:
+        raise InputError(
+            f"task.dataset: {where}: found both {validations[0]} and {validations[1]}; expected one of them"
+        )
+    if validations:
+        names["validation"] = validations[0]
+    if "train" not in found:
+        raise InputError(f"task.dataset: {where}: found no split train; there are: {', '.join(sorted(found))}")
+    return {ours: names[ours] for ours in ("train", "validation", "test") if names.get(ours) in found}
+
+
+def _check_shards(files: list[Path], split: str) -> None:
+    """One file for each split, or every one of its numbered shards."""
+    if len(files) == 1 and not _SHARD.search(files[0].stem):
+        return
+    matches = [_SHARD.search(file.stem) for file in files]
+    if any(match is None for match in matches) or len({file.suffix for file in files}) > 1:
+        names = ", ".join(file.name for file in files)
+        raise InputError(f"task.dataset: {files[0].parent}: found {names}; expected one file for the split {split}")
+    total = int(matches[0][2])  # type: ignore[index]
+    if len(files) != total:
+        raise InputError(
+            f"task.dataset: {files[0].parent}: found {len(files)} of the {total} files of the split {split}"
+        )
+
+
+def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path)
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path)
+        return pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            # Without this, texts that are all digits would become numbers.
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in columns.text}),
+        )
+    except pa.ArrowInvalid as error:
+        if path.stat().st_size == 0 or "Empty CSV" in str(error):
+            raise InputError(f"task.dataset: {path}: the file is empty") from None
+        raise InputError(f"task.dataset: {path}: not a {path.suffix[1:]} file: {one_line(error)}") from None
+    except OSError as error:
+        raise InputError(f"task.dataset: {path}: cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"task.dataset: {path}:{number}: not JSON: {one_line(error)}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"task.dataset: {path}:{number}: found {type(row).__name__}; expected a JSON object")
+            rows.append(row)
+            names |= dict.fromkeys(row)
+    return pa.table({name: _json_column([row.get(name) for row in rows], name, path) for name in names})
+
+
+def _json_column(values: list[Any], name: str, path: Path) -> pa.Array:
+    try:
+        return pa.array(values, from_pandas=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        kinds = sorted({type(value).__name__ for value in values if value is not None})
+        raise InputError(
+            f"task.dataset: {path}: column {name!r}: found values of types {', '.join(kinds)}; expected one type"
+        ) from error
+
+
+def _read_hub(source: Source) -> dict[str, tuple[str, pa.Table]]:
+    import datasets
+
+    assert source.hub is not None
+    identifier, subset = source.hub
+    where = identifier if subset is None else f"{identifier} ({subset})"
+    try:
+        with hub_access():
+            loaded = datasets.load_dataset(identifier, subset)
+    except Exception as error:  # the hub's, the network's and the data builders' errors have no common class
+        key = "task.subset" if "onfig" in one_line(error) else "task.dataset"
+        raise InputError(
+            f"{key}: {where}: no such file or folder here, and not loaded from the hub: {one_line(error)}"
+        ) from error
+    tables = {}
+    for split, published in _names(list(loaded), source.glue, where).items():
+        data = loaded[published]
+        read = {*source.columns.text, source.columns.label}
+        rows = data.with_format("arrow", columns=[name for name in data.column_names if name in read])[:]
+        # Messages name every column, but only the values of those that are used are read.
+        columns = {name: rows.column(name) if name in read else pa.nulls(len(data)) for name in data.column_names}
+        table = pa.table(columns)
+        table = table.replace_schema_metadata(data.features.arrow_schema.metadata)
+        tables[split] = f"{where}, split {published}", table
+    return tables
+
+
+def _columns(split: str, where: str, table: pa.Table, columns: ColumnsConfig) -> Split:
+    if table.num_rows == 0:
+        raise InputError(f"task.dataset: {where}: the split {split} is empty; expected at least one row")
+    for name in columns.text:
+        _check_column(table, name, "task.columns.text", where)
+    texts = [_texts(table.column(name), f"task.columns.text: {where}: column {name!r}") for name in columns.text]
+    if split == "test" and columns.label not in table.column_names:
+        return Split(where, texts, None, None)
+    _check_column(table, columns.label, "task.columns.label", where)
+    labels = table.column(columns.label).to_pylist()
+    return Split(where, texts, labels, _declared_names(table, columns.label))
+
+
+def _check_column(table: pa.Table, name: str, key: str, where: str) -> None:
+    names = table.column_names
+    if name not in names:
+        raise InputError(
+            f"{key}: {where}: found no column {name!r}{nearest(name, names)}; there are: {', '.join(names)}"
+        )
+    if names.count(name) > 1:
+        raise InputError(f"{key}: {where}: found {names.count(name)} columns {name!r}; expected one")
+
+
+def _texts(column: pa.ChunkedArray, where: str) -> list[str]:
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise InputError(f"{where}: found {column.type}; expected text")
+    values = column.to_pylist()
+    if column.null_count:
+        raise InputError(f"{where}, row {values.index(None)}: found no text; expected one in every row")
+    return values
+
+
+def _declared_names(table: pa.Table, label: str) -> list[str] | None:
+    """The class names that Hugging Face data sets keep in the file's metadata."""
+    import datasets
+
+    if b"huggingface" not in (table.schema.metadata or {}):
+        return None
+    feature = datasets.Features.from_arrow_schema(table.schema).get(label)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -1,0 +1,75 @@
+"""Reaching the Hugging Face hub, or not, without minutes of retries and without its log lines."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS = 5.0
+
+
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be `NAME` or `OWNER/NAME` on the hub."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+@functools.cache
+def _answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # whatever the HTTP client of the installed version raises, there is no hub
+        return False
+    return True
+
+
+@contextmanager
+def hub_access(needed: bool = True) -> Iterator[None]:
+    """Use the hub inside if it answers within a few seconds, and else only what is cached.
+
+    Without this, a machine without network spends about 25 s on each file that is not cached.
+
+    Args:
+        needed: False for local files, which must not cause a request.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    offline = before[0] or before[1] or not needed or not _answers()
+    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = offline, offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars, warnings and load reports of transformers off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

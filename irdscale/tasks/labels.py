@@ -1,0 +1,118 @@
+"""Labels, checked row by row and turned into numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from irdscale.config import nearest
+from irdscale.errors import InputError
+
+SHOWN = 8
+
+
+def _listed(values: Sequence[Any]) -> str:
+    text = ", ".join(str(value) for value in values[:SHOWN])
+    return text if len(values) <= SHOWN else f"{text}, ... ({len(values)} in all)"
+
+
+def is_missing(label: Any) -> bool:
+    """No label: null, NaN or an empty string."""
+    return label is None or label == "" or (isinstance(label, float) and math.isnan(label))
+
+
+def is_unlabelled(labels: Sequence[Any]) -> bool:
+    """A split without labels, as benchmarks publish their test splits: each is -1 or missing."""
+    return all(is_missing(label) or (not isinstance(label, str) and label == -1) for label in labels)
+
+
+def _refuse_missing(labels: Sequence[Any], where: str) -> None:
+    for row, label in enumerate(labels):
+        if is_missing(label):
+            raise InputError(f"{where}, row {row}: found no label; expected one in every row")
+
+
+def regression_labels(labels: Sequence[Any], where: str) -> np.ndarray:
+    """The labels as float32.
+
+    Args:
+        labels: a column; row 0 comes first.
+        where: the file and column, for messages.
+
+    Raises:
+        InputError: a label is missing or no finite number.
+    """
+    _refuse_missing(labels, where)
+    for row, label in enumerate(labels):
+        if isinstance(label, (str, bool)) or not isinstance(label, (int, float)) or math.isinf(label):
+            raise InputError(f"{where}, row {row}: found {label!r}; expected a finite number, for regression")
+    return np.asarray(labels, dtype=np.float32)
+
+
+def class_labels(
+    splits: Mapping[str, Sequence[Any]], where: Mapping[str, str], names: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The labels of each split as class numbers (int64), and the names of the classes in that order.
+
+    Args:
+        splits: the label column of `train` and of the other labelled splits.
+        where: each split's file and column, for messages.
+        names: the classes, where the data set declares them. Otherwise those in train count: names in alphabetical
+            order, or the integers from 0.
+
+    Raises:
+        InputError: a label is missing, no class, or a class that train does not have; or there is but one class.
+    """
+    for split, labels in splits.items():
+        _refuse_missing(labels, where[split])
+    train = splits["train"]
+    if names is None and all(isinstance(label, str) for label in train):
+        names = sorted(set(train))
+    if names is None:
+        numbers = {"train": _integers(train, None, where["train"])}
+        count = _count_classes(numbers["train"], where["train"])
+        names = [str(number) for number in range(count)]
+    if len(names) < 2:
+        raise InputError(f"{where['train']}: found one class ({_listed(names)}); expected two or more")
+    index = {name: number for number, name in enumerate(names)}
+    numbers = {}
+    for split, labels in splits.items():
+        if any(isinstance(label, str) for label in labels):
+            numbers[split] = _named(labels, index, where[split])
+        else:
+            numbers[split] = _integers(labels, len(names), where[split])
+    return numbers, list(names)
+
+
+def _named(labels: Sequence[Any], index: Mapping[str, int], where: str) -> np.ndarray:
+    for row, label in enumerate(labels):
+        if label not in index:
+            raise InputError(
+                f"{where}, row {row}: found label {label!r}{nearest(label, index)}; "
+                f"expected one of the classes of train: {_listed(list(index))}"
+            )
+    return np.asarray([index[label] for label in labels], dtype=np.int64)
+
+
+def _integers(labels: Sequence[Any], count: int | None, where: str) -> np.ndarray:
+    expected = "a class number, 0 or more" if count is None else f"a class number from 0 to {count - 1}"
+    for row, label in enumerate(labels):
+        if not isinstance(label, (int, float)) or label % 1 != 0:
+            raise InputError(f"{where}, row {row}: found label {label!r}; expected {expected} or, throughout, a name")
+        if label < 0 or (count is not None and label >= count):
+            raise InputError(f"{where}, row {row}: label out of range: found {label!r}; expected {expected}")
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _count_classes(numbers: np.ndarray, where: str) -> int:
+    found = np.unique(numbers)
+    if found[-1] != len(found) - 1:
+        absent = next(number for number in range(int(found[-1])) if number not in found)
+        raise InputError(
+            f"{where}: found classes {_listed(found.tolist())}, but no row of class {absent}; "
+            f"expected every class from 0 on (or names)"
+        )
+    return len(found)

@@ -1,0 +1,210 @@
+"""The pretrained model of a run, with a head that fits the task, and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from irdscale.config import ModelConfig, RunConfig, nearest
+from irdscale.errors import InputError
+from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from irdscale.tasks.task import Task
+
+PACKAGE = "package:"
+T = TypeVar("T")
+
+
+def resolve_model_path(path: str) -> str:
+    """The folder that `model.path` names, or `path` itself where it is a hub id.
+
+    `package:NAME/FOLDER` is a folder inside an installed Python package, found without importing it.
+
+    Raises:
+        InputError: no such package or folder, or the folder holds no model.
+    """
+    if path.startswith(PACKAGE):
+        return str(_in_package(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model.path: {path}: not a model folder: found no config.json")
+        return str(folder)
+    if folder.exists():
+        raise InputError(f"model.path: {path}: found a file; expected a model folder or a hub id")
+    if not is_hub_id(path):
+        raise InputError(f"model.path: {path}: no such folder")
+    return path
+
+
+def _in_package(path: str) -> Path:
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    # A dotted name would import its parents.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        underscored = name.replace("-", "_")
+        hint = f' (did you mean "{underscored}"?)' if underscored != name else "; expected an installed one"
+        raise InputError(f"model.path: {path}: found no Python package {name!r}{hint}")
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    for root in roots:
+        if (root / inside / "config.json").is_file():
+            return root / inside
+    folders = sorted(
+        str(file.parent.relative_to(root)) for root in roots for file in root.rglob("config.json") if _is_model(file)
+    )
+    there = ", ".join(f"{PACKAGE}{name}/{folder}" for folder in folders) or "there is none in the package"
+    raise InputError(f"model.path: {path}: found no config.json{nearest(inside, folders)}; models: {there}")
+
+
+def _is_model(file: Path) -> bool:
+    try:
+        return "model_type" in json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+
+
+def _load(path: str, what: str, load: Callable[..., T], **options: Any) -> T:
+    """Call a `from_pretrained`, turning whatever it raises into one line."""
+    resolved = resolve_model_path(path)
+    remote = not Path(resolved).is_dir()
+    try:
+        with hub_access(needed=remote), quiet():
+            return load(resolved, **options)
+    except Exception as error:  # transformers, safetensors and the hub's errors have no common class
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise InputError(
+                f"model.path: {path}: comes with Python code of its own; set model.trust_remote_code=true to run it"
+            ) from error
+        if "Unrecognized configuration class" in text:
+            raise InputError(
+                f"model.path: {path}: transformers has no sequence classification for this kind of model"
+            ) from error
+        problem = f"no such folder here, and no {what} loaded from the hub" if remote else f"cannot load the {what}"
+        raise InputError(f"model.path: {path}: {problem}: {one_line(error)}") from error
+
+
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        InputError: `model.path` names no model.
+    """
+    from transformers import AutoConfig
+
+    return _load(model.path, "model", AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right; one without a pad token pads with its end-of-sequence token.
+
+    Raises:
+        InputError: there is no tokenizer, or it has neither of these tokens.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(model.path, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=model.trust_remote_code)
+    # Without tokenizer files, transformers makes up a tokenizer of special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise InputError(f"model.path: {model.path}: found no tokenizer beside the model; expected its files there")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"model.path: {model.path}: the tokenizer has neither a pad token nor an end-of-sequence token; "
+                f"expected one of them, for padding"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
+    """Load `config.model` with a head for `task`.
+
+    Args:
+        seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone.
+
+    Returns:
+        The model, in eval mode on the CPU, and the names of the parameters that the checkpoint does not hold.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged or does not fit the task, or `task.max_length` or the
+            tokenizer does not fit the model.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    names = task.label_names or ["value"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = _load(
+            config.model.path,
+            "model",
+            AutoModelForSequenceClassification.from_pretrained,
+            dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_remote_code,
+            num_labels=task.num_labels,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            problem_type="regression" if task.kind == "regression" else "single_label_classification",
+            # Refused below, with the names and shapes that transformers leaves out of its error.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_checkpoint(config.model.path, model, info)
+    _check_positions(config.task.max_length, model)
+    _check_vocabulary(config.model.path, task.tokenizer, model)
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = task.tokenizer.pad_token_id
+    missing = set(info["missing_keys"])
+    return model.eval(), [name for name, _ in model.named_parameters() if name in missing]
+
+
+def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise InputError(
+            f"model.path: {path}: {name} has shape {list(found)} in the checkpoint; expected {list(expected)} "
+            f"(a head trained for another task does not fit this one)"
+        )
+    parameters = dict(model.named_parameters())
+    base = model.base_model_prefix + "."
+    # A pooler is legitimately absent from masked-language checkpoints; anything else would be random.
+    absent = [
+        name
+        for name in sorted(info["missing_keys"])
+        if name in parameters and name.startswith(base) and ".pooler." not in name
+    ]
+    if absent:
+        raise InputError(
+            f"model.path: {path}: the checkpoint lacks {len(absent)} pretrained parameters, such as {absent[0]}"
+        )
+
+
+def _check_positions(max_length: int, model: PreTrainedModel) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return
+    for name, module in model.named_modules():
+        # RoBERTa's positions begin after the padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit -= module.padding_idx + 1
+            break
+    if max_length > limit:
+        raise InputError(f"task.max_length: found {max_length}; expected at most {limit}, the model's positions")
+
+
+def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"model.path: {path}: the tokenizer has token {largest}, but the model's embedding has {rows} rows; "
+            f"expected a tokenizer of this model"
+        )

@@ -1,0 +1,147 @@
+"""A task: three splits of tokenised samples, how to batch them, and how to score a model's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from irdscale.config import CLASSIFICATION_METRICS, REGRESSION_METRICS, Kind, LimitConfig, RunConfig
+from irdscale.errors import InputError
+from irdscale.tasks.data import Split, find_source, read_splits
+from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
+from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
+from irdscale.tasks.models import load_model_config, load_tokenizer
+from irdscale.tasks.splits import PARTS, Part, assign, draw
+from irdscale.tasks.tokens import encode, pad_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model learns, and what it is measured by.
+
+    `train`, `selection` (which the search reads) and `test` (which it does not) hold `input_ids`, `attention_mask`,
+    `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split. `origin`
+    says, for people, where each of the three comes from. `metric` is the main one of `metrics`; larger is better.
+    """
+
+    name: str
+    kind: Kind
+    train: Dataset
+    selection: Dataset
+    test: Dataset
+    origin: dict[str, str]
+    num_labels: int
+    label_names: list[str]
+    metric: str
+    metrics: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad samples on the right to the longest: token tensors [B, T], labels [B]; other columns are dropped."""
+        return pad_batch(samples, self.tokenizer.pad_token_id)
+
+    def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Every metric of `metrics`, of logits [N, num_labels] (or [N] for regression) and labels [N].
+
+        Raises:
+            RunError: a logit is NaN or infinite.
+        """
+        return compute(self.metrics, self.kind, self.num_labels, logits, labels)
+
+
+def load_task(config: RunConfig) -> Task:
+    """Load, check, split and tokenise the data of `config.task` with the tokenizer of `config.model`.
+
+    Raises:
+        InputError: the data set, its columns, labels or size, or the model's tokenizer are not what the
+            configuration needs.
+    """
+    source = find_source(config.task)
+    regression = source.kind == "regression"
+    valid = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+    metrics = fitting_metrics(source.kind, config.task.metric, source.glue.metrics if source.glue else valid, valid)
+    model_config = load_model_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    splits = read_splits(source)
+    # Benchmarks keep the labels of their test split to themselves: such a split is as good as none.
+    if "test" in splits and (splits["test"].labels is None or is_unlabelled(splits["test"].labels)):
+        del splits["test"]
+    label_names, labels = _numbers(
+        splits, source.columns.label, regression, source.glue.label_names if source.glue else None
+    )
+    parts = _parts(labels, not regression, config)
+    for name in PARTS[1:]:
+        if regression and len(np.unique(labels[parts[name].split][parts[name].rows])) < 2:
+            raise InputError(
+                f"task.dataset: {splits[parts[name].split].where}: the {name} split's labels are all equal; "
+                f"expected two or more values, for a correlation"
+            )
+    for metric in metrics:
+        load_metric(metric)
+    # Models without segments would refuse token_type_ids, or, like GPT-2, embed them as words.
+    segments = getattr(model_config, "type_vocab_size", 0) > 1
+    encoded = {
+        name: encode(
+            tokenizer,
+            splits[part.split].texts,
+            labels[part.split],
+            part,
+            config.task.max_length,
+            segments,
+            splits[part.split].where,
+        )
+        for name, part in parts.items()
+    }
+    return Task(
+        name=source.name,
+        kind=source.kind,
+        **encoded,
+        origin={name: part.origin for name, part in parts.items()},
+        num_labels=1 if regression else len(label_names),
+        label_names=label_names,
+        metric=metrics[0],
+        metrics=metrics,
+        tokenizer=tokenizer,
+    )
+
+
+def _numbers(
+    splits: dict[str, Split], column: str, regression: bool, known: tuple[str, ...] | None
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    where = {name: f"task.columns.label: {split.where}: column {column!r}" for name, split in splits.items()}
+    values = {name: split.labels or [] for name, split in splits.items()}
+    if regression:
+        return [], {name: regression_labels(values[name], where[name]) for name in splits}
+    names = list(known) if known else splits["train"].label_names
+    numbers, names = class_labels(values, where, names)
+    return names, numbers
+
+
+def _parts(labels: dict[str, np.ndarray], stratify: bool, config: RunConfig) -> dict[str, Part]:
+    seed, limit = config.task.split_seed, config.task.limit
+    parts = assign(labels, stratify, seed)
+    for name in LimitConfig.model_fields:
+        size, wanted = len(parts[name].rows), getattr(limit, name)
+        if size == 0:
+            raise InputError(f"task.dataset: the {name} split ({parts[name].origin}) is empty; expected more rows")
+        if wanted is not None and wanted > size:
+            raise InputError(
+                f"task.limit.{name}: found {wanted}; expected at most {size}, the size of the {name} split "
+                f"({parts[name].origin})"
+            )
+        if wanted is not None and wanted < size:
+            parts[name] = draw(parts[name], wanted, seed)
+    size = len(parts["train"].rows)
+    if config.fisher.samples > size:
+        raise InputError(
+            f"fisher.samples: found {config.fisher.samples}; expected at most {size}, the size of the train split "
+            f"({parts['train'].origin})"
+        )
+    return parts

@@ -1,0 +1,89 @@
+"""Texts to tokens, and samples to padded batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from irdscale.errors import InputError
+from irdscale.tasks.splits import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 1000
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[list[str]],
+    labels: np.ndarray,
+    part: Part,
+    max_length: int,
+    segments: bool,
+    where: str,
+) -> datasets.Dataset:
+    """Tokenise the rows of `part`, truncated to `max_length` tokens, not padded, in memory.
+
+    Where a tokenizer puts nothing between the two texts of a pair (GPT-2), the end-of-sequence token does.
+
+    Args:
+        texts: one or two columns, each with every row of the source split.
+        labels: [rows of the source split].
+        segments: keep `token_type_ids`.
+        where: the source split's file, for messages.
+
+    Returns:
+        Columns `input_ids`, `attention_mask`, `token_type_ids` (if `segments`), `labels`, `row` (of the source split).
+
+    Raises:
+        InputError: a text has no token.
+    """
+    first, second = texts[0], texts[1] if len(texts) == 2 else None
+    joint = ""
+    if second is not None and tokenizer.num_special_tokens_to_add(True) == tokenizer.num_special_tokens_to_add(False):
+        joint = tokenizer.eos_token or ""
+    columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": []}
+    if segments:
+        columns["token_type_ids"] = []
+    for start in range(0, len(part.rows), BATCH):
+        rows = part.rows[start : start + BATCH]
+        pair = None if second is None else [joint + second[row] for row in rows]
+        batch = tokenizer(
+            [first[row] for row in rows],
+            pair,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_token_type_ids=segments,
+            return_attention_mask=True,
+        )
+        for name, values in columns.items():
+            values += batch[name]
+    for row, tokens in zip(part.rows, columns["input_ids"]):
+        if not tokens:
+            raise InputError(f"task.columns.text: {where}, row {row}: found a text without tokens; expected some text")
+    kinds = {"input_ids": pa.int32(), "attention_mask": pa.int8(), "token_type_ids": pa.int8()}
+    arrays = {name: pa.array(values, pa.list_(kinds[name])) for name, values in columns.items()}
+    table = pa.table({**arrays, "labels": pa.array(labels[part.rows]), "row": pa.array(part.rows)})
+    return datasets.Dataset(table)
+
+
+def pad_batch(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad samples on the right to the longest: token tensors [B, T] (int64), `labels` [B] (int64 or float32)."""
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    batch: dict[str, torch.Tensor] = {}
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        if name not in samples[0]:
+            continue
+        padded = torch.full((len(samples), max(lengths)), pad_token_id if name == "input_ids" else 0)
+        for index, sample in enumerate(samples):
+            padded[index, : lengths[index]] = torch.as_tensor(sample[name])
+        batch[name] = padded
+    labels = [sample["labels"] for sample in samples]
+    batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
+    return batch

@@ -1,0 +1,91 @@
+"""The shipped metric modules against scikit-learn and SciPy, offline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from irdscale.config import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from irdscale.errors import InputError, RunError
+from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_classification_matches_scikit_learn(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    logits = rng.normal(size=(50, classes))
+    labels = rng.integers(0, classes, size=50)
+    found = compute(CLASSIFICATION_METRICS, "sequence-classification", classes, logits, labels)
+    predictions = logits.argmax(axis=1)
+    assert found == {
+        "accuracy": pytest.approx(accuracy_score(labels, predictions)),
+        "f1": pytest.approx(f1_score(labels, predictions, average="binary" if classes == 2 else "macro")),
+        "matthews_correlation": pytest.approx(matthews_corrcoef(labels, predictions)),
+    }
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1)])
+def test_regression_matches_scipy(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=shape), rng.normal(size=40).astype(np.float32)
+    found = compute(REGRESSION_METRICS, "regression", 1, logits, labels)
+    assert found["pearson"] == pytest.approx(pearsonr(logits.ravel(), labels.astype(float)).statistic, abs=1e-9)
+    assert found["spearman"] == pytest.approx(spearmanr(logits.ravel(), labels).statistic, abs=1e-9)
+
+
+def test_by_hand() -> None:
+    logits = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    found = compute(("accuracy", "f1"), "sequence-classification", 2, logits, np.array([1, 0, 1, 1]))
+    assert found == {"accuracy": 0.5, "f1": pytest.approx(2 / 3)}
+
+
+def test_constant_predictions_score_zero_and_not_nan() -> None:
+    labels = np.arange(5.0)
+    assert compute(REGRESSION_METRICS, "regression", 1, np.ones(5), labels) == {"pearson": 0.0, "spearman": 0.0}
+    logits = np.tile([1.0, 0.0], (4, 1))
+    classes = np.array([0, 1, 0, 1])
+    found = compute(("f1", "matthews_correlation"), "sequence-classification", 2, logits, classes)
+    assert found == {"f1": 0.0, "matthews_correlation": 0.0}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+    logits = np.zeros((4, 2))
+    logits[2, 1] = bad
+    with pytest.raises(RunError, match="output for sample 2 is not finite"):
+        compute(("accuracy",), "sequence-classification", 2, logits, np.zeros(4, dtype=int))
+
+
+def test_they_are_evaluate_metrics_and_loaded_once() -> None:
+    for name in (*CLASSIFICATION_METRICS, *REGRESSION_METRICS):
+        assert isinstance(load_metric(name), evaluate.Metric)
+        assert load_metric(name) is load_metric(name)
+
+
+def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
+    code = (
+        "from irdscale.tasks.metrics import compute; import numpy as np;"
+        "print(compute(('pearson',), 'regression', 1, np.arange(3), np.arange(3)))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'pearson': 1.0") or done.stdout.startswith("{'pearson': 0.999")
+
+
+def test_main_metric_comes_first_and_must_fit() -> None:
+    valid = CLASSIFICATION_METRICS
+    assert fitting_metrics("sequence-classification", None, ("f1", "accuracy"), valid) == ("f1", "accuracy")
+    assert fitting_metrics("sequence-classification", "accuracy", ("f1", "accuracy"), valid) == ("accuracy", "f1")
+    assert fitting_metrics("sequence-classification", "f1", ("accuracy",), valid) == ("f1", "accuracy")
+    with pytest.raises(InputError, match=r"task\.metric: found 'pearson' with kind 'sequence-classification'"):
+        fitting_metrics("sequence-classification", "pearson", ("accuracy",), valid)
