@@ -1,0 +1,54 @@
+"""Sparse fine-tuning chosen by data: FISH masks, searched by iterative range decreasing (IRD).
+
+The names below are imported on first use, so that `import irdscale` is quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from irdscale.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from irdscale.fisher import Fisher, accumulate_fisher
+    from irdscale.mask import Mask, top_k
+    from irdscale.sparse import load_adapter, merge, save_adapter, sparsify, unload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fisher",
+    "InputError",
+    "Mask",
+    "RunError",
+    "accumulate_fisher",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "sparsify",
+    "top_k",
+    "unload",
+]
+
+_HOME = {
+    "Fisher": "irdscale.fisher",
+    "accumulate_fisher": "irdscale.fisher",
+    "Mask": "irdscale.mask",
+    "top_k": "irdscale.mask",
+    "load_adapter": "irdscale.sparse",
+    "merge": "irdscale.sparse",
+    "save_adapter": "irdscale.sparse",
+    "sparsify": "irdscale.sparse",
+    "unload": "irdscale.sparse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,407 @@
+"""The `irdscale` command. Each verb is thin: it reads its arguments and calls one function that Python users can call.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Results go to stdout; progress, logs and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from irdscale.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from irdscale.config import RunConfig
+
+BENCH_PARTS = ("fisher", "train", "all")
+# Defaults only: someone who looks for a fault in these libraries can still turn their messages on.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "EVALUATE_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+app = typer.Typer(
+    name="irdscale",
+    help="Find the few parameters worth training and the samples that tell which, then train just those.",
+    epilog="Start with:\n\nirdscale search configs/quickstart.yaml",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, such as search.ratio=0.01."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from irdscale import __version__
+
+        typer.echo(f"irdscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _irdscale(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example:\n\nirdscale search configs/quickstart.yaml output=runs/short")
+def search(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Search for the best samples and parameters, train the winner, write the report.
+
+    Interrupted, the same command goes on from there.
+    """
+    with _ending(interrupted="the same command goes on from there"):
+        settings, _ = _load(config, overrides)
+        check_writable(settings.output, "output")
+        from irdscale.search.run import run_search
+
+        result = run_search(settings, progress=True)
+    _show(result, as_json, lambda: _print_search(result, Path(settings.output)))
+
+
+@app.command(epilog="Example:\n\nirdscale fisher configs/quickstart.yaml search.ratio=0.001")
+def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Measure the Fisher information and write the mask of the largest entries."""
+    with _ending():
+        settings, _ = _load(config, overrides)
+        check_writable(settings.output, "output")
+        from irdscale.verbs import run_fisher
+
+        result = run_fisher(settings, progress=True)
+    _show(result, as_json)
+
+
+@app.command(epilog="Example:\n\nirdscale train configs/quickstart.yaml mask=runs/fisher/mask")
+def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio."""
+    with _ending():
+        settings, given = _load(config, overrides, takes=("mask",))
+        check_writable(settings.output, "output")
+        from irdscale.verbs import run_train
+
+        result = run_train(settings, mask=given.get("mask"), progress=True)
+    _show(result, as_json)
+
+
+@app.command(epilog="Example:\n\nirdscale evaluate configs/quickstart.yaml adapter=runs/quickstart/adapter")
+def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Measure a trained adapter: adapter=DIR."""
+    with _ending():
+        settings, given = _load(config, overrides, takes=("adapter",), needs=("adapter",))
+        from irdscale.verbs import run_evaluate
+
+        result = run_evaluate(settings, adapter=given["adapter"], progress=True)
+    _show(result, as_json)
+
+
+@app.command(epilog="Example:\n\nirdscale export configs/quickstart.yaml adapter=runs/a/adapter to=merged")
+def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write a plain Hugging Face checkpoint with an adapter merged in: adapter=DIR to=DIR."""
+    with _ending():
+        settings, given = _load(config, overrides, takes=("adapter", "to"), needs=("adapter", "to"))
+        check_writable(given["to"], "to")
+        from irdscale.verbs import run_export
+
+        result = run_export(settings, adapter=given["adapter"], to=given["to"])
+    _show(result, as_json)
+
+
+@app.command(epilog="Example:\n\nirdscale report runs/quickstart")
+def report(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the output folder of a search.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a search again, from what is in its output folder."""
+    with _ending():
+        if Path(config).is_dir():
+            if overrides:
+                raise InputError(f"{overrides[0]}: found a folder and a key=value; expected the folder alone")
+            output = Path(config)
+        else:
+            output = Path(_load(config, overrides)[0].output)
+        if not output.is_dir():
+            raise InputError(f"{output}: no such folder; expected the output of irdscale search")
+        check_writable(output, "output")
+        from irdscale.report import write_report
+
+        result = write_report(output)
+    _show(result, as_json)
+
+
+@app.command(epilog="Example:\n\nirdscale doctor")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run, and what it cannot and why."""
+    with _ending():
+        from irdscale.doctor import diagnose
+
+        result = diagnose()
+    _show(result, as_json, lambda: _print_doctor(result))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example:\n\nirdscale bench fisher")
+def bench(
+    part: Annotated[str, typer.Argument(metavar="PART", help="fisher, train, or all.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """Time this machine: Fisher passes and sparse training steps against the usual ways."""
+    with _ending():
+        if part not in BENCH_PARTS:
+            from irdscale.config import nearest
+
+            raise InputError(f"part: found {part!r}{nearest(part, BENCH_PARTS)}; expected {', '.join(BENCH_PARTS)}")
+        from irdscale.bench import run_bench
+
+        result = run_bench(part, progress=True)
+    _show(result, as_json, lambda: _print_bench(result))
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run `irdscale ARGUMENTS` in this process and return its exit code."""
+    command = typer.main.get_command(app)
+    verbs = [info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands]
+    verb = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if verb is not None and verb not in verbs:
+        from irdscale.config import nearest
+
+        return _complain(f"found verb {verb!r}{nearest(verb, verbs)}; expected one of {', '.join(verbs)}", 2)
+    try:
+        code = command.main(args=arguments or ["--help"], prog_name="irdscale", standalone_mode=False)
+    except UsageError as error:
+        return _complain(error.format_message(), 2)
+    except typer.Abort:
+        return _complain("interrupted", 130)
+    if not arguments:
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def check_writable(folder: str | Path, key: str) -> None:
+    """Check that `folder`, or the nearest folder above it that exists, can be written, and leave nothing behind.
+
+    Raises:
+        InputError: it is a file, read-only, or its disk is full; `key` is the setting that named it.
+    """
+    folder = Path(folder).absolute()
+    existing = folder
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise InputError(f"{key}: found {folder}, but {existing} is a file; expected a folder that can be written")
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(65536))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise InputError(
+            f"{key}: cannot write to {existing}: {error.strerror or error}; expected a folder that can be written"
+        ) from error
+
+
+class _Handler(logging.Handler):
+    """Log lines go through the progress console, so that they do not tear the bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from irdscale.progress import say
+
+        say(f"irdscale: {self.format(record)}")
+
+
+# The base class of every usage error, in a typer that stands on click and in one that brings its own copy.
+UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+@contextmanager
+def _ending(interrupted: str = "") -> Iterator[None]:
+    """Run a verb's body quietly, stdout kept for the result, and end the ways a user expects with one line.
+
+    A bug still shows its traceback.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logger = logging.getLogger("irdscale")
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            if not sys.warnoptions:
+                # Meant for those who write libraries; nobody who runs a verb can act on it.
+                warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except InputError as error:
+        raise typer.Exit(_complain(str(error), 2)) from None
+    except RunError as error:
+        raise typer.Exit(_complain(str(error), 1)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(_complain("interrupted" + (interrupted and f"; {interrupted}"), 130)) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        raise typer.Exit(_complain(f"{place}{error.strerror}", 1)) from None
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"irdscale: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _load(
+    config: str, overrides: list[str] | None, takes: tuple[str, ...] = (), needs: tuple[str, ...] = ()
+) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration, and those key=value arguments that are the verb's own."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    for override in overrides or ():
+        key, equals, value = override.partition("=")
+        if key not in takes:
+            rest.append(override)
+        elif not equals or not value:
+            raise InputError(f"{key}: found no folder; expected {key}=DIR")
+        elif key in given:
+            raise InputError(f"{key}: given twice")
+        else:
+            given[key] = value
+    for key in needs:
+        if key not in given:
+            raise InputError(f"{key}: missing; expected {key}=DIR among the arguments")
+    from irdscale.config import load_config
+
+    return load_config(config, rest), given
+
+
+def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | None = None) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    elif summary is not None:
+        summary()
+    else:
+        for key, value in _leaves(result):
+            print(f"{key:24} {_readable(value)}")
+    sys.stdout.flush()
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inside in value.items():
+        if isinstance(inside, list) and inside and isinstance(inside[0], dict):
+            inside = {str(number): item for number, item in enumerate(inside)}
+        if isinstance(inside, dict):
+            yield from _leaves(inside, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inside
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_readable(item) for item in value)
+    return str(value)
+
+
+def _print_search(result: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from irdscale.progress import duration
+
+    task, best, baseline = result["task"], result["best"], result["baseline"]
+    table = Table(
+        title=f"{task['name']}: {task['metric']}, mean over {len(best['seeds'])} seed(s)", title_justify="left"
+    )
+    for column in ("", "samples", "parameters", "selection", "test"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [("winner", best), ("random samples (FISH)", baseline.get("fish_random"))]
+    rows.append(("head only (linear probe)", baseline.get("linear_probe")))
+    for name, entry in rows:
+        if entry is not None:
+            cells = [entry.get("samples"), entry["params"], entry["metric"], entry["test_metric"]]
+            numbers = [_score(cell) if isinstance(cell, float) else _readable(cell) for cell in cells]
+            table.add_row(name, *numbers, style="bold" if entry is best else None)
+    console = Console()
+    console.print(table)
+    share = 100 * best["params"] / result["model"]["parameters"]
+    seconds = duration(result["seconds"]["total"])
+    lines = [
+        f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters, and the head.",
+        f"Ended: {result['stop']}; {result['evaluations']} evaluations ({result['reused']} reused) in {seconds}.",
+        f"Adapter: {output.absolute() / best['adapter']}",
+        f"Report:  {output.absolute() / 'report.html'}",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Ratios on {result['threads']} thread(s), torch {result['torch']}", title_justify="left")
+    for column in ("part", "what", "model", "tokens", "ratio", "quartiles", "bar"):
+        table.add_column(column, justify="right" if column in ("tokens", "ratio", "quartiles", "bar") else "left")
+    for row in result["rows"]:
+        quartiles = f"{row['low']:.2f}-{row['high']:.2f}"
+        cells = [row["part"], row["what"], row["model"], str(row["tokens"]), f"{row['ratio']:.2f}", quartiles]
+        table.add_row(*cells, row["bar"], style="red" if row["met"] is False else None)
+    Console().print(table)
+
+
+def _score(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _print_doctor(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+
+    def line(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+
+    for key, value in _leaves({k: v for k, v in result.items() if k not in ("packages", "problems", "ok")}):
+        line(f"{key:24} {_readable(value)}")
+    for name, package in result["packages"].items():
+        found = package["found"] or "missing"
+        line(f"{name:24} {found} (needs {package['needs'] or 'any version'})", None if package["ok"] else "red")
+    for problem in result["problems"]:
+        line(f"Cannot {problem['cannot']}: {problem['why']}", "red" if problem["blocks_search"] else "yellow")
+    line("irdscale search can run here." if result["ok"] else "irdscale search cannot run here.", "bold")

