@@ -1,0 +1,79 @@
+"""The samples and parameters that a configuration scores."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.config import RunConfig
+from irdscale.errors import InputError
+from irdscale.fisher.accumulate import SampleGradients, scored_parameters
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
+    """Places in the train split of `count` samples, drawn without repetition by `task.split_seed` and the purpose."""
+    generator = random.Random(f"{purpose}/{config.task.split_seed}")
+    return sorted(generator.sample(range(len(task.train)), count))
+
+
+def sample_gradients(
+    config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
+) -> SampleGradients:
+    """Ready to take gradients of the train split's samples at `places`.
+
+    Args:
+        whole: names of the parameters that are trained outside any mask, and so are not scored.
+    """
+    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
+    return SampleGradients(
+        model,
+        task.train.select(list(places)),
+        task.collate,
+        scored_parameters(model, config.fisher.include, exclude),
+        batch_size=config.fisher.batch_size,
+        objective=config.fisher.objective,
+        seed=config.task.split_seed,
+    )
+
+
+def sum_dtype(config: RunConfig) -> torch.dtype:
+    """Data type of the accumulated squares."""
+    return torch.float64 if config.fisher.dtype == "float64" else torch.float32
+
+
+def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
+    """K = round(search.ratio * parameters of the model).
+
+    Args:
+        scored: entries that a mask may hold.
+
+    Raises:
+        InputError: K is below 1 or above `scored`.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    k = round(config.search.ratio * total)
+    if not 1 <= k <= scored:
+        raise InputError(
+            f"search.ratio: found {config.search.ratio}, which gives {k} of {total} parameters; "
+            f"expected 1 to {scored}, the scored ones"
+        )
+    return k
+
+
+def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
+    """Each pool sample's row in its split, Fisher trace, length in tokens and label."""
+    chosen = task.train.select(list(pool))
+    return {
+        "row": list(chosen["row"]),
+        "trace": traces.tolist(),
+        "length": [len(ids) for ids in chosen["input_ids"]],
+        "label": list(chosen["labels"]),
+    }

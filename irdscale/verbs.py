@@ -1,0 +1,146 @@
+"""The verbs around the search: score, train one mask, evaluate and export an adapter."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from irdscale.config import RunConfig
+from irdscale.errors import InputError
+from irdscale.files import write_folder, write_json
+from irdscale.fisher.accumulate import Fisher, zero_sums
+from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
+from irdscale.mask import Mask, top_k
+from irdscale.progress import bar
+from irdscale.sparse import load_adapter, merge, save_adapter, sparse_state
+from irdscale.tasks import build_model, load_task
+from irdscale.training import adapter_config, evaluate_model, fine_tune, sparse_model, trained_whole, training_steps
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
+    """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
+    started = time.perf_counter()
+    model, new = build_model(config, task, config.search.seeds[0])
+    pool = draw_samples(config, task, config.fisher.samples, "pool")
+    samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
+    scored = sum(parameter.numel() for parameter in samples.scored.values())
+    k = mask_size(config, model, scored)
+    sums = zero_sums(samples.scored, sum_dtype(config))
+    traces = torch.zeros(len(pool), dtype=torch.float64)
+    samples.accumulate(range(len(pool)), sums, traces, progress=progress)
+    mask = top_k(Fisher(sums, traces, samples.taken), k)
+    facts = {
+        "params": k,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "scored": scored,
+        "samples": len(pool),
+        "sample_gradients": samples.taken,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return mask, traces_of(task, pool, traces), facts
+
+
+def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+    """Write the FISH mask of `fisher.samples` random samples to OUTPUT/mask, and their traces beside it.
+
+    Returns:
+        {"mask", "hash", "params", "parameters", "scored", "samples", "sample_gradients", "seconds"}
+
+    Raises:
+        InputError: the configuration does not fit the data or the model.
+        RunError: the output cannot be written.
+    """
+    task, output = load_task(config), Path(config.output)
+    mask, traces, facts = _fisher_mask(config, task, progress)
+    mask.save(output / "mask")
+    write_json(output / "traces.json", traces)
+    return {"mask": str(output / "mask"), "hash": mask.hash, **facts}
+
+
+def run_train(config: RunConfig, mask: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train one mask, from a folder or made by `run_fisher`'s way, and write OUTPUT/adapter.
+
+    Trains with the first of `search.seeds`.
+
+    Returns:
+        {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "seconds"}: metrics by split.
+
+    Raises:
+        InputError: the mask does not fit the model, or the configuration does not fit the data or the model.
+        RunError: the loss is no number, or the output cannot be written.
+    """
+    chosen = Mask.load(mask) if mask is not None else None
+    task, output, seed = load_task(config), Path(config.output), config.search.seeds[0]
+    if chosen is None:
+        chosen = _fisher_mask(config, task, progress)[0]
+        chosen.save(output / "mask")
+    started = time.perf_counter()
+    model = sparse_model(config, task, chosen, seed)
+    steps = training_steps(config.train, len(task.train))
+    with bar("Training", steps, enabled=progress) as advance:
+        fine_tune(model, task, config.train, seed, advance)
+    save_adapter(model, output / "adapter", config=adapter_config(config, seed))
+    state = sparse_state(model)
+    return {
+        "adapter": str(output / "adapter"),
+        "mask": chosen.hash,
+        "params": state.k,
+        "head": state.dense_parameters,
+        "steps": steps,
+        "seed": seed,
+        "selection": evaluate_model(model, task, task.selection, config.train.eval_batch_size),
+        "test": evaluate_model(model, task, task.test, config.train.eval_batch_size),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict[str, Any]:
+    """Metrics of an adapter on the selection and the test split.
+
+    Returns:
+        {"adapter", "params", "head", "selection", "test"}
+
+    Raises:
+        InputError: the adapter is missing or damaged, or belongs to another base.
+    """
+    task = load_task(config)
+    model = load_adapter(build_model(config, task, config.search.seeds[0])[0], adapter)
+    state = sparse_state(model)
+    result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
+    with bar("Evaluating", 2, enabled=progress) as advance:
+        for name, split in (("selection", task.selection), ("test", task.test)):
+            result[name] = evaluate_model(model, task, split, config.train.eval_batch_size)
+            advance()
+    return result
+
+
+def run_export(config: RunConfig, adapter: str, to: str) -> dict[str, Any]:
+    """Write a plain Hugging Face checkpoint, with its tokenizer, in which the adapter is merged.
+
+    Returns:
+        {"checkpoint", "adapter", "params"}
+
+    Raises:
+        InputError: `to` holds something, or the adapter is missing, damaged or of another base.
+        RunError: `to` cannot be written.
+    """
+    target = Path(to)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"to: {to} exists; expected a new or empty folder")
+    task = load_task(config)
+    model: Any = load_adapter(build_model(config, task, config.search.seeds[0])[0], adapter)
+    params = sparse_state(model).k
+    merge(model)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+
+    write_folder(target, fill)
+    return {"checkpoint": to, "adapter": adapter, "params": params}
