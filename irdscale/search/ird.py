@@ -1,0 +1,161 @@
+"""Iterative range decreasing (IRD): the search over sample-parameter pairs, as a pure algorithm.
+
+    state (s, p) <- (N, K)                                    s samples, p trainable parameters
+    evaluate it
+    each round:
+        candidates <- (s/2, p)  (s, p/2)  (s/2, p/2)          never below the minima
+        evaluate each with every seed                         mask -> sparse fine-tune -> metric
+        (s, p) <- the candidate with the best mean
+    until no candidate is left, max_rounds, or `patience` rounds without a new best
+    return the best pair of all, and the best pair at every p
+
+From the paper (arXiv 2403.08484): halving the samples and the parameters round by round, keeping the halves with the
+larger Fisher information (the smaller in the reverse contrast), fine-tuning each candidate and going on from the
+best. Ours, where its pseudo-code leaves them open: these three candidates, the start counted as a candidate of its
+own, the stop rules, several seeds and their mean, the minima, that a pair is never evaluated twice, and that ties go
+to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from irdscale.errors import RunError
+
+
+@dataclass(frozen=True, order=True)
+class Pair:
+    """A candidate: s samples, whose Fisher information chooses p trainable parameters."""
+
+    samples: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A state that the search moved to, and its mean metric."""
+
+    round: int
+    pair: Pair
+    mean: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        best: the pair with the best mean of all that were evaluated.
+        mean: its mean over the seeds.
+        path: the states moved to, the start first.
+        means: of every pair whose seeds all ended well.
+        pareto: the best pair at every p, the most parameters first.
+        stop: why the search ended.
+        evaluations: how many (pair, seed) were asked for.
+    """
+
+    best: Pair
+    mean: float
+    path: list[Step]
+    means: dict[Pair, float]
+    pareto: list[Pair]
+    stop: str
+    evaluations: int
+
+
+Evaluate = Callable[[int, list[tuple[Pair, int]]], list[float | None]]
+
+
+def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
+    """The pairs one round may move to: halves of the samples, of the parameters, and of both."""
+    half = Pair(pair.samples // 2, pair.params // 2)
+    fewer_samples, fewer_params = half.samples >= minimum.samples, half.params >= minimum.params
+    return [
+        candidate
+        for candidate, allowed in (
+            (Pair(half.samples, pair.params), fewer_samples),
+            (Pair(pair.samples, half.params), fewer_params),
+            (half, fewer_samples and fewer_params),
+        )
+        if allowed
+    ]
+
+
+def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
+    """Every s and every p that a search from `start` can reach, the largest first."""
+
+    def halvings(value: int, least: int) -> list[int]:
+        values = [value]
+        while values[-1] // 2 >= least:
+            values.append(values[-1] // 2)
+        return values
+
+    return halvings(start.samples, minimum.samples), halvings(start.params, minimum.params)
+
+
+def best_of(means: dict[Pair, float]) -> Pair:
+    """The pair with the largest mean; ties go to fewer parameters, then fewer samples."""
+    return max(means, key=lambda pair: (means[pair], -pair.params, -pair.samples))
+
+
+def ird(
+    start: Pair, minimum: Pair, seeds: Sequence[int], max_rounds: int, patience: int, evaluate: Evaluate
+) -> Outcome:
+    """Run the search.
+
+    Args:
+        minimum: smallest samples and parameters of a candidate, each at least 1.
+        evaluate: given the round and all its new (pair, seed), in order, returns their metrics, larger is better,
+            None for a failure. It is never asked for the same one twice. A pair with a failure cannot be chosen.
+
+    Raises:
+        RunError: the start could not be evaluated.
+        ValueError: a size is below 1, or the start below the minimum.
+    """
+    if min(minimum.samples, minimum.params) < 1:
+        raise ValueError(f"found minimum {minimum}; expected at least 1 each")
+    if start.samples < minimum.samples or start.params < minimum.params:
+        raise ValueError(f"found start {start}; expected at least the minimum {minimum}")
+    results: dict[Pair, list[float | None]] = {}
+    means: dict[Pair, float] = {}
+
+    def evaluate_all(round_number: int, pairs: list[Pair]) -> dict[Pair, float]:
+        """Evaluate what is new among `pairs`; the means of those that did not fail."""
+        wanted = [(pair, seed) for pair in pairs if pair not in results for seed in seeds]
+        if wanted:
+            for (pair, _), metric in zip(wanted, evaluate(round_number, wanted), strict=True):
+                results.setdefault(pair, []).append(metric)
+        for pair in pairs:
+            ended = [metric for metric in results[pair] if metric is not None]
+            if len(ended) == len(seeds):
+                means[pair] = sum(ended) / len(ended)
+        return {pair: means[pair] for pair in pairs if pair in means}
+
+    if not evaluate_all(0, [start]):
+        raise RunError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
+    state, best, since_best = start, start, 0
+    path = [Step(0, start, means[start])]
+    stop = f"{max_rounds} rounds, as max_rounds asks"
+    for round_number in range(1, max_rounds + 1):
+        next_pairs = candidates(state, minimum)
+        if not next_pairs:
+            stop = f"no half of {state.samples} samples or {state.params} parameters is above the minima"
+            break
+        scored = evaluate_all(round_number, next_pairs)
+        if not scored:
+            stop = f"every candidate of round {round_number} failed"
+            break
+        state = best_of(scored)
+        path.append(Step(round_number, state, means[state]))
+        leader = best_of(means)
+        since_best = 0 if leader != best else since_best + 1
+        best = leader
+        if since_best >= patience:
+            stop = f"{patience} rounds without a new best, as patience asks"
+            break
+    pareto = [
+        best_of({pair: mean for pair, mean in means.items() if pair.params == params})
+        for params in sorted({pair.params for pair in means}, reverse=True)
+    ]
+    return Outcome(best, means[best], path, means, pareto, stop, sum(map(len, results.values())))

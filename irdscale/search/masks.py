@@ -1,0 +1,151 @@
+"""The masks of a search on disk: computed once, found again when the search goes on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from irdscale.config import RunConfig
+from irdscale.errors import InputError
+from irdscale.files import read_json, write_json
+from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
+from irdscale.mask import Mask
+from irdscale.search.ird import Pair, lattice
+from irdscale.tasks import build_model
+from irdscale.training import trained_whole
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+@dataclass(frozen=True)
+class SearchMasks:
+    """Where a search starts and ends, and the hash of the mask of every pair in between.
+
+    Attributes:
+        facts: parameters of the model, scored ones, the head's, sample gradients taken, seconds.
+    """
+
+    start: Pair
+    minimum: Pair
+    masks: dict[Pair, str]
+    facts: dict[str, Any]
+
+
+def mask_folder(output: Path, mask_hash: str) -> Path:
+    """Where a mask of this hash is kept."""
+    return output / "masks" / mask_hash
+
+
+def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) -> SearchMasks:
+    """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
+
+    Raises:
+        InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
+    """
+    index = output / "fisher" / "masks.json"
+    if index.exists():
+        return _read(index, output)
+    started = time.perf_counter()
+    model, new = build_model(config, task, config.search.seeds[0])
+    whole = trained_whole(config, model, new)
+    pool = draw_samples(config, task, config.fisher.samples, "pool")
+    samples = sample_gradients(config, task, model, pool, whole)
+    scored = sum(parameter.numel() for parameter in samples.scored.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    start = Pair(len(pool), mask_size(config, model, scored))
+    min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
+    minimum = Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * total))))
+    sizes, ks = lattice(start, minimum)
+    traces = torch.zeros(len(pool), dtype=torch.float64)
+    shuffled = config.search.direction == "random"
+    if not shuffled:
+        samples.add_traces(range(len(pool)), traces, progress=progress)
+    order = rank_samples(traces, config.search.direction, config.task.split_seed)
+    rankings = ranked_entries_by_prefix(
+        samples,
+        order,
+        sizes,
+        start.params,
+        dtype=sum_dtype(config),
+        traces=traces if shuffled else None,
+        progress=progress,
+    )
+    names = dict(model.named_parameters())
+    found: dict[Pair, str] = {}
+    for s in sizes:
+        for p in ks:
+            found[Pair(s, p)] = keep_mask(rankings[s].prefix(p), output)
+    write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
+    facts = {
+        "parameters": total,
+        "scored": scored,
+        "head": sum(names[name].numel() for name in whole),
+        "sample_gradients": samples.taken,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json(
+        index,
+        {
+            "start": [start.samples, start.params],
+            "minimum": [minimum.samples, minimum.params],
+            "masks": [[pair.samples, pair.params, mask] for pair, mask in found.items()],
+            "facts": facts,
+        },
+    )
+    return SearchMasks(start, minimum, found, facts)
+
+
+def _read(index: Path, output: Path) -> SearchMasks:
+    stored = read_json(index, "list of masks")
+    try:
+        masks = {Pair(s, p): str(mask) for s, p, mask in stored["masks"]}
+        read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{index}: not a list of masks: no valid {error}; delete the folder to start anew") from error
+    for mask in set(masks.values()):
+        if Mask.load(mask_folder(output, mask)).hash != mask:
+            raise InputError(f"{mask_folder(output, mask)}: found another mask; expected the one of this hash")
+    return read
+
+
+def keep_mask(mask: Mask, output: Path) -> str:
+    """Save a mask under its hash, once; returns the hash."""
+    folder = mask_folder(output, mask.hash)
+    if not folder.exists():
+        mask.save(folder)
+    return mask.hash
+
+
+def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, progress: bool) -> dict[str, Any]:
+    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
+
+    Returns:
+        {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
+    """
+    file = output / "fisher" / f"random-{pair.samples}-{pair.params}.json"
+    if file.exists():
+        stored = read_json(file, "mask of random samples")
+        if isinstance(stored, dict) and {"mask", "sample_gradients", "seconds"} <= set(stored):
+            Mask.load(mask_folder(output, stored["mask"]))
+            return stored
+        raise InputError(f"{file}: not a mask of random samples; delete it to have it made again")
+    started = time.perf_counter()
+    model, new = build_model(config, task, config.search.seeds[0])
+    places = draw_samples(config, task, pair.samples, "fish")
+    samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
+    ranking = ranked_entries_by_prefix(
+        samples, range(len(places)), [pair.samples], pair.params, dtype=sum_dtype(config), progress=progress
+    )[pair.samples]
+    stored = {
+        "mask": keep_mask(ranking.prefix(pair.params), output),
+        "sample_gradients": samples.taken,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    write_json(file, stored)
+    return stored

@@ -1,0 +1,226 @@
+"""`irdscale search`: masks, rounds, the comparison with random samples and with the head alone, the winner."""
+
+from __future__ import annotations
+
+import logging
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from irdscale.config import RunConfig, config_changes, dump_config
+from irdscale.errors import InputError
+from irdscale.files import read_json, write_atomic, write_json
+from irdscale.progress import bar
+from irdscale.search.ird import Pair, candidates, ird
+from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.local import LocalRunner
+from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks
+from irdscale.sparse import save_adapter
+from irdscale.tasks import load_task
+from irdscale.training import adapter_config, evaluate_model, training_steps
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+log = logging.getLogger(__name__)
+
+
+def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+    """Run a whole IRD search, or go on with one that was interrupted.
+
+    The search reads the train and the selection split; the test split is read once, for the winner and the two
+    baselines, after everything is chosen. Writes config.yaml, fisher/, masks/, ledger.jsonl, adapter/ and
+    result.json into `config.output`.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        InputError: the configuration does not fit the data or the model, or the output folder holds a search with
+            another configuration (the changes are named) or one that runs right now.
+        RunError: no candidate could be evaluated, or the output cannot be written.
+    """
+    output = Path(config.output)
+    _refuse_changes(config, output)
+    result_file = output / "result.json"
+    if result_file.exists():
+        log.info("%s holds this search, finished; delete the folder to run it again", output)
+        result: dict[str, Any] = read_json(result_file, "result of a search")
+        return result
+    task = load_task(config)
+    masks = search_masks(config, task, output, progress)
+    write_atomic(output / "config.yaml", dump_config(config))
+    with Ledger(output / "ledger.jsonl") as ledger:
+        _report_resumed(ledger)
+        with bar("Evaluations", _most_evaluations(config, masks), enabled=progress) as advance:
+            runner = LocalRunner(config, task, ledger, output, advance)
+            outcome = ird(
+                masks.start,
+                masks.minimum,
+                config.search.seeds,
+                config.search.max_rounds,
+                config.search.patience,
+                lambda round_number, wanted: runner.evaluate_round(round_number, wanted, masks.masks),
+            )
+            evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
+            baselines = _run_baselines(config, task, runner, masks, outcome.best, progress)
+        started = time.perf_counter()
+        best_mask, fish = masks.masks[outcome.best], baselines["fish_random"]
+        best = {
+            "samples": outcome.best.samples,
+            "params": outcome.best.params,
+            "mask": f"masks/{best_mask}",
+            "adapter": "adapter",
+            **_selection(config, runner, best_mask),
+        }
+        _test(config, task, runner, best_mask, best, keep=output / "adapter")
+        for baseline in baselines.values():
+            mask = Path(baseline["mask"]).name if "mask" in baseline else None
+            _test(config, task, runner, mask, baseline, keep=None)
+        seconds = {
+            "fisher": masks.facts["seconds"],
+            "train": round(train_seconds, 2),
+            "baseline": round(runner.seconds() - train_seconds + fish["seconds"], 2),
+            "test": round(time.perf_counter() - started, 2),
+        }
+        seconds["total"] = round(sum(seconds.values()), 2)
+        result = {
+            "best": best,
+            "pareto": [
+                {
+                    "samples": pair.samples,
+                    "params": pair.params,
+                    "metric": outcome.means[pair],
+                    "mask": f"masks/{masks.masks[pair]}",
+                }
+                for pair in outcome.pareto
+            ],
+            "path": [
+                {"round": s.round, "samples": s.pair.samples, "params": s.pair.params, "metric": s.mean}
+                for s in outcome.path
+            ],
+            "stop": outcome.stop,
+            "baseline": baselines,
+            "evaluations": evaluations,
+            "reused": reused,
+            "sample_gradients": masks.facts["sample_gradients"],
+            "baseline_sample_gradients": fish["sample_gradients"],
+            "training_steps": len(runner.asked) * training_steps(config.train, len(task.train)),
+            "seconds": seconds,
+            "task": {
+                "name": task.name,
+                "kind": task.kind,
+                "metric": task.metric,
+                "train": len(task.train),
+                "selection": len(task.selection),
+                "test": len(task.test),
+                "origin": task.origin,
+            },
+            "model": {"path": config.model.path, **{k: masks.facts[k] for k in ("parameters", "scored", "head")}},
+            "direction": config.search.direction,
+            "config": config.model_dump(mode="json"),
+            "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
+        }
+        write_json(result_file, result)
+        runner.clear()
+    return result
+
+
+def _refuse_changes(config: RunConfig, output: Path) -> None:
+    """A search goes on only with the configuration that it began with.
+
+    Raises:
+        InputError: the folder holds another search; names what changed.
+    """
+    stored = output / "config.yaml"
+    if not stored.exists():
+        if read_ledger(output / "ledger.jsonl"):
+            raise InputError(f"output: {output} holds a ledger but no config.yaml; expected a new folder")
+        return
+    try:
+        before = yaml.safe_load(stored.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{stored}: cannot read the configuration of the earlier search: {error}") from error
+    now = config.model_dump(mode="json")
+    changes = config_changes({**before, "output": None}, {**now, "output": None}) if isinstance(before, dict) else []
+    if not isinstance(before, dict) or changes:
+        found = "; ".join(changes) or "no configuration"
+        raise InputError(f"output: {output} holds a search with another configuration ({found}); expected a new folder")
+
+
+def _report_resumed(ledger: Ledger) -> None:
+    if ledger.finished:
+        log.info("going on: %d evaluations are done", len(ledger.finished))
+
+
+def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
+    """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
+    largest, rounds = masks.start, 0
+    while rounds < config.search.max_rounds and candidates(largest, masks.minimum):
+        # The longest way halves one of the two at a time.
+        largest, rounds = candidates(largest, masks.minimum)[0], rounds + 1
+    return (1 + 3 * rounds + 2) * len(config.search.seeds)
+
+
+def _run_baselines(
+    config: RunConfig, task: Task, runner: LocalRunner, masks: SearchMasks, best: Pair, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """What the winner is compared with, on the selection split: random samples at its s and p, and the head alone."""
+    draw = random_draw_mask(config, task, best, Path(config.output), progress)
+    baselines: dict[str, dict[str, Any]] = {
+        "fish_random": {
+            "samples": best.samples,
+            "params": best.params,
+            "mask": f"masks/{draw['mask']}",
+            "same_mask_as_best": draw["mask"] == masks.masks[best],
+            "sample_gradients": draw["sample_gradients"],
+            "seconds": draw["seconds"],
+        }
+    }
+    asked: list[tuple[str, str | None, Pair, str]] = [("fish_random", draw["mask"], best, "random")]
+    # A model whose checkpoint holds all it needs has no new head to train alone.
+    if masks.facts["head"]:
+        baselines["linear_probe"] = {"params": 0}
+        asked.append(("linear_probe", None, Pair(0, 0), "probe"))
+    for name, mask, pair, direction in asked:
+        for seed in config.search.seeds:
+            runner.evaluate(mask, pair, seed, None, direction)
+        baselines[name] |= _selection(config, runner, mask)
+    return baselines
+
+
+def _selection(config: RunConfig, runner: LocalRunner, mask: str | None) -> dict[str, Any]:
+    """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
+    seeds: list[dict[str, Any]] = [{"seed": seed, "metric": runner.metric(mask, seed)} for seed in config.search.seeds]
+    errors = [runner.error(mask, entry["seed"]) for entry in seeds if entry["metric"] is None]
+    return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
+
+
+def _test(
+    config: RunConfig, task: Task, runner: LocalRunner, mask: str | None, entry: dict[str, Any], keep: Path | None
+) -> None:
+    """Add the test metric to what `_selection` found; the seed best on selection is saved to `keep`."""
+    if entry["metric"] is None:
+        entry["test_metric"] = None
+        return
+    chosen = max(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
+    for one in entry["seeds"]:
+        model = runner.trained(mask, one["seed"])
+        one["test_metric"] = evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric]
+        if keep is not None and one["seed"] == chosen:
+            save_adapter(model, keep, config=adapter_config(config, chosen))
+    entry["test_metric"] = _mean(entry["seeds"], "test_metric")
+
+
+def _mean(seeds: list[dict[str, Any]], name: str) -> float:
+    return sum(entry[name] for entry in seeds) / len(seeds)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
