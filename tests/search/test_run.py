@@ -1,0 +1,236 @@
+"""Whole searches on a toy: what they write, what they read, and that nothing stops them for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irdscale import Mask, load_adapter
+from irdscale.config import load_config
+from irdscale.errors import InputError
+from irdscale.search import local, run
+from irdscale.search.ird import Pair, lattice
+from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.run import run_search
+from irdscale.sparse import sparse_state
+from irdscale.tasks import build_model, load_task
+from irdscale.training import evaluate_model
+from tests.search.toy import write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed search and its output folder."""
+    config = load_config(write_config(folder))
+    return Path(config.output), run_search(config, progress=False)
+
+
+def ledger_of(output: Path) -> dict[str, Any]:
+    return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
+
+
+def essence(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without times and places."""
+    kept = ("best", "pareto", "path", "stop", "evaluations", "reused", "sample_gradients", "training_steps")
+    baseline = {n: {k: v for k, v in b.items() if k != "seconds"} for n, b in result["baseline"].items()}
+    return {"baseline": baseline, **{name: result[name] for name in kept}}
+
+
+def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -> None:
+    output, result = finished
+    config = load_config(folder / "toy.yaml")
+    assert json.loads((output / "result.json").read_text()) == result
+    records = read_ledger(output / "ledger.jsonl")
+    ok = [r for r in records if r["status"] == "ok"]
+    assert len({r["key"] for r in ok}) == len(ok) == len(records)
+    assert {r["round"] for r in ok} - {None} <= set(range(len(result["path"])))
+    assert result["sample_gradients"] <= 2 * config.fisher.samples
+    best = result["best"]
+    start = Pair(16, round(0.05 * result["model"]["parameters"]))
+    sizes, ks = lattice(start, Pair(4, round(0.01 * result["model"]["parameters"])))
+    assert result["path"][0] | {"metric": 0} == {"round": 0, "samples": 16, "params": start.params, "metric": 0}
+    assert best["samples"] in sizes
+    assert best["params"] in ks
+    means: dict[tuple[int, int], list[float]] = {}
+    by_mask = {(r["mask"], r["seed"]): r["metric"] for r in ok}
+    stored = json.loads((output / "fisher/masks.json").read_text())["masks"]
+    for s, p, mask in stored:
+        if (mask, 0) in by_mask and (mask, 1) in by_mask:
+            means[s, p] = [by_mask[mask, 0], by_mask[mask, 1]]
+    assert best["metric"] == max(sum(m) / 2 for (s, p), m in means.items() if (s, p) in _visited(result, ok))
+    assert Mask.load(output / best["mask"]).k == best["params"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "adapter",
+        "config.yaml",
+        "fisher",
+        "ledger.jsonl",
+        "masks",
+        "result.json",
+    ]
+    traces = json.loads((output / "fisher/traces.json").read_text())
+    ranked = [traces["trace"][i] for i in traces["order"]]
+    assert ranked == sorted(ranked, reverse=True)
+    assert len(set(traces["row"])) == 16
+
+
+def _visited(result: dict[str, Any], ok: list[dict[str, Any]]) -> set[tuple[int, int]]:
+    return {(r["samples"], r["params"]) for r in ok} | {(s["samples"], s["params"]) for s in result["path"]}
+
+
+def test_the_adapter_gives_the_stated_metrics(finished: tuple[Path, dict[str, Any]], folder: Path) -> None:
+    output, result = finished
+    config = load_config(folder / "toy.yaml")
+    task = load_task(config)
+    model = load_adapter(build_model(config, task, seed=9)[0], output / "adapter")
+    chosen = max(result["best"]["seeds"], key=lambda s: s["metric"])
+    assert evaluate_model(model, task, task.selection, 64)["accuracy"] == chosen["metric"]
+    assert evaluate_model(model, task, task.test, 64)["accuracy"] == chosen["test_metric"]
+    assert sparse_state(model).k == result["best"]["params"]
+
+
+def test_a_second_run_trains_nothing(
+    finished: tuple[Path, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "fine_tune", None)
+    monkeypatch.setattr(run, "load_task", None)
+    assert run_search(load_config(folder / "toy.yaml"), progress=False) == finished[1]
+
+
+def test_the_search_reads_the_test_split_only_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write_config(folder), [f"output={folder / 'watched'}", "search.max_rounds=1"])
+    events: list[str] = []
+    real_append = Ledger.append
+
+    def append(self: Ledger, record: dict[str, Any]) -> None:
+        events.append("evaluation")
+        real_append(self, record)
+
+    def watch(model: Any, task: Any, split: Any, size: int) -> dict[str, float]:
+        events.append("test" if split is task.test else "selection")
+        return evaluate_model(model, task, split, size)
+
+    monkeypatch.setattr(Ledger, "append", append)
+    for module in (local, run):
+        monkeypatch.setattr(module, "evaluate_model", watch)
+    run_search(config, progress=False)
+    first = events.index("test")
+    assert "evaluation" in events[:first]
+    assert set(events[first:]) == {"test"}
+    assert "test" not in events[:first]
+
+
+@pytest.mark.parametrize("direction", ["reverse", "random"])
+def test_directions(folder: Path, direction: str) -> None:
+    overrides = [f"output={folder / direction}", f"search.direction={direction}", "search.max_rounds=1"]
+    result = run_search(load_config(write_config(folder), overrides), progress=False)
+    traces = json.loads((folder / direction / "fisher/traces.json").read_text())
+    ranked = [traces["trace"][i] for i in traces["order"]]
+    if direction == "reverse":
+        assert ranked == sorted(ranked)
+        assert result["sample_gradients"] == 32
+    else:
+        assert ranked not in (sorted(ranked), sorted(ranked, reverse=True))
+        assert all(t > 0 for t in ranked)
+        assert result["sample_gradients"] == 16, "a shuffle needs no traces"
+
+
+def test_changed_configurations_are_refused_by_name(finished: tuple[Path, dict[str, Any]], folder: Path) -> None:
+    before = (finished[0] / "result.json").read_bytes()
+    changed = load_config(folder / "toy.yaml", ["train.steps=9", "search.seeds=[0]"])
+    with pytest.raises(InputError, match=r"search.seeds: \[0, 1\] -> \[0\]; train.steps: 24 -> 9") as error:
+        run_search(changed, progress=False)
+    assert "\n" not in str(error.value)
+    assert (finished[0] / "result.json").read_bytes() == before
+    other = folder / "foreign"
+    other.mkdir()
+    with Ledger(other / "ledger.jsonl") as ledger:
+        ledger.append(read_ledger(finished[0] / "ledger.jsonl")[0])
+    with pytest.raises(InputError, match="holds a ledger but no config"):
+        run_search(load_config(folder / "toy.yaml", [f"output={other}"]), progress=False)
+
+
+def test_bad_input_leaves_nothing_behind(folder: Path) -> None:
+    for override, message in (
+        ("search.ratio=0.00001", r"search.ratio: found 1e-05, which gives 0 of \d+ parameters; expected 1 to"),
+        ("fisher.include=[nothing]", "found no parameter"),
+        ("train.always_train=[nothing]", "'nothing' matches no parameter"),
+        ("fisher.samples=65", "fisher.samples: found 65; expected at most 64"),
+    ):
+        overrides = ["search.min_ratio=null", override]
+        config = load_config(write_config(folder, output=str(folder / "bad")), overrides)
+        with pytest.raises(InputError, match=message):
+            run_search(config, progress=False)
+        assert not (folder / "bad").exists(), override
+    write_config(folder)
+
+
+def test_a_failing_candidate_is_recorded_and_the_round_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write_config(folder), [f"output={folder / 'lame'}", "search.max_rounds=1"])
+    real, lame = local.fine_tune, []
+
+    def fine_tune(model: Any, *args: Any) -> None:
+        if sparse_state(model).k == round(0.05 * 8482) // 2 and len(lame) < 2:
+            lame.append(1)
+            raise RuntimeError("out of memory\nwith details")
+        real(model, *args)
+
+    monkeypatch.setattr(local, "fine_tune", fine_tune)
+    result = run_search(config, progress=False)
+    failed = [r for r in read_ledger(folder / "lame/ledger.jsonl") if r["status"] == "failed"]
+    assert [r["error"] for r in failed] == ["RuntimeError: out of memory"] * len(lame)
+    assert len(lame) == 2
+    assert (failed[0]["samples"], failed[0]["params"]) not in {(p["samples"], p["params"]) for p in result["pareto"]}
+    assert result["best"]["test_metric"] is not None
+
+
+KILLED = """
+import sys
+from irdscale.config import load_config
+from irdscale.search.run import run_search
+config = load_config(sys.argv[1], [f"output={sys.argv[2]}"])
+print("ready", flush=True)
+run_search(config, progress=False)
+"""
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_winner(
+    finished: tuple[Path, dict[str, Any]], folder: Path
+) -> None:
+    """SIGKILL a real process again and again until a run comes to its end."""
+    output, generator, kills = folder / "killed", random.Random(4), 0
+    command = [sys.executable, "-c", KILLED, str(folder / "toy.yaml"), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    seen: dict[str, float] = {}
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            deadline = time.monotonic() + (generator.uniform(0.5, 6) if kills < 4 else 300)
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        now = ledger_of(output)
+        assert seen.items() <= now.items(), "a finished evaluation is neither lost nor run again"
+        seen = now
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills >= 2
+    assert essence(json.loads((output / "result.json").read_text())) == essence(finished[1])
+    assert ledger_of(output) == ledger_of(finished[0])
