@@ -78,9 +78,11 @@ def search(config: Config, overrides: Overrides = None, as_json: Json = False) -
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
+        from irdscale.report import write_report
         from irdscale.search.run import run_search
 
         result = run_search(settings, progress=True)
+        write_report(Path(settings.output))
     _show(result, as_json, lambda: _print_search(result, Path(settings.output)))
 
 

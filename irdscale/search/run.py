@@ -114,6 +114,7 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
                 "name": task.name,
                 "kind": task.kind,
                 "metric": task.metric,
+                "num_labels": task.num_labels,
                 "train": len(task.train),
                 "selection": len(task.selection),
                 "test": len(task.test),

@@ -1,0 +1,160 @@
+"""What a report is made of: the files of a finished search, put together."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irdscale.errors import InputError
+from irdscale.files import read_json
+from irdscale.mask import Mask, density
+from irdscale.search.ird import Pair, candidates
+from irdscale.search.ledger import read_ledger
+
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of one round.
+
+    Attributes:
+        metrics: seed -> selection metric; None where it failed.
+        mean: over the seeds; None if one failed.
+        chosen: whether the search moved to it.
+        shared: whether it has the same mask as a pair evaluated before, and so its metrics.
+    """
+
+    round: int
+    samples: int
+    params: int
+    metrics: dict[int, float | None]
+    mean: float | None
+    chosen: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a report shows.
+
+    Attributes:
+        result: result.json.
+        rounds: the candidates of every round, in order.
+        failures: "samples, parameters, seed: error" of each evaluation that failed and never succeeded.
+        traces: each pool sample's Fisher trace, largest first, and whether the winner's mask saw it.
+        correlation: Spearman correlation of trace and length in tokens; None for constant lengths.
+        layers: layer -> module -> share of its entries in the winner's mask.
+        others: name, entries in the mask, size, share: of the parameters outside the numbered layers.
+    """
+
+    result: dict[str, Any]
+    rounds: list[Candidate]
+    failures: list[str]
+    traces: list[tuple[float, bool]]
+    correlation: float | None
+    layers: dict[int, dict[str, float]]
+    others: list[tuple[str, int, int, float]]
+
+
+def gather(output: Path) -> Facts:
+    """Read a finished search.
+
+    Raises:
+        InputError: there is no finished search in the folder, or its files are damaged.
+    """
+    records = read_ledger(output / "ledger.jsonl")
+    if not (output / "result.json").exists():
+        done = sum(record["status"] == "ok" for record in records)
+        found = f"a search with {done} evaluations done" if records else "no search"
+        raise InputError(f"{output}: found {found}; expected a finished one: run irdscale search")
+    result = read_json(output / "result.json", "result of a search")
+    try:
+        stored = read_json(output / "fisher/masks.json", "list of masks")
+        masks = {Pair(s, p): mask for s, p, mask in stored["masks"]}
+        traces = read_json(output / "fisher/traces.json", "list of traces")
+        kept = set(traces["order"][: result["best"]["samples"]])
+        ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
+        mask = Mask.load(output / result["best"]["mask"])
+        layers, others = _density(mask)
+        return Facts(
+            result,
+            _rounds(result, records, masks, Pair(*stored["minimum"])),
+            _failures(records),
+            ranked,
+            _correlation(traces["trace"], traces["length"]),
+            layers,
+            others,
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{output}: not the output of a search: {type(error).__name__} {error}") from error
+
+
+def _rounds(
+    result: dict[str, Any], records: list[dict[str, Any]], masks: dict[Pair, str], minimum: Pair
+) -> list[Candidate]:
+    seeds = result["config"]["search"]["seeds"]
+    metrics = {(r["mask"], r["seed"]): r["metric"] for r in records if r["status"] == "ok"}
+    recorded = {(r["samples"], r["params"]) for r in records if r["round"] is not None}
+    path = [Pair(step["samples"], step["params"]) for step in result["path"]]
+    last = max(r["round"] for r in records if r["round"] is not None)
+    listed = []
+    for number in range(max(last, len(path) - 1) + 1):
+        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum)
+        for pair in pairs:
+            found = {seed: metrics.get((masks[pair], seed)) for seed in seeds}
+            values = [value for value in found.values() if value is not None]
+            listed.append(
+                Candidate(
+                    number,
+                    pair.samples,
+                    pair.params,
+                    found,
+                    sum(values) / len(values) if len(values) == len(seeds) else None,
+                    number < len(path) and path[number] == pair,
+                    (pair.samples, pair.params) not in recorded,
+                )
+            )
+    return listed
+
+
+def _failures(records: list[dict[str, Any]]) -> list[str]:
+    finished = {r["key"] for r in records if r["status"] == "ok"}
+    failed = {r["key"]: r for r in records if r["key"] not in finished}
+    return [
+        f"{r['samples']} samples, {r['params']} parameters, seed {r['seed']}: {r['error']}" for r in failed.values()
+    ]
+
+
+def _correlation(traces: list[float], lengths: list[int]) -> float | None:
+    from scipy.stats import spearmanr
+
+    if len(set(lengths)) < 2 or len(set(traces)) < 2:
+        return None
+    return float(spearmanr(traces, lengths).statistic)
+
+
+def _density(mask: Mask) -> tuple[dict[int, dict[str, float]], list[tuple[str, int, int, float]]]:
+    entries: dict[tuple[int, str], list[int]] = {}
+    others = []
+    for name, share in density(mask).items():
+        size = 1
+        for length in mask.shapes[name]:
+            size *= length
+        held = round(share * size)
+        layered = _LAYER.match(name)
+        if layered:
+            module = layered[3].rsplit(".", 1)[0] if "." in layered[3] else layered[3]
+            cell = entries.setdefault((int(layered[2]), module), [0, 0])
+            cell[0] += held
+            cell[1] += size
+        else:
+            others.append((name, held, size, share))
+    layers: dict[int, dict[str, float]] = {}
+    for (layer, module), (held, size) in sorted(entries.items(), key=lambda item: item[0][0]):
+        layers.setdefault(layer, {})[module] = held / size
+    return layers, others

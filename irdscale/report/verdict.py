@@ -1,0 +1,59 @@
+"""What the numbers say, in words that claim no more than they show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def percent(share: float) -> str:
+    """0.0041 -> 0.41 %."""
+    return f"{100 * share:.3g} %"
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """Sentences: the winner, then how it compares on the test split with random samples and with the head alone."""
+    best, model, task = result["best"], result["model"], result["task"]
+    sentences = [
+        f"The search chose {best['params']:,} of the model's {model['parameters']:,} parameters "
+        f"({percent(best['params'] / model['parameters'])}) by the Fisher information of {best['samples']} samples"
+        + (f", trained beside a new head of {model['head']:,}." if model["head"] else ".")
+    ]
+    if best["test_metric"] is None:
+        return [*sentences, "It has no test metric."]
+    sentences.append(f"On the test split its {task['metric']} is {best['test_metric']:.4f}{_over(best)}.")
+    baseline = result["baseline"]
+    sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)"))
+    probe = baseline.get("linear_probe")
+    sentences.append(
+        _against(best, probe, "the head alone (linear probe)")
+        if probe
+        else "The checkpoint holds its head, so there is no linear probe to compare with."
+    )
+    return sentences
+
+
+def _over(entry: dict[str, Any]) -> str:
+    seeds = len(entry["seeds"])
+    return ", for one seed" if seeds == 1 else f", the mean over {seeds} seeds"
+
+
+def _against(best: dict[str, Any], other: dict[str, Any] | None, name: str) -> str:
+    if other is None or other["test_metric"] is None:
+        why = f": {other['error']}" if other and other.get("error") else ""
+        return f"There is no figure for {name}{why}."
+    if other.get("same_mask_as_best"):
+        return f"Against {name} there is nothing to tell: both have the same mask."
+    pairs = zip(best["seeds"], other["seeds"], strict=True)
+    differences = [a["test_metric"] - b["test_metric"] for a, b in pairs]
+    mean = best["test_metric"] - other["test_metric"]
+    figures = f"{other['test_metric']:.4f}; difference {mean:+.4f}"
+    if mean == 0:
+        return f"That is the same as {name} ({figures})."
+    word = "better" if mean > 0 else "worse"
+    if len(differences) == 1:
+        return f"That is {word} than {name} ({figures}), but one seed cannot tell a difference from chance."
+    spread = f"{figures}, by seed {min(differences):+.4f} to {max(differences):+.4f}"
+    if min(differences) <= 0 <= max(differences):
+        return f"It cannot be told apart from {name} ({spread}): not every seed says that either is better."
+    few = "; with so few seeds that is a hint, not a proof" if len(differences) < 5 else ""
+    return f"That is {word} than {name} for every seed ({spread}){few}."

@@ -1,0 +1,160 @@
+"""Reports say what the files say."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from irdscale.errors import InputError
+from irdscale.report import write_report
+from irdscale.report.facts import gather
+from irdscale.report.verdict import verdict
+from irdscale.search.ird import Pair
+from tests.report.fake import write_output
+
+
+def report(folder: Path, **changes: object) -> tuple[str, str]:
+    write_report(write_output(folder, **changes))  # type: ignore[arg-type]
+    return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+class Cells(HTMLParser):
+    """Rows of cell texts of every table, the tags seen, and what the page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1] and self.tags[-1] in ("td", "th"):
+            self.rows[-1][-1] += data.strip()
+
+
+def test_tables_hold_the_figures_of_the_files(tmp_path: Path) -> None:
+    markdown, html = report(tmp_path)
+    rows = Cells(html).rows
+    assert ["winner", "32", "20", "0.7500", "0.7300", "0.7200", "0.7400"] in rows
+    assert ["random samples (FISH)", "32", "20", "0.7100", "0.6900", "0.6800", "0.7000"] in rows
+    assert ["head alone (linear probe)", "–", "0", "0.6000", "0.5800", "0.5700", "0.5900"] in rows
+    assert ["0", "32", "40", "0.7000", "0.6900", "0.7100", "chosen"] in rows
+    assert ["1", "32", "20", "0.7500", "0.7400", "0.7600", "chosen"] in rows
+    assert ["1", "16", "20", "0.7500", "0.7400", "0.7600", "same mask as an earlier pair"] in rows
+    assert ["1", "16", "40", "0.7200", "0.7100", "0.7300", ""] in rows
+    assert ["bert.embeddings.word_embeddings.weight", "18", "400", "4.5 %"] in rows
+    assert ["selection", "436", "half of validation"] in rows
+    assert "| **winner** | 32 | 20 | 0.7500 | 0.7300 |" in markdown
+    assert "| 1 | 16 | 20 | 0.7500 | 0.7400 | 0.7600 |  same mask as an earlier pair |" in markdown
+    assert "64 sample gradients" in markdown
+    assert "1,234 training steps" in html
+    for name in re.findall(r"\]\((figures/\w+\.png)\)", markdown):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "figures").iterdir())) == 5
+
+
+def test_html_is_one_file(tmp_path: Path) -> None:
+    page = Cells(report(tmp_path)[1])
+    assert len(page.loads) == 5
+    assert all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert not {"link", "script", "iframe"} & set(page.tags)
+
+
+def test_facts(tmp_path: Path) -> None:
+    facts = gather(write_output(tmp_path))
+    assert [kept for _, kept in facts.traces] == [True] * 32
+    assert [value for value, _ in facts.traces] == sorted((value for value, _ in facts.traces), reverse=True)
+    assert facts.layers == {0: {"attention.self.query": 2 / 72}, 1: {"output.LayerNorm": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"fish": 0.71},
+            "better than random samples (FISH, the same s and p) for every seed (0.6900; difference +0.0400",
+        ),
+        ({"fish": 0.80}, "worse than random samples (FISH, the same s and p) for every seed"),
+        ({"same_mask": True}, "there is nothing to tell: both have the same mask"),
+        ({"seeds": (3,)}, "but one seed cannot tell a difference from chance"),
+        ({"probe": None}, "there is no linear probe to compare with"),
+        ({"probe": 0.60}, "better than the head alone (linear probe) for every seed (0.5800; difference +0.1500"),
+        ({"fish": 0.75}, "the same as random samples"),
+    ],
+)
+def test_verdict(changes: dict[str, object], expected: str, tmp_path: Path) -> None:
+    write_output(tmp_path, **changes)  # type: ignore[arg-type]
+    result = json.loads((tmp_path / "result.json").read_text())
+    text = " ".join(verdict(result))
+    assert expected in text
+    assert "20 of the model's 5,000 parameters (0.4 %)" in text
+    assert "a new head of 18" in text
+
+
+def test_seeds_that_disagree_prove_nothing(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    fish = result["baseline"]["fish_random"]
+    for one, test in zip(fish["seeds"], (0.75, 0.70), strict=True):
+        one["test_metric"] = test
+    fish["test_metric"] = 0.725
+    text = " ".join(verdict(result))
+    assert "It cannot be told apart from random samples" in text
+    assert "by seed -0.0300 to +0.0400" in text
+
+
+def test_failures_are_shown(tmp_path: Path) -> None:
+    markdown, html = report(tmp_path, fail=Pair(16, 40))
+    assert "16 samples, 40 parameters, seed 1: RunError: the loss is nan &lt;b&gt;" in html
+    assert r"seed 1: RunError: the loss is nan \<b\>" in markdown
+    assert ["1", "16", "40", "failed", "0.7100", "failed", ""] in Cells(html).rows
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    markdown, html = report(tmp_path, name="<script>alert(1)</script>|x")
+    assert "script" not in Cells(html).tags
+    assert "&lt;script&gt;" in html
+    assert "<script>" not in markdown
+
+
+def test_a_failed_baseline(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    broken = {"metric": None, "test_metric": None, "error": "RunError: nan"}
+    result["baseline"]["linear_probe"] |= broken
+    for one in result["baseline"]["linear_probe"]["seeds"]:
+        one["metric"] = None
+        del one["test_metric"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_report(tmp_path)
+    assert (
+        "There is no figure for the head alone (linear probe): RunError: nan." in (tmp_path / "report.html").read_text()
+    )
+
+
+def test_unfinished_or_broken(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no search; expected a finished one: run irdscale search"):
+        write_report(tmp_path / "nothing")
+    write_output(tmp_path)
+    whole = (tmp_path / "result.json").read_text()
+    for broken, message in ((whole[:100], "not a result of a search"), ("{}", "not the output of a search: KeyError")):
+        (tmp_path / "result.json").write_text(broken)
+        with pytest.raises(InputError, match=message):
+            write_report(tmp_path)
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(InputError, match="found a search with 6 evaluations done; expected a finished one"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
