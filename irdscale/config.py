@@ -105,9 +105,6 @@ class SearchConfig(Section):
     direction: Direction = Field(
         "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
     )
-    pool: Literal["full", "nested"] = Field(
-        "full", description="Rank the samples once by their whole trace, or again in each round within the mask."
-    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )

@@ -78,7 +78,7 @@ def fine_tune(
     callback = _Callback(seed, advance)
     with tempfile.TemporaryDirectory() as scratch:
         steps = training_steps(config, len(task.train))
-        arguments = TrainingArguments(
+        arguments = _arguments(
             output_dir=scratch,
             max_steps=steps,
             per_device_train_batch_size=config.batch_size,
@@ -90,7 +90,6 @@ def fine_tune(
             optim="adamw_torch",
             seed=seed,
             data_seed=seed,
-            **_SILENT,
         )
         trainer = _SparseTrainer(
             model=model,
@@ -105,14 +104,20 @@ def fine_tune(
     model.eval()
 
 
-_SILENT: dict[str, Any] = {
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "dataloader_pin_memory": torch.cuda.is_available(),
-    "label_names": ["labels"],
-}
+def _arguments(**chosen: Any) -> TrainingArguments:
+    """Training arguments that write and print nothing, for one device."""
+    arguments = TrainingArguments(
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+        **chosen,
+    )
+    # The Trainer would copy the model to every GPU it sees (DataParallel), and the copies would not train.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class _Callback(TrainerCallback):
@@ -175,7 +180,7 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
     # Batches of like lengths waste no time on padding; metrics do not see the order.
     ordered = split.select(sorted(range(len(lengths)), key=lengths.__getitem__))
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(output_dir=scratch, per_device_eval_batch_size=batch_size, **_SILENT)
+        arguments = _arguments(output_dir=scratch, per_device_eval_batch_size=batch_size)
         trainer = Trainer(model=model, args=arguments, data_collator=task.collate)
         trainer.remove_callback(PrinterCallback)
         predicted = trainer.predict(ordered)

@@ -28,6 +28,8 @@ class SizedDataset(Protocol):
 
 
 Collate = Callable[[list[Any]], dict[str, Any]]
+# Takes a parameter's name, its terms over a batch, and the batch's float64 traces to add to.
+Arrived = Callable[[str, list[Term], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -86,28 +88,24 @@ class SampleGradients:
         `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary.
         """
 
-        def arrived(name: str, terms: list[Term], places: Tensor) -> None:
-            trace_B = None if traces is None else traces.new_zeros(len(places))
-            add_squares(terms, sums[name], trace_B, self._buffers)
-            if traces is not None and trace_B is not None:
-                traces.index_add_(0, places, trace_B)
+        def arrived(name: str, terms: list[Term], trace_B: Tensor) -> None:
+            add_squares(terms, sums[name], None if traces is None else trace_B, self._buffers)
 
-        self._run(order, arrived, boundaries, at_boundary, progress, description)
+        self._run(order, arrived, traces, boundaries, at_boundary, progress, description)
 
     def add_traces(self, order: Sequence[int], traces: Tensor, *, progress: bool = False) -> None:
         """Add the squared gradient norm of each ordered sample to its entry of `traces` (float64 [N])."""
 
-        def arrived(name: str, terms: list[Term], places: Tensor) -> None:
-            trace_B = traces.new_zeros(len(places))
+        def arrived(name: str, terms: list[Term], trace_B: Tensor) -> None:
             add_traces(terms, self.scored[name].shape, trace_B, self._buffers)
-            traces.index_add_(0, places, trace_B)
 
-        self._run(order, arrived, (), None, progress, "Sample traces")
+        self._run(order, arrived, traces, (), None, progress, "Sample traces")
 
     def _run(
         self,
         order: Sequence[int],
-        arrived: Callable[[str, list[Term], Tensor], None],
+        arrived: Arrived,
+        traces: Tensor | None,
         boundaries: Iterable[int],
         at_boundary: Callable[[int], None] | None,
         progress: bool,
@@ -122,17 +120,25 @@ class SampleGradients:
                     indices = list(order[start : min(start + self.batch_size, stop)])
                     if not self._checked:
                         self._check(self._batch(indices))
+                    trace_B = torch.zeros(len(indices), dtype=torch.float64, device=self._device)
                     if self._reason is None:
-                        self._by_rules(self._batch(indices), indices, arrived)
+                        self._by_rules(self._batch(indices), indices, arrived, trace_B)
                     else:
-                        self._one_by_one(indices, arrived)
+                        for n, index in enumerate(indices):
+                            self._one(index, arrived, trace_B[n : n + 1])
+                    if traces is not None:
+                        traces.index_add_(0, torch.tensor(indices), trace_B.cpu())
                     start += len(indices)
                     advance(len(indices))
                 if stop in wanted and at_boundary is not None:
                     at_boundary(stop)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        device = next(self.model.parameters()).device
+        device = self._device
         batch = self.collate_fn([self.dataset[i] for i in indices])
         if "labels" not in batch and self.objective == "label":
             raise InputError(f"sample {indices[0]}: found no labels; expected them for fisher.objective 'label'")
@@ -158,39 +164,32 @@ class SampleGradients:
                 )
         return losses
 
-    def _by_rules(
-        self,
-        batch: dict[str, Any],
-        indices: Sequence[int],
-        arrived: Callable[[str, list[Term], Tensor], None],
-    ) -> None:
+    def _by_rules(self, batch: dict[str, Any], indices: Sequence[int], arrived: Arrived, trace_B: Tensor) -> None:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        places = torch.tensor(indices)
         with (
             frozen(self.model),
             torch.enable_grad(),
-            Capture(self.model, self.scored, lambda name, terms: arrived(name, terms, places)) as capture,
+            Capture(self.model, self.scored, lambda name, terms: arrived(name, terms, trace_B)) as capture,
         ):
             losses = self._losses(_logits(capture.forward(inputs, batch_size(batch))), batch, indices)
             for i, loss_B in enumerate(losses):
                 capture.backward(loss_B, retain_graph=i + 1 < len(losses))
                 self.taken += len(indices)
 
-    def _one_by_one(self, indices: Sequence[int], arrived: Callable[[str, list[Term], Tensor], None]) -> None:
-        for index in indices:
-            one = self._batch([index])
-            inputs = {key: value for key, value in one.items() if key != "labels"}
-            with frozen(self.model, self.scored), torch.enable_grad():
-                losses = self._losses(_logits(self.model(**inputs)), one, [index])
-                for i, loss_B in enumerate(losses):
-                    gradients = torch.autograd.grad(
-                        loss_B.sum(), list(self.scored.values()), allow_unused=True, retain_graph=i + 1 < len(losses)
-                    )
-                    self.taken += 1
-                    with torch.no_grad():
-                        for name, gradient in zip(self.scored, gradients, strict=True):
-                            if gradient is not None:
-                                arrived(name, [Dense(gradient.unsqueeze(0))], torch.tensor([index]))
+    def _one(self, index: int, arrived: Arrived, trace_1: Tensor) -> None:
+        batch = self._batch([index])
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with frozen(self.model, self.scored), torch.enable_grad():
+            losses = self._losses(_logits(self.model(**inputs)), batch, [index])
+            for i, loss_1 in enumerate(losses):
+                gradients = torch.autograd.grad(
+                    loss_1.sum(), list(self.scored.values()), allow_unused=True, retain_graph=i + 1 < len(losses)
+                )
+                self.taken += 1
+                with torch.no_grad():
+                    for name, gradient in zip(self.scored, gradients, strict=True):
+                        if gradient is not None:
+                            arrived(name, [Dense(gradient.unsqueeze(0))], trace_1)
 
 
 def _logits(output: Any) -> Tensor:

@@ -27,14 +27,14 @@ def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> lis
 def sample_gradients(
     config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
 ) -> SampleGradients:
-    """Ready to take gradients of the train split's samples at `places`.
+    """Ready to take gradients of the train split's samples at `places`; moves the model to the GPU where there is one.
 
     Args:
         whole: names of the parameters that are trained outside any mask, and so are not scored.
     """
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
     return SampleGradients(
-        model,
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
         task.train.select(list(places)),
         task.collate,
         scored_parameters(model, config.fisher.include, exclude),

