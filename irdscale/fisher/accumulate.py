@@ -119,7 +119,8 @@ class SampleGradients:
                 while start < stop:
                     indices = list(order[start : min(start + self.batch_size, stop)])
                     if not self._checked:
-                        self._check(self._batch(indices))
+                        # Two samples show whether batches are safe, even where the first batch is of one.
+                        self._check(self._batch(order[: min(2, self.batch_size)]))
                     trace_B = torch.zeros(len(indices), dtype=torch.float64, device=self._device)
                     if self._reason is None:
                         self._by_rules(self._batch(indices), indices, arrived, trace_B)

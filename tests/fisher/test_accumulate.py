@@ -140,6 +140,16 @@ def test_a_model_that_mixes_samples_falls_to_one_sample(caplog: pytest.LogCaptur
     assert_same(fisher.diagonal, autograd_squares(model, rows, size=1))
 
 
+def test_a_first_batch_of_one_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, rows = Outside(direct=False, mixing=True).double(), samples()
+    gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=4)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    gradients.accumulate(range(len(rows)), sums, boundaries=[1])
+    assert "depends on the other samples" in caplog.text
+    assert_same({n: s / len(rows) for n, s in sums.items()}, autograd_squares(model, rows, size=1))
+
+
 def test_sampled_objective_does_not_depend_on_batches_and_has_the_models_distribution() -> None:
     model, rows = tiny("bert"), samples()
     alone = accumulate(model, rows, batch_size=1, objective="sampled", seed=3)
