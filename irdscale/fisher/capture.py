@@ -144,10 +144,10 @@ class Capture:
 def why_no_rules(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[str, Any]) -> str | None:
     """Why the rules would not be exact for this model, or None if they are. Takes forward passes only.
 
-    Checked on up to two samples: every module that holds a scored parameter has a rule; what it sees for a sample
-    does not depend on the other samples of the batch, in the first dimension; its inputs are not changed in place
-    afterwards; and no scored parameter is used anywhere but in the forward of such a module (counted as edges of the
-    autograd graph).
+    Checked on up to two samples: every module that holds a scored parameter has a rule; what it sees of a sample is a
+    row of the first dimension, or a run of rows, and does not depend on the other samples of the batch; its inputs
+    are not changed in place afterwards; and no scored parameter is used anywhere but in the forward of such a module
+    (counted as edges of the autograd graph).
     """
     held = holders(model, scored)
     for module, own in held.items():
@@ -164,14 +164,24 @@ def why_no_rules(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[
         return f"a batch of {size} calls {len(together)} modules, one of its samples {len(alone)}"
     for (module, x_B, y_B), (other, x_1, y_1) in zip(together, alone, strict=True):
         name = next(iter(held[module].values()))
+        rule = rule_for(module)
+        assert rule is not None
         for many, one in ((x_B, x_1), (y_B, y_1)):
-            if module is not other or one.shape[0] != 1 or many.shape[1:] != one.shape[1:]:
+            last = _last_sample(many, one, size)
+            if module is not other or last is None or (is_generic(rule) and one.shape[0] != 1):
                 return f"{name} does not see samples along its first dimension"
-            if many.shape[0] not in (size, 1):
-                return f"{name} does not see samples along its first dimension"
-            if not _close(many[-1], one[0]):
+            if not _close(last, one):
                 return f"what {name} sees of a sample depends on the other samples of the batch"
     return None
+
+
+def _last_sample(many: Tensor, one: Tensor, size: int) -> Tensor | None:
+    """The last sample's part of what a batch sees: a row, the only row of a broadcast, or its tokens of [B T, D]."""
+    if many.shape[1:] != one.shape[1:]:
+        return None
+    if many.shape[0] == one.shape[0] == 1:
+        return many
+    return many[-one.shape[0] :] if many.shape[0] == size * one.shape[0] else None
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

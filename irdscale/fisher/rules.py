@@ -62,7 +62,7 @@ Rule = Callable[[Call, Tensor, set[str]], dict[str, Term]]
 
 
 def _samples(x: Tensor, batch: int) -> Tensor:
-    """[B, ..., D] or [1, ..., D] as [B, T, D]."""
+    """[B, ..., D], [1, ..., D] or [B T, D] (the samples' tokens one after the other) as [B, T, D]."""
     x = x.expand(batch, *x.shape[1:]) if batch > 1 and x.shape[0] == 1 else x
     return x.reshape(batch, -1, x.shape[-1])
 
@@ -101,14 +101,12 @@ def _embedding(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
 def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     module = cast(nn.LayerNorm, call.module)
     shape = tuple(module.normalized_shape)
-    x = call.x.expand(dy.shape)
-    over = tuple(range(1, dy.dim() - len(shape)))
+    normal = F.layer_norm(call.x, shape, None, None, module.eps)
     terms: dict[str, Term] = {}
     if "weight" in wanted:
-        product = dy * F.layer_norm(x, shape, None, None, module.eps)
-        terms["weight"] = Dense(product.sum(over) if over else product)
+        terms["weight"] = Dense((dy * normal).reshape(call.batch, -1, *shape).sum(1))
     if "bias" in wanted:
-        terms["bias"] = Dense(dy.sum(over) if over else dy)
+        terms["bias"] = Dense(dy.reshape(call.batch, -1, *shape).sum(1))
     return terms
 
 

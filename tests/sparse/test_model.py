@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from irdscale import Mask, accumulate_fisher, merge, sparsify, top_k, unload
 from irdscale.errors import InputError
 from irdscale.sparse import base_hash, entries_of, sparse_state
+from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
 from tests.models import FAMILIES, collate, samples, tiny
 from tests.sparse.oracle import MaskedAdamW, batches, dense_masks, random_mask
@@ -98,6 +99,13 @@ def test_tied_embedding_and_head(family: str, tied: bool) -> None:
 def test_shared_layers_and_direct_uses(family: str) -> None:
     model = tiny(family)
     assert_trains_like_the_oracle(model, samples(), random_mask(model, 0.1))
+
+
+@pytest.mark.parametrize("family", [f for f in configs() if f.lower().replace("-", "") not in FAMILIES])
+def test_other_families(family: str) -> None:
+    config = configs()[family]
+    model = classifier(config)
+    assert_trains_like_the_oracle(model, rows_for(config), random_mask(model, 0.1))
 
 
 class Unusual(nn.Module):
