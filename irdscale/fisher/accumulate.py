@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
+from irdscale.files import digest
 from irdscale.fisher.capture import Capture, batch_size, frozen, why_no_rules
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
+from irdscale.fisher.ranks import add_up, failing_together, own_share, rank_and_world, same_on_every_rank
 from irdscale.fisher.rules import Buffers, Dense, Term, add_squares, add_traces
 from irdscale.progress import bar
 
@@ -78,20 +80,39 @@ class SampleGradients:
         sums: dict[str, Tensor],
         traces: Tensor | None = None,
         *,
-        boundaries: Iterable[int] = (),
+        boundaries: Collection[int] = (),
         at_boundary: Callable[[int], None] | None = None,
         progress: bool = False,
         description: str = "Fisher",
     ) -> None:
         """Add each ordered sample's squared gradient to `sums`, and to its entry of `traces` [N] where given.
 
-        `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary.
+        `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary. With
+        several ranks each takes its share of the samples, and all end with the whole sums.
         """
+
+        world, stops = rank_and_world()[1], {*boundaries, len(order)}
 
         def arrived(name: str, terms: list[Term], trace_B: Tensor) -> None:
             add_squares(terms, sums[name], None if traces is None else trace_B, self._buffers)
 
-        self._run(order, arrived, traces, boundaries, at_boundary, progress, description)
+        def reached(stop: int) -> None:
+            add_up(list(sums.values()))
+            if stop in boundaries and at_boundary is not None:
+                at_boundary(stop)
+            if stop < len(order):
+                self._keep_on_first_rank(sums)
+
+        if world > 1:
+            # What the sums hold already counts once.
+            self._keep_on_first_rank(sums)
+        self._run(order, arrived, traces, stops, reached, progress, description)
+
+    @staticmethod
+    def _keep_on_first_rank(sums: dict[str, Tensor]) -> None:
+        if rank_and_world()[0] > 0:
+            for total in sums.values():
+                total.zero_()
 
     def add_traces(self, order: Sequence[int], traces: Tensor, *, progress: bool = False) -> None:
         """Add the squared gradient norm of each ordered sample to its entry of `traces` (float64 [N])."""
@@ -111,28 +132,58 @@ class SampleGradients:
         progress: bool,
         description: str,
     ) -> None:
-        stops = sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)})
-        wanted = set(boundaries)
-        start = 0
-        with bar(description, len(order), enabled=progress) as advance:
-            for stop in stops:
-                while start < stop:
-                    indices = list(order[start : min(start + self.batch_size, stop)])
-                    if not self._checked:
-                        # Two samples show whether batches are safe, even where the first batch is of one.
-                        self._check(self._batch(order[: min(2, self.batch_size)]))
-                    trace_B = torch.zeros(len(indices), dtype=torch.float64, device=self._device)
-                    if self._reason is None:
-                        self._by_rules(self._batch(indices), indices, arrived, trace_B)
-                    else:
-                        for n, index in enumerate(indices):
-                            self._one(index, arrived, trace_B[n : n + 1])
-                    if traces is not None:
-                        traces.index_add_(0, torch.tensor(indices), trace_B.cpu())
-                    start += len(indices)
-                    advance(len(indices))
-                if stop in wanted and at_boundary is not None:
+        if not self._checked:
+            with failing_together():
+                work = self._work(order) if rank_and_world()[1] > 1 else {}
+            same_on_every_rank(work)
+            with failing_together():
+                # Two samples show whether batches are safe, even where the first batch is of one.
+                self._check(self._batch(order[: min(2, self.batch_size)]))
+        own_traces = None if traces is None else torch.zeros_like(traces)
+        taken_before, start = self.taken, 0
+        with bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance:
+            for stop in sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)}):
+                with failing_together():
+                    own = own_share(order[start:stop])
+                    for first in range(0, len(own), self.batch_size):
+                        indices = own[first : first + self.batch_size]
+                        trace_B = torch.zeros(len(indices), dtype=torch.float64, device=self._device)
+                        self._take(indices, arrived, trace_B)
+                        if own_traces is not None:
+                            own_traces.index_add_(0, torch.tensor(indices), trace_B.cpu())
+                        advance(len(indices) * rank_and_world()[1])
+                if at_boundary is not None:
                     at_boundary(stop)
+                start = stop
+        self._add_up_counts(taken_before)
+        if traces is not None and own_traces is not None:
+            add_up([own_traces])
+            traces += own_traces
+
+    def _take(self, indices: Sequence[int], arrived: Arrived, trace_B: Tensor) -> None:
+        if self._reason is None:
+            self._by_rules(self._batch(indices), indices, arrived, trace_B)
+            return
+        for n, index in enumerate(indices):
+            self._one(index, arrived, trace_B[n : n + 1])
+
+    def _add_up_counts(self, before: int) -> None:
+        taken = torch.tensor([self.taken - before])
+        add_up([taken])
+        self.taken = before + int(taken)
+
+    def _work(self, order: Sequence[int]) -> dict[str, Any]:
+        """What must be the same on every rank; of the samples, their number and the first and the last one."""
+        parameters = [[name, list(p.shape), str(p.dtype)] for name, p in self.scored.items()]
+        ends = [sorted(self._batch([i]).items()) for i in (order[0], order[-1])]
+        values = [[k, str(v.tolist() if isinstance(v, Tensor) else v)] for end in ends for k, v in end]
+        return {
+            "number of samples": len(self.dataset),
+            "data set": digest(values),
+            "model": digest(parameters),
+            "objective": f"{self.objective}, {self.token_reduction}, seed {self.seed}",
+            "batch size": self.batch_size,
+        }
 
     @property
     def _device(self) -> torch.device:
@@ -251,8 +302,9 @@ def accumulate_fisher(
     """The diagonal Fisher information of `model` over `dataset`: the mean of squared per-sample gradients.
 
     Each sample's own gradient is squared, then summed (Sung, Nair, Raffel 2021, arXiv 2111.09839, equation 3); the
-    answer does not depend on the batch size beyond float rounding. The model is put in evaluation mode for the
-    passes and left as it was found.
+    answer does not depend on the batch size or the number of ranks beyond float rounding. The model is put in
+    evaluation mode for the passes and left as it was found. With torch.distributed initialised this is collective:
+    every rank passes the same model and full data set, takes its share of the samples, and returns the whole result.
 
     Args:
         model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model).
@@ -261,13 +313,13 @@ def accumulate_fisher(
         objective: `label` (the data's labels), `sampled` (drawn from the model, by `seed` and the sample's index) or
             `expected` (over all classes, one backward pass each).
         include, exclude: regular expressions, searched in parameter names.
-        layout: one process holds the whole diagonal in either layout.
+        layout: `replicated`: every rank holds the whole diagonal; one process does in either layout.
         dtype: of the sums; squares are formed in float32 at least.
         token_reduction: for language models, a sample's loss is the mean or the sum over its target tokens.
 
     Raises:
         InputError: an unknown option, no parameter or sample is left, a sample's loss is not finite (named), or the
-            model's loss is of a kind that is not covered.
+            model's loss is of a kind that is not covered, or the ranks differ in what they were given (named).
     """
     _one_of("objective", objective, ("label", "sampled", "expected"))
     _one_of("layout", layout, ("replicated", "sharded"))
@@ -276,10 +328,8 @@ def accumulate_fisher(
         raise InputError("the data set is empty; expected at least one sample")
     if batch_size < 1:
         raise InputError(f"fisher.batch_size: found {batch_size}; expected at least 1")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise InputError(f"accumulate_fisher: found a process group of {ranks} ranks; expected one process")
+    if layout == "sharded" and rank_and_world()[1] > 1:
+        raise InputError("layout: found 'sharded' with several ranks; expected 'replicated'")
     samples = SampleGradients(
         model,
         dataset,

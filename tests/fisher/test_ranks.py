@@ -1,0 +1,137 @@
+"""Two and three ranks against one process: the same Fisher, traces and masks, and errors on all ranks at once."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from irdscale import accumulate_fisher, top_k
+from irdscale.errors import InputError, RunError
+from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.ranks import BUCKET_ENTRIES, add_up, failing_together, gather_texts, own_share, rank_and_world
+from tests.models import collate, samples, tiny
+
+COUNTS = (7, 2, 1)
+FAMILIES = ("bert", "gpt2", "deberta")
+SIZES = [7, 3, 1]
+
+
+def work() -> dict[str, Any]:
+    """What every world size must agree on."""
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        model = tiny(family)
+        for count in COUNTS:
+            rows = samples(count=7)[:count]
+            fisher = accumulate_fisher(model, rows, collate_fn=collate, batch_size=2, dtype=torch.float64)
+            found[f"{family} {count}"] = {
+                "trace": fisher.sample_trace,
+                "taken": torch.tensor(fisher.sample_gradients),
+                **fisher.diagonal,
+            }
+        gradients = SampleGradients(model, samples(count=7), collate, scored_parameters(model), batch_size=2)
+        traces = torch.zeros(7, dtype=torch.float64)
+        gradients.add_traces(range(7), traces)
+        order = traces.sort(descending=True, stable=True).indices.tolist()
+        rankings = ranked_entries_by_prefix(gradients, order, SIZES, 200, dtype=torch.float64)
+        hashes = [rankings[s].prefix(p).hash for s in SIZES for p in (200, 100, 50)]
+        found[f"{family} lattice"] = {"trace": traces, "taken": torch.tensor(gradients.taken), "hashes": hashes}
+        found[f"{family} mask"] = {"hash": [top_k(fisher, 99).hash]}
+    return found
+
+
+def one_error_for_all(rank: int, world: int) -> list[str]:
+    """Mistakes of one rank, as every rank sees them."""
+    seen = []
+    model = tiny("bert", "regression")
+
+    def attempt(rows: list[dict[str, Any]], **options: Any) -> None:
+        chosen = options.pop("model", model)
+        try:
+            accumulate_fisher(chosen, rows, collate_fn=collate, batch_size=2, **options)
+        except (InputError, RunError) as error:
+            seen.append(str(error))
+
+    rows = samples("regression", count=7)
+    attempt(rows if rank == 0 else rows[:-1])
+    attempt(rows if rank == 0 else [rows[1], *rows[1:]])
+    attempt(rows, model=model if rank == 0 else tiny("bert", "regression", hidden_size=8))
+    attempt(rows, objective="label" if rank == 0 else "sampled")
+    # Sample 1 falls to rank 1 alone.
+    attempt([rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]])
+    attempt(rows, layout="sharded")
+    try:
+        with failing_together():
+            if rank == world - 1:
+                raise MemoryError("no room")
+    except (RunError, MemoryError) as error:
+        seen.append(str(error))
+    return seen
+
+
+def on_rank(rank: int, world: int, folder: str) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    assert rank_and_world() == (rank, world)
+    shares = gather_texts(" ".join(map(str, own_share(range(5)))))
+    assert sorted(int(i) for share in shares for i in share.split()) == list(range(5))
+    # More than a bucket, two types, one tensor that is not contiguous.
+    tensors = [
+        torch.full((BUCKET_ENTRIES,), rank + 1.0),
+        torch.full((3, 2), rank + 1.0).t(),
+        torch.full((2,), rank + 1, dtype=torch.int64),
+        torch.full((5,), rank + 1.0),
+    ]
+    add_up(tensors)
+    for tensor in tensors:
+        assert bool((tensor == world * (world + 1) // 2).all())
+    torch.save({"found": work(), "errors": one_error_for_all(rank, world)}, f"{folder}/{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return work()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_agree_with_one_process(world: int, alone: dict[str, Any], tmp_path: Path) -> None:
+    mp.spawn(on_rank, args=(world, str(tmp_path)), nprocs=world)
+    results = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    for result in results:
+        assert result["found"].keys() == alone.keys()
+        for case, expected in alone.items():
+            for name, value in expected.items():
+                found = result["found"][case][name]
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-18, msg=f"{case}: {name}")
+                else:
+                    assert found == value, f"{case}: {name}"
+    expected_errors = [
+        "has another number of samples: found 6; expected 7, as on rank 0",
+        "has another data set: found",
+        "has another model: found",
+        "has another objective: found sampled, mean, seed 0; expected label, mean, seed 0",
+        "sample 1 (row 1 of its split): found a loss of nan",
+        "layout: found 'sharded' with several ranks; expected 'replicated'",
+        "no room",
+    ]
+    for result in results:
+        assert len(result["errors"]) == len(expected_errors)
+        for found, part in zip(result["errors"], expected_errors, strict=True):
+            assert part in found
+    other = results[0]["errors"]
+    assert other[0].startswith("rank 1 ")
+    assert other[4].startswith("rank 1: sample 1")
+    assert other[6] == f"rank {world - 1}: no room"
