@@ -92,12 +92,13 @@ def called(monkeypatch):
 def test_search_shows_winner_baselines_and_report(config, called, capsys, tmp_path):
     called.result = RESULT
     assert cli.run(["search", config, "search.seeds=[3,4]", "train.steps=7"]) == 0
-    ((name, (settings,), kwargs),) = called.list
+    (name, (settings,), kwargs), report = called.list
     assert (name, kwargs) == ("run_search", {"progress": True})
+    assert report == ("write_report", (tmp_path / "out",), {})
     assert settings.search.seeds == [3, 4]
     assert settings.train.steps == 7
     out, err = capsys.readouterr()
-    assert err == "chatter of a library\n"
+    assert err == "chatter of a library\n" * 2
     rows = [line.replace("│", "|") for line in out.splitlines()]
     assert "mrpc: f1, mean over 2 seed(s)" in out
     assert any(
@@ -337,7 +338,8 @@ def test_the_example_in_the_help_is_understood(called, capsys, tmp_path, monkeyp
     for command in cli.app.registered_commands:
         example = command.epilog.split("\n\n")[1].split()
         assert cli.run([*example[1:], "--json"]) == 0
-    assert len(called.list) == len(VERBS)
+    # A search writes its report too.
+    assert len(called.list) == len(VERBS) + 1
 
 
 def test_version(capsys):
@@ -451,6 +453,8 @@ def test_control_c_in_a_real_process(config):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # Where the tests run in the background, SIGINT is ignored, and processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr.readline() == "running\n"
     time.sleep(0.1)
