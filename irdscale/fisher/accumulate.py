@@ -91,8 +91,6 @@ class SampleGradients:
         several ranks each takes its share of the samples, and all end with the whole sums.
         """
 
-        world, stops = rank_and_world()[1], {*boundaries, len(order)}
-
         def arrived(name: str, terms: list[Term], trace_B: Tensor) -> None:
             add_squares(terms, sums[name], None if traces is None else trace_B, self._buffers)
 
@@ -103,10 +101,9 @@ class SampleGradients:
             if stop < len(order):
                 self._keep_on_first_rank(sums)
 
-        if world > 1:
-            # What the sums hold already counts once.
-            self._keep_on_first_rank(sums)
-        self._run(order, arrived, traces, stops, reached, progress, description)
+        # What the sums hold already counts once.
+        self._keep_on_first_rank(sums)
+        self._run(order, arrived, traces, boundaries, reached, progress, description)
 
     @staticmethod
     def _keep_on_first_rank(sums: dict[str, Tensor]) -> None:

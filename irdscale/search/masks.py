@@ -11,7 +11,7 @@ import torch
 
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_json
+from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
 from irdscale.mask import Mask
@@ -49,8 +49,10 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
     """
     index = output / "fisher" / "masks.json"
-    if index.exists():
-        return _read(index, output)
+    made_by = digest(config.model_dump(mode="json", exclude={"output"}))
+    earlier = _read(index, output, made_by) if index.exists() else None
+    if earlier is not None:
+        return earlier
     started = time.perf_counter()
     model, new = build_model(config, task, config.search.seeds[0])
     whole = trained_whole(config, model, new)
@@ -96,14 +98,18 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
             "minimum": [minimum.samples, minimum.params],
             "masks": [[pair.samples, pair.params, mask] for pair, mask in found.items()],
             "facts": facts,
+            "made_by": made_by,
         },
     )
     return SearchMasks(start, minimum, found, facts)
 
 
-def _read(index: Path, output: Path) -> SearchMasks:
+def _read(index: Path, output: Path, made_by: str) -> SearchMasks | None:
+    """The masks of an earlier run; None if another configuration, of a run that began no search, made them."""
     stored = read_json(index, "list of masks")
     try:
+        if stored["made_by"] != made_by:
+            return None
         masks = {Pair(s, p): str(mask) for s, p, mask in stored["masks"]}
         read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
     except (KeyError, TypeError, ValueError) as error:

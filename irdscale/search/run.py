@@ -14,7 +14,7 @@ from irdscale.config import RunConfig, config_changes, dump_config
 from irdscale.errors import InputError
 from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar
-from irdscale.search.ird import Pair, candidates, ird
+from irdscale.search.ird import Outcome, Pair, candidates, ird
 from irdscale.search.ledger import Ledger, read_ledger
 from irdscale.search.local import LocalRunner
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks
@@ -88,46 +88,60 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         }
         seconds["total"] = round(sum(seconds.values()), 2)
         result = {
-            "best": best,
-            "pareto": [
-                {
-                    "samples": pair.samples,
-                    "params": pair.params,
-                    "metric": outcome.means[pair],
-                    "mask": f"masks/{masks.masks[pair]}",
-                }
-                for pair in outcome.pareto
-            ],
-            "path": [
-                {"round": s.round, "samples": s.pair.samples, "params": s.pair.params, "metric": s.mean}
-                for s in outcome.path
-            ],
-            "stop": outcome.stop,
-            "baseline": baselines,
+            **_what_was_found(outcome, masks, best, baselines),
             "evaluations": evaluations,
             "reused": reused,
-            "sample_gradients": masks.facts["sample_gradients"],
-            "baseline_sample_gradients": fish["sample_gradients"],
             "training_steps": len(runner.asked) * training_steps(config.train, len(task.train)),
             "seconds": seconds,
-            "task": {
-                "name": task.name,
-                "kind": task.kind,
-                "metric": task.metric,
-                "num_labels": task.num_labels,
-                "train": len(task.train),
-                "selection": len(task.selection),
-                "test": len(task.test),
-                "origin": task.origin,
-            },
-            "model": {"path": config.model.path, **{k: masks.facts[k] for k in ("parameters", "scored", "head")}},
-            "direction": config.search.direction,
-            "config": config.model_dump(mode="json"),
-            "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
+            **_what_was_searched(config, task, masks),
         }
         write_json(result_file, result)
         runner.clear()
     return result
+
+
+def _what_was_found(
+    outcome: Outcome, masks: SearchMasks, best: dict[str, Any], baselines: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "best": best,
+        "pareto": [
+            {
+                "samples": pair.samples,
+                "params": pair.params,
+                "metric": outcome.means[pair],
+                "mask": f"masks/{masks.masks[pair]}",
+            }
+            for pair in outcome.pareto
+        ],
+        "path": [
+            {"round": s.round, "samples": s.pair.samples, "params": s.pair.params, "metric": s.mean}
+            for s in outcome.path
+        ],
+        "stop": outcome.stop,
+        "baseline": baselines,
+        "sample_gradients": masks.facts["sample_gradients"],
+        "baseline_sample_gradients": baselines["fish_random"]["sample_gradients"],
+    }
+
+
+def _what_was_searched(config: RunConfig, task: Task, masks: SearchMasks) -> dict[str, Any]:
+    return {
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "metric": task.metric,
+            "num_labels": task.num_labels,
+            "train": len(task.train),
+            "selection": len(task.selection),
+            "test": len(task.test),
+            "origin": task.origin,
+        },
+        "model": {"path": config.model.path, **{k: masks.facts[k] for k in ("parameters", "scored", "head")}},
+        "direction": config.search.direction,
+        "config": config.model_dump(mode="json"),
+        "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
+    }
 
 
 def _refuse_changes(config: RunConfig, output: Path) -> None:

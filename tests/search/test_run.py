@@ -20,6 +20,7 @@ from irdscale.errors import InputError
 from irdscale.search import local, run
 from irdscale.search.ird import Pair, lattice
 from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import build_model, load_task
@@ -195,6 +196,17 @@ def test_a_failing_candidate_is_recorded_and_the_round_goes_on(folder: Path, mon
     assert len(lame) == 2
     assert (failed[0]["samples"], failed[0]["params"]) not in {(p["samples"], p["params"]) for p in result["pareto"]}
     assert result["best"]["test_metric"] is not None
+
+
+def test_masks_of_a_run_that_died_before_it_began_are_not_taken_for_others(folder: Path) -> None:
+    output = folder / "dead"
+    config = load_config(write_config(folder), [f"output={output}", "search.max_rounds=1"])
+    masks = search_masks(config, load_task(config), output, progress=False)
+    other = load_config(write_config(folder), [f"output={output}", "search.max_rounds=1", "fisher.samples=8"])
+    again = search_masks(other, load_task(other), output, progress=False)
+    assert masks.start.samples == 16
+    assert again.start.samples == 8
+    assert search_masks(other, load_task(other), output, progress=False) == again
 
 
 KILLED = """
