@@ -18,6 +18,7 @@ from irdscale.errors import InputError
 
 Kind = Literal["sequence-classification", "regression"]
 Direction = Literal["ird", "reverse", "random"]
+Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews_correlation")
 REGRESSION_METRICS = ("pearson", "spearman")
 
@@ -86,9 +87,21 @@ class FisherConfig(Section):
     objective: Literal["label", "sampled", "expected"] = Field(
         "label", description="Labels of the data, drawn from the model, or the expectation over the model's classes."
     )
+    score: Score = Field(
+        "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
+    )
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
+
+    @model_validator(mode="after")
+    def _score_fits_objective(self) -> FisherConfig:
+        if self.objective == "expected" and self.score in ("gradient", "saliency"):
+            raise ValueError(
+                f"score: found {self.score!r} with objective 'expected', whose mean gradient is 0; "
+                f"expected objective 'label' or 'sampled'"
+            )
+        return self
 
     @field_validator("include", "exclude")
     @classmethod

@@ -11,9 +11,9 @@ import torch
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.files import write_folder, write_json
-from irdscale.fisher.accumulate import Fisher, zero_sums
+from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
-from irdscale.mask import Mask, top_k
+from irdscale.mask import Mask
 from irdscale.progress import bar
 from irdscale.sparse import load_adapter, merge, save_adapter, sparse_state
 from irdscale.tasks import build_model, load_task
@@ -31,10 +31,19 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
     samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
     scored = sum(parameter.numel() for parameter in samples.scored.values())
     k = mask_size(config, model, scored)
-    sums = zero_sums(samples.scored, sum_dtype(config))
     traces = torch.zeros(len(pool), dtype=torch.float64)
-    samples.accumulate(range(len(pool)), sums, traces, progress=progress)
-    mask = top_k(Fisher(sums, traces, samples.taken), k)
+    size = len(pool)
+    ranking = ranked_entries_by_prefix(
+        samples,
+        range(size),
+        [size],
+        k,
+        score=config.fisher.score,
+        dtype=sum_dtype(config),
+        traces=traces,
+        progress=progress,
+    )[size]
+    mask = ranking.prefix(k)
     facts = {
         "params": k,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -104,6 +104,11 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         ("fisher.samples=1e3", "fisher.samples: found 1000.0; expected a valid integer"),
         ("fisher.samples=true", "fisher.samples: found True; expected a valid integer"),
         ("fisher.objective=labl", "fisher.objective: found 'labl' (did you mean \"label\"?); expected 'label'"),
+        ("fisher.score=fihser", "fisher.score: found 'fihser' (did you mean \"fisher\"?); expected 'fisher'"),
+        (
+            "fisher={score: saliency, objective: expected}",
+            "fisher.score: found 'saliency' with objective 'expected', whose mean gradient is 0; expected objective",
+        ),
         ("task.metric=acuracy", "task.metric: found 'acuracy' (did you mean \"accuracy\"?); expected one of accuracy"),
         ("task={dataset: x, kind: regression, metric: f1}", "task.metric: found 'f1' with kind 'regression'"),
         ("train={steps: 1, epochs: 2}", "train: found both steps and epochs; expected one of them"),

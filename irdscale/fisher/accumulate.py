@@ -32,6 +32,8 @@ class SizedDataset(Protocol):
 Collate = Callable[[list[Any]], dict[str, Any]]
 # Takes a parameter's name, its terms over a batch, and the batch's float64 traces to add to.
 Arrived = Callable[[str, list[Term], Tensor], None]
+# Adds a batch's terms of one parameter to its sum, and to the batch's traces where they are wanted.
+Add = Callable[[list[Term], Tensor, Tensor | None, Buffers], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class SampleGradients:
         sums: dict[str, Tensor],
         traces: Tensor | None = None,
         *,
+        add: Add = add_squares,
         boundaries: Collection[int] = (),
         at_boundary: Callable[[int], None] | None = None,
         progress: bool = False,
@@ -88,11 +91,12 @@ class SampleGradients:
         """Add each ordered sample's squared gradient to `sums`, and to its entry of `traces` [N] where given.
 
         `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary. With
-        several ranks each takes its share of the samples, and all end with the whole sums.
+        several ranks each takes its share of the samples, and all end with the whole sums. `add` may sum something
+        other than squares.
         """
 
         def arrived(name: str, terms: list[Term], trace_B: Tensor) -> None:
-            add_squares(terms, sums[name], None if traces is None else trace_B, self._buffers)
+            add(terms, sums[name], None if traces is None else trace_B, self._buffers)
 
         def reached(stop: int) -> None:
             add_up(list(sums.values()))

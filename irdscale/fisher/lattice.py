@@ -1,7 +1,8 @@
 """The masks of a whole search from one ranking of the samples and one accumulation pass.
 
-Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples holds the Fisher
-information of every prefix on its way; and every mask of fewer entries is a prefix of the ranked entries.
+Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples holds the scores (the
+Fisher information, by default) of every prefix on its way; and every mask of fewer entries is a prefix of the ranked
+entries.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from irdscale.config import Score
 from irdscale.fisher.accumulate import Fisher, SampleGradients, zero_sums
+from irdscale.fisher.scores import entry_scores, summed
 from irdscale.mask import Ranking, rank_entries
 
 
@@ -35,31 +38,43 @@ def ranked_entries_by_prefix(
     sizes: Sequence[int],
     k: int,
     *,
+    score: Score = "fisher",
     dtype: torch.dtype = torch.float32,
     traces: Tensor | None = None,
     progress: bool = False,
 ) -> dict[int, Ranking]:
-    """For each s in `sizes`, the k entries with the most Fisher information over the first s ordered samples.
+    """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
-    One accumulation pass over the first max(sizes) samples. The mean over s and the sum order entries alike, so the
-    sums are ranked as they stand.
+    One accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. The mean over
+    s and the sum order entries alike, so the sums are ranked as they stand.
 
     Args:
         traces: float64 [N], filled with each visited sample's trace where given.
     """
+    add = summed(score)
+    if add is None:
+        if traces is not None:
+            samples.add_traces(order[: max(sizes)], traces, progress=progress)
+        ranking = _ranking(entry_scores(score, samples.scored, {}, samples.seed), k)
+        return dict.fromkeys(sizes, ranking)
     sums = zero_sums(samples.scored, dtype)
     rankings: dict[int, Ranking] = {}
 
     def snapshot(size: int) -> None:
-        rankings[size] = rank_entries(Fisher(sums, torch.zeros(0, dtype=torch.float64)), k)
+        rankings[size] = _ranking(entry_scores(score, samples.scored, sums, samples.seed), k)
 
     samples.accumulate(
         order[: max(sizes)],
         sums,
         traces,
+        add=add,
         boundaries=sizes,
         at_boundary=snapshot,
         progress=progress,
-        description="Fisher masks",
+        description="Masks",
     )
     return rankings
+
+
+def _ranking(scores: dict[str, Tensor], k: int) -> Ranking:
+    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64)), k)

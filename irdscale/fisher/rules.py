@@ -274,6 +274,20 @@ def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffer
                 trace_B[n] += torch.dot(flat, flat)
 
 
+def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
+    """total += sum_n G_n, and trace_B[n] += sum of G_n^2 where it is wanted (float64)."""
+    for term in terms:
+        term = _cast(term)
+        if isinstance(term, Outer):
+            total += (term.left_BTP.flatten(0, 1).t() @ term.right_BTQ.flatten(0, 1)).to(total.dtype)
+        elif isinstance(term, Rows):
+            total.index_add_(0, term.ids_BT.flatten(), term.grad_BTD.flatten(0, 1).to(total.dtype))
+        else:
+            total += term.grad_B.sum(0).reshape(total.shape).to(total.dtype)
+    if trace_B is not None:
+        add_traces(terms, total.shape, trace_B, buffers)
+
+
 def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: Buffers) -> None:
     """trace_B[n] += sum of G_n^2 (float64), by inner products of tokens where that is less work than forming G_n."""
     terms = _tokens_first([_cast(t) for t in terms])

@@ -74,6 +74,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         order,
         sizes,
         start.params,
+        score=config.fisher.score,
         dtype=sum_dtype(config),
         traces=traces if shuffled else None,
         progress=progress,
@@ -146,7 +147,13 @@ def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, pr
     places = draw_samples(config, task, pair.samples, "fish")
     samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
     ranking = ranked_entries_by_prefix(
-        samples, range(len(places)), [pair.samples], pair.params, dtype=sum_dtype(config), progress=progress
+        samples,
+        range(len(places)),
+        [pair.samples],
+        pair.params,
+        score=config.fisher.score,
+        dtype=sum_dtype(config),
+        progress=progress,
     )[pair.samples]
     stored = {
         "mask": keep_mask(ranking.prefix(pair.params), output),

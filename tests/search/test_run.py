@@ -149,6 +149,17 @@ def test_directions(folder: Path, direction: str) -> None:
         assert result["sample_gradients"] == 16, "a shuffle needs no traces"
 
 
+@pytest.mark.parametrize(("score", "gradients"), [("saliency", 32), ("magnitude", 16)])
+def test_scores(folder: Path, score: str, gradients: int) -> None:
+    overrides = [f"output={folder / score}", f"fisher.score={score}", "search.max_rounds=1", "search.seeds=[0]"]
+    result = run_search(load_config(write_config(folder), overrides), progress=False)
+    assert result["sample_gradients"] == gradients
+    stored = json.loads((folder / score / "fisher/masks.json").read_text())["masks"]
+    masks = {mask for _, p, mask in stored if p == result["path"][0]["params"]}
+    assert (len(masks) == 1) is (score == "magnitude"), "weights do not depend on the samples"
+    assert bool(result["reused"]) is (score == "magnitude")
+
+
 def test_changed_configurations_are_refused_by_name(finished: tuple[Path, dict[str, Any]], folder: Path) -> None:
     before = (finished[0] / "result.json").read_bytes()
     changed = load_config(folder / "toy.yaml", ["train.steps=9", "search.seeds=[0]"])
