@@ -10,7 +10,7 @@ import torch
 
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
-from irdscale.files import write_folder, write_json
+from irdscale.files import read_json, write_folder, write_json
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
 from irdscale.mask import Mask
@@ -109,6 +109,15 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     }
 
 
+def _adapted(config: RunConfig, task: Task, adapter: str) -> Any:
+    """The model with an adapter on it; a new head that is no part of the adapter is drawn as its run drew it."""
+    meta = read_json(Path(adapter) / "adapter.json", "adapter")
+    made_with = meta.get("config") if isinstance(meta, dict) else None
+    seed = made_with.get("seed") if isinstance(made_with, dict) else None
+    seed = seed if isinstance(seed, int) else config.search.seeds[0]
+    return load_adapter(build_model(config, task, seed)[0], adapter)
+
+
 def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict[str, Any]:
     """Metrics of an adapter on the selection and the test split.
 
@@ -119,7 +128,7 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
         InputError: the adapter is missing or damaged, or belongs to another base.
     """
     task = load_task(config)
-    model = load_adapter(build_model(config, task, config.search.seeds[0])[0], adapter)
+    model = _adapted(config, task, adapter)
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
     with bar("Evaluating", 2, enabled=progress) as advance:
@@ -143,7 +152,7 @@ def run_export(config: RunConfig, adapter: str, to: str) -> dict[str, Any]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"to: {to} exists; expected a new or empty folder")
     task = load_task(config)
-    model: Any = load_adapter(build_model(config, task, config.search.seeds[0])[0], adapter)
+    model = _adapted(config, task, adapter)
     params = sparse_state(model).k
     merge(model)
 

@@ -65,6 +65,20 @@ def test_evaluate_gives_what_training_said(config: RunConfig, trained: dict[str,
     assert result["params"] == trained["params"]
 
 
+def test_a_head_that_is_not_trained_whole_is_drawn_as_in_training(config: RunConfig, tmp_path: Path) -> None:
+    frozen = config.model_copy(
+        update={
+            "output": str(tmp_path),
+            "train": config.train.model_copy(update={"always_train": []}),
+            "search": config.search.model_copy(update={"seeds": [5]}),
+        }
+    )
+    result = run_train(frozen, progress=False)
+    assert result["head"] == 0
+    other_seeds = frozen.model_copy(update={"search": config.search})
+    assert run_evaluate(other_seeds, result["adapter"], progress=False)["test"] == result["test"]
+
+
 def test_export_loads_with_plain_transformers(config: RunConfig, trained: dict[str, object], tmp_path: Path) -> None:
     target = tmp_path / "merged"
     run_export(config, str(trained["adapter"]), str(target))
