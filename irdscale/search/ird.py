@@ -136,7 +136,7 @@ def ird(
         raise RunError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
     state, best, since_best = start, start, 0
     path = [Step(0, start, means[start])]
-    stop = f"{max_rounds} rounds, as max_rounds asks"
+    stop = f"max_rounds = {max_rounds} reached"
     for round_number in range(1, max_rounds + 1):
         next_pairs = candidates(state, minimum)
         if not next_pairs:
@@ -152,7 +152,7 @@ def ird(
         since_best = 0 if leader != best else since_best + 1
         best = leader
         if since_best >= patience:
-            stop = f"{patience} rounds without a new best, as patience asks"
+            stop = f"no new best for patience = {patience} rounds"
             break
     pareto = [
         best_of({pair: mean for pair, mean in means.items() if pair.params == params})

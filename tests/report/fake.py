@@ -123,7 +123,7 @@ def write_output(
                 {"round": 0, "samples": 32, "params": 40, "metric": 0.70},
                 {"round": 1, "samples": 32, "params": 20, "metric": 0.75},
             ],
-            "stop": "1 rounds, as max_rounds asks",
+            "stop": "max_rounds = 1 reached",
             "baseline": baselines,
             "evaluations": 6,
             "reused": 2,
