@@ -115,9 +115,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed run left half-written in `folder`."""
-    for path in folder.glob(".*.*"):
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Delete what killed runs left half-written of `name` (by default, of anything) in `folder`."""
+    for path in folder.glob(f".{name}.*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -98,11 +98,6 @@ def objective_losses(
         raise InputError("fisher.objective: found 'expected'; expected 'label' or 'sampled' for a language model")
 
 
-def backward_passes(objective: Objective, classes: int) -> int:
-    """Gradients taken of each sample."""
-    return classes if objective == "expected" else 1
-
-
 def _draw_targets(kind: str, logits: Tensor, labels: Tensor | None, indices: Sequence[int], seed: int) -> Tensor:
     def per_sample(draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         # A string seeds Python's generator through a hash of all its bytes; torch uses 32 bits of a seed.

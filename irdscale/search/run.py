@@ -12,7 +12,7 @@ import yaml
 
 from irdscale.config import RunConfig, config_changes, dump_config
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_atomic, write_json
+from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.search.ird import Outcome, Pair, candidates, ird
 from irdscale.search.ledger import Ledger, read_ledger
@@ -54,7 +54,9 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     masks = search_masks(config, task, output, progress)
     write_atomic(output / "config.yaml", dump_config(config))
     with Ledger(output / "ledger.jsonl") as ledger:
-        _report_resumed(ledger)
+        _clean(output)
+        if ledger.finished:
+            log.info("going on: %d evaluations are done", len(ledger.finished))
         with bar("Evaluations", _most_evaluations(config, masks), enabled=progress) as advance:
             runner = LocalRunner(config, task, ledger, output, advance)
             outcome = ird(
@@ -166,9 +168,12 @@ def _refuse_changes(config: RunConfig, output: Path) -> None:
         raise InputError(f"output: {output} holds a search with another configuration ({found}); expected a new folder")
 
 
-def _report_resumed(ledger: Ledger) -> None:
-    if ledger.finished:
-        log.info("going on: %d evaluations are done", len(ledger.finished))
+def _clean(output: Path) -> None:
+    """Remove what a killed run left half-written; only names that a search writes."""
+    for folder in ("masks", "candidates", "fisher"):
+        remove_temporaries(output / folder)
+    for name in ("config.yaml", "adapter", "result.json"):
+        remove_temporaries(output, name)
 
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
