@@ -16,7 +16,7 @@ from torch import Tensor
 
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, accumulate_fisher, scored_parameters
-from irdscale.fisher.accumulate import zero_sums
+from irdscale.fisher.accumulate import new_sums
 from irdscale.mask import top_k
 from irdscale.progress import bar
 from irdscale.sparse import entries_of, sparsify
@@ -137,13 +137,13 @@ def _bench_fisher(advance: Callable[..., None]) -> list[dict[str, Any]]:
     for name in MODELS:
         model = make_model(name)
         scored = scored_parameters(model)
-        sums = zero_sums(scored, torch.float32)
         for tokens in (128, 32):
             data = make_rows(tokens)
             batch = _collate(data)
             samples = SampleGradients(model, data, _collate, scored, batch_size=BATCH)
             traces = torch.zeros(len(data), dtype=torch.float64)
             order = range(len(data))
+            sums = new_sums(samples, order)
 
             def plain(model: Any = model, batch: Any = batch) -> None:
                 model.zero_grad(set_to_none=True)
@@ -155,7 +155,7 @@ def _bench_fisher(advance: Callable[..., None]) -> list[dict[str, Any]]:
                     model(**_collate([row])).loss.backward()
                     for parameter_name, parameter in model.named_parameters():
                         if parameter.grad is not None:
-                            sums[parameter_name].addcmul_(parameter.grad, parameter.grad)
+                            sums.tensors[parameter_name].addcmul_(parameter.grad, parameter.grad)
 
             def fisher(samples: Any = samples, order: Any = order, sums: Any = sums) -> None:
                 samples.accumulate(order, sums)

@@ -10,9 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from irdscale.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fsync_folder(folder: Path) -> None:
@@ -31,6 +34,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # safetensors reports a full disk with an error of its own; it is not imported where nothing of it is written.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise RunError(f"cannot write {path}: {error}") from error
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -53,6 +61,22 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def write_by(path: Path | str, fill: Callable[[Path], None]) -> None:
+    """Write a file atomically whose bytes `fill` writes to the path that it is given."""
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fill(temporary)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -78,6 +102,23 @@ def read_json(path: Path | str, what: str) -> Any:
         raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path}: not a {what}: {error}") from error
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        InputError: it is missing, truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {what}: {error.strerror or 'no such file'}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged {what}: {error}") from error
 
 
 def write_folder(folder: Path | str, fill: Callable[[Path], None]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_folder, write_json
+from irdscale.files import read_json, read_tensors, write_folder, write_json
+from irdscale.topk import Chosen, largest
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
@@ -106,87 +107,28 @@ class Mask:
                 raise InputError(f"mask: {name}: expected sorted, distinct indices from 0 to {numel - 1}")
 
 
-def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        InputError: it is missing, truncated or no safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror or 'no such file'}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path}: damaged {what}: {error}") from error
-
-
 def top_k(fisher: Fisher, k: int) -> Mask:
     """The mask of the k entries with the largest Fisher information, exactly; ties go by the global flat index.
 
-    The global flat index counts through the parameters in the order of `fisher.diagonal`. Non-negative floats order
-    like their bits, so the k-th value is found by histograms of 11 bits at a time, without sorting or joining.
+    The global flat index counts through the parameters in the order of `fisher.diagonal`. Collective where the Fisher
+    information is sharded: every rank gets the whole mask (see `irdscale.topk`).
 
     Raises:
         InputError: k is not within 0 and the number of entries, or an entry is NaN, infinite or negative (named).
     """
-    diagonal = fisher.gather()
-    total = sum(d.numel() for d in diagonal.values())
+    chosen, shapes = _largest(fisher, k)
+    return Mask({name: _stored(entries.index, shapes[name]) for name, entries in chosen.items()}, shapes)
+
+
+def _largest(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
+    total = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
     if not 0 <= k <= total:
         raise InputError(f"top_k: found k = {k}; expected 0 to {total}, the number of scored entries")
-    _check_scores(diagonal)
-    shapes = {name: tuple(d.shape) for name, d in diagonal.items()}
-    if k == 0:
-        return Mask({}, shapes)
-    bits = {name: _bits(d) for name, d in diagonal.items()}
-    threshold, ties = _kth_largest(list(bits.values()), k)
-    indices: dict[str, Tensor] = {}
-    for name, flat in bits.items():
-        chosen = flat > threshold
-        equal = (flat == threshold).nonzero().flatten()[:ties]
-        ties -= len(equal)
-        chosen[equal] = True
-        index = chosen.nonzero().flatten()
-        if len(index):
-            indices[name] = index.to(index_dtype(flat.numel())).cpu()
-    return Mask(indices, shapes)
+    return largest(fisher.slices(), k, shared=fisher.layout == "sharded"), fisher.shapes
 
 
-def _check_scores(diagonal: dict[str, Tensor]) -> None:
-    for name, scores in diagonal.items():
-        low, high = (float(x) for x in scores.aminmax()) if scores.numel() else (0.0, 0.0)
-        if not (low >= 0 and high < float("inf")):
-            found = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
-            raise InputError(f"{name}: found {found} Fisher information; expected finite numbers of at least 0")
-
-
-def _bits(scores: Tensor) -> Tensor:
-    """Non-negative floats as integers of the same order."""
-    flat = scores.detach().reshape(-1)
-    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    # Adding 0 turns -0.0, whose bits would order first among negatives, into 0.0.
-    return (flat + 0.0).view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
-
-
-def _kth_largest(flats: list[Tensor], k: int) -> tuple[int, int]:
-    """The k-th largest value, and how many entries equal to it are among the k largest."""
-    width = 31 if all(f.dtype == torch.int32 for f in flats) else 63
-    prefix, known, left = 0, 0, k
-    while known < width:
-        digits = min(11, width - known)
-        shift = width - known - digits
-        counts = torch.zeros(2**digits, dtype=torch.int64)
-        for flat in flats:
-            inside = flat if known == 0 else flat[(flat >> (shift + digits)) == prefix]
-            digit = (inside >> shift) & (2**digits - 1)
-            counts += torch.bincount(digit, minlength=2**digits).cpu()
-        above = counts.flip(0).cumsum(0).flip(0) - counts
-        bucket = int(((above < left) & (above + counts >= left)).nonzero()[0])
-        left -= int(above[bucket])
-        prefix, known = (prefix << digits) | bucket, known + digits
-    return prefix, left
+def _stored(index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return index.to(index_dtype(torch.Size(shape).numel()))
 
 
 @dataclass(frozen=True)
@@ -212,27 +154,20 @@ class Ranking:
         for place, (name, shape) in enumerate(self.shapes.items()):
             inside = index[parameter == place].sort().values
             if len(inside):
-                indices[name] = inside.to(index_dtype(torch.Size(shape).numel()))
+                indices[name] = _stored(inside, shape)
         return Mask(indices, self.shapes)
 
 
 def rank_entries(fisher: Fisher, k: int) -> Ranking:
     """The k entries with the largest Fisher information in descending order, by the tie rule of `top_k`."""
-    mask, diagonal = top_k(fisher, k), fisher.gather()
-    scores: list[Tensor] = []
-    parameters: list[Tensor] = []
-    flats: list[Tensor] = []
-    for place, name in enumerate(mask.shapes):
-        if name in mask.indices:
-            index = mask.indices[name].long()
-            scores.append(diagonal[name].reshape(-1)[index.to(diagonal[name].device)].cpu())
-            parameters.append(torch.full_like(index, place))
-            flats.append(index)
-    if not flats:
+    chosen, shapes = _largest(fisher, k)
+    if not chosen:
         none = torch.zeros(0, dtype=torch.int64)
-        return Ranking(none, none, mask.shapes)
-    order = torch.cat(scores).sort(descending=True, stable=True).indices
-    return Ranking(torch.cat(parameters)[order], torch.cat(flats)[order], mask.shapes)
+        return Ranking(none, none, shapes)
+    places = {name: place for place, name in enumerate(shapes)}
+    order = torch.cat([entries.scores for entries in chosen.values()]).sort(descending=True, stable=True).indices
+    parameter = torch.cat([torch.full_like(entries.index, places[name]) for name, entries in chosen.items()])
+    return Ranking(parameter[order], torch.cat([entries.index for entries in chosen.values()])[order], shapes)
 
 
 def density(mask: Mask) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Per-sample squared gradients: the Fisher diagonal, sample traces, and the masks of a whole search."""
 
-from irdscale.fisher.accumulate import Fisher, SampleGradients, accumulate_fisher, scored_parameters
+from irdscale.fisher.accumulate import accumulate_fisher, scored_parameters
+from irdscale.fisher.diagonal import Fisher
+from irdscale.fisher.gradients import SampleGradients
 
 __all__ = ["Fisher", "SampleGradients", "accumulate_fisher", "scored_parameters"]

@@ -141,6 +141,32 @@ class Capture:
             self._busy = False
 
 
+def arrival_order(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[str, Any]) -> list[str]:
+    """The scored names in the order in which a backward pass has all of each one's terms. Takes a forward pass.
+
+    A parameter is complete with the gradient of its first use, and autograd goes backwards through the uses.
+    """
+    held = holders(model, scored)
+    first: dict[str, int] = {}
+    calls = 0
+
+    def on_forward(module: nn.Module, *_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        for name in held[module].values():
+            first.setdefault(name, calls)
+
+    handles = [module.register_forward_hook(on_forward) for module in held]
+    try:
+        with frozen(model), torch.no_grad():
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = sorted(first, key=lambda name: -first[name])
+    return called + [name for name in scored if name not in first]
+
+
 def why_no_rules(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[str, Any]) -> str | None:
     """Why the rules would not be exact for this model, or None if they are. Takes forward passes only.
 

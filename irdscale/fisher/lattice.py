@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from irdscale.config import Score
-from irdscale.fisher.accumulate import Fisher, SampleGradients, zero_sums
+from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.diagonal import Fisher, Layout
+from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.resume import SavedPass
 from irdscale.fisher.scores import entry_scores, summed
 from irdscale.mask import Ranking, rank_entries
+from irdscale.ranks import rank_and_world
 
 
 def rank_samples(traces: Tensor, direction: str, seed: int) -> list[int]:
@@ -40,41 +44,58 @@ def ranked_entries_by_prefix(
     *,
     score: Score = "fisher",
     dtype: torch.dtype = torch.float32,
+    layout: Layout = "replicated",
+    offload: bool = False,
     traces: Tensor | None = None,
     progress: bool = False,
+    saved: SavedPass | None = None,
 ) -> dict[int, Ranking]:
     """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
     One accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. The mean over
-    s and the sum order entries alike, so the sums are ranked as they stand.
+    s and the sum order entries alike, so the sums are ranked as they stand. With several ranks this is collective,
+    and all get the same.
 
     Args:
+        layout, offload: of the sums, as in `accumulate_fisher`.
         traces: float64 [N], filled with each visited sample's trace where given.
+        saved: keeps the state of the pass, and the rankings that it has passed.
     """
     add = summed(score)
+    if rank_and_world()[1] == 1:
+        layout = "replicated"
     if add is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
-        ranking = _ranking(entry_scores(score, samples.scored, {}, samples.seed), k)
-        return dict.fromkeys(sizes, ranking)
-    sums = zero_sums(samples.scored, dtype)
+        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k))
+    sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
     rankings: dict[int, Ranking] = {}
 
     def snapshot(size: int) -> None:
-        rankings[size] = _ranking(entry_scores(score, samples.scored, sums, samples.seed), k)
+        ranking = _ranking(samples, score, sums.tensors, layout, k)
+        rankings[size] = ranking
+        if saved is not None:
+            saved.keep(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
 
     samples.accumulate(
         order[: max(sizes)],
         sums,
         traces,
-        add=add,
         boundaries=sizes,
         at_boundary=snapshot,
         progress=progress,
         description="Masks",
+        saved=saved,
     )
+    for size in sizes:
+        if size not in rankings:
+            assert saved is not None, "only a pass that goes on leaves a boundary out"
+            kept = saved.kept(f"ranking-{size}")
+            rankings[size] = Ranking(kept["parameter"], kept["index"], samples.shapes)
     return rankings
 
 
-def _ranking(scores: dict[str, Tensor], k: int) -> Ranking:
-    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64)), k)
+def _ranking(samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int) -> Ranking:
+    scores = entry_scores(score, samples.scored, sums, samples.seed, layout)
+    shapes = samples.shapes if layout == "sharded" else None
+    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, shapes), k)

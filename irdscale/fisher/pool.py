@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
-from irdscale.fisher.accumulate import SampleGradients, scored_parameters
+from irdscale.fisher.accumulate import scored_parameters
+from irdscale.fisher.gradients import SampleGradients
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

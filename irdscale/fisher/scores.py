@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.config import Score
-from irdscale.fisher.accumulate import Add
+from irdscale.fisher.diagonal import Layout
+from irdscale.fisher.partitioned import shape_of, whole
 from irdscale.fisher.rules import add_gradients, add_squares
+from irdscale.fisher.sums import Add
+from irdscale.ranks import slice_of
 
 
 def summed(score: Score) -> Add | None:
@@ -29,20 +32,42 @@ def summed(score: Score) -> Add | None:
 
 
 def entry_scores(
-    score: Score, scored: dict[str, nn.Parameter], sums: dict[str, Tensor], seed: int
+    score: Score, scored: dict[str, nn.Parameter], sums: dict[str, Tensor], seed: int, layout: Layout = "replicated"
 ) -> dict[str, Tensor]:
-    """The score of every entry, of at least 0, from what was summed."""
+    """The score of every entry, of at least 0, from what was summed.
+
+    Args:
+        sums: name -> the parameter's sum, or with layout `sharded` this rank's slice of it, as the scores are then.
+    """
     if score == "fisher":
         return sums
     if score == "gradient":
         return {name: total.abs() for name, total in sums.items()}
     if score == "saliency":
-        return {name: (scored[name].detach().to(total.dtype) * total).abs() for name, total in sums.items()}
+        return {
+            name: (_weights(scored[name], layout).to(total.device, total.dtype) * total).abs()
+            for name, total in sums.items()
+        }
     if score == "magnitude":
-        return {name: parameter.detach().abs() for name, parameter in scored.items()}
-    return {name: _drawn(name, parameter, seed) for name, parameter in scored.items()}
+        return {name: _weights(parameter, layout).abs() for name, parameter in scored.items()}
+    return {name: _held(_drawn(name, shape_of(p), seed), layout) for name, p in scored.items()}
 
 
-def _drawn(name: str, parameter: nn.Parameter, seed: int) -> Tensor:
+def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
+    """What this rank scores of a parameter."""
+    with whole([parameter]):
+        held = _held(parameter.detach(), layout)
+        # A partitioned parameter is gone after this.
+        return held.clone() if hasattr(parameter, "ds_tensor") else held
+
+
+def _held(tensor: Tensor, layout: Layout) -> Tensor:
+    if layout == "replicated":
+        return tensor
+    start, stop = slice_of(tensor.numel())
+    return tensor.reshape(-1)[start:stop]
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(random.Random(f"{seed}/{name}").getrandbits(32))
-    return torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)

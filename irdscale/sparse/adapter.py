@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_folder, write_json
-from irdscale.mask import Mask, read_tensors
+from irdscale.files import read_json, read_tensors, write_folder, write_json
+from irdscale.mask import Mask
 from irdscale.sparse.model import base_hash, hash_tensor, is_sparse, sparse_state, sparsify, unload
 
 FORMAT = "irdscale-adapter"

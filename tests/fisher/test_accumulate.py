@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import irdscale
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, accumulate_fisher, scored_parameters
+from irdscale.fisher.accumulate import new_sums
 from tests.fisher.oracle import brute_force
 from tests.models import FAMILIES, collate, samples, tiny
 
@@ -144,10 +145,10 @@ def test_a_first_batch_of_one_hides_nothing(caplog: pytest.LogCaptureFixture) ->
     torch.manual_seed(0)
     model, rows = Outside(direct=False, mixing=True).double(), samples()
     gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=4)
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    sums = new_sums(gradients, range(len(rows)), dtype=torch.float64)
     gradients.accumulate(range(len(rows)), sums, boundaries=[1])
     assert "depends on the other samples" in caplog.text
-    assert_same({n: s / len(rows) for n, s in sums.items()}, autograd_squares(model, rows, size=1))
+    assert_same({n: s / len(rows) for n, s in sums.tensors.items()}, autograd_squares(model, rows, size=1))
 
 
 def test_sampled_objective_does_not_depend_on_batches_and_has_the_models_distribution() -> None:

@@ -16,36 +16,64 @@ from irdscale import accumulate_fisher, top_k
 from irdscale.errors import InputError, RunError
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.fisher.ranks import BUCKET_ENTRIES, add_up, failing_together, gather_texts, own_share, rank_and_world
+from irdscale.ranks import BUCKET_ENTRIES, add_up, failing_together, gather_texts, own_share, rank_and_world
 from tests.models import collate, samples, tiny
 
 COUNTS = (7, 2, 1)
 FAMILIES = ("bert", "gpt2", "deberta")
+LAYOUTS: tuple[Any, ...] = ("replicated", "sharded")
 SIZES = [7, 3, 1]
+SCORES: tuple[Any, ...] = ("gradient", "saliency", "magnitude", "random")
+PAIRS = [(s, p) for s in SIZES for p in (200, 100, 50)]
 
 
-def work() -> dict[str, Any]:
-    """What every world size must agree on."""
+def lattice(gradients: SampleGradients, order: Any = range(7), **options: Any) -> list[str]:
+    options = {"dtype": torch.float64, **options}
+    rankings = ranked_entries_by_prefix(gradients, order, SIZES, 200, **options)
+    return [rankings[s].prefix(p).hash for s, p in PAIRS]
+
+
+def gradients_of(model: Any, **options: Any) -> SampleGradients:
+    return SampleGradients(model, samples(count=7), collate, scored_parameters(model), batch_size=2, **options)
+
+
+def work(layout: Any) -> dict[str, Any]:
+    """What every world size and layout must agree on."""
     found: dict[str, Any] = {}
     for family in FAMILIES:
         model = tiny(family)
         for count in COUNTS:
             rows = samples(count=7)[:count]
-            fisher = accumulate_fisher(model, rows, collate_fn=collate, batch_size=2, dtype=torch.float64)
+            fisher = accumulate_fisher(
+                model, rows, collate_fn=collate, batch_size=2, dtype=torch.float64, layout=layout
+            )
             found[f"{family} {count}"] = {
                 "trace": fisher.sample_trace,
                 "taken": torch.tensor(fisher.sample_gradients),
-                **fisher.diagonal,
+                **fisher.gather(),
             }
-        gradients = SampleGradients(model, samples(count=7), collate, scored_parameters(model), batch_size=2)
+        found[f"{family} mask"] = {k: top_k(fisher, k).hash for k in (0, 1, 99, 3000)}
+        gradients = gradients_of(model)
         traces = torch.zeros(7, dtype=torch.float64)
         gradients.add_traces(range(7), traces)
         order = traces.sort(descending=True, stable=True).indices.tolist()
-        rankings = ranked_entries_by_prefix(gradients, order, SIZES, 200, dtype=torch.float64)
-        hashes = [rankings[s].prefix(p).hash for s in SIZES for p in (200, 100, 50)]
+        hashes = lattice(gradients, order, layout=layout)
         found[f"{family} lattice"] = {"trace": traces, "taken": torch.tensor(gradients.taken), "hashes": hashes}
-        found[f"{family} mask"] = {"hash": [top_k(fisher, 99).hash]}
+    model = tiny("bert")
+    for score in SCORES:
+        found[score] = {"hashes": lattice(gradients_of(model), score=score, layout=layout)}
+    for objective in ("expected", "sampled"):
+        gradients = gradients_of(model, objective=objective)
+        found[objective] = {"hashes": lattice(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
+    found["offload"] = {"hashes": lattice(gradients_of(model), layout=layout, offload=True)}
+    found["float32"] = {"masks": lattice_masks(gradients_of(model), layout)}
     return found
+
+
+def lattice_masks(gradients: SampleGradients, layout: Any) -> list[torch.Tensor]:
+    """The masks by float32 sums, as entries numbered through the model."""
+    rankings = ranked_entries_by_prefix(gradients, range(7), SIZES, 200, layout=layout)
+    return [rankings[s].parameter[:p] * 10**6 + rankings[s].index[:p] for s, p in PAIRS]
 
 
 def one_error_for_all(rank: int, world: int) -> list[str]:
@@ -57,17 +85,19 @@ def one_error_for_all(rank: int, world: int) -> list[str]:
         chosen = options.pop("model", model)
         try:
             accumulate_fisher(chosen, rows, collate_fn=collate, batch_size=2, **options)
-        except (InputError, RunError) as error:
+        except (InputError, RuntimeError) as error:
             seen.append(str(error))
 
     rows = samples("regression", count=7)
     attempt(rows if rank == 0 else rows[:-1])
     attempt(rows if rank == 0 else [rows[1], *rows[1:]])
     attempt(rows, model=model if rank == 0 else tiny("bert", "regression", hidden_size=8))
+    attempt(rows, model=model if rank == 0 else tiny("bert", "regression", seed=1))
     attempt(rows, objective="label" if rank == 0 else "sampled")
-    # Sample 1 falls to rank 1 alone.
-    attempt([rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]])
-    attempt(rows, layout="sharded")
+    for layout in LAYOUTS:
+        # Sample 1 falls to rank 1 alone.
+        attempt([rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]], layout=layout)
+        attempt(rows, model=Failing(model, rank == world - 1), layout=layout)
     try:
         with failing_together():
             if rank == world - 1:
@@ -75,6 +105,30 @@ def one_error_for_all(rank: int, world: int) -> list[str]:
     except (RunError, MemoryError) as error:
         seen.append(str(error))
     return seen
+
+
+class Failing(torch.nn.Module):
+    """Breaks in the backward pass after its last layer has sent its gradient, if asked to."""
+
+    def __init__(self, model: Any, fails: bool) -> None:
+        super().__init__()
+        self.model, self.fails = model, fails
+        self.config = model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        handle = self.model.bert.register_forward_hook(self._spoil) if self.fails else None
+        try:
+            return self.model(**inputs)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _spoil(self, _module: Any, _args: Any, output: Any) -> None:
+        def fail(_gradient: Any) -> None:
+            raise RuntimeError("broken layer")
+
+        if output.pooler_output.requires_grad:
+            output.pooler_output.register_hook(fail)
 
 
 def on_rank(rank: int, world: int, folder: str) -> None:
@@ -95,14 +149,19 @@ def on_rank(rank: int, world: int, folder: str) -> None:
     add_up(tensors)
     for tensor in tensors:
         assert bool((tensor == world * (world + 1) // 2).all())
-    torch.save({"found": work(), "errors": one_error_for_all(rank, world)}, f"{folder}/{world}-{rank}.pt")
+    found = {layout: work(layout) for layout in LAYOUTS}
+    torch.save({"found": found, "errors": one_error_for_all(rank, world)}, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    return work()
+    return work("replicated")
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return len(set(a.tolist()) & set(b.tolist())) / len(a)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -110,28 +169,34 @@ def test_ranks_agree_with_one_process(world: int, alone: dict[str, Any], tmp_pat
     mp.spawn(on_rank, args=(world, str(tmp_path)), nprocs=world)
     results = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     for result in results:
-        assert result["found"].keys() == alone.keys()
-        for case, expected in alone.items():
-            for name, value in expected.items():
-                found = result["found"][case][name]
-                if isinstance(value, torch.Tensor):
-                    torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-18, msg=f"{case}: {name}")
-                else:
-                    assert found == value, f"{case}: {name}"
+        for layout in LAYOUTS:
+            found_here = result["found"][layout]
+            assert found_here.keys() == alone.keys()
+            for case, expected in alone.items():
+                for name, value in expected.items():
+                    found = found_here[case][name]
+                    if isinstance(value, torch.Tensor):
+                        torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-18, msg=f"{layout} {case}: {name}")
+                    elif case == "float32":
+                        assert min(overlap(a, b) for a, b in zip(found, value, strict=True)) >= 0.98
+                    else:
+                        assert found == value, f"{layout} {case}: {name}"
     expected_errors = [
         "has another number of samples: found 6; expected 7, as on rank 0",
         "has another data set: found",
         "has another model: found",
+        "has another model: found",
         "has another objective: found sampled, mean, seed 0; expected label, mean, seed 0",
-        "sample 1 (row 1 of its split): found a loss of nan",
-        "layout: found 'sharded' with several ranks; expected 'replicated'",
+        *["sample 1 (row 1 of its split): found a loss of nan", "broken layer"] * 2,
         "no room",
     ]
-    for result in results:
+    for rank, result in enumerate(results):
         assert len(result["errors"]) == len(expected_errors)
         for found, part in zip(result["errors"], expected_errors, strict=True):
             assert part in found
+            assert found.startswith("rank ") or rank in (1, world - 1)
     other = results[0]["errors"]
     assert other[0].startswith("rank 1 ")
-    assert other[4].startswith("rank 1: sample 1")
-    assert other[6] == f"rank {world - 1}: no room"
+    assert other[5].startswith("rank 1: sample 1")
+    assert other[6] == other[8] == f"rank {world - 1}: broken layer"
+    assert other[9] == f"rank {world - 1}: no room"

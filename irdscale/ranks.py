@@ -69,9 +69,46 @@ def _all_reduce(tensor: Tensor) -> None:
         tensor.copy_(moved)
 
 
+def slice_of(numel: int, rank: int | None = None, world: int | None = None) -> tuple[int, int]:
+    """The run of a flat tensor's entries that a rank holds of a sharded one; the last ranks may hold fewer, or none.
+
+    Args:
+        rank, world: this rank, and as many as there are, unless given.
+    """
+    own, ranks = rank_and_world()
+    rank, world = own if rank is None else rank, ranks if world is None else world
+    share = -(-numel // world)
+    return min(rank * share, numel), min((rank + 1) * share, numel)
+
+
+def gather_flat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Every rank's flat tensor, joined by rank, on every rank.
+
+    Args:
+        lengths: how long each rank's is.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return tensor
+    padded = torch.zeros(max(lengths), dtype=tensor.dtype, device=_device())
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
+
+
 def _device() -> torch.device:
     """Where the process group takes tensors from."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def largest_of(numbers: Sequence[int]) -> list[int]:
+    """The largest of every rank's numbers, place by place."""
+    if rank_and_world()[1] == 1:
+        return [int(n) for n in numbers]
+    tensor = torch.tensor([int(n) for n in numbers], dtype=torch.int64, device=_device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def gather_texts(text: str) -> list[str]:
@@ -104,6 +141,8 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
+    if not largest_of([own is not None])[0]:
+        return
     texts = gather_texts("" if own is None else f"{int(isinstance(own, InputError))}{own or type(own).__name__}")
     if own is not None:
         raise own

@@ -1,0 +1,466 @@
+"""Passes over chosen samples that deliver each one's gradients: exact for batches where the rules allow it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.errors import InputError
+from irdscale.files import digest
+from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
+from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
+from irdscale.fisher.partitioned import device_of, gathering, is_partitioned, shape_of
+from irdscale.fisher.resume import PassState, SavedPass
+from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
+from irdscale.fisher.sums import Sums
+from irdscale.progress import Advance, bar
+from irdscale.ranks import (
+    add_up,
+    failing_together,
+    gather_texts,
+    largest_of,
+    own_share,
+    rank_and_world,
+    same_on_every_rank,
+)
+from irdscale.watch import watched
+
+log = logging.getLogger(__name__)
+
+# Batches between two moments in which ranks that need not keep step hear of each other's errors.
+BATCHES_BETWEEN = 16
+# Samples and entries of each parameter by which ranks, or a run and its continuation, are compared.
+COMPARED_SAMPLES = 8
+COMPARED_ENTRIES = 64
+
+
+class SizedDataset(Protocol):
+    """Anything with a length and rows, such as a datasets.Dataset or a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+Arrived = Callable[[str, list[Term]], None]
+
+
+class Sink(Protocol):
+    """What takes a pass's gradients; `in_step` says that all ranks must make the same number of backward passes."""
+
+    @property
+    def in_step(self) -> bool: ...
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None: ...
+    def end_backward(self) -> None: ...
+
+
+@dataclass
+class _SumsSink:
+    sums: Sums
+    traced: bool
+
+    @property
+    def in_step(self) -> bool:
+        return self.sums.in_step
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None:
+        self.sums.arrive(name, terms, trace_B if self.traced else None)
+
+    def end_backward(self) -> None:
+        self.sums.end_backward()
+
+
+@dataclass
+class _TraceSink:
+    shapes: dict[str, tuple[int, ...]]
+    buffers: Buffers
+    in_step: bool = False
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None:
+        add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
+
+    def end_backward(self) -> None:
+        pass
+
+
+@dataclass
+class _Batch:
+    """Samples to take, and what an attempt that ran out of memory has delivered of them: (backward pass, name)."""
+
+    indices: list[int]
+    delivered: set[tuple[int, str]] = field(default_factory=set)
+
+
+@dataclass
+class SampleGradients:
+    """One model and data set, ready for passes over chosen samples.
+
+    A pass is exact for batches by the rules of `irdscale.fisher.rules` where `why_no_rules` finds nothing against
+    them, and takes one sample per backward otherwise, which the log says. A batch that does not fit in memory is
+    halved, and all that follow, which the log says too.
+
+    Attributes:
+        taken: gradients of single samples taken so far, by all ranks.
+    """
+
+    model: nn.Module
+    dataset: SizedDataset
+    collate_fn: Collate
+    scored: dict[str, nn.Parameter]
+    batch_size: int = 8
+    objective: Objective = "label"
+    token_reduction: TokenReduction = "mean"
+    seed: int = 0
+    taken: int = 0
+    _work: dict[str, Any] | None = None
+    _reason: str | None = None
+    _passes: int = 1
+    _fits: int = 0
+    _arriving: bool = False
+    _buffers: Buffers = field(default_factory=Buffers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """name -> shape of every scored parameter."""
+        return {name: shape_of(p) for name, p in self.scored.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return device_of(self.model)
+
+    def accumulate(
+        self,
+        order: Sequence[int],
+        sums: Sums,
+        traces: Tensor | None = None,
+        *,
+        boundaries: Collection[int] = (),
+        at_boundary: Callable[[int], None] | None = None,
+        progress: bool = False,
+        description: str = "Fisher",
+        saved: SavedPass | None = None,
+    ) -> None:
+        """Add each ordered sample's terms to `sums`, and its squared gradient to its entry of `traces` [N] if given.
+
+        `at_boundary(s)` is called when exactly the first s samples are in the sums; no batch crosses a boundary. With
+        several ranks each takes its share of the samples, and all end with the sums complete.
+
+        Args:
+            saved: keeps the state of the pass now and then; one that was interrupted goes on from there.
+        """
+        sink = _SumsSink(sums, traces is not None)
+        with watched():
+            self._run(order, sink, sums, traces, boundaries, at_boundary, progress, description, saved)
+
+    def add_traces(
+        self, order: Sequence[int], traces: Tensor, *, progress: bool = False, saved: SavedPass | None = None
+    ) -> None:
+        """Add the squared gradient norm of each ordered sample to its entry of `traces` (float64 [N])."""
+        with watched():
+            sink = _TraceSink(self.shapes, self._buffers)
+            self._run(order, sink, None, traces, (), None, progress, "Sample traces", saved)
+
+    def arrival_order(self, index: int) -> list[str]:
+        """The scored names in the order in which a backward pass delivers them, the same on every rank."""
+        with gathering(self.model):
+            names = arrival_order(self.model, self.scored, self._batch([index]))
+        return gather_texts("\n".join(names))[0].split("\n")
+
+    def prepare(self, order: Sequence[int]) -> dict[str, Any]:
+        """Check, once, that all ranks were given the same work, and whether the rules are exact for this model.
+
+        Returns:
+            What identifies the work.
+
+        Raises:
+            InputError: a rank was given other work, or a sample has no labels.
+        """
+        if self._work is None:
+            with failing_together():
+                work = self._describe(order)
+            same_on_every_rank(work)
+            # Two samples show whether batches are safe, even where the first batch is of one.
+            with gathering(self.model):
+                self._check(self._batch(order[: min(2, self.batch_size)]))
+            work["entries"] = gather_texts(digest(self._first_entries()))[0]
+            self._work = work
+        return self._work
+
+    def _describe(self, order: Sequence[int]) -> dict[str, Any]:
+        """What must be the same on every rank; of the samples, their number and some that are spread over them."""
+        parameters = [[name, list(shape_of(p)), str(p.dtype)] for name, p in self.scored.items()]
+        entries = [] if is_partitioned(self.model) else self._first_entries()
+        some = [order[len(order) * i // COMPARED_SAMPLES] for i in range(COMPARED_SAMPLES)] + [order[-1]]
+        rows = [sorted(self._batch([i]).items()) for i in dict.fromkeys(some)]
+        values = [[k, str(v.tolist() if isinstance(v, Tensor) else v)] for row in rows for k, v in row]
+        return {
+            "number of samples": len(self.dataset),
+            "data set": digest(values),
+            "model": digest([parameters, entries]),
+            "objective": f"{self.objective}, {self.token_reduction}, seed {self.seed}",
+            "batch size": self.batch_size,
+        }
+
+    def _first_entries(self) -> list[list[float]]:
+        """Some of each parameter's entries, from this rank's part of a partitioned one."""
+        parts = [getattr(p, "ds_tensor", p).detach().reshape(-1)[:COMPARED_ENTRIES] for p in self.scored.values()]
+        # As bits: a NaN is a number like any other here.
+        return [part.double().cpu().view(torch.int64).tolist() for part in parts]
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        self._reason = why_no_rules(self.model, self.scored, batch)
+        self._fits = self.batch_size if self._reason is None else 1
+        if self._reason is not None and rank_and_world()[0] == 0:
+            log.warning("Fisher takes one sample per backward: %s", self._reason)
+        if self.objective == "expected":
+            with frozen(self.model), torch.no_grad():
+                self._passes = _logits(self.model(**_inputs(batch))).reshape(batch_size(batch), -1).shape[1]
+
+    def _run(
+        self,
+        order: Sequence[int],
+        sink: Sink,
+        sums: Sums | None,
+        traces: Tensor | None,
+        boundaries: Collection[int],
+        at_boundary: Callable[[int], None] | None,
+        progress: bool,
+        description: str,
+        saved: SavedPass | None,
+    ) -> None:
+        work = self.prepare(order)
+        own_traces = torch.zeros(0 if traces is None else len(traces), dtype=torch.float64)
+        state = PassState(own_traces, {} if sums is None else sums.tensors)
+        if sums is not None:
+            sums.go_on()
+        if saved is not None:
+            layout = "replicated" if sums is None else sums.layout
+            saved.load(
+                state, {**work, "order": digest(list(order)), "pass": description, "layout": layout}, self.shapes
+            )
+        begin = 0
+        with (
+            gathering(self.model),
+            bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance,
+        ):
+            advance(state.done)
+            for stop in sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)}):
+                if state.stop < stop:
+                    state.stop, state.left = stop, own_share(order[begin:stop])
+                begin = stop
+                if state.stop > stop:
+                    continue
+                self._take_all(state, sink, order[0], advance, saved)
+                if saved is not None and sums is None:
+                    saved.save(state)
+                if sums is not None:
+                    sums.complete()
+                if stop in boundaries and at_boundary is not None:
+                    at_boundary(stop)
+                if sums is not None and stop < len(order):
+                    sums.go_on()
+        taken = torch.tensor([state.taken])
+        add_up([taken])
+        self.taken += int(taken)
+        if traces is not None:
+            add_up([own_traces])
+            traces += own_traces
+
+    def _take_all(self, state: PassState, sink: Sink, anyone: int, advance: Advance, saved: SavedPass | None) -> None:
+        """Take this rank's samples of a segment; in step with the others where the sink or the model asks for it."""
+        world = rank_and_world()[1]
+        partitioned = world > 1 and is_partitioned(self.model)
+        in_step = partitioned or sink.in_step
+        again: list[_Batch] = []
+        while True:
+            # Ranks of a partitioned model agree inside a pass; one that fails elsewhere ends alone, and is noticed.
+            with nullcontext() if partitioned else failing_together():
+                for _ in range(1 if in_step else BATCHES_BETWEEN):
+                    if again:
+                        batch = again.pop()
+                    elif state.left:
+                        batch = _Batch(state.left[: self._fits])
+                        del state.left[: self._fits]
+                    else:
+                        batch = None
+                    if batch is not None:
+                        again += self._take(batch, sink, state)
+                        advance(world * len(batch.indices))
+                    elif partitioned:
+                        self._backward(_Batch([anyone]), _Nothing(sink), torch.zeros(1, dtype=torch.float64))
+                    elif in_step:
+                        self._send_nothing(sink, self._passes)
+                    else:
+                        break
+            more, busy, due = largest_of([bool(state.left or again), bool(again), saved is not None and saved.due()])
+            if saved is not None and due and not busy:
+                saved.save(state)
+            if not more:
+                return
+
+    def _take(self, batch: _Batch, sink: Sink, state: PassState) -> list[_Batch]:
+        """Deliver a batch's gradients; if it does not fit in memory, returns its halves."""
+        trace_B = torch.zeros(len(batch.indices), dtype=torch.float64, device=self.device)
+        halves: list[_Batch] = []
+        try:
+            self._backward(batch, sink, trace_B)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            halves = self._halves(batch, error)
+        if len(state.traces):
+            state.traces.index_add_(0, torch.tensor(batch.indices), trace_B.cpu())
+        if not halves:
+            state.taken += self._passes * len(batch.indices)
+        return halves
+
+    def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
+        size = len(batch.indices)
+        apart = rank_and_world()[1] > 1 and is_partitioned(self.model)
+        if size == 1 or self._arriving or apart:
+            raise InputError(
+                f"fisher.batch_size: a batch of {size} does not fit in memory; expected a smaller one, "
+                f"shorter samples, or more ranks with layout 'sharded'"
+            ) from error
+        if self._fits > size // 2:
+            self._fits = size // 2
+            log.warning("fisher.batch_size: %d does not fit in memory; going on with %d", size, self._fits)
+        parts = (batch.indices[: size // 2], batch.indices[size // 2 :])
+        return [_Batch(part, set(batch.delivered)) for part in parts]
+
+    def _backward(self, batch: _Batch, sink: Sink, trace_B: Tensor) -> None:
+        """One forward, and a backward pass for each loss; what fails in step still sends what the others wait for."""
+        ended = 0
+
+        def arrive(name: str, terms: list[Term]) -> None:
+            if (ended, name) not in batch.delivered:
+                self._arriving = True
+                sink.arrive(name, terms, trace_B)
+                self._arriving = False
+                batch.delivered.add((ended, name))
+
+        def end() -> None:
+            nonlocal ended
+            sink.end_backward()
+            ended += 1
+
+        self._arriving = False
+        try:
+            if self._reason is None:
+                self._by_rules(batch.indices, arrive, end)
+            else:
+                self._one(batch.indices[0], arrive, end)
+        except Exception:
+            if not is_partitioned(self.model):
+                self._send_nothing(sink, self._passes - ended)
+            raise
+
+    @staticmethod
+    def _send_nothing(sink: Sink, passes: int) -> None:
+        for _ in range(passes):
+            sink.end_backward()
+
+    def _agree(self) -> AbstractContextManager[None]:
+        """Before ranks gather parameters together, they hear of what went wrong on one."""
+        return failing_together() if is_partitioned(self.model) else nullcontext()
+
+    def _by_rules(self, indices: Sequence[int], arrive: Arrived, end: Callable[[], None]) -> None:
+        with self._agree():
+            batch = self._batch(indices)
+        with (
+            frozen(self.model),
+            torch.enable_grad(),
+            Capture(self.model, self.scored, arrive) as capture,
+        ):
+            logits = _logits(capture.forward(_inputs(batch), batch_size(batch)))
+            with self._agree():
+                losses = self._losses(logits, batch, indices)
+            for i, loss_B in enumerate(losses):
+                capture.backward(loss_B, retain_graph=i + 1 < len(losses))
+                end()
+
+    def _one(self, index: int, arrive: Arrived, end: Callable[[], None]) -> None:
+        """A sample's own backward pass; each gradient is delivered, and dropped, as soon as it is whole."""
+        with self._agree():
+            batch = self._batch([index])
+
+        def deliver(name: str, parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad, None
+            with torch.no_grad():
+                arrive(name, [Dense(gradient.unsqueeze(0))])
+
+        with frozen(self.model, self.scored), torch.enable_grad(), ExitStack() as cleaning:
+            for name, parameter in self.scored.items():
+                cleaning.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+                handle = parameter.register_post_accumulate_grad_hook(partial(deliver, name))
+                cleaning.callback(handle.remove)
+            logits = _logits(self.model(**_inputs(batch)))
+            with self._agree():
+                losses = self._losses(logits, batch, [index])
+            for i, loss_1 in enumerate(losses):
+                if loss_1.requires_grad:
+                    loss_1.sum().backward(retain_graph=i + 1 < len(losses))
+                end()
+
+    def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = self.collate_fn([self.dataset[i] for i in indices])
+        if "labels" not in batch and self.objective == "label":
+            raise InputError(f"sample {indices[0]}: found no labels; expected them for fisher.objective 'label'")
+        device = self.device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    def _losses(self, logits: Tensor, batch: dict[str, Any], indices: Sequence[int]) -> list[Tensor]:
+        labels = batch.get("labels")
+        kind = loss_kind(self.model, logits, logits.new_zeros(len(logits)) if labels is None else labels)
+        losses = list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, self.token_reduction))
+        for loss_B in losses:
+            bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                row = self.dataset[indices[bad[0]]]
+                row = f" (row {row['row']} of its split)" if isinstance(row, dict) and "row" in row else ""
+                raise InputError(
+                    f"sample {indices[bad[0]]}{row}: found a loss of {loss_B[bad[0]].item()}; expected a finite number"
+                )
+        return losses
+
+
+@dataclass
+class _Nothing:
+    """Takes a pass that is made only because other ranks gather parameters in theirs."""
+
+    sink: Sink
+    in_step: bool = True
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None:
+        pass
+
+    def end_backward(self) -> None:
+        self.sink.end_backward()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The allocator of main memory raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output.logits if hasattr(output, "logits") else output
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the model's output is {type(output).__name__}; expected one with logits")
+    return logits

@@ -1,0 +1,83 @@
+"""Models whose parameters DeepSpeed ZeRO-3 keeps in partitions over the ranks, and those that it has not touched.
+
+A partitioned parameter is empty but for the moments in which its module runs, so its shape is read from DeepSpeed's
+own record, and its values only inside `whole`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside a DeepSpeed engine or DistributedDataParallel, whose own forward would do more than compute."""
+    while type(model).__name__ in ("DeepSpeedEngine", "DistributedDataParallel"):
+        model = model.module
+    return model
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed has made partitions of the parameters."""
+    return any(hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The whole parameter's shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def numel_of(parameter: Tensor) -> int:
+    """Entries of the whole parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes."""
+    parameter = next(model.parameters())
+    if hasattr(parameter, "ds_tensor") and torch.cuda.is_available():
+        # Partitions may be kept in main memory, and are gathered on the GPU.
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+@contextmanager
+def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gather partitioned parameters for reading; collective if there are any."""
+    if not any(hasattr(p, "ds_tensor") for p in parameters):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([p for p in parameters if hasattr(p, "ds_tensor")]):
+        yield
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Have a partitioned model's modules gather their parameters when they run.
+
+    A DeepSpeed engine's model does so already; for one that was only loaded into partitions the hooks are set here
+    and removed at the end.
+    """
+    if not is_partitioned(model) or "pre_bwd_fn" in model.__dict__:
+        yield
+        return
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.utils.timer import NoopTimer
+
+    offload = DeepSpeedZeRoOffload(model, NoopTimer(), {}, param_persistence_threshold=0)
+    try:
+        yield
+    finally:
+        offload.partition_all_parameters()
+        offload.destroy()
+        for module in model.modules():
+            if "_original_parameters" in module.__dict__:
+                module._parameters = module.__dict__.pop("_original_parameters")
+            for attribute in ("pre_bwd_fn", "post_bwd_fn", "ds_inflight_param_registry"):
+                module.__dict__.pop(attribute, None)

@@ -1,0 +1,185 @@
+"""Where squared gradients are summed: in whole tensors on each rank, or in slices over the ranks.
+
+Both take a parameter's terms as they arrive during a backward pass. Whole sums differ from rank to rank until
+`complete`; slices are reduce-scattered layer by layer while the backward goes on, and hold all ranks' samples always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from irdscale.fisher.diagonal import Fisher, Layout, Shapes
+from irdscale.fisher.rules import Buffers, Term
+from irdscale.ranks import add_up, rank_and_world, slice_of
+
+# Adds a batch's terms of one parameter to its sum, and to the batch's traces where they are wanted.
+Add = Callable[[list[Term], Tensor, Tensor | None, Buffers], None]
+
+
+def _reduce_scatter(own: Tensor, whole: Tensor) -> dist.Work:
+    # torch 2.13 renamed it.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    work: dist.Work = reduce_scatter(own, whole, async_op=True)
+    return work
+
+
+class Sums(Protocol):
+    """What a pass over samples adds to.
+
+    Attributes:
+        tensors: name -> this rank's part, in the parameter's shape or flat.
+        layout: which of the two.
+        in_step: whether all ranks must make the same number of backward passes.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: Layout
+    in_step: bool
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
+        """Take one parameter's terms over a batch."""
+
+    def end_backward(self) -> None:
+        """One backward pass is over; what did not arrive had no gradient."""
+
+    def complete(self) -> None:
+        """Make the sums those of all ranks' samples."""
+
+    def go_on(self) -> None:
+        """More samples follow after `complete`."""
+
+    def fisher(self, traces: Tensor, taken: int) -> Fisher:
+        """The sums as they stand."""
+
+
+class WholeSums:
+    """Each rank's own samples, in tensors of the parameters' shapes.
+
+    Args:
+        offload: the sums are kept in main memory; each layer's batch sum is made beside the model, then moved.
+    """
+
+    layout: Layout = "replicated"
+    in_step = False
+
+    def __init__(
+        self, shapes: Shapes, dtype: torch.dtype, device: torch.device, add: Add, offload: bool = False
+    ) -> None:
+        where = torch.device("cpu") if offload else device
+        self.tensors = {name: torch.zeros(shape, dtype=dtype, device=where) for name, shape in shapes.items()}
+        self._add, self._buffers = add, Buffers()
+        self._device, self._offload, self._batch_sums = device, offload, Buffers()
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
+        total = self.tensors[name]
+        if not self._offload:
+            self._add(terms, total, trace_B, self._buffers)
+            return
+        batch_sum = self._batch_sums.take(total.shape, total.new_empty(0, device=self._device)).zero_()
+        self._add(terms, batch_sum, trace_B, self._buffers)
+        total += batch_sum.cpu()
+
+    def end_backward(self) -> None:
+        pass
+
+    def complete(self) -> None:
+        add_up(list(self.tensors.values()))
+
+    def go_on(self) -> None:
+        # What the sums hold already counts once.
+        if rank_and_world()[0] > 0:
+            for total in self.tensors.values():
+                total.zero_()
+
+    def fisher(self, traces: Tensor, taken: int) -> Fisher:
+        return Fisher(self.tensors, traces, taken)
+
+
+class ShardedSums:
+    """All ranks' samples; this rank holds 1 / world size of each parameter's entries.
+
+    A batch's sum of one layer is made in a buffer and reduce-scattered, asynchronously, as soon as it is there. The
+    buffers on their way are never larger together than the largest layer.
+
+    Args:
+        order: every scored name, in the order in which all ranks send them: a backward pass delivers them so.
+        offload: the slices are kept in main memory.
+    """
+
+    layout: Layout = "sharded"
+    in_step = True
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        device: torch.device,
+        add: Add,
+        order: list[str],
+        offload: bool = False,
+    ) -> None:
+        self._shapes, self._order, self._device, self._dtype = shapes, order, device, dtype
+        self._numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        self._world = rank_and_world()[1]
+        where = torch.device("cpu") if offload else device
+        self.tensors = {}
+        for name, numel in self._numel.items():
+            start, stop = slice_of(numel)
+            self.tensors[name] = torch.zeros(stop - start, dtype=dtype, device=where)
+        self._largest = max(self._padded(name) for name in shapes)
+        self._add, self._buffers = add, Buffers()
+        self._ready: dict[str, Tensor] = {}
+        self._sent: list[tuple[dist.Work, str, Tensor, Tensor]] = []
+        self._next = 0
+
+    def _padded(self, name: str) -> int:
+        return -(-self._numel[name] // self._world) * self._world
+
+    def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
+        buffer = self._room(name)
+        self._add(terms, buffer[: self._numel[name]].view(self._shapes[name]), trace_B, self._buffers)
+        self._ready[name] = buffer
+        while self._next < len(self._order) and self._order[self._next] in self._ready:
+            self._send(self._ready.pop(self._order[self._next]))
+
+    def _room(self, name: str) -> Tensor:
+        """A buffer of zeros, when those on their way leave room for it."""
+        while self._sent and sum(len(buffer) for _, _, buffer, _ in self._sent) + self._padded(name) > self._largest:
+            self._receive()
+        return torch.zeros(self._padded(name), dtype=self._dtype, device=self._device)
+
+    def _send(self, buffer: Tensor) -> None:
+        name = self._order[self._next]
+        own = torch.empty(len(buffer) // self._world, dtype=self._dtype, device=self._device)
+        work = _reduce_scatter(own, buffer)
+        self._sent.append((work, name, buffer, own))
+        self._next += 1
+
+    def _receive(self) -> None:
+        work, name, _, own = self._sent.pop(0)
+        work.wait()
+        part = self.tensors[name]
+        part += own[: len(part)].to(part.device)
+
+    def end_backward(self) -> None:
+        while self._next < len(self._order):
+            name = self._order[self._next]
+            ready = self._ready.pop(name, None)
+            self._send(self._room(name) if ready is None else ready)
+        while self._sent:
+            self._receive()
+        self._next = 0
+
+    def complete(self) -> None:
+        pass
+
+    def go_on(self) -> None:
+        pass
+
+    def fisher(self, traces: Tensor, taken: int) -> Fisher:
+        return Fisher(self.tensors, traces, taken, "sharded", self._shapes)
