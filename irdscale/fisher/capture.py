@@ -7,11 +7,13 @@ backward pass costs the gradients of the inputs alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from irdscale.fisher.rules import Call, Rule, Term, is_generic, rule_for
 
@@ -34,16 +36,25 @@ def rows_of(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
 
 @contextmanager
 def frozen(model: nn.Module, train_only: dict[str, nn.Parameter] | None = None) -> Iterator[None]:
-    """Evaluation mode, with gradients for the parameters of `train_only` alone; everything is put back at the end."""
+    """Evaluation mode, with gradients for the parameters of `train_only` alone; everything is put back at the end.
+
+    Generation caches are off: they hold copies of every layer's keys and values, and grow when a layer runs again.
+    """
     wanted = {id(p) for p in (train_only or {}).values()}
     before = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", False)
     try:
         model.eval()
+        if cached:
+            config.use_cache = False  # type: ignore[union-attr]
         for p, _ in before:
             p.requires_grad_(id(p) in wanted)
         yield
     finally:
+        if cached:
+            config.use_cache = cached  # type: ignore[union-attr]
         for p, required in before:
             p.requires_grad_(required)
         for module, mode in modes:
@@ -65,7 +76,8 @@ class Capture:
     """Hooks on the modules that hold scored parameters.
 
     `forward` runs the model; each backward pass over its output then calls `arrived(name, terms)` once for each
-    scored parameter that the loss depends on, as soon as its last use has been passed.
+    scored parameter that the loss depends on, as soon as its last use has been passed. Where the user has turned on
+    gradient checkpointing, layers keep only their inputs and run again in the backward pass.
     """
 
     def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter], arrived: Arrived) -> None:
@@ -82,17 +94,25 @@ class Capture:
         self._left: dict[str, int] = {}
         self._terms: dict[str, list[Term]] = {}
         self._busy = False
-        self._handles: list[Any] = []
+        self._in_backward = False
+        self._cleaning = ExitStack()
 
     def __enter__(self) -> Capture:
         for module in self._held:
-            self._handles.append(module.register_forward_hook(self._on_forward, with_kwargs=True))
+            handle = module.register_forward_hook(self._on_forward, with_kwargs=True)
+            self._cleaning.callback(handle.remove)
+        layers = checkpointed_layers(self._model)
+        for layer in layers:
+            vars(layer)["forward"] = partial(_recomputed, layer.forward)
+            self._cleaning.callback(vars(layer).pop, "forward")
+        if layers:
+            # A layer runs again only for inputs that want a gradient.
+            embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+            self._cleaning.callback(embedding.register_forward_hook(_wanting_gradient).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._cleaning.close()
 
     def forward(self, inputs: dict[str, Any], size: int) -> Any:
         """Run the model on a batch of `size` samples."""
@@ -102,8 +122,12 @@ class Capture:
     def backward(self, losses_B: Tensor, *, retain_graph: bool = False) -> None:
         """Back-propagate each sample's loss, delivering every parameter's terms."""
         self._left, self._terms = dict(self._uses), {}
-        if losses_B.requires_grad:
-            losses_B.sum().backward(retain_graph=retain_graph)
+        self._in_backward = True
+        try:
+            if losses_B.requires_grad:
+                losses_B.sum().backward(retain_graph=retain_graph)
+        finally:
+            self._in_backward = False
         # Uses that the loss does not depend on send nothing back.
         for name in list(self._terms):
             self._arrived(name, self._terms.pop(name))
@@ -111,11 +135,15 @@ class Capture:
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._busy:
             return None
-        for name in self._held[module].values():
-            self._uses[name] = self._uses.get(name, 0) + 1
+        if not self._in_backward:
+            for name in self._held[module].values():
+                self._uses[name] = self._uses.get(name, 0) + 1
         if self._size > 1 and output.shape[0] == 1:
             # Computed once and broadcast over the batch, as position embeddings: one row for each sample.
             output = output.expand(self._size, *output.shape[1:])
+        if not torch.is_grad_enabled():
+            # A layer that will run again: its terms come then.
+            return output
         if not output.requires_grad:
             # A clone, for the model may go on in place, which a leaf forbids.
             output = output.detach().requires_grad_().clone()
@@ -139,6 +167,30 @@ class Capture:
                         self._arrived(name, self._terms.pop(name))
         finally:
             self._busy = False
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers for which gradient checkpointing is on (`model.gradient_checkpointing_enable()`)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a layer without keeping what is inside; transformers itself does so only in training mode."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    names = list(kwargs)
+
+    def run(*values: Any) -> Any:
+        return forward(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+
+    # The reentrant kind runs the layer's own backward pass after running it again: hooks see both as ever.
+    return checkpoint(run, *args, *kwargs.values(), use_reentrant=True, preserve_rng_state=False)
+
+
+def _wanting_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_().clone()
 
 
 def arrival_order(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
     if not any(hasattr(p, "ds_tensor") for p in parameters):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([p for p in parameters if hasattr(p, "ds_tensor")]):
         yield

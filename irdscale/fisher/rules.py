@@ -7,6 +7,8 @@ is squared only then.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+
+from irdscale.fisher.partitioned import whole
 
 
 @dataclass
@@ -112,9 +116,8 @@ def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
 
 def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     """Vector-Jacobian product of the module alone, vmapped over samples."""
-    module, batch = call.module, call.batch
+    module, batch = _without_hooks(call.module), call.batch
     names = sorted(wanted)
-    parameters = {name: module._parameters[name].detach() for name in names}  # type: ignore[union-attr]
     values = [*call.args, *call.kwargs.values()]
     keys = list(call.kwargs)
     mapped = [isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] in (batch, 1) for v in values]
@@ -130,8 +133,22 @@ def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
         return pull(dy_sample.unsqueeze(0))[0]
 
     moving = [v for v, m in zip(tensors, mapped, strict=True) if m]
-    grads = vmap(local)(dy, *moving)
+    held = {name: p for name, p in call.module._parameters.items() if p is not None}
+    with whole(list(held.values())):
+        parameters = {name: held[name].detach() for name in names}
+        grads = vmap(local)(dy, *moving)
     return {name: Dense(grads[name]) for name in names}
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The module's own computation: neither our hooks nor those that gather its parameters."""
+    bare = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.endswith("_hooks"):
+            vars(bare)[name] = OrderedDict()
+        elif name == "_parameters":
+            vars(bare)[name] = dict(value.items())
+    return bare
 
 
 def rule_for(module: nn.Module) -> Rule | None:

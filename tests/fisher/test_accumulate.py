@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import irdscale
 from irdscale.errors import InputError
-from irdscale.fisher import SampleGradients, accumulate_fisher, scored_parameters
+from irdscale.fisher import SampleGradients, accumulate_fisher, room, scored_parameters
 from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.capture import checkpointed_layers
 from tests.fisher.oracle import brute_force
 from tests.models import FAMILIES, collate, samples, tiny
 
@@ -285,3 +286,89 @@ def test_a_real_pretrained_encoder(caplog: pytest.LogCaptureFixture) -> None:
     assert not fallbacks(caplog)
     assert_same(fisher.diagonal, expected)
     torch.testing.assert_close(fisher.sample_trace, traces, **EXACT)
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "classification"), ("gpt2", "lm"), ("llama", "lm")])
+@pytest.mark.parametrize("include", [None, r"\.1\."])
+def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(
+    family: str, head: str, include: str | None
+) -> None:
+    model, rows = tiny(family, head), samples(head, count=5)
+    objectives: tuple[Any, ...] = ("label", "expected") if head == "classification" else ("label",)
+    expected = [accumulate(model, rows, batch_size=2, include=include, objective=o) for o in objectives]
+    model.gradient_checkpointing_enable()
+    layer = checkpointed_layers(model)[0]
+    norm = next(module for module in layer.modules() if "Norm" in type(module).__name__)
+    for objective, before in zip(objectives, expected, strict=True):
+        calls: list[bool] = []
+        handle = norm.register_forward_hook(lambda *_, seen=calls: seen.append(torch.is_grad_enabled()))
+        fisher = accumulate(model, rows, batch_size=2, include=include, objective=objective)
+        handle.remove()
+        # The check of the rules makes two calls, and a third where it looks at the norm alone.
+        assert calls.count(False) >= 3, "the layers keep nothing"
+        assert_same(fisher.diagonal, before.diagonal)
+        torch.testing.assert_close(fisher.sample_trace, before.sample_trace, **EXACT)
+    assert checkpointed_layers(model)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert model.config.use_cache if hasattr(model.config, "use_cache") else True
+
+
+def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, rows = tiny("bert"), samples()
+    expected, traces = brute_force(model, rows)
+    tight = Tight(model, room=3)
+    gradients = SampleGradients(tight, rows, collate, scored_parameters(tight), batch_size=8)
+    sums = new_sums(gradients, range(8), dtype=torch.float64)
+    found = torch.zeros(8, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        gradients.accumulate(range(8), sums, found)
+        gradients.add_traces(range(8), torch.zeros(8, dtype=torch.float64))
+    said = [f"fisher.batch_size: {size} does not fit in memory; going on with {size // 2}" for size in (8, 4)]
+    assert fallbacks(caplog) == said
+    assert_same({n.removeprefix("model."): s / 8 for n, s in sums.tensors.items()}, expected)
+    torch.testing.assert_close(found, traces, **EXACT)
+    assert gradients.taken == 16
+    with pytest.raises(InputError, match="a batch of 1 does not fit in memory"):
+        accumulate(Tight(model, room=0), rows)
+
+
+class Tight(nn.Module):
+    """Runs out of memory in the middle of the backward pass of a batch that is too large."""
+
+    def __init__(self, model: Any, room: int) -> None:
+        super().__init__()
+        self.model, self.room, self.config = model, room, model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        def check(_module: Any, _args: Any, output: Any) -> None:
+            def fail(gradient: Tensor) -> None:
+                if len(gradient) > self.room:
+                    raise torch.OutOfMemoryError("no room")
+
+            hidden = output if isinstance(output, Tensor) else output[0]
+            if hidden.requires_grad and torch.is_grad_enabled():
+                hidden.register_hook(fail)
+
+        handle = self.model.bert.encoder.layer[0].register_forward_hook(check)
+        try:
+            return self.model(**inputs)
+        finally:
+            handle.remove()
+
+
+def test_sums_that_do_not_fit_are_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny("bert"), samples()
+    numels = [p.numel() for p in model.parameters()]
+    needed = 8 * (sum(numels) + max(numels))
+    monkeypatch.setattr(room, "free_main_memory", lambda: needed)
+    accumulate(model, rows)
+    monkeypatch.setattr(room, "free_main_memory", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"fisher\.layout: found sums of 0\.0 GiB a rank .* 'sharded' over 2 ranks"):
+        accumulate(model, rows)
+    shapes = {"large": (1000, 1000), "small": (10,)}
+    for free in (8.1e6, 9e6, 11e6):
+        ranks = room.ranks_needed(shapes, 4, free)
+        assert ranks is not None
+        assert room.bytes_needed(shapes, 4, "sharded", ranks) <= free
+        assert ranks == 2 or room.bytes_needed(shapes, 4, "sharded", ranks - 1) > free
+    assert room.ranks_needed(shapes, 4, 8e6) is None
