@@ -26,13 +26,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = ("BLOCK_P", "BLOCK_Q", "BLOCK_T")
 # The three blocks, warps, stages.
 Tile = tuple[int, int, int, int, int]
-# Two float32 tiles, gradient and sum, must fit the registers.
+# Registers must hold a tile of the gradient and one of the sum.
 HALF_TILES: tuple[Tile, ...] = (
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
-    (128, 128, 32, 8, 4),
     (64, 256, 64, 8, 3),
-    (256, 64, 64, 8, 3),
     (64, 128, 64, 4, 3),
     (128, 64, 64, 4, 3),
     (64, 64, 32, 4, 3),
@@ -43,6 +41,14 @@ FLOAT_TILES: tuple[Tile, ...] = (
     (128, 64, 16, 8, 3),
     (64, 64, 32, 4, 3),
 )
+# Part of the sum spills from the registers, outside the inner loop, for it is read only where a sample ends.
+LARGE_TILES: tuple[Tile, ...] = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+)
+# Hopper and the data centre's Blackwell; on others the inner loop spills too.
+LARGE_ON = (9, 10)
 INTERPRETED_TILE: Tile = (16, 32, 16, 4, 1)
 # Neighbouring programs share the columns of this many rows of tiles, which then stay in the L2 cache.
 GROUP = 8
@@ -141,7 +147,7 @@ def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, 
     reason = _why_not(left_BTP, right_BTQ, total_PQ)
     if reason is not None:
         raise ValueError(f"add_squared_products: {reason}")
-    tiles = (INTERPRETED_TILE,) if _interpreting() else _tiles(left_BTP.dtype)
+    tiles = (INTERPRETED_TILE,) if _interpreting() else _tiles(left_BTP.dtype, left_BTP.device)
     _add(tiles, left_BTP, right_BTQ, total_PQ, trace_B)
 
 
@@ -175,7 +181,7 @@ def _why_not(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> str | Non
 @cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a small example comes out right; Triton needs a C compiler and a driver that fits, for one."""
-    tiles = _tiles(dtype)[-1:]
+    tiles = _tiles(dtype, device)[-1:]
     # Not random, for the global generators are not ours to move.
     values = torch.arange(2 * 40 * 72, dtype=torch.float64).sin().view(2, 40, 72)
     left, right = values[..., :70].to(device, dtype), values.cos().to(device, dtype)
@@ -192,8 +198,13 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return error < 1e-4
 
 
-def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
-    return FLOAT_TILES if dtype == torch.float32 else HALF_TILES
+@cache
+def _tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+    """The tiles to choose from; the last is the smallest."""
+    if dtype == torch.float32:
+        return FLOAT_TILES
+    large = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in LARGE_ON
+    return LARGE_TILES + HALF_TILES if large else HALF_TILES
 
 
 def _add(
