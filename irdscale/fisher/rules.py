@@ -254,6 +254,19 @@ class Buffers:
         return self._flat[key][:numel].view(shape)
 
 
+def _by_kernel(terms: list[Term], total: Tensor, trace_B: Tensor | None) -> bool:
+    """Add the squares of one outer product on a GPU, uncast, where the kernel can; whether it did."""
+    first = terms[0]
+    if len(terms) > 1 or not isinstance(first, Outer) or not first.left_BTP.is_cuda or first.left_BTP.shape[1] == 1:
+        return False
+    from irdscale.fisher import kernels
+
+    usable = kernels.usable(first.left_BTP, first.right_BTQ, total)
+    if usable:
+        kernels.add_squared_products(first.left_BTP, first.right_BTQ, total, trace_B)
+    return usable
+
+
 def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
     """total += sum_n G_n^2, and trace_B[n] += sum of G_n^2 where it is wanted (float64).
 
@@ -261,6 +274,8 @@ def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffer
         terms: the terms of one parameter over all its uses in a batch.
         total: the parameter's running sum, in the parameter's shape.
     """
+    if _by_kernel(terms, total, trace_B):
+        return
     terms = _tokens_first([_cast(t) for t in terms])
     first = terms[0]
     if len(terms) == 1 and isinstance(first, Rows):

@@ -1,0 +1,210 @@
+"""What the Fisher pass gains on a GPU, as ratios measured side by side in one run.
+
+Models are random Llamas in bfloat16 with the widths of the 1B and 8B ones. The kernel's work is compared with the
+weight gradient of a whole batch, which multiplies as much but squares nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irdscale.bench import _collate, _row, make_rows, side_by_side
+from irdscale.errors import InputError
+from irdscale.fisher import SampleGradients, kernels, scored_parameters
+from irdscale.fisher.accumulate import zero_sums
+
+log = logging.getLogger(__name__)
+
+DEVICE = "cuda"
+KERNEL_BAR = 0.8
+PASS_BAR = 20.0
+KERNEL_REPEATS = 9
+PASS_REPEATS = 5
+# So many calls are timed as one, for one takes no longer than its launch.
+CALLS = 20
+BATCH, TOKENS = 8, 512
+SAMPLES = 64
+PASS_TOKENS = (32, 128, 512)
+# Tried in turn until one fits the memory.
+BATCH_SIZES = (64, 32, 16, 8)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama's widths."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    key_value_heads: int = 8
+    vocabulary: int = 128_256
+
+
+SIZES = {"1B-like": Size(2048, 8192, 16, 32), "8B-like": Size(4096, 14336, 32, 32)}
+
+
+def run_gpu_bench() -> list[dict[str, Any]]:
+    """Measure the kernel and the Fisher pass on the first GPU; what does not fit its memory is logged and left out.
+
+    Returns:
+        Rows as those of `irdscale.bench.run_bench`.
+
+    Raises:
+        InputError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("bench: found no CUDA device; expected one to measure the GPU's part on")
+    rows: list[dict[str, Any]] = []
+    for name, size in SIZES.items():
+        rows += _kernel_rows(name, size)
+        _free()
+    for name, size in SIZES.items():
+        rows += _pass_rows(name, size)
+        _free()
+    return rows
+
+
+def _kernel_rows(name: str, size: Size) -> list[dict[str, Any]]:
+    rows = []
+    for p, q in ((size.hidden, size.hidden), (size.mlp, size.hidden), (size.hidden, size.mlp)):
+        for dtype in (torch.bfloat16, torch.float32):
+            left_BTP, right_BTQ = _draw(p, dtype), _draw(q, dtype)
+            total_PQ = torch.zeros(p, q, device=DEVICE)
+            if not kernels.usable(left_BTP, right_BTQ, total_PQ):
+                log.warning("bench: the Triton kernel does not run here for %s; its rows are left out", dtype)
+                continue
+            seconds = side_by_side(_kernel_and_others(left_BTP, right_BTQ, total_PQ), KERNEL_REPEATS)
+            shape = f"[{p}, {q}] {str(dtype).removeprefix('torch.')}"
+            # Float32 goes without the tensor cores, to be exact, and has no bar.
+            bar = KERNEL_BAR if dtype == torch.bfloat16 else None
+            what = f"cuBLAS weight gradient / kernel, {shape}"
+            rows.append(_row("fisher", what, name, TOKENS, seconds, "gradient", "kernel", at_least=bar))
+            what = f"squares sample by sample / kernel, {shape}"
+            rows.append(_row("fisher", what, name, TOKENS, seconds, "samples", "kernel"))
+    return rows
+
+
+def _draw(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(BATCH, TOKENS, width, device=DEVICE, dtype=dtype)
+
+
+def _kernel_and_others(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> dict[str, Callable[[], None]]:
+    left_NP, right_NQ = left_BTP.flatten(0, 1), right_BTQ.flatten(0, 1)
+    gradient_PQ = torch.empty(total_PQ.shape, device=DEVICE, dtype=left_BTP.dtype)
+    square_PQ = torch.empty_like(total_PQ)
+
+    def sample_by_sample() -> None:
+        for left_TP, right_TQ in zip(left_BTP.float(), right_BTQ.float(), strict=True):
+            torch.mm(left_TP.t(), right_TQ, out=square_PQ)
+            total_PQ.addcmul_(square_PQ, square_PQ)
+
+    return _synchronised(
+        {
+            "gradient": lambda: torch.mm(left_NP.t(), right_NQ, out=gradient_PQ),
+            "kernel": lambda: kernels.add_squared_products(left_BTP, right_BTQ, total_PQ),
+            "samples": sample_by_sample,
+        },
+        CALLS,
+    )
+
+
+def _synchronised(measured: Mapping[str, Callable[[], object]], calls: int) -> dict[str, Callable[[], None]]:
+    """Each function `calls` times, until the GPU is done."""
+
+    def until_done(function: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                function()
+            torch.cuda.synchronize()
+
+        return run
+
+    return {name: until_done(function) for name, function in measured.items()}
+
+
+def _pass_rows(name: str, size: Size) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        model = _make_model(size)
+        scored = scored_parameters(model)
+        sums = zero_sums(scored, torch.float32)
+        for tokens in PASS_TOKENS:
+            data = make_rows(tokens, SAMPLES)
+            found = _fitting(model, data, scored, sums)
+            if found is None:
+                log.warning("bench: %s with %d tokens does not fit the GPU; its row is left out", name, tokens)
+                continue
+            measured = {"loop": _one_sample_loop(model, data, sums), "fisher": _fisher(found, data, sums)}
+            seconds = side_by_side(_synchronised(measured, 1), PASS_REPEATS)
+            what = f"one-sample loop (FISH) / Fisher pass, batches of {found.batch_size}"
+            rows.append(_row("fisher", what, name, tokens, seconds, "loop", "fisher", at_least=PASS_BAR))
+    except torch.OutOfMemoryError:
+        log.warning("bench: %s does not fit the GPU beside its sums and gradients; its rows end here", name)
+    return rows
+
+
+def _make_model(size: Size) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        vocab_size=size.vocabulary,
+        pad_token_id=0,
+    )
+    with torch.device(DEVICE):
+        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def _on_device(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {key: value.to(DEVICE) for key, value in _collate(rows).items()}
+
+
+def _fitting(model: Any, data: list[Any], scored: Any, sums: dict[str, Tensor]) -> SampleGradients | None:
+    """Ready to take passes with the largest batches that fit the memory, and one pass taken."""
+    for batch_size in BATCH_SIZES:
+        samples = SampleGradients(model, data, _collate, scored, batch_size=batch_size)
+        try:
+            _fisher(samples, data, sums)()
+            return samples
+        except torch.OutOfMemoryError:
+            pass
+        # Only here does nothing hold the failed pass any more.
+        _free()
+    return None
+
+
+def _fisher(samples: SampleGradients, data: list[Any], sums: dict[str, Tensor]) -> Callable[[], None]:
+    return lambda: samples.accumulate(range(len(data)), sums)
+
+
+def _one_sample_loop(model: Any, data: list[Any], sums: dict[str, Tensor]) -> Callable[[], None]:
+    """As FISH takes its diagonal: one sample a backward pass, and every parameter's gradient squared on its own."""
+
+    def run() -> None:
+        for row in data:
+            model(**_on_device([row])).loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad.square()
+            model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

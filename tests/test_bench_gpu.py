@@ -1,0 +1,74 @@
+"""The GPU's benchmark: its refusal, and its Fisher passes on a small model and the CPU; figures are not tested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from irdscale import bench_gpu
+from irdscale.errors import InputError
+
+SMALL = bench_gpu.Size(hidden=32, mlp=48, layers=2, heads=4, key_value_heads=2, vocabulary=30_000)
+
+
+def test_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"^bench: found no CUDA device; expected one to measure the GPU's part on$"):
+        bench_gpu.run_gpu_bench()
+
+
+@pytest.fixture
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "DEVICE": "cpu",
+        "SAMPLES": 3,
+        "PASS_TOKENS": (8,),
+        "PASS_REPEATS": 2,
+        "BATCH_SIZES": (4, 2),
+    }.items():
+        monkeypatch.setattr(bench_gpu, name, value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_pass_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    fisher = bench_gpu._fisher
+
+    def full_at_first(samples, *rest):  # type: ignore[no-untyped-def]
+        tried.append(samples.batch_size)
+        if samples.batch_size == 4:
+            raise torch.OutOfMemoryError
+        return fisher(samples, *rest)
+
+    monkeypatch.setattr(bench_gpu, "_fisher", full_at_first)
+    (row,) = bench_gpu._pass_rows("small", SMALL)
+    assert tried == [4, 2, 2]
+    assert (row["part"], row["model"], row["tokens"], row["bar"]) == ("fisher", "small", 8, ">= 20.0")
+    assert row["what"] == "one-sample loop (FISH) / Fisher pass, batches of 2"
+    assert 0 < row["low"] <= row["ratio"] <= row["high"]
+    assert row["met"] == (row["ratio"] >= 20)
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_no_memory_is_no_row(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_gpu, "_make_model", full)
+    assert bench_gpu._pass_rows("8B-like", SMALL) == []
+    assert "8B-like does not fit the GPU" in caplog.text
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_kernel_rows_need_the_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(bench_gpu, "TOKENS", 8)
+    assert bench_gpu._kernel_rows("small", SMALL) == []
+    assert "the Triton kernel does not run here for torch.bfloat16" in caplog.text
+
+    monkeypatch.setattr(bench_gpu.kernels, "usable", lambda *_: True)
+    monkeypatch.setattr(bench_gpu.kernels, "add_squared_products", lambda *_: None)
+    monkeypatch.setattr(bench_gpu, "CALLS", 2)
+    rows = bench_gpu._kernel_rows("small", SMALL)
+    assert len(rows) == 3 * 2 * 2
+    assert [row["bar"] for row in rows] == [">= 0.8", "", "", ""] * 3
