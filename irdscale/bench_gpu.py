@@ -18,7 +18,8 @@ from torch import Tensor
 from irdscale.bench import _collate, _row, make_rows, side_by_side
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, kernels, scored_parameters
-from irdscale.fisher.accumulate import zero_sums
+from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ BATCH, TOKENS = 8, 512
 SAMPLES = 64
 PASS_TOKENS = (32, 128, 512)
 # Tried in turn until one fits the memory.
-BATCH_SIZES = (64, 32, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,18 @@ def _pass_rows(name: str, size: Size) -> list[dict[str, Any]]:
     try:
         model = _make_model(size)
         scored = scored_parameters(model)
-        sums = zero_sums(scored, torch.float32)
+        sums: Sums | None = None
         for tokens in PASS_TOKENS:
             data = make_rows(tokens, SAMPLES)
-            found = _fitting(model, data, scored, sums)
-            if found is None:
-                log.warning("bench: %s with %d tokens does not fit the GPU; its row is left out", name, tokens)
-                continue
-            measured = {"loop": _one_sample_loop(model, data, sums), "fisher": _fisher(found, data, sums)}
+            samples = SampleGradients(model, data, _collate, scored, batch_size=SAMPLES)
+            sums = sums or new_sums(samples, range(SAMPLES))
+            measured = {"loop": _one_sample_loop(model, data, sums), "fisher": _fisher(samples, data, sums)}
+            # Batches are halved until they fit.
+            measured["fisher"]()
             seconds = side_by_side(_synchronised(measured, 1), PASS_REPEATS)
-            what = f"one-sample loop (FISH) / Fisher pass, batches of {found.batch_size}"
+            what = f"one-sample loop (FISH) / Fisher pass, batches of {samples.fitting}"
             rows.append(_row("fisher", what, name, tokens, seconds, "loop", "fisher", at_least=PASS_BAR))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         log.warning("bench: %s does not fit the GPU beside its sums and gradients; its rows end here", name)
     return rows
 
@@ -173,25 +173,11 @@ def _on_device(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {key: value.to(DEVICE) for key, value in _collate(rows).items()}
 
 
-def _fitting(model: Any, data: list[Any], scored: Any, sums: dict[str, Tensor]) -> SampleGradients | None:
-    """Ready to take passes with the largest batches that fit the memory, and one pass taken."""
-    for batch_size in BATCH_SIZES:
-        samples = SampleGradients(model, data, _collate, scored, batch_size=batch_size)
-        try:
-            _fisher(samples, data, sums)()
-            return samples
-        except torch.OutOfMemoryError:
-            pass
-        # Only here does nothing hold the failed pass any more.
-        _free()
-    return None
-
-
-def _fisher(samples: SampleGradients, data: list[Any], sums: dict[str, Tensor]) -> Callable[[], None]:
+def _fisher(samples: SampleGradients, data: list[Any], sums: Sums) -> Callable[[], None]:
     return lambda: samples.accumulate(range(len(data)), sums)
 
 
-def _one_sample_loop(model: Any, data: list[Any], sums: dict[str, Tensor]) -> Callable[[], None]:
+def _one_sample_loop(model: Any, data: list[Any], sums: Sums) -> Callable[[], None]:
     """As FISH takes its diagonal: one sample a backward pass, and every parameter's gradient squared on its own."""
 
     def run() -> None:
@@ -199,7 +185,7 @@ def _one_sample_loop(model: Any, data: list[Any], sums: dict[str, Tensor]) -> Ca
             model(**_on_device([row])).loss.backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    sums[name] += parameter.grad.square()
+                    sums.tensors[name] += parameter.grad.square()
             model.zero_grad(set_to_none=True)
 
     return run

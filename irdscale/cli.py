@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from irdscale.errors import InputError, RunError
+from irdscale.launched import alone, joined, launched
 
 if TYPE_CHECKING:
     from irdscale.config import RunConfig
@@ -74,28 +75,34 @@ def _irdscale(
 def search(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Search for the best samples and parameters, train the winner, write the report.
 
-    Interrupted, the same command goes on from there.
+    Interrupted, the same command goes on from there. Under torchrun, all ranks share the Fisher passes.
     """
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        from irdscale.report import write_report
-        from irdscale.search.run import run_search
+        with joined():
+            from irdscale.report import write_report
+            from irdscale.search.run import run_search
 
-        result = run_search(settings, progress=True)
-        write_report(Path(settings.output))
+            result = run_search(settings, progress=True)
+            if result:
+                write_report(Path(settings.output))
     _show(result, as_json, lambda: _print_search(result, Path(settings.output)))
 
 
 @app.command(epilog="Example:\n\nirdscale fisher configs/quickstart.yaml search.ratio=0.001")
 def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Measure the Fisher information and write the mask of the largest entries."""
-    with _ending():
+    """Measure the Fisher information and write the mask of the largest entries.
+
+    Interrupted, the same command goes on from there. Under torchrun, all ranks share the samples.
+    """
+    with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        from irdscale.verbs import run_fisher
+        with joined():
+            from irdscale.verbs import run_fisher
 
-        result = run_fisher(settings, progress=True)
+            result = run_fisher(settings, progress=True)
     _show(result, as_json)
 
 
@@ -103,6 +110,7 @@ def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio."""
     with _ending():
+        alone("train")
         settings, given = _load(config, overrides, takes=("mask",))
         check_writable(settings.output, "output")
         from irdscale.verbs import run_train
@@ -115,6 +123,7 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Measure a trained adapter: adapter=DIR."""
     with _ending():
+        alone("evaluate")
         settings, given = _load(config, overrides, takes=("adapter",), needs=("adapter",))
         from irdscale.verbs import run_evaluate
 
@@ -126,6 +135,7 @@ def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False)
 def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Write a plain Hugging Face checkpoint with an adapter merged in: adapter=DIR to=DIR."""
     with _ending():
+        alone("export")
         settings, given = _load(config, overrides, takes=("adapter", "to"), needs=("adapter", "to"))
         check_writable(given["to"], "to")
         from irdscale.verbs import run_export
@@ -240,7 +250,8 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from irdscale.progress import say
 
-        say(f"irdscale: {self.format(record)}")
+        if _place()[0] == 0:
+            say(f"irdscale: {self.format(record)}")
 
 
 # The base class of every usage error, in a typer that stands on click and in one that brings its own copy.
@@ -255,6 +266,8 @@ def _ending(interrupted: str = "") -> Iterator[None]:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed, which transformers imports where it is installed, warns of every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     logger = logging.getLogger("irdscale")
     if not any(isinstance(handler, _Handler) for handler in logger.handlers):
         logger.addHandler(_Handler())
@@ -280,8 +293,19 @@ def _ending(interrupted: str = "") -> Iterator[None]:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"irdscale: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    rank, local_rank, _ = _place()
+    # Ranks fail together; one line from each host is enough.
+    if local_rank == 0:
+        who = "irdscale" if rank == 0 else f"irdscale: rank {rank}"
+        print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def _place() -> tuple[int, int, int]:
+    try:
+        return launched()
+    except InputError:
+        return 0, 0, 1
 
 
 def _load(
@@ -309,6 +333,8 @@ def _load(
 
 
 def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | None = None) -> None:
+    if _place()[0] > 0:
+        return
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
     elif summary is not None:

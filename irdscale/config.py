@@ -93,6 +93,13 @@ class FisherConfig(Section):
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
+    layout: Literal["replicated", "sharded"] = Field(
+        "replicated", description="Every rank holds all sums, or 1 / world size of them; one process holds all."
+    )
+    offload: bool = Field(False, description="Keep the sums in main memory where the model is on a GPU.")
+    save_minutes: float = Field(
+        10.0, ge=0, description="How often a Fisher pass saves its state, from which the same command goes on."
+    )
 
     @model_validator(mode="after")
     def _score_fits_objective(self) -> FisherConfig:

@@ -26,6 +26,14 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def leave_group() -> int:
+    """End the process group, where there is one; returns this process's rank in it. What follows is done alone."""
+    rank, world = rank_and_world()
+    if world > 1:
+        dist.destroy_process_group()
+    return rank
+
+
 def own_share(items: Sequence[int]) -> list[int]:
     """Every world-size-th item: each goes to one rank, none twice; a rank may get none."""
     rank, world = rank_and_world()

@@ -12,9 +12,10 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.files import read_json, write_folder, write_json
 from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
+from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
 from irdscale.mask import Mask
 from irdscale.progress import bar
+from irdscale.ranks import failing_together, rank_and_world
 from irdscale.sparse import load_adapter, merge, save_adapter, sparse_state
 from irdscale.tasks import build_model, load_task
 from irdscale.training import adapter_config, evaluate_model, fine_tune, sparse_model, trained_whole, training_steps
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
     """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
     started = time.perf_counter()
-    model, new = build_model(config, task, config.search.seeds[0])
-    pool = draw_samples(config, task, config.fisher.samples, "pool")
-    samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
-    scored = sum(parameter.numel() for parameter in samples.scored.values())
-    k = mask_size(config, model, scored)
+    with failing_together():
+        model, new = build_model(config, task, config.search.seeds[0])
+        pool = draw_samples(config, task, config.fisher.samples, "pool")
+        samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
+        scored = sum(parameter.numel() for parameter in samples.scored.values())
+        k = mask_size(config, model, scored)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     size = len(pool)
     ranking = ranked_entries_by_prefix(
@@ -38,10 +40,10 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
         range(size),
         [size],
         k,
-        score=config.fisher.score,
-        dtype=sum_dtype(config),
         traces=traces,
         progress=progress,
+        saved=saved_pass(config, "mask"),
+        **pass_options(config),
     )[size]
     mask = ranking.prefix(k)
     facts = {
@@ -58,6 +60,8 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
 def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     """Write the FISH mask of `fisher.samples` random samples to OUTPUT/mask, and their traces beside it.
 
+    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes.
+
     Returns:
         {"mask", "hash", "params", "parameters", "scored", "samples", "sample_gradients", "seconds"}
 
@@ -65,10 +69,14 @@ def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         InputError: the configuration does not fit the data or the model.
         RunError: the output cannot be written.
     """
-    task, output = load_task(config), Path(config.output)
+    with failing_together():
+        task, output = load_task(config), Path(config.output)
     mask, traces, facts = _fisher_mask(config, task, progress)
-    mask.save(output / "mask")
-    write_json(output / "traces.json", traces)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            mask.save(output / "mask")
+            write_json(output / "traces.json", traces)
+            saved_pass(config, "mask").remove()
     return {"mask": str(output / "mask"), "hash": mask.hash, **facts}
 
 
@@ -89,6 +97,7 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     if chosen is None:
         chosen = _fisher_mask(config, task, progress)[0]
         chosen.save(output / "mask")
+        saved_pass(config, "mask").remove()
     started = time.perf_counter()
     model = sparse_model(config, task, chosen, seed)
     steps = training_steps(config.train, len(task.train))

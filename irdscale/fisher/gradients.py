@@ -84,7 +84,8 @@ class _TraceSink:
     in_step: bool = False
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None:
-        add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
+        if terms:
+            add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
 
     def end_backward(self) -> None:
         pass
@@ -108,6 +109,7 @@ class SampleGradients:
 
     Attributes:
         taken: gradients of single samples taken so far, by all ranks.
+        fitting: samples in a batch after the halvings so far; 0 before the first pass.
     """
 
     model: nn.Module
@@ -119,10 +121,10 @@ class SampleGradients:
     token_reduction: TokenReduction = "mean"
     seed: int = 0
     taken: int = 0
+    fitting: int = 0
     _work: dict[str, Any] | None = None
     _reason: str | None = None
     _passes: int = 1
-    _fits: int = 0
     _arriving: bool = False
     _buffers: Buffers = field(default_factory=Buffers)
 
@@ -216,8 +218,17 @@ class SampleGradients:
         return [part.double().cpu().view(torch.int64).tolist() for part in parts]
 
     def _check(self, batch: dict[str, Any]) -> None:
-        self._reason = why_no_rules(self.model, self.scored, batch)
-        self._fits = self.batch_size if self._reason is None else 1
+        try:
+            self._reason = why_no_rules(self.model, self.scored, batch)
+        except RuntimeError as error:
+            if not is_partitioned(self.model):
+                raise
+            # DeepSpeed gathers what a module itself holds; it cannot know of a parent that reaches into a child.
+            raise InputError(
+                f"{type(self.model).__name__}: cannot run in ZeRO-3 partitions: {str(error).splitlines()[0]}; expected "
+                f"a model whose modules read no parameters but their own"
+            ) from error
+        self.fitting = self.batch_size if self._reason is None else 1
         if self._reason is not None and rank_and_world()[0] == 0:
             log.warning("Fisher takes one sample per backward: %s", self._reason)
         if self.objective == "expected":
@@ -287,8 +298,8 @@ class SampleGradients:
                     if again:
                         batch = again.pop()
                     elif state.left:
-                        batch = _Batch(state.left[: self._fits])
-                        del state.left[: self._fits]
+                        batch = _Batch(state.left[: self.fitting])
+                        del state.left[: self.fitting]
                     else:
                         batch = None
                     if batch is not None:
@@ -330,9 +341,11 @@ class SampleGradients:
                 f"fisher.batch_size: a batch of {size} does not fit in memory; expected a smaller one, "
                 f"shorter samples, or more ranks with layout 'sharded'"
             ) from error
-        if self._fits > size // 2:
-            self._fits = size // 2
-            log.warning("fisher.batch_size: %d does not fit in memory; going on with %d", size, self._fits)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.fitting > size // 2:
+            self.fitting = size // 2
+            log.warning("fisher.batch_size: %d does not fit in memory; going on with %d", size, self.fitting)
         parts = (batch.indices[: size // 2], batch.indices[size // 2 :])
         return [_Batch(part, set(batch.delivered)) for part in parts]
 
@@ -436,13 +449,16 @@ class SampleGradients:
 
 @dataclass
 class _Nothing:
-    """Takes a pass that is made only because other ranks gather parameters in theirs."""
+    """Takes a pass that is made only because other ranks gather parameters in theirs.
+
+    It counts for nothing, but the collectives of all ranks must come in the same order.
+    """
 
     sink: Sink
     in_step: bool = True
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor) -> None:
-        pass
+        self.sink.arrive(name, [], trace_B)
 
     def end_backward(self) -> None:
         self.sink.end_backward()

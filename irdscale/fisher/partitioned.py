@@ -47,13 +47,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gather partitioned parameters for reading; collective if there are any."""
-    if not any(hasattr(p, "ds_tensor") for p in parameters):
+    """Gather partitioned parameters for reading; collective if there are any.
+
+    Those that a running module has gathered are left to it.
+    """
+    absent = [p for p in parameters if hasattr(p, "ds_tensor") and p.numel() != numel_of(p)]
+    if not absent:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters([p for p in parameters if hasattr(p, "ds_tensor")]):
+    with GatheredParameters(absent):
         yield
 
 
@@ -73,8 +77,9 @@ def gathering(model: nn.Module) -> Iterator[None]:
     offload = DeepSpeedZeRoOffload(model, NoopTimer(), {}, param_persistence_threshold=0)
     try:
         yield
-    finally:
+        # After an error gatherings may be under way, which cannot be called back.
         offload.partition_all_parameters()
+    finally:
         offload.destroy()
         for module in model.modules():
             if "_original_parameters" in module.__dict__:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.resume import SavedPass
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -45,9 +47,19 @@ def sample_gradients(
     )
 
 
-def sum_dtype(config: RunConfig) -> torch.dtype:
-    """Data type of the accumulated squares."""
-    return torch.float64 if config.fisher.dtype == "float64" else torch.float32
+def pass_options(config: RunConfig) -> dict[str, Any]:
+    """How `ranked_entries_by_prefix` is to sum and score."""
+    return {
+        "score": config.fisher.score,
+        "dtype": torch.float64 if config.fisher.dtype == "float64" else torch.float32,
+        "layout": config.fisher.layout,
+        "offload": config.fisher.offload,
+    }
+
+
+def saved_pass(config: RunConfig, name: str) -> SavedPass:
+    """Where the state of a pass of this run is kept until its result is."""
+    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes)
 
 
 def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:

@@ -42,7 +42,7 @@ class Sums(Protocol):
     in_step: bool
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
-        """Take one parameter's terms over a batch."""
+        """Take one parameter's terms over a batch; none count as a gradient of zero."""
 
     def end_backward(self) -> None:
         """One backward pass is over; what did not arrive had no gradient."""
@@ -77,6 +77,8 @@ class WholeSums:
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         total = self.tensors[name]
+        if not terms:
+            return
         if not self._offload:
             self._add(terms, total, trace_B, self._buffers)
             return
@@ -142,7 +144,8 @@ class ShardedSums:
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         buffer = self._room(name)
-        self._add(terms, buffer[: self._numel[name]].view(self._shapes[name]), trace_B, self._buffers)
+        if terms:
+            self._add(terms, buffer[: self._numel[name]].view(self._shapes[name]), trace_B, self._buffers)
         self._ready[name] = buffer
         while self._next < len(self._order) and self._order[self._next] in self._ready:
             self._send(self._ready.pop(self._order[self._next]))

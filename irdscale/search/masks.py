@@ -13,8 +13,9 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
-from irdscale.fisher.pool import draw_samples, mask_size, sample_gradients, sum_dtype, traces_of
+from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
 from irdscale.mask import Mask
+from irdscale.ranks import failing_together, gather_texts, rank_and_world
 from irdscale.search.ird import Pair, lattice
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
@@ -50,41 +51,42 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     """
     index = output / "fisher" / "masks.json"
     made_by = digest(config.model_dump(mode="json", exclude={"output"}))
-    earlier = _read(index, output, made_by) if index.exists() else None
-    if earlier is not None:
+    with failing_together():
+        earlier = _read(index, output, made_by) if index.exists() else None
+    # Rank 0 writes, so it knows what there is.
+    if gather_texts(str(int(earlier is not None)))[0] == "1":
+        if earlier is None:
+            raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
         return earlier
     started = time.perf_counter()
-    model, new = build_model(config, task, config.search.seeds[0])
-    whole = trained_whole(config, model, new)
-    pool = draw_samples(config, task, config.fisher.samples, "pool")
-    samples = sample_gradients(config, task, model, pool, whole)
-    scored = sum(parameter.numel() for parameter in samples.scored.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    start = Pair(len(pool), mask_size(config, model, scored))
+    with failing_together():
+        model, new = build_model(config, task, config.search.seeds[0])
+        whole = trained_whole(config, model, new)
+        pool = draw_samples(config, task, config.fisher.samples, "pool")
+        samples = sample_gradients(config, task, model, pool, whole)
+        scored = sum(parameter.numel() for parameter in samples.scored.values())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        start = Pair(len(pool), mask_size(config, model, scored))
     min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
     minimum = Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * total))))
     sizes, ks = lattice(start, minimum)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     shuffled = config.search.direction == "random"
     if not shuffled:
-        samples.add_traces(range(len(pool)), traces, progress=progress)
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
     order = rank_samples(traces, config.search.direction, config.task.split_seed)
     rankings = ranked_entries_by_prefix(
         samples,
         order,
         sizes,
         start.params,
-        score=config.fisher.score,
-        dtype=sum_dtype(config),
         traces=traces if shuffled else None,
         progress=progress,
+        saved=saved_pass(config, "masks"),
+        **pass_options(config),
     )
     names = dict(model.named_parameters())
-    found: dict[Pair, str] = {}
-    for s in sizes:
-        for p in ks:
-            found[Pair(s, p)] = keep_mask(rankings[s].prefix(p), output)
-    write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
+    found = {Pair(s, p): rankings[s].prefix(p) for s in sizes for p in ks}
     facts = {
         "parameters": total,
         "scored": scored,
@@ -92,17 +94,25 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    write_json(
-        index,
-        {
-            "start": [start.samples, start.params],
-            "minimum": [minimum.samples, minimum.params],
-            "masks": [[pair.samples, pair.params, mask] for pair, mask in found.items()],
-            "facts": facts,
-            "made_by": made_by,
-        },
-    )
-    return SearchMasks(start, minimum, found, facts)
+    masks = SearchMasks(start, minimum, {pair: mask.hash for pair, mask in found.items()}, facts)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            for mask in found.values():
+                keep_mask(mask, output)
+            write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
+            write_json(index, {**_stored(masks), "made_by": made_by})
+            for name in ("traces", "masks"):
+                saved_pass(config, name).remove()
+    return masks
+
+
+def _stored(masks: SearchMasks) -> dict[str, Any]:
+    return {
+        "start": [masks.start.samples, masks.start.params],
+        "minimum": [masks.minimum.samples, masks.minimum.params],
+        "masks": [[pair.samples, pair.params, mask] for pair, mask in masks.masks.items()],
+        "facts": masks.facts,
+    }
 
 
 def _read(index: Path, output: Path, made_by: str) -> SearchMasks | None:
@@ -151,9 +161,9 @@ def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, pr
         range(len(places)),
         [pair.samples],
         pair.params,
-        score=config.fisher.score,
-        dtype=sum_dtype(config),
         progress=progress,
+        saved=saved_pass(config, "random"),
+        **pass_options(config),
     )[pair.samples]
     stored = {
         "mask": keep_mask(ranking.prefix(pair.params), output),
@@ -161,4 +171,5 @@ def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, pr
         "seconds": round(time.perf_counter() - started, 2),
     }
     write_json(file, stored)
+    saved_pass(config, "random").remove()
     return stored

@@ -13,7 +13,9 @@ import yaml
 from irdscale.config import RunConfig, config_changes, dump_config
 from irdscale.errors import InputError
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
+from irdscale.launched import forget
 from irdscale.progress import bar
+from irdscale.ranks import failing_together, leave_group
 from irdscale.search.ird import Outcome, Pair, candidates, ird
 from irdscale.search.ledger import Ledger, read_ledger
 from irdscale.search.local import LocalRunner
@@ -38,20 +40,28 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     Returns:
         What result.json holds.
 
+    Where torch.distributed is initialised, the ranks share the passes over the samples and then leave the process
+    group; rank 0 goes on with the evaluations, and the others return nothing.
+
     Raises:
         InputError: the configuration does not fit the data or the model, or the output folder holds a search with
             another configuration (the changes are named) or one that runs right now.
         RunError: no candidate could be evaluated, or the output cannot be written.
     """
     output = Path(config.output)
-    _refuse_changes(config, output)
+    with failing_together():
+        _refuse_changes(config, output)
     result_file = output / "result.json"
     if result_file.exists():
         log.info("%s holds this search, finished; delete the folder to run it again", output)
         result: dict[str, Any] = read_json(result_file, "result of a search")
         return result
-    task = load_task(config)
+    with failing_together():
+        task = load_task(config)
     masks = search_masks(config, task, output, progress)
+    if leave_group() > 0:
+        return {}
+    forget()
     write_atomic(output / "config.yaml", dump_config(config))
     with Ledger(output / "ledger.jsonl") as ledger:
         _clean(output)

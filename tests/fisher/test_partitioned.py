@@ -1,0 +1,171 @@
+"""Fisher passes over models in DeepSpeed ZeRO-3 partitions, against the same models whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from irdscale import accumulate_fisher, top_k
+from irdscale.errors import InputError
+from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.sums import ShardedSums, WholeSums
+from tests.models import collate, samples, tiny
+
+CASES = (("llama", "classification"), ("bert", "classification"), ("gpt2", "lm"), ("albert", "classification"))
+SIZES = [7, 3, 1]
+# Nothing stays gathered and nothing is gathered ahead, so that the tests see every gathering.
+ZERO = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    },
+}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
+)
+
+
+def partitioned(folder: str) -> Any:
+    """Loaded straight into partitions: no rank ever holds the whole model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig(ZERO)
+    auto = AutoModelForCausalLM if folder.endswith("lm") else AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder)
+    del keep
+    assert all(p.numel() == 0 for p in model.parameters())
+    return model
+
+
+def hashes(model: Any, rows: list[dict[str, Any]], score: Any, layout: Any) -> list[str]:
+    gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=2)
+    options: dict[str, Any] = {"score": score, "layout": layout, "dtype": torch.float64}
+    rankings = ranked_entries_by_prefix(gradients, range(len(rows)), SIZES, 200, **options)
+    return [rankings[s].prefix(p).hash for s in SIZES for p in (200, 100)]
+
+
+def close(found: Any, expected: Any) -> None:
+    """float32 gradients agree to rounding, which is small beside a layer's largest entry."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        largest = float(value.max())
+        # A key's bias has no gradient but rounding.
+        assert float((found[name] - value).abs().max()) <= 2e-6 * largest + 1e-12, name
+
+
+def check(rank: int, folder: str, family: str, head: str) -> None:
+    import deepspeed
+
+    whole = tiny(family, head).float()
+    place = f"{folder}/{family}-{head}"
+    if rank == 0:
+        whole.save_pretrained(place)
+    dist.barrier()
+    for count in (7, 1):
+        rows = samples(head, count=7)[:count]
+        options: dict[str, Any] = {"collate_fn": collate, "batch_size": 2, "dtype": torch.float64}
+        expected = accumulate_fisher(whole, rows, **options)
+        for layout in ("replicated", "sharded"):
+            for checkpointing in (False, True) if family in ("llama", "gpt2") else (False,):
+                model = partitioned(place)
+                if checkpointing:
+                    model.gradient_checkpointing_enable()
+                # Only loaded into partitions, then in an engine.
+                for in_engine in (False, True):
+                    given = deepspeed.initialize(model=model, config=ZERO)[0] if in_engine else model
+                    fisher = accumulate_fisher(given, rows, layout=layout, **options)
+                    close(fisher.gather(), expected.diagonal)
+                    torch.testing.assert_close(fisher.sample_trace, expected.sample_trace, rtol=1e-5, atol=0)
+                    assert fisher.sample_gradients == count
+                    assert top_k(fisher, 99).k == 99
+                    # An engine keeps some of what runs twice until its next step.
+                    twice = checkpointing or family == "albert"
+                    assert (twice and in_engine) or all(p.numel() == 0 for p in model.parameters())
+
+
+def gathered_at_once(rank: int, folder: str) -> None:
+    """The parameters that are whole while a layer's terms arrive: that layer's, not the model's."""
+    import deepspeed
+
+    model = partitioned(f"{folder}/llama-classification")
+    engine = deepspeed.initialize(model=model, config=ZERO)[0]
+    total = sum(p.ds_numel for p in model.parameters())
+    seen: list[int] = []
+    for kind in (WholeSums, ShardedSums):
+        arrive = kind.arrive
+
+        def spy(self: Any, *args: Any, arrive: Any = arrive) -> None:
+            seen.append(sum(p.numel() for p in model.parameters()))
+            arrive(self, *args)
+
+        kind.arrive = spy  # type: ignore[method-assign]
+        layout: Any = "sharded" if kind is ShardedSums else "replicated"
+        accumulate_fisher(engine, samples(count=4), collate_fn=collate, batch_size=2, layout=layout)
+        kind.arrive = arrive  # type: ignore[method-assign]
+    assert seen
+    assert max(seen) < total / 3, (max(seen), total)
+
+
+def one_that_fails(rank: int, folder: str) -> None:
+    model = partitioned(f"{folder}/llama-classification")
+    rows = samples(count=7)
+    rows[1] = {**rows[1], "labels": 99}
+    with pytest.raises((InputError, IndexError, RuntimeError)):
+        accumulate_fisher(model, rows, collate_fn=collate, batch_size=2)
+    whole = tiny("deberta").float()
+    if rank == 0:
+        whole.save_pretrained(f"{folder}/deberta")
+    dist.barrier()
+    with pytest.raises(InputError, match="DebertaV2ForSequenceClassification: cannot run in ZeRO-3 partitions"):
+        accumulate_fisher(partitioned(f"{folder}/deberta"), samples(count=7), collate_fn=collate)
+
+
+def on_rank(rank: int, world: int, folder: str) -> None:
+    import deepspeed
+
+    torch.set_num_threads(1)
+    # DeepSpeed asks for a launcher's variables.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    timeout = timedelta(seconds=90)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed("gloo")
+    for family, head in CASES:
+        check(rank, folder, family, head)
+    for layout in ("replicated", "sharded"):
+        rows, whole = samples(count=7), tiny("bert").float()
+        for score in ("saliency", "magnitude", "random"):
+            found = hashes(partitioned(f"{folder}/bert-classification"), rows, score, layout)
+            assert score == "saliency" or found == hashes(whole, rows, score, layout), (score, layout)
+    gathered_at_once(rank, folder)
+    one_that_fails(rank, folder)
+    (Path(folder) / f"done-{rank}").touch()
+    dist.barrier()
+    # DeepSpeed's communication thread may abort a process that ends in the usual way.
+    os._exit(0)
+
+
+@needs_deepspeed
+def test_partitioned_models_equal_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DeepSpeed builds its communication with the ninja of this environment.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    mp.spawn(on_rank, args=(2, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / f"done-{rank}").exists() for rank in range(2)] == [True, True]
