@@ -75,14 +75,14 @@ def holders(model: nn.Module, scored: dict[str, nn.Parameter]) -> dict[nn.Module
 class Capture:
     """Hooks on the modules that hold scored parameters.
 
-    `forward` runs the model; each backward pass over its output then calls `arrived(name, terms)` once for each
+    `forward` runs the model; each `backward` over its output then calls `arrived(name, terms)` once for each
     scored parameter that the loss depends on, as soon as its last use has been passed. Where the user has turned on
     gradient checkpointing, layers keep only their inputs and run again in the backward pass.
     """
 
-    def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter], arrived: Arrived) -> None:
+    def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter]) -> None:
         self._model = model
-        self._arrived = arrived
+        self._arrived: Arrived = lambda name, terms: None
         self._held = holders(model, scored)
         self._rules: dict[nn.Module, Rule] = {}
         for module in self._held:
@@ -119,15 +119,15 @@ class Capture:
         self._size, self._uses = size, {}
         return self._model(**inputs)
 
-    def backward(self, losses_B: Tensor, *, retain_graph: bool = False) -> None:
+    def backward(self, losses_B: Tensor, arrived: Arrived, *, retain_graph: bool = False) -> None:
         """Back-propagate each sample's loss, delivering every parameter's terms."""
-        self._left, self._terms = dict(self._uses), {}
+        self._left, self._terms, self._arrived = dict(self._uses), {}, arrived
         self._in_backward = True
         try:
             if losses_B.requires_grad:
                 losses_B.sum().backward(retain_graph=retain_graph)
         finally:
-            self._in_backward = False
+            self._in_backward, self._busy = False, False
         # Uses that the loss does not depend on send nothing back.
         for name in list(self._terms):
             self._arrived(name, self._terms.pop(name))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -126,6 +126,8 @@ class SampleGradients:
     _reason: str | None = None
     _passes: int = 1
     _arriving: bool = False
+    _partitioned: bool = False
+    _capture: Capture | None = None
     _buffers: Buffers = field(default_factory=Buffers)
 
     @property
@@ -186,6 +188,7 @@ class SampleGradients:
             InputError: a rank was given other work, or a sample has no labels.
         """
         if self._work is None:
+            self._partitioned = is_partitioned(self.model)
             with failing_together():
                 work = self._describe(order)
             same_on_every_rank(work)
@@ -199,7 +202,7 @@ class SampleGradients:
     def _describe(self, order: Sequence[int]) -> dict[str, Any]:
         """What must be the same on every rank; of the samples, their number and some that are spread over them."""
         parameters = [[name, list(shape_of(p)), str(p.dtype)] for name, p in self.scored.items()]
-        entries = [] if is_partitioned(self.model) else self._first_entries()
+        entries = [] if self._partitioned else self._first_entries()
         some = [order[len(order) * i // COMPARED_SAMPLES] for i in range(COMPARED_SAMPLES)] + [order[-1]]
         rows = [sorted(self._batch([i]).items()) for i in dict.fromkeys(some)]
         values = [[k, str(v.tolist() if isinstance(v, Tensor) else v)] for row in rows for k, v in row]
@@ -221,7 +224,7 @@ class SampleGradients:
         try:
             self._reason = why_no_rules(self.model, self.scored, batch)
         except RuntimeError as error:
-            if not is_partitioned(self.model):
+            if not self._partitioned:
                 raise
             # DeepSpeed gathers what a module itself holds; it cannot know of a parent that reaches into a child.
             raise InputError(
@@ -259,7 +262,7 @@ class SampleGradients:
             )
         begin = 0
         with (
-            gathering(self.model),
+            self._capturing(),
             bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance,
         ):
             advance(state.done)
@@ -285,10 +288,21 @@ class SampleGradients:
             add_up([own_traces])
             traces += own_traces
 
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """The model made ready for backward passes, by the rules or sample by sample."""
+        with gathering(self.model), torch.enable_grad():
+            if self._reason is not None:
+                yield
+                return
+            with frozen(self.model), Capture(self.model, self.scored) as self._capture:
+                yield
+            self._capture = None
+
     def _take_all(self, state: PassState, sink: Sink, anyone: int, advance: Advance, saved: SavedPass | None) -> None:
         """Take this rank's samples of a segment; in step with the others where the sink or the model asks for it."""
         world = rank_and_world()[1]
-        partitioned = world > 1 and is_partitioned(self.model)
+        partitioned = world > 1 and self._partitioned
         in_step = partitioned or sink.in_step
         again: list[_Batch] = []
         while True:
@@ -335,7 +349,7 @@ class SampleGradients:
 
     def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
         size = len(batch.indices)
-        apart = rank_and_world()[1] > 1 and is_partitioned(self.model)
+        apart = rank_and_world()[1] > 1 and self._partitioned
         if size == 1 or self._arriving or apart:
             raise InputError(
                 f"fisher.batch_size: a batch of {size} does not fit in memory; expected a smaller one, "
@@ -372,7 +386,7 @@ class SampleGradients:
             else:
                 self._one(batch.indices[0], arrive, end)
         except Exception:
-            if not is_partitioned(self.model):
+            if not self._partitioned:
                 self._send_nothing(sink, self._passes - ended)
             raise
 
@@ -383,22 +397,18 @@ class SampleGradients:
 
     def _agree(self) -> AbstractContextManager[None]:
         """Before ranks gather parameters together, they hear of what went wrong on one."""
-        return failing_together() if is_partitioned(self.model) else nullcontext()
+        return failing_together() if self._partitioned else nullcontext()
 
     def _by_rules(self, indices: Sequence[int], arrive: Arrived, end: Callable[[], None]) -> None:
         with self._agree():
             batch = self._batch(indices)
-        with (
-            frozen(self.model),
-            torch.enable_grad(),
-            Capture(self.model, self.scored, arrive) as capture,
-        ):
-            logits = _logits(capture.forward(_inputs(batch), batch_size(batch)))
-            with self._agree():
-                losses = self._losses(logits, batch, indices)
-            for i, loss_B in enumerate(losses):
-                capture.backward(loss_B, retain_graph=i + 1 < len(losses))
-                end()
+        assert self._capture is not None
+        logits = _logits(self._capture.forward(_inputs(batch), batch_size(batch)))
+        with self._agree():
+            losses = self._losses(logits, batch, indices)
+        for i, loss_B in enumerate(losses):
+            self._capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
+            end()
 
     def _one(self, index: int, arrive: Arrived, end: Callable[[], None]) -> None:
         """A sample's own backward pass; each gradient is delivered, and dropped, as soon as it is whole."""

@@ -62,6 +62,9 @@ class Call:
         return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
 
 
+# Two samples' gradients of so many entries are a small part of what a pass holds.
+PAIRED = 2**24
+
 Rule = Callable[[Call, Tensor, set[str]], dict[str, Term]]
 
 
@@ -210,22 +213,22 @@ def _cast(term: Term) -> Term:
     return Dense(up(term.grad_B))
 
 
-def _tokens_first(terms: list[Term]) -> list[Term]:
-    """Join the outer terms of several calls along their tokens: (A + B) is then one product."""
+def joined(terms: list[Term]) -> list[Term]:
+    """The terms cast, and the outer ones of several calls joined along their tokens: (A + B) is then one product."""
+    terms = [_cast(t) for t in terms]
     outers = [t for t in terms if isinstance(t, Outer)]
     others = [t for t in terms if not isinstance(t, Outer)]
     if len(outers) > 1:
-        joined = Outer(
-            torch.cat([t.left_BTP for t in outers], 1),
-            torch.cat([t.right_BTQ for t in outers], 1),
-        )
-        return [joined, *others]
+        lefts, rights = [t.left_BTP for t in outers], [t.right_BTQ for t in outers]
+        return [Outer(torch.cat(lefts, 1), torch.cat(rights, 1)), *others]
     return [*outers, *others]
 
 
 def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size, out: Tensor | None = None) -> Tensor:
-    """G_n of one sample, in the parameter's shape, from the sum of its terms; may reuse the buffer `out`."""
-    terms = _tokens_first([_cast(t) for t in terms])
+    """G_n of one sample, in the parameter's shape, from the sum of its terms (as `joined` leaves them).
+
+    May reuse the buffer `out`.
+    """
     gradient: Tensor | None = None
     for term in terms:
         if isinstance(term, Outer):
@@ -276,34 +279,69 @@ def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffer
     """
     if _by_kernel(terms, total, trace_B):
         return
-    terms = _tokens_first([_cast(t) for t in terms])
+    terms = joined(terms)
     first = terms[0]
     if len(terms) == 1 and isinstance(first, Rows):
         _add_row_squares(first, total, trace_B)
     elif all(isinstance(t, Dense) for t in terms):
-        gradient_B = sum(t.grad_B for t in terms if isinstance(t, Dense))
-        assert isinstance(gradient_B, Tensor)
-        square_B = gradient_B.reshape(len(gradient_B), *total.shape).square()
+        gradient_B = _dense_sum(terms).reshape(-1, *total.shape)
+        if trace_B is None:
+            total += torch.linalg.vecdot(gradient_B, gradient_B, dim=0)
+            return
+        square_B = gradient_B.square()
         total += square_B.sum(0, dtype=total.dtype)
-        if trace_B is not None:
-            trace_B += square_B.flatten(1).sum(1, dtype=torch.float64)
-    elif len(terms) == 1 and isinstance(first, Outer) and first.left_BTP.shape[1] == 1:
+        trace_B += square_B.flatten(1).sum(1, dtype=torch.float64)
+    elif len(terms) == 1 and isinstance(first, Outer):
+        _add_outer_squares(first, total, trace_B, buffers)
+    else:
+        for n in range(_batch(first)):
+            _add_square(per_sample_gradient(terms, n, total.shape), total, None if trace_B is None else trace_B[n])
+
+
+def _add_outer_squares(outer: Outer, total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
+    left_BTP, right_BTQ = outer.left_BTP, outer.right_BTQ
+    batch, tokens, _ = left_BTP.shape
+    if tokens == 1:
         # With one token the square of the product is the product of the squares.
-        left_BP, right_BQ = first.left_BTP[:, 0].square(), first.right_BTQ[:, 0].square()
+        left_BP, right_BQ = left_BTP[:, 0].square(), right_BTQ[:, 0].square()
         total.add_(left_BP.t() @ right_BQ)
         if trace_B is not None:
             trace_B += left_BP.sum(1, dtype=torch.float64) * right_BQ.sum(1, dtype=torch.float64)
+        return
+    together = _together(left_BTP, total.shape)
+    left_BPT = left_BTP.transpose(1, 2)
+    for first in range(0, batch, together):
+        left_bPT, right_bTQ = left_BPT[first : first + together], right_BTQ[first : first + together]
+        gradient_bPQ = buffers.take(torch.Size((len(left_bPT), *total.shape)), left_BTP)
+        if len(left_bPT) == 1:
+            torch.mm(left_bPT[0], right_bTQ[0], out=gradient_bPQ[0])
+        else:
+            torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ)
+        for n, gradient in enumerate(gradient_bPQ, first):
+            _add_square(gradient, total, None if trace_B is None else trace_B[n])
+
+
+def _together(left: Tensor, shape: torch.Size) -> int:
+    """Samples whose products are formed in one call: on several CPU threads, wide matrices of two are quicker."""
+    wide = shape[0] < shape[1] and shape.numel() <= PAIRED
+    return 2 if wide and left.device.type == "cpu" and torch.get_num_threads() > 1 else 1
+
+
+def _add_square(gradient: Tensor, total: Tensor, trace: Tensor | None) -> None:
+    if gradient.dtype == total.dtype:
+        total.addcmul_(gradient, gradient)
     else:
-        for n in range(_batch(first)):
-            out = buffers.take(total.shape, first.left_BTP) if isinstance(first, Outer) else None
-            gradient = per_sample_gradient(terms, n, total.shape, out)
-            if gradient.dtype == total.dtype:
-                total.addcmul_(gradient, gradient)
-            else:
-                total += gradient.to(total.dtype).square_()
-            if trace_B is not None:
-                flat = gradient.view(-1)
-                trace_B[n] += torch.dot(flat, flat)
+        total += gradient.to(total.dtype).square_()
+    if trace is not None:
+        flat = gradient.view(-1)
+        trace += torch.dot(flat, flat)
+
+
+def _dense_sum(terms: list[Term]) -> Tensor:
+    first, *others = [t.grad_B for t in terms if isinstance(t, Dense)]
+    for other in others:
+        first = first + other
+    return first
 
 
 def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
@@ -322,7 +360,7 @@ def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buff
 
 def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: Buffers) -> None:
     """trace_B[n] += sum of G_n^2 (float64), by inner products of tokens where that is less work than forming G_n."""
-    terms = _tokens_first([_cast(t) for t in terms])
+    terms = joined(terms)
     first = terms[0]
     if isinstance(first, Outer) and not any(isinstance(t, Dense) for t in terms):
         tokens, (rows, columns) = first.left_BTP.shape[1], (shape[0], shape[1])
@@ -338,9 +376,7 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
     elif len(terms) == 1 and isinstance(first, Rows):
         _add_row_squares(first, None, trace_B)
     elif all(isinstance(t, Dense) for t in terms):
-        gradient_B = sum(t.grad_B for t in terms if isinstance(t, Dense))
-        assert isinstance(gradient_B, Tensor)
-        trace_B += gradient_B.flatten(1).square().sum(1, dtype=torch.float64)
+        trace_B += _dense_sum(terms).flatten(1).square().sum(1, dtype=torch.float64)
     else:
         for n in range(_batch(first)):
             flat = per_sample_gradient(terms, n, shape).reshape(-1)
