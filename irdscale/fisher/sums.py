@@ -105,8 +105,8 @@ class WholeSums:
 class ShardedSums:
     """All ranks' samples; this rank holds 1 / world size of each parameter's entries.
 
-    A batch's sum of one layer is made in a buffer and reduce-scattered, asynchronously, as soon as it is there. The
-    buffers on their way are never larger together than the largest layer.
+    A batch's sum of one layer is made in a buffer and reduce-scattered, asynchronously, as soon as it is there. All
+    buffers on their way share the room of the largest layer.
 
     Args:
         order: every scored name, in the order in which all ranks send them: a backward pass delivers them so.
@@ -133,7 +133,8 @@ class ShardedSums:
         for name, numel in self._numel.items():
             start, stop = slice_of(numel)
             self.tensors[name] = torch.zeros(stop - start, dtype=dtype, device=where)
-        self._largest = max(self._padded(name) for name in shapes)
+        self._pool = torch.empty(max(map(self._padded, shapes)), dtype=dtype, device=device)
+        self._used = 0
         self._add, self._buffers = add, Buffers()
         self._ready: dict[str, Tensor] = {}
         self._sent: list[tuple[dist.Work, str, Tensor, Tensor]] = []
@@ -152,9 +153,17 @@ class ShardedSums:
 
     def _room(self, name: str) -> Tensor:
         """A buffer of zeros, when those on their way leave room for it."""
-        while self._sent and sum(len(buffer) for _, _, buffer, _ in self._sent) + self._padded(name) > self._largest:
-            self._receive()
-        return torch.zeros(self._padded(name), dtype=self._dtype, device=self._device)
+        size = self._padded(name)
+        if self._used + size > len(self._pool):
+            while self._sent:
+                self._receive()
+            if not self._ready:
+                self._used = 0
+        if self._used + size > len(self._pool):
+            # Only where a model's order differs from the one that all ranks keep.
+            return torch.zeros(size, dtype=self._dtype, device=self._device)
+        self._used += size
+        return self._pool[self._used - size : self._used].zero_()
 
     def _send(self, buffer: Tensor) -> None:
         name = self._order[self._next]
@@ -176,7 +185,7 @@ class ShardedSums:
             self._send(self._room(name) if ready is None else ready)
         while self._sent:
             self._receive()
-        self._next = 0
+        self._next = self._used = 0
 
     def complete(self) -> None:
         pass
