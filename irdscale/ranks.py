@@ -26,6 +26,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def current_group() -> object:
+    """The process group of all ranks, for comparison; None without one."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def leave_group() -> int:
     """End the process group, where there is one; returns this process's rank in it. What follows is done alone."""
     rank, world = rank_and_world()

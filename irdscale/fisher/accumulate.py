@@ -19,7 +19,7 @@ from irdscale.fisher.resume import SavedPass
 from irdscale.fisher.room import check_room
 from irdscale.fisher.rules import add_squares
 from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
-from irdscale.ranks import rank_and_world
+from irdscale.ranks import rank_and_world, same_on_every_rank
 
 
 def scored_parameters(
@@ -146,8 +146,9 @@ def new_sums(
     """Sums of zero for a pass over the ordered samples; collective.
 
     Raises:
-        InputError: they do not fit in memory, or what `SampleGradients.prepare` refuses.
+        InputError: they do not fit in memory, ranks ask for different ones, or what `SampleGradients.prepare` refuses.
     """
+    same_on_every_rank({"layout": layout, "data type of the sums": dtype, "offload": offload})
     check_room(samples.shapes, dtype, layout, samples.device, offload)
     if layout == "replicated" or rank_and_world()[1] == 1:
         return WholeSums(samples.shapes, dtype, samples.device, add, offload)

@@ -23,6 +23,7 @@ from irdscale.fisher.sums import Sums
 from irdscale.progress import Advance, bar
 from irdscale.ranks import (
     add_up,
+    current_group,
     failing_together,
     gather_texts,
     largest_of,
@@ -123,6 +124,7 @@ class SampleGradients:
     taken: int = 0
     fitting: int = 0
     _work: dict[str, Any] | None = None
+    _group: object = None
     _reason: str | None = None
     _passes: int = 1
     _arriving: bool = False
@@ -179,7 +181,7 @@ class SampleGradients:
         return gather_texts("\n".join(names))[0].split("\n")
 
     def prepare(self, order: Sequence[int]) -> dict[str, Any]:
-        """Check, once, that all ranks were given the same work, and whether the rules are exact for this model.
+        """Check, once in a process group, that all ranks were given the same work, and whether the rules are exact.
 
         Returns:
             What identifies the work.
@@ -187,10 +189,12 @@ class SampleGradients:
         Raises:
             InputError: a rank was given other work, or a sample has no labels.
         """
-        if self._work is None:
+        group = current_group()
+        if self._work is None or self._group is not group:
+            self._group = group
             self._partitioned = is_partitioned(self.model)
             with failing_together():
-                work = self._describe(order)
+                work = self._describe()
             same_on_every_rank(work)
             # Two samples show whether batches are safe, even where the first batch is of one.
             with gathering(self.model):
@@ -199,11 +203,12 @@ class SampleGradients:
             self._work = work
         return self._work
 
-    def _describe(self, order: Sequence[int]) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         """What must be the same on every rank; of the samples, their number and some that are spread over them."""
         parameters = [[name, list(shape_of(p)), str(p.dtype)] for name, p in self.scored.items()]
         entries = [] if self._partitioned else self._first_entries()
-        some = [order[len(order) * i // COMPARED_SAMPLES] for i in range(COMPARED_SAMPLES)] + [order[-1]]
+        count = len(self.dataset)
+        some = [count * i // COMPARED_SAMPLES for i in range(COMPARED_SAMPLES)] + [count - 1]
         rows = [sorted(self._batch([i]).items()) for i in dict.fromkeys(some)]
         values = [[k, str(v.tolist() if isinstance(v, Tensor) else v)] for row in rows for k, v in row]
         return {
@@ -251,15 +256,15 @@ class SampleGradients:
         saved: SavedPass | None,
     ) -> None:
         work = self.prepare(order)
+        asked = {"order of samples": digest(list(order)), "sizes of sample sets": sorted(boundaries)}
+        same_on_every_rank({**asked, "wish for traces": traces is not None, "pass": description})
         own_traces = torch.zeros(0 if traces is None else len(traces), dtype=torch.float64)
         state = PassState(own_traces, {} if sums is None else sums.tensors)
         if sums is not None:
             sums.go_on()
         if saved is not None:
             layout = "replicated" if sums is None else sums.layout
-            saved.load(
-                state, {**work, "order": digest(list(order)), "pass": description, "layout": layout}, self.shapes
-            )
+            saved.load(state, {**work, **asked, "pass": description, "layout": layout}, self.shapes)
         begin = 0
         with (
             self._capturing(),

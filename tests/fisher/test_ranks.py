@@ -94,6 +94,10 @@ def one_error_for_all(rank: int, world: int) -> list[str]:
     attempt(rows, model=model if rank == 0 else tiny("bert", "regression", hidden_size=8))
     attempt(rows, model=model if rank == 0 else tiny("bert", "regression", seed=1))
     attempt(rows, objective="label" if rank == 0 else "sampled")
+    attempt(rows, layout="sharded" if rank == 0 else "replicated")
+    attempt(rows, dtype=torch.float32 if rank == 0 else torch.float64)
+    with pytest.raises(InputError, match=r"rank 1 has another order of samples"):
+        lattice(gradients_of(tiny("bert")), range(7) if rank == 0 else [1, 0, *range(2, 7)])
     for layout in LAYOUTS:
         # Sample 1 falls to rank 1 alone.
         attempt([rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]], layout=layout)
@@ -187,6 +191,8 @@ def test_ranks_agree_with_one_process(world: int, alone: dict[str, Any], tmp_pat
         "has another model: found",
         "has another model: found",
         "has another objective: found sampled, mean, seed 0; expected label, mean, seed 0",
+        "has another layout: found replicated; expected sharded, as on rank 0",
+        "has another data type of the sums: found torch.float64; expected torch.float32, as on rank 0",
         *["sample 1 (row 1 of its split): found a loss of nan", "broken layer"] * 2,
         "no room",
     ]
@@ -197,6 +203,6 @@ def test_ranks_agree_with_one_process(world: int, alone: dict[str, Any], tmp_pat
             assert found.startswith("rank ") or rank in (1, world - 1)
     other = results[0]["errors"]
     assert other[0].startswith("rank 1 ")
-    assert other[5].startswith("rank 1: sample 1")
-    assert other[6] == other[8] == f"rank {world - 1}: broken layer"
-    assert other[9] == f"rank {world - 1}: no room"
+    assert other[7].startswith("rank 1: sample 1")
+    assert other[8] == other[10] == f"rank {world - 1}: broken layer"
+    assert other[11] == f"rank {world - 1}: no room"

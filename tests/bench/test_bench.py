@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from irdscale import bench
+from irdscale.bench import fisher, timing, train
 from irdscale.errors import InputError
 from tests.models import config_of
 
@@ -17,28 +19,35 @@ from tests.models import config_of
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_model(name: str) -> Any:
         torch.manual_seed(0)
-        config = config_of(name, vocab_size=30_000, max_position_embeddings=128)
+        longest = {"n_positions" if name == "gpt2" else "max_position_embeddings": 128}
+        config = config_of(name, vocab_size=30_000, **longest)
         return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
-    monkeypatch.setattr(bench, "make_model", make_model)
-    monkeypatch.setattr(bench, "REPEATS", 2)
+    for module in (fisher, train):
+        monkeypatch.setattr(module, "make_model", make_model)
+        monkeypatch.setattr(module, "REPEATS", 2)
+    monkeypatch.setattr(fisher, "TOPK_ENTRIES", 10_000)
+    monkeypatch.setattr(fisher, "TOPK_K", 100)
+    # Its processes would start with the real models.
+    monkeypatch.setattr(fisher, "_ranks", list)
 
 
 @pytest.mark.usefixtures("_small")
 def test_rows() -> None:
     result = bench.run_bench("all", progress=False)
-    assert len(result["rows"]) == 2 * 2 * 3 + 2 * 3
+    others = 1 + (importlib.util.find_spec("kronfluence") is not None)
+    assert len(result["rows"]) == 3 * 2 * 3 + others + 2 * 3
     for row in result["rows"]:
         assert 0 < row["low"] <= row["ratio"] <= row["high"]
         assert row["met"] is None or row["met"] == eval(f"{row['ratio']} {row['bar']}")
         assert len(row["seconds"]) == 2
     assert {row["part"] for row in result["rows"]} == {"fisher", "train"}
-    assert {row["tokens"] for row in result["rows"]} == {32, 128}
+    assert {row["tokens"] for row in result["rows"]} == {32, 128, 0}
 
 
 def test_repeats_are_interleaved() -> None:
     calls: list[str] = []
-    seconds = bench.side_by_side({n: lambda n=n: calls.append(n) for n in "abc"}, repeats=3)  # type: ignore[misc]
+    seconds = timing.side_by_side({n: lambda n=n: calls.append(n) for n in "abc"}, repeats=3)  # type: ignore[misc]
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert {n: len(s) for n, s in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irdscale.bench import _collate, _row, make_rows, side_by_side
+from irdscale.bench.models import collate, make_rows
+from irdscale.bench.timing import row, side_by_side
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, kernels, scored_parameters
 from irdscale.fisher.accumulate import new_sums
@@ -33,7 +34,6 @@ CALLS = 20
 BATCH, TOKENS = 8, 512
 SAMPLES = 64
 PASS_TOKENS = (32, 128, 512)
-# Tried in turn until one fits the memory.
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def _kernel_rows(name: str, size: Size) -> list[dict[str, Any]]:
             # Float32 goes without the tensor cores, to be exact, and has no bar.
             bar = KERNEL_BAR if dtype == torch.bfloat16 else None
             what = f"cuBLAS weight gradient / kernel, {shape}"
-            rows.append(_row("fisher", what, name, TOKENS, seconds, "gradient", "kernel", at_least=bar))
+            rows.append(row("fisher", what, name, TOKENS, seconds, "gradient", "kernel", at_least=bar))
             what = f"squares sample by sample / kernel, {shape}"
-            rows.append(_row("fisher", what, name, TOKENS, seconds, "samples", "kernel"))
+            rows.append(row("fisher", what, name, TOKENS, seconds, "samples", "kernel"))
     return rows
 
 
@@ -138,14 +138,14 @@ def _pass_rows(name: str, size: Size) -> list[dict[str, Any]]:
         sums: Sums | None = None
         for tokens in PASS_TOKENS:
             data = make_rows(tokens, SAMPLES)
-            samples = SampleGradients(model, data, _collate, scored, batch_size=SAMPLES)
+            samples = SampleGradients(model, data, collate, scored, batch_size=SAMPLES)
             sums = sums or new_sums(samples, range(SAMPLES))
             measured = {"loop": _one_sample_loop(model, data, sums), "fisher": _fisher(samples, data, sums)}
             # Batches are halved until they fit.
             measured["fisher"]()
             seconds = side_by_side(_synchronised(measured, 1), PASS_REPEATS)
             what = f"one-sample loop (FISH) / Fisher pass, batches of {samples.fitting}"
-            rows.append(_row("fisher", what, name, tokens, seconds, "loop", "fisher", at_least=PASS_BAR))
+            rows.append(row("fisher", what, name, tokens, seconds, "loop", "fisher", at_least=PASS_BAR))
     except (torch.OutOfMemoryError, InputError):
         log.warning("bench: %s does not fit the GPU beside its sums and gradients; its rows end here", name)
     return rows
@@ -170,7 +170,7 @@ def _make_model(size: Size) -> Any:
 
 
 def _on_device(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return {key: value.to(DEVICE) for key, value in _collate(rows).items()}
+    return {key: value.to(DEVICE) for key, value in collate(rows).items()}
 
 
 def _fisher(samples: SampleGradients, data: list[Any], sums: Sums) -> Callable[[], None]:
@@ -181,8 +181,8 @@ def _one_sample_loop(model: Any, data: list[Any], sums: Sums) -> Callable[[], No
     """As FISH takes its diagonal: one sample a backward pass, and every parameter's gradient squared on its own."""
 
     def run() -> None:
-        for row in data:
-            model(**_on_device([row])).loss.backward()
+        for sample in data:
+            model(**_on_device([sample])).loss.backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     sums.tensors[name] += parameter.grad.square()

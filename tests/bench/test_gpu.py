@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from irdscale import bench_gpu
+from irdscale.bench import gpu as bench_gpu
 from irdscale.errors import InputError
 
 SMALL = bench_gpu.Size(hidden=32, mlp=48, layers=2, heads=4, key_value_heads=2, vocabulary=30_000)
@@ -21,29 +23,29 @@ def test_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "DEVICE": "cpu",
-        "SAMPLES": 3,
+        "SAMPLES": 4,
         "PASS_TOKENS": (8,),
         "PASS_REPEATS": 2,
-        "BATCH_SIZES": (4, 2),
     }.items():
         monkeypatch.setattr(bench_gpu, name, value)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
 @pytest.mark.usefixtures("_on_the_cpu")
-def test_pass_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[int] = []
-    fisher = bench_gpu._fisher
+def test_pass_rows_with_the_largest_batches_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model = bench_gpu._make_model
 
-    def full_at_first(samples, *rest):  # type: ignore[no-untyped-def]
-        tried.append(samples.batch_size)
-        if samples.batch_size == 4:
-            raise torch.OutOfMemoryError
-        return fisher(samples, *rest)
+    def tight(size: bench_gpu.Size) -> Any:
+        def full(_module: Any, _args: Any, kwargs: Any) -> None:
+            if len(kwargs["input_ids"]) > 2:
+                raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(bench_gpu, "_fisher", full_at_first)
+        model = make_model(size)
+        model.register_forward_pre_hook(full, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(bench_gpu, "_make_model", tight)
     (row,) = bench_gpu._pass_rows("small", SMALL)
-    assert tried == [4, 2, 2]
     assert (row["part"], row["model"], row["tokens"], row["bar"]) == ("fisher", "small", 8, ">= 20.0")
     assert row["what"] == "one-sample loop (FISH) / Fisher pass, batches of 2"
     assert 0 < row["low"] <= row["ratio"] <= row["high"]
