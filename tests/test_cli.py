@@ -273,10 +273,11 @@ def test_a_bad_end_is_one_line(config, called, capsys, error, code, line):
     assert capsys.readouterr() == ("", f"chatter of a library\nirdscale: {line}\n")
 
 
-def test_only_a_search_promises_to_go_on(config, called, capsys):
+@pytest.mark.parametrize(("verb", "promise"), [("fisher", "; the same command goes on from there"), ("train", "")])
+def test_only_what_saves_its_state_promises_to_go_on(config, called, capsys, verb, promise):
     called.result = KeyboardInterrupt()
-    assert cli.run(["fisher", config]) == 130
-    assert capsys.readouterr().err.endswith("irdscale: interrupted\n")
+    assert cli.run([verb, config]) == 130
+    assert capsys.readouterr().err.endswith(f"irdscale: interrupted{promise}\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "a bug")])
