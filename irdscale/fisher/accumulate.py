@@ -14,11 +14,11 @@ from irdscale.errors import InputError
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.gradients import Collate, SampleGradients, SizedDataset
 from irdscale.fisher.losses import Objective, TokenReduction
-from irdscale.fisher.partitioned import unwrapped
 from irdscale.fisher.resume import SavedPass
 from irdscale.fisher.room import check_room
 from irdscale.fisher.rules import add_squares
 from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
+from irdscale.partitioned import unwrapped
 from irdscale.ranks import rank_and_world, same_on_every_rank
 
 

@@ -16,10 +16,10 @@ from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
-from irdscale.fisher.partitioned import device_of, gathering, is_partitioned, shape_of
 from irdscale.fisher.resume import PassState, SavedPass
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
 from irdscale.fisher.sums import Sums
+from irdscale.partitioned import device_of, gathering, is_partitioned, shape_of
 from irdscale.progress import Advance, bar
 from irdscale.ranks import (
     add_up,

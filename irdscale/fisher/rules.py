@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from irdscale.fisher.partitioned import whole
+from irdscale.partitioned import whole
 
 
 @dataclass

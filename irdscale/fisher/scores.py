@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from irdscale.config import Score
 from irdscale.fisher.diagonal import Layout
-from irdscale.fisher.partitioned import shape_of, whole
 from irdscale.fisher.rules import add_gradients, add_squares
 from irdscale.fisher.sums import Add
+from irdscale.partitioned import shape_of, whole
 from irdscale.ranks import slice_of
 
 
