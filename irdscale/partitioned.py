@@ -46,18 +46,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def whole(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gather partitioned parameters for reading; collective if there are any.
+def whole(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]:
+    """Gather partitioned parameters; collective if there are any.
 
     Those that a running module has gathered are left to it.
+
+    Args:
+        changed: every rank writes the same numbers into them, and its part keeps them.
     """
-    absent = [p for p in parameters if hasattr(p, "ds_tensor") and p.numel() != numel_of(p)]
+    absent = [p for p in parameters if hasattr(p, "ds_tensor") and (changed or p.numel() != numel_of(p))]
     if not absent:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    with GatheredParameters(absent):
+    with GatheredParameters(absent, modifier_rank=0 if changed else None):
         yield
 
 

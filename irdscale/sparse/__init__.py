@@ -1,7 +1,16 @@
 """Sparse training: k trainable numbers on a frozen base, and the adapters they are saved to."""
 
 from irdscale.sparse.adapter import load_adapter, save_adapter
-from irdscale.sparse.model import base_hash, entries_of, matching_parameters, merge, sparse_state, sparsify, unload
+from irdscale.sparse.model import (
+    base_hash,
+    entries_of,
+    matching_parameters,
+    merge,
+    sparse_state,
+    sparsify,
+    trained_numbers,
+    unload,
+)
 
 __all__ = [
     "base_hash",
@@ -12,5 +21,6 @@ __all__ = [
     "save_adapter",
     "sparse_state",
     "sparsify",
+    "trained_numbers",
     "unload",
 ]

@@ -1,11 +1,13 @@
 """Forward with the patched weight, backward with the k gradients alone.
 
 Each function is told the frozen weight, which already holds base + delta at the mask's entries, and the trainable
-`values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size.
+`values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size. A weight
+that DeepSpeed gathers anew for the backward pass comes without the deltas, and is patched again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +67,10 @@ class SparseMatmul(torch.autograd.Function):
         active: Active | None,
         bias_index: Tensor | None,
         transposed: bool,
+        patch_again: Callable[[], None] | None,
     ) -> Tensor:
         ctx.weight, ctx.transposed, ctx.active, ctx.bias_index = weight, transposed, active, bias_index
+        ctx.patch_again = patch_again
         ctx.value_types = [None if v is None else v.dtype for v in (weight_values, bias_values)]
         ctx.save_for_backward(x if weight_values is not None and ctx.needs_input_grad[3] else None)
         if not transposed:
@@ -80,6 +84,8 @@ class SparseMatmul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
+            if ctx.patch_again is not None:
+                ctx.patch_again()
             dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
         dy_TO = dy.reshape(-1, dy.shape[-1])
         (x,) = ctx.saved_tensors
@@ -89,7 +95,7 @@ class SparseMatmul(torch.autograd.Function):
             weight_grad = _entries(left, right, ctx.active).to(ctx.value_types[0])
         if ctx.needs_input_grad[4]:
             bias_grad = dy_TO.sum(0).index_select(0, ctx.bias_index).to(ctx.value_types[1])
-        return dx, None, None, weight_grad, bias_grad, None, None, None
+        return dx, None, None, weight_grad, bias_grad, None, None, None, None
 
 
 class SparseEmbedding(torch.autograd.Function):

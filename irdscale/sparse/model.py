@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from irdscale.config import nearest
 from irdscale.errors import InputError
 from irdscale.mask import Mask
+from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
 
 
@@ -25,12 +27,14 @@ class SparseState:
         mask: the entries that are trained.
         entries: name -> the trainable entries of that parameter.
         dense: name -> the base value of each parameter that is trained whole.
+        masters: name -> float32 numbers that are trained in place of such a parameter of a lower precision.
         required_grad: parameter names that required gradients before.
     """
 
     mask: Mask
     entries: dict[str, Entries]
     dense: dict[str, Tensor]
+    masters: dict[str, Entries]
     required_grad: set[str]
 
     @property
@@ -42,6 +46,11 @@ class SparseState:
     def dense_parameters(self) -> int:
         """Numbers trained outside the mask, by `always_train`."""
         return sum(base.numel() for base in self.dense.values())
+
+    @property
+    def patched(self) -> list[Entries]:
+        """Everything that is written into a frozen parameter at its use."""
+        return [*self.entries.values(), *self.masters.values()]
 
 
 def is_sparse(model: nn.Module) -> bool:
@@ -85,7 +94,8 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     """Make the entries of `mask` the only trainable numbers of `model`, in place.
 
     The base weights stay, frozen; each module that holds masked entries gets a parameter `{name}_values` of the
-    float32 deltas, which start at 0. Parameters that match `always_train` are trained whole, outside the mask.
+    float32 deltas, which start at 0. Parameters that match `always_train` are trained whole, outside the mask, by
+    float32 numbers too where the model is of a lower precision. Collective for a model in ZeRO-3 partitions.
 
     Args:
         model: any module; tied parameters and parameters used more than once are covered.
@@ -103,14 +113,22 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     for name, index in mask.indices.items():
         if name not in parameters:
             raise InputError(f"mask: {name}: the model has no such parameter{nearest(name, parameters)}")
-        if tuple(parameters[name].shape) != tuple(mask.shapes[name]):
-            found, expected = tuple(mask.shapes[name]), tuple(parameters[name].shape)
+        if shape_of(parameters[name]) != tuple(mask.shapes[name]):
+            found, expected = tuple(mask.shapes[name]), shape_of(parameters[name])
             raise InputError(f"mask: {name}: found shape {found}; expected {expected}, the model's")
         if name in dense and len(index):
             raise InputError(f"mask: {name}: found entries in a parameter that train.always_train trains whole")
     required_grad = {name for name, p in parameters.items() if p.requires_grad}
     entries = {name: make_entries(name, parameters[name], index) for name, index in mask.indices.items() if len(index)}
-    by_parameter = {id(parameters[name]): e for name, e in entries.items()}
+    copies, masters = {}, {}
+    for name in dense:
+        parameter = parameters[name]
+        with whole([parameter]):
+            copies[name] = parameter.detach().clone()
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            masters[name] = make_entries(name, parameter, torch.arange(numel_of(parameter)))
+            masters[name].make_absolute(True)
+    by_parameter = {id(parameters[name]): e for name, e in (entries | masters).items()}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
@@ -118,9 +136,8 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
             if held is not None and id(held) in by_parameter:
                 attach(module, local_name, by_parameter[id(held)])
     for name in dense:
-        parameters[name].requires_grad_(True)
-    copies = {name: parameters[name].detach().clone() for name in dense}
-    model._irdscale = SparseState(mask, entries, copies, required_grad)  # type: ignore[assignment]
+        parameters[name].requires_grad_(name not in masters)
+    model._irdscale = SparseState(mask, entries, copies, masters, required_grad)  # type: ignore[assignment]
     return model
 
 
@@ -136,13 +153,14 @@ def _strip(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A plain model again, in place, with the deltas added to its weights.
+    """A plain model again, in place, with the deltas added to its weights. Collective for a model in partitions.
 
     Raises:
         InputError: the model is not sparse.
     """
-    for entries in sparse_state(model).entries.values():
-        entries.patch()
+    for entries in sparse_state(model).patched:
+        with whole([entries.parameter, entries.values], changed=True):
+            entries.patch()
     _strip(model)
     return model
 
@@ -154,11 +172,13 @@ def unload(model: nn.Module) -> nn.Module:
         InputError: the model is not sparse.
     """
     state = sparse_state(model)
-    for entries in state.entries.values():
-        entries.restore()
+    for entries in state.patched:
+        with whole([entries.parameter], changed=True):
+            entries.restore()
     parameters = dict(model.named_parameters())
     for name, base in state.dense.items():
-        parameters[name].data.copy_(base)
+        with whole([parameters[name]], changed=True):
+            parameters[name].data.copy_(base)
     _strip(model)
     return model
 
@@ -171,21 +191,52 @@ def hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
 
 
 def base_hash(model: nn.Module) -> str:
-    """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole."""
+    """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole.
+
+    Collective for a model in partitions; one parameter is gathered at a time.
+    """
     state = sparse_state(model)
-    values = {id(entries.values) for entries in state.entries.values()}
-    for entries in state.entries.values():
-        entries.restore()
-    try:
-        sha = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            if name in state.dense or id(parameter) in values:
-                continue
+    values = {id(entries.values) for entries in state.patched}
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name in state.dense or id(parameter) in values:
+            continue
+        with _base_of(parameter, state.entries.get(name)):
             hash_tensor(sha, name, parameter)
-        return sha.hexdigest()
-    finally:
-        for entries in state.entries.values():
+    return sha.hexdigest()
+
+
+@contextmanager
+def _base_of(parameter: nn.Parameter, entries: Entries | None) -> Iterator[None]:
+    """The parameter whole, and without its deltas."""
+    with whole([parameter] if entries is None else [parameter, entries.values]):
+        if entries is None:
+            yield
+            return
+        entries.restore()
+        try:
+            yield
+        finally:
             entries.patch()
+
+
+def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a sparse model learned, on the CPU: the deltas by parameter name, and the parameters trained whole.
+
+    Collective for a model in partitions: every rank gets all of it.
+    """
+    state = sparse_state(model)
+    parameters = dict(model.named_parameters())
+    deltas, dense = {}, {}
+    for name, entries in state.entries.items():
+        with whole([entries.values]):
+            deltas[name] = (entries.effective() - entries.base if entries.absolute else entries.values.detach()).cpu()
+            deltas[name] = deltas[name].clone()
+    for name in state.dense:
+        source = state.masters[name].values if name in state.masters else parameters[name]
+        with whole([source]):
+            dense[name] = source.detach().to(parameters[name].dtype).view(shape_of(parameters[name])).cpu().clone()
+    return deltas, dense
 
 
 def entries_of(model: nn.Module) -> dict[str, Entries]:

@@ -1,7 +1,10 @@
 """Modules whose parameters have trainable entries: the same objects and names, of a subclass made for them.
 
 The frozen parameter stays where it is. At each use the k entries are patched into it (base + delta), so there is no
-copy of a weight anywhere, and the k base numbers are kept to restore it bit for bit.
+copy of a weight anywhere, and the k base numbers are kept to restore it bit for bit. Where DeepSpeed ZeRO-3 keeps the
+parameter in partitions, these hold the base; what is gathered for a forward or a backward pass is patched each time.
+The values are partitioned as well: replicated they would take world size times the room, and a gathering more or less
+beside their weight's costs nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irdscale.partitioned import shape_of, whole
 from irdscale.sparse.functions import Active, Patched, SparseEmbedding, SparseMatmul, active_entries
 
 
 @dataclass
 class Entries:
-    """The trainable entries of one parameter, shared by every module that holds it."""
+    """The trainable entries of one parameter, shared by every module that holds it.
+
+    Attributes:
+        absolute: whether `values` are the effective weights themselves, as while AdamW decays them towards zero,
+            rather than deltas.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -27,39 +36,62 @@ class Entries:
     index: Tensor
     base: Tensor
     active: Active | None
+    shape: tuple[int, ...]
+    absolute: bool = False
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether the parameter is gathered anew for each pass, without what was patched into it."""
+        return hasattr(self.parameter, "ds_tensor")
 
     def to_device(self) -> None:
         """Follow the parameter to its device."""
         device = self.parameter.device
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
-            if self.parameter.dim() == 2:
-                self.active = active_entries(self.index, tuple(self.parameter.shape))
+            if len(self.shape) == 2:
+                self.active = active_entries(self.index, self.shape)
+
+    def effective(self) -> Tensor:
+        """The weights at the entries, [k], in the type of `values`."""
+        return self.values.detach() if self.absolute else self.base.to(self.values.dtype) + self.values.detach()
 
     def patch(self) -> None:
-        """Write base + delta into the parameter."""
+        """Write the effective weights into the parameter, which must be whole."""
         self.to_device()
         with torch.no_grad():
-            effective = (self.base.to(self.values.dtype) + self.values).to(self.parameter.dtype)
             # Through .data, for autograd must not count this as a change between forward and backward.
-            self.parameter.data.view(-1).index_copy_(0, self.index, effective)
+            self.parameter.data.view(-1).index_copy_(0, self.index, self.effective().to(self.parameter.dtype))
 
     def restore(self) -> None:
-        """Write the base numbers back into the parameter."""
+        """Write the base numbers back into the parameter, which must be whole."""
         self.to_device()
         self.parameter.data.view(-1).index_copy_(0, self.index, self.base)
 
+    def make_absolute(self, absolute: bool) -> None:
+        """Have `values` hold the effective weights, or deltas; collective where they are partitioned."""
+        if absolute == self.absolute:
+            return
+        with whole([self.values], changed=True), torch.no_grad():
+            self.values.data.add_(self.base.to(self.values), alpha=1 if absolute else -1)
+        self.absolute = absolute
+
 
 def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
-    """Entries at the sorted flat `index` of a parameter, with deltas of 0 (float32; float64 for a float64 base)."""
-    if not parameter.is_contiguous():
-        parameter.data = parameter.data.contiguous()
-    index = index.to(torch.int64).to(parameter.device)
-    base = parameter.detach().view(-1).index_select(0, index)
+    """Entries at the sorted flat `index` of a parameter, with deltas of 0 (float32; float64 for a float64 base).
+
+    Collective for a partitioned parameter.
+    """
+    shape = shape_of(parameter)
+    with whole([parameter]):
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        index = index.to(torch.int64).to(parameter.device)
+        base = parameter.detach().view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=parameter.device))
-    active = active_entries(index, tuple(parameter.shape)) if parameter.dim() == 2 else None
-    return Entries(name, parameter, values, index, base, active)
+    values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=index.device))
+    active = active_entries(index, shape) if len(shape) == 2 else None
+    return Entries(name, parameter, values, index, base, active, shape)
 
 
 def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
@@ -110,6 +142,7 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
         weight.active if weight else None,
         bias.index if bias else None,
         not isinstance(module, nn.Linear),
+        weight.patch if weight and weight.partitioned else None,
     )
 
 
