@@ -67,6 +67,8 @@ def _irdscale(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    # The deepspeed launcher passes it to every program; the environment says the same.
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     pass
 
@@ -75,17 +77,18 @@ def _irdscale(
 def search(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Search for the best samples and parameters, train the winner, write the report.
 
-    Interrupted, the same command goes on from there. Under torchrun, all ranks share the Fisher passes.
+    Interrupted, the same command goes on from there. Under torchrun or deepspeed, all ranks share the Fisher passes and
+    train each candidate together.
     """
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        with joined():
+        with _ranks(settings):
             from irdscale.report import write_report
             from irdscale.search.run import run_search
 
             result = run_search(settings, progress=True)
-            if result:
+            if launched()[0] == 0:
                 write_report(Path(settings.output))
     _show(result, as_json, lambda: _print_search(result, Path(settings.output)))
 
@@ -99,7 +102,7 @@ def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        with joined():
+        with _ranks(settings, train=False):
             from irdscale.verbs import run_fisher
 
             result = run_fisher(settings, progress=True)
@@ -108,14 +111,18 @@ def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -
 
 @app.command(epilog="Example:\n\nirdscale train configs/quickstart.yaml mask=runs/fisher/mask")
 def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio."""
-    with _ending():
-        alone("train")
+    """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio.
+
+    Interrupted, the same command goes on from the state saved last. Under torchrun or deepspeed, all ranks train
+    together.
+    """
+    with _ending(interrupted="the same command goes on from the state saved last"):
         settings, given = _load(config, overrides, takes=("mask",))
         check_writable(settings.output, "output")
-        from irdscale.verbs import run_train
+        with _ranks(settings):
+            from irdscale.verbs import run_train
 
-        result = run_train(settings, mask=given.get("mask"), progress=True)
+            result = run_train(settings, mask=given.get("mask"), progress=True)
     _show(result, as_json)
 
 
@@ -194,6 +201,18 @@ def bench(
 
         result = run_bench(part, progress=True)
     _show(result, as_json, lambda: _print_bench(result))
+
+
+@contextmanager
+def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
+    """Run with all ranks that a launcher started, once the configuration is known to suit so many."""
+    from irdscale.zero import micro_batch, zero_settings
+
+    world = launched()[2]
+    if train:
+        micro_batch(settings, world)
+    with joined(always=zero_settings(settings, world if train else None) is not None):
+        yield
 
 
 def main() -> NoReturn:

@@ -147,7 +147,8 @@ class SearchConfig(Section):
 class TrainConfig(Section):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
     epochs: float | None = Field(None, gt=0, description="Passes over the train split.")
-    batch_size: int = Field(16, ge=1, description="Samples a step.")
+    batch_size: int = Field(16, ge=1, description="Samples a step, of all ranks and accumulated passes together.")
+    gradient_accumulation: int = Field(1, ge=1, description="Passes whose gradients are added up to a step.")
     eval_batch_size: int = Field(64, ge=1, description="Samples a forward pass when a metric is measured.")
     learning_rate: float = Field(1e-3, gt=0, description="Of AdamW, for the masked entries and the head.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
@@ -162,6 +163,14 @@ class TrainConfig(Section):
     always_train: Literal["auto"] | list[str] = Field(
         "auto",
         description="Parameters trained densely, as regular expressions; `auto`: those the checkpoint does not hold.",
+    )
+
+    gradient_checkpointing: bool = Field(
+        False, description="Keep only the inputs of layers, and run these again in the backward pass."
+    )
+    deepspeed: str | None = Field(None, min_length=1, description="DeepSpeed's JSON file, for ZeRO 0-3.")
+    save_minutes: float = Field(
+        10.0, ge=0, description="How often training saves its state, from which the same command goes on."
     )
 
     @field_validator("always_train")
@@ -268,7 +277,7 @@ def _local(value: Any, folder: Path) -> Any:
 
 def _resolve_paths(values: Any, folder: Path) -> None:
     """Make the explicit relative paths of `values` absolute, in place."""
-    for section, key in (("model", "path"), ("task", "dataset")):
+    for section, key in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
         if isinstance(values.get(section), dict) and key in values[section]:
             values[section][key] = _local(values[section][key], folder)
 

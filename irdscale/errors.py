@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had good input but could not finish, such as NaN in the loss or a full disk."""
+
+
+class TrainingError(RunError):
+    """One training came to numbers that are none; others may do better."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,12 +28,6 @@ def launched() -> tuple[int, int, int]:
     return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
 
 
-def forget() -> None:
-    """Go on as a single process: libraries that look for the launcher's variables find none."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-
-
 def alone(verb: str) -> None:
     """Refuse to run a verb on several ranks that would all do the same.
 
@@ -45,18 +40,28 @@ def alone(verb: str) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def joined(always: bool = False) -> Iterator[None]:
     """Run with the process group of all ranks, where there are several: NCCL on GPUs, gloo without.
+
+    Args:
+        always: make a group of one where this process is alone, as DeepSpeed wants it.
 
     Raises:
         InputError: there are more ranks on this host than GPUs.
     """
-    _, local_rank, world = launched()
-    if world == 1:
+    rank, local_rank, world = launched()
+    if world == 1 and not always:
         yield
         return
     import torch
     import torch.distributed as dist
+
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    # Libraries look for all of them.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:

@@ -84,8 +84,24 @@ def gathering(model: nn.Module) -> Iterator[None]:
         offload.partition_all_parameters()
     finally:
         offload.destroy()
-        for module in model.modules():
-            if "_original_parameters" in module.__dict__:
-                module._parameters = module.__dict__.pop("_original_parameters")
-            for attribute in ("pre_bwd_fn", "post_bwd_fn", "ds_inflight_param_registry"):
-                module.__dict__.pop(attribute, None)
+        _clear_traces(model)
+
+
+def release_engine(engine: Any) -> None:
+    """Take a DeepSpeed engine off its model, whose parameters stay in their partitions; anything else is left alone."""
+    if type(engine).__name__ != "DeepSpeedEngine":
+        return
+    model = engine.module
+    if is_partitioned(model):
+        engine.optimizer.parameter_offload.partition_all_parameters()
+    engine.destroy()
+    _clear_traces(model)
+
+
+def _clear_traces(model: nn.Module) -> None:
+    """Remove what DeepSpeed's hooks leave in the modules."""
+    for module in model.modules():
+        if "_original_parameters" in module.__dict__:
+            module._parameters = module.__dict__.pop("_original_parameters")
+        for attribute in ("pre_bwd_fn", "post_bwd_fn", "ds_inflight_param_registry"):
+            module.__dict__.pop(attribute, None)

@@ -31,14 +31,6 @@ def current_group() -> object:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def leave_group() -> int:
-    """End the process group, where there is one; returns this process's rank in it. What follows is done alone."""
-    rank, world = rank_and_world()
-    if world > 1:
-        dist.destroy_process_group()
-    return rank
-
-
 def own_share(items: Sequence[int]) -> list[int]:
     """Every world-size-th item: each goes to one rank, none twice; a rank may get none."""
     rank, world = rank_and_world()
@@ -139,6 +131,11 @@ def gather_texts(text: str) -> list[str]:
     parts = [torch.zeros_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return [bytes(p[:n].tolist()).decode() for p, n in zip(parts, lengths.tolist(), strict=True)]
+
+
+def first_says(flag: bool) -> bool:
+    """What rank 0 found, on every rank: it writes the files, so it knows which there are."""
+    return gather_texts(str(int(flag)))[0] == "1"
 
 
 @contextmanager

@@ -1,27 +1,42 @@
-"""Sparse fine-tuning of one candidate with the Hugging Face Trainer, and its metrics."""
+"""Sparse fine-tuning of one candidate with the Hugging Face Trainer, on one rank or many, with DeepSpeed or without.
+
+Features: AdamW on the masked entries and the head; data-parallel ranks (DDP), or DeepSpeed ZeRO 0-3 by the user's JSON;
+gradient accumulation and checkpointing; clipping over the trained numbers; both meanings of weight decay; a state on
+disk from which a killed training goes on, on other ranks and another ZeRO stage too.
+
+Constraints: the batch size is that of a step, whatever the number of ranks, and must divide among them. Samples come
+in an order that the seed alone fixes, so all numbers of ranks see the same batches.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 import re
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.optimization import get_scheduler
 
 from irdscale.config import RunConfig, TrainConfig
-from irdscale.errors import InputError, RunError
+from irdscale.errors import InputError, TrainingError
 from irdscale.mask import Mask
-from irdscale.sparse import entries_of, matching_parameters, sparsify
+from irdscale.partitioned import release_engine
+from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world
+from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
+from irdscale.training_state import digest_seed, load_training, save_training, saved_step
+from irdscale.watch import watched
+from irdscale.zero import micro_batch, zero_settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from irdscale.tasks import Task
 
 
@@ -46,6 +61,18 @@ def training_steps(config: TrainConfig, samples: int) -> int:
     return math.ceil((config.epochs or 1.0) * math.ceil(samples / config.batch_size))
 
 
+def training_order(samples: int, count: int, seed: int) -> list[int]:
+    """Places of `count` samples in the order in which they are trained on: shuffles of the split, one after another.
+
+    A batch may reach over the end of a shuffle, so that all batches are of one size.
+    """
+    generator = random.Random(f"training/{seed}")
+    order: list[int] = []
+    while len(order) < count:
+        order += generator.sample(range(samples), samples)
+    return order[:count]
+
+
 def sparse_model(config: RunConfig, task: Task, mask: Mask | None, seed: int) -> nn.Module:
     """The task's model with the mask's entries trainable (none for no mask), and its head, initialised by `seed`.
 
@@ -63,57 +90,90 @@ def sparse_model(config: RunConfig, task: Task, mask: Mask | None, seed: int) ->
 def fine_tune(
     model: nn.Module,
     task: Task,
-    config: TrainConfig,
+    config: RunConfig,
     seed: int,
     advance: Callable[..., None] | None = None,
+    state: Path | None = None,
 ) -> None:
-    """Train a sparse model in place on the train split: AdamW on the masked entries and the head.
+    """Train a sparse model in place on the train split. Collective where torch.distributed is initialised.
 
-    At equal seed the data order and the dropout stream are equal, whatever the mask. Weight decay leaves biases and
-    norms alone, as in the Trainer.
+    At equal seed the batches are equal, whatever the mask and the number of ranks; the dropout stream is a rank's own.
+    Weight decay leaves biases and norms alone, as in the Trainer.
+
+    Args:
+        state: the folder of the training's state, which all ranks share; what it holds of this training goes on.
 
     Raises:
-        RunError: the loss is NaN or infinite; names the step and the learning rate.
+        InputError: `train.batch_size` does not divide among the ranks, or `train.deepspeed` cannot be used.
+        TrainingError: a loss is NaN or infinite; names the step and the learning rate.
+        RunError: a rank died (named), or the state cannot be written.
     """
-    callback = _Callback(seed, advance)
-    with tempfile.TemporaryDirectory() as scratch:
-        steps = training_steps(config, len(task.train))
-        arguments = _arguments(
-            output_dir=scratch,
-            max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=round(config.warmup_ratio * steps),
-            max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch",
-            seed=seed,
-            data_seed=seed,
-        )
-        trainer = _SparseTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=task.train,
-            data_collator=task.collate,
-            callbacks=[callback],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.decay = config.decay
-        trainer.train()
+    train, steps = config.train, training_steps(config.train, len(task.train))
+    settings = zero_settings(config, rank_and_world()[1])
+    micro = micro_batch(config, rank_and_world()[1])
+    made_by = {"train": train.model_dump(mode="json", exclude=_HOW), "seed": seed, **trained_on(model)}
+    with failing_together():
+        done = 0 if state is None else saved_step(state, made_by)
+    done = largest_of([done])[0]
+    if advance is not None:
+        advance(done)
+    absolute = train.decay == "weight" and train.weight_decay > 0
+    for entries in sparse_state(model).entries.values():
+        entries.make_absolute(absolute)
+    order = training_order(len(task.train), steps * train.batch_size, seed)[done * train.batch_size :]
+    callback = _Callback(seed, done, advance, state, train.save_minutes, made_by)
+    with tempfile.TemporaryDirectory() as scratch, watched() if done < steps else nullcontext():
+        if done < steps:
+            trainer = _SparseTrainer(
+                model=model,
+                args=_arguments(scratch, train, settings, micro, steps - done, seed),
+                train_dataset=task.train.select(order),
+                data_collator=task.collate,
+                callbacks=[callback],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train_config, trainer.done, trainer.steps, callback.trainer = train, done, steps, trainer
+            # A sample's loss counts alike wherever it is; the Trainer would weigh by tokens.
+            trainer.model_accepts_loss_kwargs = False
+            trainer.train()
+            release_engine(trainer.model_wrapped)
+    for entries in sparse_state(model).entries.values():
+        entries.make_absolute(False)
     model.eval()
 
 
-def _arguments(**chosen: Any) -> TrainingArguments:
-    """Training arguments that write and print nothing, for one device."""
+# What changes how a training runs, but not what it computes.
+_HOW = {"deepspeed", "save_minutes", "gradient_checkpointing", "gradient_accumulation", "eval_batch_size"}
+
+
+def _arguments(
+    scratch: str, train: TrainConfig, settings: dict[str, Any] | None, micro: int, steps: int, seed: int
+) -> TrainingArguments:
+    """Training arguments that write and print nothing, for one device a rank."""
+    gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch",
+        seed=seed,
+        data_seed=seed,
+        deepspeed=settings,
+        use_cpu=not gpu,
+        ddp_backend="gloo" if current_group() is not None and not gpu else None,
+        ddp_find_unused_parameters=False,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=gpu,
         label_names=["labels"],
-        **chosen,
     )
     # The Trainer would copy the model to every GPU it sees (DataParallel), and the copies would not train.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -121,71 +181,89 @@ def _arguments(**chosen: Any) -> TrainingArguments:
 
 
 class _Callback(TrainerCallback):
-    def __init__(self, seed: int, advance: Callable[..., None] | None) -> None:
-        self._seed, self._advance = seed, advance
+    """Sets the random streams, stops at a loss that is no number, and saves the state."""
+
+    trainer: _SparseTrainer
+
+    def __init__(
+        self,
+        seed: int,
+        done: int,
+        advance: Callable[..., None] | None,
+        state: Path | None,
+        minutes: float,
+        made_by: dict[str, Any],
+    ) -> None:
+        self._seed, self._done, self._advance, self._state = seed, done, advance, state
+        self._seconds, self._made_by = 60 * minutes, made_by
+        self._saved, self._due = time.monotonic(), False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         # Nothing that came before, such as the size of a mask, may shift the dropout stream.
-        torch.manual_seed(self._seed)
+        rank = rank_and_world()[0]
+        torch.manual_seed(self._seed if rank == 0 else digest_seed(rank, self._seed))
+        if self._done:
+            assert self._state is not None
+            load_training(self._state, self.trainer.plain_model, self.trainer.optimizer, self._done)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Agree on what any rank found; DeepSpeed has made its step already, which a bad loss spoils."""
+        due = self._state is not None and time.monotonic() - self._saved >= self._seconds
+        bad, self._due = map(bool, largest_of([self.trainer.bad is not None, due]))
+        if bad:
+            texts = gather_texts(self.trainer.bad or "")
+            rank = next(rank for rank, text in enumerate(texts) if text)
+            raise TrainingError(texts[rank] if len(texts) == 1 else f"rank {rank}: {texts[rank]}")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._advance is not None:
             self._advance()
+        step = self._done + self.trainer.state.global_step
+        if self._due and step < self.trainer.steps and self._state is not None:
+            save_training(self._state, self.trainer.plain_model, self.trainer.optimizer, step, self._made_by)
+            self._saved = time.monotonic()
 
 
 class _SparseTrainer(Trainer):
-    """Stops at a loss that is no number, and decays weights rather than deltas where that is asked for."""
+    """Takes the samples in the order in which they come, notices a loss that is no number, and can begin later.
 
-    decay = "delta"
+    Attributes:
+        done: steps that an earlier run has made.
+        steps: of the whole training, which the learning rate follows.
+        train_config: how to train.
+        bad: what is wrong with a loss, until the ranks have agreed on it.
+    """
+
+    train_config: TrainConfig
+    done, steps = 0, 0
+    bad: str | None = None
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The sparse model inside whatever wraps it."""
+        return cast(nn.Module, self.model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(cast(Any, train_dataset or self.train_dataset))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss) and self.bad is None:
             rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
-            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate {rate:.3g}")
+            step = self.done + self.state.global_step + 1
+            self.bad = f"the loss is {loss.item()} at step {step}, learning rate {rate:.3g}"
         return loss
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if made and self.decay == "weight" and self.args.weight_decay:
-            decay_towards_zero(optimizer, cast(nn.Module, self.model))
-        return optimizer
-
-
-def decay_towards_zero(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Make decoupled decay of the deltas v into decay of the weights b + v.
-
-    AdamW gives v' = (1 - lr wd) v - update; after each step lr wd b is subtracted too.
-    """
-    bases = {id(entries.values): entries for entries in entries_of(model).values()}
-
-    def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        for group in stepped.param_groups:
-            shrink = group["lr"] * group["weight_decay"]
-            for values in group["params"]:
-                if shrink and id(values) in bases and values.grad is not None:
-                    values.data.sub_(bases[id(values)].base.to(values.dtype), alpha=shrink)
-
-    optimizer.register_step_post_hook(after_step)
-
-
-def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
-    """Every metric of the task on a split.
-
-    Raises:
-        RunError: a logit is NaN or infinite.
-    """
-    lengths = [len(ids) for ids in split["input_ids"]]
-    # Batches of like lengths waste no time on padding; metrics do not see the order.
-    ordered = split.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(output_dir=scratch, per_device_eval_batch_size=batch_size)
-        trainer = Trainer(model=model, args=arguments, data_collator=task.collate)
-        trainer.remove_callback(PrinterCallback)
-        predicted = trainer.predict(ordered)
-    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    return task.compute_metrics(np.asarray(logits), np.asarray(predicted.label_ids))
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate of the whole training, from the step at which this one begins."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            warmup = round(self.train_config.warmup_ratio * self.steps)
+            shape = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+            (factor,) = get_scheduler(self.train_config.schedule, shape, warmup, self.steps).lr_lambdas
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(self.done + step))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
 
 def adapter_config(config: RunConfig, seed: int) -> dict[str, Any]:

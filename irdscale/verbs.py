@@ -10,15 +10,18 @@ import torch
 
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_folder, write_json
+from irdscale.evaluation import evaluate_model
+from irdscale.files import digest, read_json, write_folder, write_json
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
 from irdscale.mask import Mask
+from irdscale.partitioned import numel_of
 from irdscale.progress import bar
-from irdscale.ranks import failing_together, rank_and_world
+from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.sparse import load_adapter, merge, save_adapter, sparse_state
 from irdscale.tasks import build_model, load_task
-from irdscale.training import adapter_config, evaluate_model, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training import adapter_config, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training_state import remove_training
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -31,7 +34,7 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
         model, new = build_model(config, task, config.search.seeds[0])
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
-        scored = sum(parameter.numel() for parameter in samples.scored.values())
+        scored = sum(map(numel_of, samples.scored.values()))
         k = mask_size(config, model, scored)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     size = len(pool)
@@ -48,7 +51,7 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
     mask = ranking.prefix(k)
     facts = {
         "params": k,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(map(numel_of, model.parameters())),
         "scored": scored,
         "samples": len(pool),
         "sample_gradients": samples.taken,
@@ -83,39 +86,63 @@ def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
 def run_train(config: RunConfig, mask: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Train one mask, from a folder or made by `run_fisher`'s way, and write OUTPUT/adapter.
 
-    Trains with the first of `search.seeds`.
+    Trains with the first of `search.seeds`. Collective where torch.distributed is initialised: the ranks share each
+    batch, by DDP or as `train.deepspeed` says, and rank 0 writes. One that was killed goes on from the state that it
+    saved last, in OUTPUT/training.
 
     Returns:
         {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "seconds"}: metrics by split.
 
     Raises:
-        InputError: the mask does not fit the model, or the configuration does not fit the data or the model.
-        RunError: the loss is no number, or the output cannot be written.
+        InputError: the mask does not fit the model, or the configuration does not fit the data, the model or the ranks.
+        RunError: the loss is no number, a rank died, or the output cannot be written.
     """
-    chosen = Mask.load(mask) if mask is not None else None
-    task, output, seed = load_task(config), Path(config.output), config.search.seeds[0]
-    if chosen is None:
-        chosen = _fisher_mask(config, task, progress)[0]
-        chosen.save(output / "mask")
-        saved_pass(config, "mask").remove()
-    started = time.perf_counter()
-    model = sparse_model(config, task, chosen, seed)
+    with failing_together():
+        task, output, seed = load_task(config), Path(config.output), config.search.seeds[0]
+        chosen = Mask.load(mask) if mask is not None else None
+    chosen = chosen if chosen is not None else _own_mask(config, task, progress)
+    started, state = time.perf_counter(), output / "training"
+    with failing_together():
+        model = sparse_model(config, task, chosen, seed)
     steps = training_steps(config.train, len(task.train))
-    with bar("Training", steps, enabled=progress) as advance:
-        fine_tune(model, task, config.train, seed, advance)
+    with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
+        fine_tune(model, task, config, seed, advance, state)
     save_adapter(model, output / "adapter", config=adapter_config(config, seed))
-    state = sparse_state(model)
+    remove_training(state)
+    state_of = sparse_state(model)
     return {
         "adapter": str(output / "adapter"),
         "mask": chosen.hash,
-        "params": state.k,
-        "head": state.dense_parameters,
+        "params": state_of.k,
+        "head": state_of.dense_parameters,
         "steps": steps,
         "seed": seed,
         "selection": evaluate_model(model, task, task.selection, config.train.eval_batch_size),
         "test": evaluate_model(model, task, task.test, config.train.eval_batch_size),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
+    """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
+    output = Path(config.output)
+    folder, note = output / "mask", output / "fisher" / "mask.json"
+    made_by = digest(config.model_dump(mode="json", exclude={"output", "train"}))
+    with failing_together():
+        stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
+        mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None
+        mask = mask if mask is not None and mask.hash == stored["hash"] else None
+    if first_says(mask is not None):
+        if mask is None:
+            raise InputError(f"{note}: not found on this rank; expected an output folder that all ranks share")
+        return mask
+    mask = _fisher_mask(config, task, progress)[0]
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            mask.save(folder)
+            write_json(note, {"made_by": made_by, "hash": mask.hash})
+            saved_pass(config, "mask").remove()
+    return mask
 
 
 def _adapted(config: RunConfig, task: Task, adapter: str) -> Any:

@@ -12,10 +12,11 @@ import torch
 from irdscale import Mask, top_k, unload
 from irdscale.config import RunConfig, TrainConfig, load_config
 from irdscale.errors import InputError, RunError
+from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients
 from irdscale.sparse import entries_of, sparse_state, sparsify
 from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import evaluate_model, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training import fine_tune, sparse_model, trained_whole, training_steps
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
 
@@ -60,7 +61,7 @@ def test_trainer_equals_the_masked_dense_oracle(toy: tuple[RunConfig, Task], dec
     mask = random_mask(model, 0.1, leave=tuple(new))
     sparsify(model, mask, always_train=[f"^{n}$" for n in new])
     recorder = Recorder(model)
-    fine_tune(model, task, train, seed=3)
+    fine_tune(model, task, config.model_copy(update={"train": train}), seed=3)
 
     # The Trainer leaves biases and norms undecayed; towards zero the head decays too, towards its start never.
     oracle = MaskedAdamW(dense, dense_masks(dense, mask, tuple(new)), lr=0.0, weight_decay=0.3, decay=decay)
@@ -100,7 +101,7 @@ def test_equal_seeds_give_equal_heads_data_and_dropout_whatever_the_mask(toy: tu
         model = sparse_model(config, task, mask, seed)
         head = model.get_parameter("classifier.weight").detach().clone()
         recorder = Recorder(model)
-        fine_tune(model, task, config.train, seed)
+        fine_tune(model, task, config, seed)
         seen.append((head, recorder))
     first, same, other = seen
     assert torch.equal(first[0], same[0])
@@ -121,7 +122,7 @@ def test_training_again_gives_the_same_bits_and_unload_the_base(toy: tuple[RunCo
     models = [sparse_model(config, task, mask, 1) for _ in range(2)]
     base = {n: p.detach().clone() for n, p in build_model(config, task, 1)[0].named_parameters()}
     for model in models:
-        fine_tune(model, task, config.train, 1)
+        fine_tune(model, task, config, 1)
     for name, entries in entries_of(models[0]).items():
         assert torch.equal(entries.values, entries_of(models[1])[name].values)
     assert sparse_state(models[0]).dense_parameters == 34
@@ -153,7 +154,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_rate(toy: tuple[RunConfig,
 
     model.get_submodule("classifier").register_forward_hook(poison)
     with pytest.raises(RunError, match=r"the loss is nan at step 3, learning rate 0.00\d+"):
-        fine_tune(model, task, config.train, 0)
+        fine_tune(model, task, config, 0)
 
 
 def test_what_is_trained_whole(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:
@@ -190,5 +191,5 @@ def test_a_mask_that_helps(toy: tuple[RunConfig, Task]) -> None:
     )
     sparse = sparse_model(config, task, top_k(fisher, 800), 0)
     start = evaluate_model(sparse, task, task.train, 64)["accuracy"]
-    fine_tune(sparse, task, config.train, 0)
+    fine_tune(sparse, task, config, 0)
     assert evaluate_model(sparse, task, task.train, 64)["accuracy"] > max(start, 0.6)

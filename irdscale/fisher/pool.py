@@ -16,6 +16,7 @@ from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
 from irdscale.fisher.resume import SavedPass
+from irdscale.partitioned import is_partitioned, numel_of
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -35,9 +36,11 @@ def sample_gradients(
     Args:
         whole: names of the parameters that are trained outside any mask, and so are not scored.
     """
+    if not is_partitioned(model):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
     return SampleGradients(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        model,
         task.train.select(list(places)),
         task.collate,
         scored_parameters(model, config.fisher.include, exclude),
@@ -71,7 +74,7 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
     Raises:
         InputError: K is below 1 or above `scored`.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(numel_of, model.parameters()))
     k = round(config.search.ratio * total)
     if not 1 <= k <= scored:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The local runner: one evaluation after the other, in this process."""
+"""The local runner: one evaluation after the other, in this process, or by all ranks together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from irdscale.config import RunConfig
-from irdscale.errors import InputError, RunError
+from irdscale.errors import InputError, RunError, TrainingError
+from irdscale.evaluation import evaluate_model
 from irdscale.mask import Mask
+from irdscale.ranks import first_says, rank_and_world
 from irdscale.search.ird import Pair, best_of
-from irdscale.search.ledger import Ledger, evaluation_key
+from irdscale.search.ledger import evaluation_key
 from irdscale.search.masks import mask_folder
+from irdscale.search.shared import SharedLedger
 from irdscale.sparse import load_adapter, save_adapter
 from irdscale.tasks import build_model
-from irdscale.training import adapter_config, evaluate_model, fine_tune, sparse_model
+from irdscale.training import adapter_config, fine_tune, sparse_model
+from irdscale.training_state import remove_training
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -39,7 +43,12 @@ class LocalRunner:
     """
 
     def __init__(
-        self, config: RunConfig, task: Task, ledger: Ledger, output: Path, advance: Callable[..., None] | None = None
+        self,
+        config: RunConfig,
+        task: Task,
+        ledger: SharedLedger,
+        output: Path,
+        advance: Callable[..., None] | None = None,
     ) -> None:
         self._config, self._task, self._ledger, self._output = config, task, ledger, output
         self._advance = advance or (lambda n=1, note="": None)
@@ -93,7 +102,7 @@ class LocalRunner:
     def trained(self, mask_hash: str | None, seed: int) -> nn.Module:
         """The trained model of a finished evaluation, from its adapter, or trained again where that was dropped."""
         folder = self._folder(self.key(mask_hash, seed))
-        if folder.exists():
+        if first_says(folder.exists()):
             return load_adapter(build_model(self._config, self._task, seed)[0], folder)
         model = self._train(mask_hash, seed)
         save_adapter(model, folder, config=adapter_config(self._config, seed))
@@ -101,7 +110,7 @@ class LocalRunner:
 
     def clear(self) -> None:
         """Drop the adapters of all evaluations; the winner's has its own place."""
-        shutil.rmtree(self._output / "candidates", ignore_errors=True)
+        _remove(self._output / "candidates")
 
     def seconds(self) -> float:
         """Seconds that the asked evaluations took, in whichever process."""
@@ -110,7 +119,7 @@ class LocalRunner:
     def _train(self, mask_hash: str | None, seed: int) -> nn.Module:
         mask = None if mask_hash is None else Mask.load(mask_folder(self._output, mask_hash))
         model = sparse_model(self._config, self._task, mask, seed)
-        fine_tune(model, self._task, self._config.train, seed)
+        fine_tune(model, self._task, self._config, seed, state=self._state(mask_hash, seed))
         return model
 
     def _run(
@@ -135,18 +144,26 @@ class LocalRunner:
             split, size = self._task.selection, self._config.train.eval_batch_size
             metric = evaluate_model(model, self._task, split, size)[self._task.metric]
             if not math.isfinite(metric):
-                raise RunError(f"the {self._task.metric} on the selection split is {metric}")
+                raise TrainingError(f"the {self._task.metric} on the selection split is {metric}")
             record |= {"metric": metric, "status": "ok"}
-        except InputError:
-            raise
         except Exception as error:  # whatever one candidate dies of, the others go on
+            agreed = isinstance(error, TrainingError)
+            if isinstance(error, InputError | RunError) and not agreed:
+                raise
+            # What one rank alone dies of leaves the others waiting for it.
+            if rank_and_world()[1] > 1 and not agreed:
+                raise
             record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning(
                 "%d samples, %d parameters, seed %d failed: %s", pair.samples, pair.params, seed, record["error"]
             )
         if model is not None and record["status"] == "ok":
             save_adapter(model, self._folder(key), config=adapter_config(self._config, seed))
+        remove_training(self._state(mask_hash, seed))
         return record | {"seconds": round(time.perf_counter() - started, 3)}
+
+    def _state(self, mask_hash: str | None, seed: int) -> Path:
+        return self._output / "candidates" / f"state-{self.key(mask_hash, seed)}"
 
     def _folder(self, key: str) -> Path:
         return self._output / "candidates" / key
@@ -165,4 +182,9 @@ class LocalRunner:
         for pair, seed in self.metrics:
             key = self.key(masks[pair], seed)
             if key not in kept:
-                shutil.rmtree(self._folder(key), ignore_errors=True)
+                _remove(self._folder(key))
+
+
+def _remove(folder: Path) -> None:
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,8 @@ from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
 from irdscale.mask import Mask
-from irdscale.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.partitioned import numel_of
+from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair, lattice
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
@@ -53,8 +54,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     made_by = digest(config.model_dump(mode="json", exclude={"output"}))
     with failing_together():
         earlier = _read(index, output, made_by) if index.exists() else None
-    # Rank 0 writes, so it knows what there is.
-    if gather_texts(str(int(earlier is not None)))[0] == "1":
+    if first_says(earlier is not None):
         if earlier is None:
             raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
         return earlier
@@ -64,8 +64,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         whole = trained_whole(config, model, new)
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, whole)
-        scored = sum(parameter.numel() for parameter in samples.scored.values())
-        total = sum(parameter.numel() for parameter in model.parameters())
+        scored = sum(map(numel_of, samples.scored.values()))
+        total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
     min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
     minimum = Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * total))))
@@ -90,7 +90,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     facts = {
         "parameters": total,
         "scored": scored,
-        "head": sum(names[name].numel() for name in whole),
+        "head": sum(numel_of(names[name]) for name in whole),
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -146,16 +146,18 @@ def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, pr
         {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
     """
     file = output / "fisher" / f"random-{pair.samples}-{pair.params}.json"
-    if file.exists():
-        stored = read_json(file, "mask of random samples")
-        if isinstance(stored, dict) and {"mask", "sample_gradients", "seconds"} <= set(stored):
+    if first_says(file.exists()):
+        with failing_together():
+            stored = read_json(file, "mask of random samples")
+            if not isinstance(stored, dict) or not {"mask", "sample_gradients", "seconds"} <= set(stored):
+                raise InputError(f"{file}: not a mask of random samples; delete it to have it made again")
             Mask.load(mask_folder(output, stored["mask"]))
-            return stored
-        raise InputError(f"{file}: not a mask of random samples; delete it to have it made again")
+        return stored
     started = time.perf_counter()
-    model, new = build_model(config, task, config.search.seeds[0])
-    places = draw_samples(config, task, pair.samples, "fish")
-    samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
+    with failing_together():
+        model, new = build_model(config, task, config.search.seeds[0])
+        places = draw_samples(config, task, pair.samples, "fish")
+        samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
     ranking = ranked_entries_by_prefix(
         samples,
         range(len(places)),
@@ -165,11 +167,15 @@ def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, pr
         saved=saved_pass(config, "random"),
         **pass_options(config),
     )[pair.samples]
+    mask = ranking.prefix(pair.params)
     stored = {
-        "mask": keep_mask(ranking.prefix(pair.params), output),
+        "mask": mask.hash,
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    write_json(file, stored)
-    saved_pass(config, "random").remove()
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            keep_mask(mask, output)
+            write_json(file, stored)
+            saved_pass(config, "random").remove()
     return stored

@@ -12,17 +12,18 @@ import yaml
 
 from irdscale.config import RunConfig, config_changes, dump_config
 from irdscale.errors import InputError
+from irdscale.evaluation import evaluate_model
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
-from irdscale.launched import forget
 from irdscale.progress import bar
-from irdscale.ranks import failing_together, leave_group
+from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Outcome, Pair, candidates, ird
-from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalRunner
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks
+from irdscale.search.shared import SharedLedger
 from irdscale.sparse import save_adapter
 from irdscale.tasks import load_task
-from irdscale.training import adapter_config, evaluate_model, training_steps
+from irdscale.training import adapter_config, training_steps
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -40,8 +41,8 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     Returns:
         What result.json holds.
 
-    Where torch.distributed is initialised, the ranks share the passes over the samples and then leave the process
-    group; rank 0 goes on with the evaluations, and the others return nothing.
+    Collective where torch.distributed is initialised: the ranks share the passes over the samples and train each
+    candidate together; rank 0 writes, and all get the result.
 
     Raises:
         InputError: the configuration does not fit the data or the model, or the output folder holds a search with
@@ -52,22 +53,22 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     with failing_together():
         _refuse_changes(config, output)
     result_file = output / "result.json"
-    if result_file.exists():
+    if first_says(result_file.exists()):
         log.info("%s holds this search, finished; delete the folder to run it again", output)
         result: dict[str, Any] = read_json(result_file, "result of a search")
         return result
     with failing_together():
         task = load_task(config)
     masks = search_masks(config, task, output, progress)
-    if leave_group() > 0:
-        return {}
-    forget()
-    write_atomic(output / "config.yaml", dump_config(config))
-    with Ledger(output / "ledger.jsonl") as ledger:
-        _clean(output)
+    first = rank_and_world()[0] == 0
+    with SharedLedger(output / "ledger.jsonl") as ledger:
+        with failing_together():
+            if first:
+                write_atomic(output / "config.yaml", dump_config(config))
+                _clean(output)
         if ledger.finished:
             log.info("going on: %d evaluations are done", len(ledger.finished))
-        with bar("Evaluations", _most_evaluations(config, masks), enabled=progress) as advance:
+        with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
             runner = LocalRunner(config, task, ledger, output, advance)
             outcome = ird(
                 masks.start,
@@ -107,7 +108,9 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             "seconds": seconds,
             **_what_was_searched(config, task, masks),
         }
-        write_json(result_file, result)
+        with failing_together():
+            if first:
+                write_json(result_file, result)
         runner.clear()
     return result
 

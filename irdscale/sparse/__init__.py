@@ -9,6 +9,7 @@ from irdscale.sparse.model import (
     sparse_state,
     sparsify,
     trained_numbers,
+    trained_on,
     unload,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "sparse_state",
     "sparsify",
     "trained_numbers",
+    "trained_on",
     "unload",
 ]

@@ -8,13 +8,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
 from irdscale.mask import Mask
-from irdscale.sparse.model import base_hash, hash_tensor, is_sparse, sparse_state, sparsify, unload
+from irdscale.partitioned import shape_of
+from irdscale.ranks import failing_together, rank_and_world
+from irdscale.sparse.model import (
+    base_hash,
+    hash_tensor,
+    is_sparse,
+    set_trained_numbers,
+    sparse_state,
+    sparsify,
+    trained_numbers,
+    unload,
+)
 
 FORMAT = "irdscale-adapter"
 VERSION = 1
@@ -44,13 +54,10 @@ def save_adapter(model: nn.Module, folder: Path | str, config: dict[str, Any] | 
     from safetensors.torch import save_file
 
     state = sparse_state(model)
-    parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {}
-    for name, entries in state.entries.items():
-        tensors[f"index.{name}"] = state.mask.indices[name].cpu()
-        tensors[f"values.{name}"] = entries.values.detach().cpu().clone()
-    for name in state.dense:
-        tensors[f"dense.{name}"] = parameters[name].detach().cpu().clone()
+    deltas, dense = trained_numbers(model)
+    tensors = {f"index.{name}": state.mask.indices[name].cpu() for name in deltas}
+    tensors |= {f"values.{name}": values for name, values in deltas.items()}
+    tensors |= {f"dense.{name}": values for name, values in dense.items()}
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -70,7 +77,9 @@ def save_adapter(model: nn.Module, folder: Path | str, config: dict[str, Any] | 
         save_file(tensors, target / "adapter.safetensors")
         write_json(target / "adapter.json", meta)
 
-    write_folder(folder, fill)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            write_folder(folder, fill)
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
@@ -103,8 +112,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     parameters = dict(model.named_parameters())
     for name in stated["dense"]:
         dense = tensors.get(f"dense.{name}")
-        if name not in parameters or dense is None or dense.shape != parameters[name].shape:
-            found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        if name not in parameters or dense is None or tuple(dense.shape) != shape_of(parameters[name]):
+            found = shape_of(parameters[name]) if name in parameters else "no such parameter"
             expected = "missing" if dense is None else tuple(dense.shape)
             raise InputError(f"{folder}: adapter for another base: {name}: found {found}; expected {expected}")
     try:
@@ -118,10 +127,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
             f"{folder}: adapter for another base: found weights {found_hash[:12]}; "
             f"expected {stated['base_hash'][:12]} ({stated['base_model'] or 'unnamed model'})"
         )
-    with torch.no_grad():
-        for name, entries in sparse_state(model).entries.items():
-            entries.values.copy_(tensors[f"values.{name}"])
-            entries.patch()
-        for name in stated["dense"]:
-            parameters[name].copy_(tensors[f"dense.{name}"])
+    set_trained_numbers(
+        model,
+        {name: tensors[f"values.{name}"] for name in mask.indices},
+        {name: tensors[f"dense.{name}"] for name in stated["dense"]},
+    )
     return model

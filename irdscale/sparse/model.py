@@ -220,6 +220,15 @@ def _base_of(parameter: nn.Parameter, entries: Entries | None) -> Iterator[None]
             entries.patch()
 
 
+def trained_on(model: nn.Module) -> dict[str, str]:
+    """What tells this sparse model from others, short of reading the whole base: its mask, and the base there."""
+    state = sparse_state(model)
+    sha = hashlib.sha256()
+    for name, entries in state.entries.items():
+        hash_tensor(sha, name, entries.base)
+    return {"mask": state.mask.hash, "base": sha.hexdigest(), "whole": " ".join(state.dense)}
+
+
 def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a sparse model learned, on the CPU: the deltas by parameter name, and the parameters trained whole.
 
@@ -242,3 +251,21 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
 def entries_of(model: nn.Module) -> dict[str, Entries]:
     """name -> trainable entries (`values`, `base`, `index`) of each masked parameter."""
     return sparse_state(model).entries
+
+
+def set_trained_numbers(model: nn.Module, deltas: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
+    """Give a sparse model what `trained_numbers` read of one with the same mask; collective as that is."""
+    state = sparse_state(model)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, entries in state.entries.items():
+            with whole([entries.values], changed=True):
+                entries.values.data.copy_(deltas[name])
+                if not entries.partitioned:
+                    entries.patch()
+        for name in state.dense:
+            target = state.masters[name].values if name in state.masters else parameters[name]
+            with whole([target], changed=True):
+                target.data.copy_(dense[name].view(target.shape))
+            if name in state.masters and not state.masters[name].partitioned:
+                state.masters[name].patch()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irdscale.partitioned import shape_of, whole
+from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.functions import Active, Patched, SparseEmbedding, SparseMatmul, active_entries
 
 
@@ -120,9 +120,12 @@ class SparseModule(nn.Module):
 
 def _effective(module: SparseModule, local_name: str) -> Tensor:
     entries = module._sparse[local_name]
-    entries.patch()
     parameter, values = module._parameters[local_name], entries.values
     assert parameter is not None
+    if entries.partitioned and parameter.numel() != numel_of(parameter):
+        # Somebody looks at the module while nothing runs.
+        return parameter
+    entries.patch()
     if values.requires_grad and torch.is_grad_enabled():
         return Patched.apply(parameter, values, entries.index)
     return parameter

@@ -12,7 +12,9 @@ import torch
 
 from irdscale.config import ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
+from irdscale.partitioned import shape_of
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
+from irdscale.zero import loading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +132,8 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     """Load `config.model` with a head for `task`.
 
     Args:
-        seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone.
+        seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone. With
+            ZeRO-3 in `train.deepspeed` the weights are loaded straight into partitions, and the call is collective.
 
     Returns:
         The model, in eval mode on the CPU, and the names of the parameters that the checkpoint does not hold.
@@ -142,7 +145,7 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     from transformers import AutoModelForSequenceClassification
 
     names = task.label_names or ["value"]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
             config.model.path,
@@ -201,7 +204,7 @@ def _check_positions(max_length: int, model: PreTrainedModel) -> None:
 
 
 def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = shape_of(model.get_input_embeddings().weight)[0]  # type: ignore[arg-type]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(

@@ -51,7 +51,7 @@ class Task:
         """Every metric of `metrics`, of logits [N, num_labels] (or [N] for regression) and labels [N].
 
         Raises:
-            RunError: a logit is NaN or infinite.
+            TrainingError: a logit is NaN or infinite.
         """
         return compute(self.metrics, self.kind, self.num_labels, logits, labels)
 

@@ -17,6 +17,7 @@ import pytest
 from irdscale import Mask, load_adapter
 from irdscale.config import load_config
 from irdscale.errors import InputError
+from irdscale.evaluation import evaluate_model
 from irdscale.search import local, run
 from irdscale.search.ird import Pair, lattice
 from irdscale.search.ledger import Ledger, read_ledger
@@ -24,7 +25,6 @@ from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import build_model, load_task
-from irdscale.training import evaluate_model
 from tests.search.toy import write_config
 
 
@@ -194,11 +194,11 @@ def test_a_failing_candidate_is_recorded_and_the_round_goes_on(folder: Path, mon
     config = load_config(write_config(folder), [f"output={folder / 'lame'}", "search.max_rounds=1"])
     real, lame = local.fine_tune, []
 
-    def fine_tune(model: Any, *args: Any) -> None:
+    def fine_tune(model: Any, *args: Any, **options: Any) -> None:
         if sparse_state(model).k == round(0.05 * 8482) // 2 and len(lame) < 2:
             lame.append(1)
             raise RuntimeError("out of memory\nwith details")
-        real(model, *args)
+        real(model, *args, **options)
 
     monkeypatch.setattr(local, "fine_tune", fine_tune)
     result = run_search(config, progress=False)

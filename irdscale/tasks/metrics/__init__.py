@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from irdscale.errors import InputError, RunError
+from irdscale.errors import InputError, RunError, TrainingError
 
 
 @functools.cache
@@ -57,13 +57,13 @@ def compute(names: tuple[str, ...], kind: str, num_labels: int, logits: Any, lab
         labels: [N], class numbers or values.
 
     Raises:
-        RunError: a logit is NaN or infinite.
+        TrainingError: a logit is NaN or infinite.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     logits = logits.reshape(len(labels), num_labels)
     broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
     if broken.size:
-        raise RunError(
+        raise TrainingError(
             f"the model's output for sample {broken[0]} is not finite ({broken.size} of {len(labels)} samples)"
         )
     predictions = logits[:, 0].astype(np.float64) if kind == "regression" else logits.argmax(axis=1)

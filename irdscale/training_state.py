@@ -1,0 +1,201 @@
+"""The state of a training on disk, so that one that was killed goes on where it was, on whatever ranks and ZeRO stage.
+
+    FOLDER/state.json            step, and of which training it is
+    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, whole; rng/RANK
+
+The frozen base is not in it: 12 bytes a trained number. The numbers are gathered from all ranks' parts, so neither the
+number of ranks nor DeepSpeed's way to divide them shows in the files; DeepSpeed's own checkpoints, which are pickled,
+are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.errors import InputError
+from irdscale.files import digest, read_json, read_tensors, write_folder, write_json
+from irdscale.partitioned import numel_of, shape_of, whole
+from irdscale.ranks import failing_together, gather_flat, rank_and_world
+
+FORMAT = "irdscale-training"
+VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_training(folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any]) -> None:
+    """Write the state after `step` optimizer steps; collective, and rank 0 writes, in the place of the state before.
+
+    Args:
+        optimizer: AdamW, or what DeepSpeed made of it.
+        made_by: what the training is of.
+
+    Raises:
+        RunError: the disk refuses it; the state before stays.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in _trained(model).items():
+        for key in (None, *MOMENTS):
+            tensors[f"{key or 'value'}/{name}"] = _read(parameter, optimizer, key)
+    tensors |= _generators()
+
+    def fill(target: Path) -> None:
+        save_file(tensors, target / "numbers.safetensors")
+        meta = {"format": FORMAT, "version": VERSION, "step": step, "made_by": digest(made_by)}
+        write_json(target / "state.json", meta)
+
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            write_folder(folder, fill)
+
+
+def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
+    """How many steps the saved state of this training has behind it; 0 where there is none, or it is of another.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    file = folder / "state.json"
+    if not file.exists():
+        return 0
+    meta = read_json(file, "state of a training")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise InputError(f"{file}: not the state of a training; delete {folder} to start it anew")
+    return int(meta["step"]) if meta.get("made_by") == digest(made_by) else 0
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:
+    """Put the saved numbers, moments and random streams in place; collective.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    file = folder / "numbers.safetensors"
+    with failing_together():
+        tensors = read_tensors(file, "state of a training")
+        parameters = _trained(model)
+        for name, parameter in parameters.items():
+            for key in ("value", *MOMENTS):
+                found = tensors.get(f"{key}/{name}")
+                if found is None or tuple(found.shape) != shape_of(parameter):
+                    raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
+    _make_moments(parameters, optimizer, step)
+    for name, parameter in parameters.items():
+        for moment in (None, *MOMENTS):
+            _write(parameter, optimizer, moment, tensors[f"{moment or 'value'}/{name}"])
+    _set_generators(tensors, step)
+
+
+def remove_training(folder: Path) -> None:
+    """Forget the state of a training whose result is kept; rank 0 does so."""
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _generators() -> dict[str, Tensor]:
+    """Every rank's random streams."""
+    world = rank_and_world()[1]
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    own = torch.cat(states)
+    return dict(zip([f"rng/{r}" for r in range(world)], gather_flat(own, [len(own)] * world).split(len(own))))
+
+
+def _set_generators(tensors: dict[str, Tensor], step: int) -> None:
+    rank = rank_and_world()[0]
+    own, cpu = tensors.get(f"rng/{rank}"), len(torch.get_rng_state())
+    if own is None:
+        # More ranks than before: a stream of its own.
+        torch.manual_seed(digest_seed(rank, step))
+        return
+    torch.set_rng_state(own[:cpu])
+    if len(own) > cpu and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own[cpu:])
+
+
+def digest_seed(rank: int, step: int) -> int:
+    """A seed for a rank that has no saved random stream."""
+    return int(digest([rank, step]), 16) % 2**31
+
+
+def _read(parameter: nn.Parameter, optimizer: Any, key: str | None) -> Tensor:
+    """A trained parameter (float32), or one of its moments, whole and on the CPU; collective."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
+        world = rank_and_world()[1]
+        found = gather_flat(part.detach().reshape(-1), [part.numel()] * world)[: numel_of(parameter)]
+    elif hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    else:
+        found = parameter if key is None else _plain(optimizer).state[parameter][key]
+    return found.detach().reshape(shape_of(parameter)).to("cpu", copy=True).contiguous()
+
+
+def _plain(optimizer: Any) -> Any:
+    """The torch optimizer inside the wrappers of DeepSpeed and accelerate."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside accelerate's wrapper."""
+    while not hasattr(optimizer, "fp32_partitioned_groups_flat") and not hasattr(optimizer, "bit16_groups"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int) -> None:
+    """Moments of zero, which AdamW itself makes only with its first step."""
+    first = next(iter(parameters.values()))
+    if hasattr(first, "ds_id"):
+        held = _zero(optimizer).fp32_partitioned_groups_flat
+    elif hasattr(first, "_hp_mapping"):
+        held = _zero(optimizer).single_partition_of_fp32_groups
+    else:
+        held = list(parameters.values())
+    for tensor in held:
+        state = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
+        _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step)), **state}
+    if hasattr(first, "_hp_mapping"):
+        _zero(optimizer)._lazy_init_hp_params_optimizer_state()
+
+
+def _write(parameter: nn.Parameter, optimizer: Any, key: str | None, value: Tensor) -> None:
+    with torch.no_grad():
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+            numel = int(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+            padded = torch.zeros(numel * rank_and_world()[1])
+            padded[: value.numel()] = value.reshape(-1)
+            own = padded[numel * rank_and_world()[0] :][:numel]
+            if key is None:
+                safe_set_local_fp32_param(parameter, own)
+            else:
+                safe_set_local_optimizer_state(parameter, own, key)
+        elif hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            if key is None:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+        elif key is not None:
+            _plain(optimizer).state[parameter][key].copy_(value)
+        if key is None:
+            with whole([parameter], changed=True):
+                parameter.data.copy_(value)

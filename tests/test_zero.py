@@ -1,0 +1,74 @@
+"""Training on ranks, with DDP and DeepSpeed ZeRO 0-3, against dense masked AdamW in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from irdscale.tasks import load_task
+from tests.training_oracle import changed, load, mask_of, oracle, toy
+from tests.training_ranks import equal_oracle
+
+FAMILIES = ("bert", "gpt2", "llama")
+STAGES = (None, 0, 1, 2, 3)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weight": {"decay": "weight"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Toy tasks, and what the oracle makes of them."""
+    folder = tmp_path_factory.mktemp("zero")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for family in FAMILIES:
+        path = toy(folder / family, family)
+        for name, changes in VARIANTS.items():
+            if name != "plain" and family != "bert" and (name, family) != ("bfloat16", "llama"):
+                continue
+            config = load(path, f"model.dtype={changes.get('dtype', 'float32')}")
+            config = changed(config, **{k: v for k, v in changes.items() if k != "dtype"})
+            task = load_task(config)
+            torch.save(oracle(config, task, mask_of(config, task), 3), folder / f"{family}-{name}.pt")
+    torch.set_num_threads(threads)
+    return folder
+
+
+def cases(world: int) -> list[tuple[str, str, int | None, dict[str, Any]]]:
+    found: list[tuple[str, str, int | None, dict[str, Any]]] = []
+    for stage in STAGES:
+        found += [(family, "plain", stage, {}) for family in FAMILIES]
+        found += [("bert", "weight", stage, VARIANTS["weight"]), ("llama", "bfloat16", stage, VARIANTS["bfloat16"])]
+        found += [("bert", "bfloat16", stage, VARIANTS["bfloat16"])]
+        if world == 2:
+            found.append(("llama", "plain", stage, {"gradient_accumulation": 2, "gradient_checkpointing": True}))
+            found.append(("gpt2", "plain", stage, {"gradient_accumulation": 4}))
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    found += [("bert", "plain", stage, {"zero": offload}) for stage in (1, 2, 3)]
+    both = {**offload, "offload_param": {"device": "cpu"}}
+    return [*found, ("llama", "plain", 3, {"zero": both})]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_way_to_train_equals_the_oracle(world: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DeepSpeed builds its communication with the ninja of this environment.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    mp.spawn(equal_oracle, args=(world, str(folder), cases(world)), nprocs=world)
+    assert [(folder / f"done-{world}-{rank}").exists() for rank in range(world)] == [True] * world
