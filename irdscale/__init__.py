@@ -13,7 +13,16 @@ from irdscale.errors import InputError, RunError
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher, accumulate_fisher
     from irdscale.mask import Mask, top_k
-    from irdscale.sparse import load_adapter, merge, save_adapter, sparsify, unload
+    from irdscale.sparse import (
+        load_adapter,
+        merge,
+        pull_adapter,
+        push_adapter,
+        save_adapter,
+        sparsify,
+        switch_adapter,
+        unload,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,8 +34,11 @@ __all__ = [
     "accumulate_fisher",
     "load_adapter",
     "merge",
+    "pull_adapter",
+    "push_adapter",
     "save_adapter",
     "sparsify",
+    "switch_adapter",
     "top_k",
     "unload",
 ]
@@ -38,8 +50,11 @@ _HOME = {
     "top_k": "irdscale.mask",
     "load_adapter": "irdscale.sparse",
     "merge": "irdscale.sparse",
+    "pull_adapter": "irdscale.sparse",
+    "push_adapter": "irdscale.sparse",
     "save_adapter": "irdscale.sparse",
     "sparsify": "irdscale.sparse",
+    "switch_adapter": "irdscale.sparse",
     "unload": "irdscale.sparse",
 }
 

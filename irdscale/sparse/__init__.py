@@ -1,7 +1,18 @@
 """Sparse training: k trainable numbers on a frozen base, and the adapters they are saved to."""
 
 from irdscale.sparse.adapter import load_adapter, save_adapter
-from irdscale.sparse.model import base_hash, entries_of, matching_parameters, merge, sparse_state, sparsify, unload
+from irdscale.sparse.hub import pull_adapter, push_adapter
+from irdscale.sparse.model import (
+    base_hash,
+    entries_of,
+    matching_parameters,
+    merge,
+    sparse_state,
+    sparsify,
+    trained_numbers,
+    unload,
+)
+from irdscale.sparse.switch import switch_adapter
 
 __all__ = [
     "base_hash",
@@ -9,8 +20,12 @@ __all__ = [
     "load_adapter",
     "matching_parameters",
     "merge",
+    "pull_adapter",
+    "push_adapter",
     "save_adapter",
     "sparse_state",
     "sparsify",
+    "switch_adapter",
+    "trained_numbers",
     "unload",
 ]

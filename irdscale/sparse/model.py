@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,12 +26,14 @@ class SparseState:
         entries: name -> the trainable entries of that parameter.
         dense: name -> the base value of each parameter that is trained whole.
         required_grad: parameter names that required gradients before.
+        known_bases: what `irdscale.sparse.switch` remembers of the base's hashes.
     """
 
     mask: Mask
     entries: dict[str, Entries]
     dense: dict[str, Tensor]
     required_grad: set[str]
+    known_bases: dict[frozenset[str], tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -170,22 +172,38 @@ def hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
     sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def base_hash(model: nn.Module) -> str:
-    """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole."""
+def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
+    """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole.
+
+    Args:
+        without: the parameters to leave out, by name; those that are trained whole unless given.
+    """
     state = sparse_state(model)
+    left_out = set(state.dense if without is None else without)
     values = {id(entries.values) for entries in state.entries.values()}
     for entries in state.entries.values():
         entries.restore()
     try:
         sha = hashlib.sha256()
         for name, parameter in model.named_parameters():
-            if name in state.dense or id(parameter) in values:
-                continue
-            hash_tensor(sha, name, parameter)
+            if name not in left_out and id(parameter) not in values:
+                hash_tensor(sha, name, state.dense.get(name, parameter))
         return sha.hexdigest()
     finally:
         for entries in state.entries.values():
             entries.patch()
+
+
+def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The deltas by parameter name, and the parameters that are trained whole by name: copies on the CPU.
+
+    Raises:
+        InputError: the model is not sparse.
+    """
+    state = sparse_state(model)
+    parameters = dict(model.named_parameters())
+    deltas = {name: entries.values.detach().to("cpu", copy=True) for name, entries in state.entries.items()}
+    return deltas, {name: parameters[name].detach().to("cpu", copy=True) for name in state.dense}
 
 
 def entries_of(model: nn.Module) -> dict[str, Entries]:
