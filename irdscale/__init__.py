@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from irdscale.fisher import Fisher, accumulate_fisher
     from irdscale.mask import Mask, top_k
     from irdscale.sparse import (
+        export_shira,
         load_adapter,
         merge,
         pull_adapter,
@@ -32,6 +33,7 @@ __all__ = [
     "Mask",
     "RunError",
     "accumulate_fisher",
+    "export_shira",
     "load_adapter",
     "merge",
     "pull_adapter",
@@ -48,6 +50,7 @@ _HOME = {
     "accumulate_fisher": "irdscale.fisher",
     "Mask": "irdscale.mask",
     "top_k": "irdscale.mask",
+    "export_shira": "irdscale.sparse",
     "load_adapter": "irdscale.sparse",
     "merge": "irdscale.sparse",
     "pull_adapter": "irdscale.sparse",

@@ -12,11 +12,13 @@ from irdscale.sparse.model import (
     trained_numbers,
     unload,
 )
+from irdscale.sparse.shira import export_shira
 from irdscale.sparse.switch import switch_adapter
 
 __all__ = [
     "base_hash",
     "entries_of",
+    "export_shira",
     "load_adapter",
     "matching_parameters",
     "merge",
