@@ -125,11 +125,9 @@ def test_export_for_shira(linear: tuple[RunConfig, dict[str, object]], tmp_path:
     peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
     config, trained = linear
     result = run_export(config, str(trained["adapter"]), str(tmp_path / "peft"), format="shira")
-    assert (result["peft"], result["params"], result["whole"]) == (
-        str(tmp_path / "peft"),
-        trained["params"],
-        ["classifier"],
-    )
+    assert (result["peft"], result["params"]) == (str(tmp_path / "peft"), trained["params"])
+    assert "classifier" in result["whole"]
+    assert result["layers"] > 0
     base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
     task = load_task(config)
     adapted = load_adapter(build_model(config, task, 5)[0], str(trained["adapter"]))

@@ -25,10 +25,12 @@ PREFIX = "base_model.model."
 def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ()) -> dict[str, Any]:
     """Write a sparse model's trained numbers as a PEFT adapter: adapter_config.json and adapter_model.safetensors.
 
-    `PeftModel.from_pretrained(base, folder)` then gives the sparse model's logits, if `base` holds the same weights:
-    PEFT does not check that. PEFT loads the values as float32 (float64 for a float64 base), as they are here.
-    Modules that hold parameters trained whole go to `modules_to_save`, and so do layers that r (m + n) does not fit:
-    smaller ones than that, and ones full to the brim. The layer with the most entries sets r. The model stays as it is.
+    `PeftModel.from_pretrained(base, folder)` then gives the sparse model's logits, bit for bit, if `base` holds the
+    same weights: PEFT does not check that. On a bfloat16 or float16 base, its options `autocast_adapter_dtype=False`
+    and `low_cpu_mem_usage=True` round the values to the base's type first.
+
+    Modules that hold parameters trained whole go to `modules_to_save`, and so do layers that r (m + n) places do not
+    fit: crowded ones and small ones. r is what makes the file smallest. The model stays as it is.
 
     Args:
         also: names of parameters to store whole besides, such as a new head that the base checkpoint does not hold.
@@ -50,16 +52,15 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
     layers = {name: state.mask.indices[name] for name in holders if name in deltas and not _inside(name, whole)}
     _refuse_all_but_linear(layers, holders, state.k)
     shapes = {name: state.mask.shapes[name] for name in layers}
-    # A layer that its own entries overfill does not raise the r of the others.
     needed = {name: -(-len(index) // sum(shapes[name])) for name, index in layers.items()}
-    r = max((n for name, n in needed.items() if n <= _room(shapes[name])), default=0)
-    if r == 0:
-        raise InputError("format: shira: found no entries in linear weights; expected some, or format=merged")
+    r = _best_r(needed, {name: parameter for name, parameter in model.named_parameters() if name in layers})
     whole |= {name.removesuffix(".weight") for name in layers if not needed[name] <= r <= _room(shapes[name])}
     # PEFT stores every module whose name ends so, and `pre_classifier` ends in `classifier`.
     whole = {path for path, _ in model.named_modules() if whole and path.endswith(tuple(whole))}
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in _contents(model, sorted(whole), holders).items()}
     layers = {name: index for name, index in layers.items() if not _inside(name, whole)}
+    if not layers:
+        raise InputError("format: shira: found no linear weights that it can hold; expected some, or format=merged")
     for name, index in layers.items():
         places_2K, values_K = _padded(index.long(), deltas[name], shapes[name], r)
         key = PREFIX + name.removesuffix(".weight")
@@ -144,6 +145,26 @@ def _refuse_all_but_linear(layers: dict[str, Tensor], holders: dict[str, Holders
 def _room(shape: tuple[int, ...]) -> int:
     """The largest r that a layer has places for."""
     return shape[0] * shape[1] // (shape[0] + shape[1])
+
+
+def _best_r(needed: dict[str, int], weights: dict[str, Tensor]) -> int:
+    """The r with the smallest file: layers that it does not fit are stored whole, all others are padded to it.
+
+    Args:
+        needed: name -> the smallest r that holds the layer's entries.
+    """
+
+    def size(r: int) -> int:
+        """Bytes: 8 of places and 4 (8 for a float64 weight) of values an entry, or the weights themselves."""
+        total = 0
+        for name, weight in weights.items():
+            fits = needed[name] <= r <= _room(tuple(weight.shape))
+            place = 16 if weight.dtype == torch.float64 else 12
+            total += r * sum(weight.shape) * place if fits else weight.numel() * weight.element_size()
+        return total
+
+    fitting = {n for name, n in needed.items() if n <= _room(tuple(weights[name].shape))}
+    return min(sorted(fitting, reverse=True), key=size, default=0)
 
 
 def _padded(index: Tensor, values: Tensor, shape: tuple[int, ...], r: int) -> tuple[Tensor, Tensor]:

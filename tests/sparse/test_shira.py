@@ -23,6 +23,9 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'i
 FAMILIES = ("bert", "roberta", "distilbert", "llama", "albert")
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 HEAD = ("classifier", "score")
+# Wide enough for a sparse matrix to be smaller than the weight.
+WIDE = {"hidden_size": 48, "intermediate_size": 80}
+DISTILBERT = {"dim": 48, "hidden_dim": 80}
 
 
 def inputs() -> dict[str, Tensor]:
@@ -77,9 +80,14 @@ def forget_head(model: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_peft_gives_the_same_logits(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """No tolerance: PEFT adds the same numbers in the same type, and rounds to the weight's type where we do."""
-    model = tiny(family).to(dtype)
-    sizes = torch.randint(1, 40, (len(linear_weights(model)),), generator=torch.Generator().manual_seed(1)).tolist()
-    train(model, mask_of(model, dict(zip(linear_weights(model), sizes, strict=True))), (rf"^({'|'.join(HEAD)})\.",))
+
+    def fresh() -> Any:
+        return tiny(family, **(DISTILBERT if family == "distilbert" else WIDE)).to(dtype)
+
+    model = fresh()
+    sizes = torch.randint(1, 250, (len(linear_weights(model)),), generator=torch.Generator().manual_seed(1)).tolist()
+    counts = dict(zip(linear_weights(model), sizes, strict=True))
+    train(model, mask_of(model, counts), (rf"^({'|'.join(HEAD)})\.",))
     expected = logits(model)
     facts = export_shira(model, tmp_path / "shira")
     assert torch.equal(logits(model), expected), "the model stays as it is"
@@ -87,12 +95,13 @@ def test_stock_peft_gives_the_same_logits(family: str, dtype: torch.dtype, tmp_p
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    base = forget_head(tiny(family).to(dtype))
+    base = forget_head(fresh())
     assert not torch.equal(logits(base), expected)
     found = loaded(base, tmp_path / "shira")
     assert torch.equal(logits(found), expected)
     layers = {name: module for name, module in found.named_modules() if hasattr(module, "shira_indices")}
-    assert len(layers) == facts["layers"] == len(sizes) - (family == "distilbert")
+    whole = [name for name in counts if name.removesuffix(".weight") in facts["whole"]]
+    assert len(layers) == facts["layers"] == len(counts) - len(whole) > len(counts) / 2
     assert facts["stored"] == sum(module.shira_weight["default"].numel() for module in layers.values())
     assert torch.equal(logits(found.merge_and_unload()), expected)
 
@@ -106,15 +115,17 @@ def test_a_language_model_with_a_tied_head(tmp_path: Path) -> None:
 
 
 def test_places_are_distinct_and_padding_is_zero_outside_the_mask(tmp_path: Path) -> None:
-    model = tiny("bert").float()
+    model = tiny("bert", **WIDE).float()
     names = linear_weights(model)
-    counts = dict.fromkeys(names, 30) | {names[0]: 0, names[1]: 1, names[2]: 48, names[3]: 49}
+    counts = dict.fromkeys(names, 130) | {names[0]: 0, names[1]: 1, names[2]: 192}
+    # Three layers that need r = 3, so that it is worth the padding of the others.
+    counts |= {names[3]: 193, names[7]: 288, names[8]: 250}
     mask = mask_of(model, counts)
     # The first places are taken, so the padding has to go around them.
-    mask.indices[names[4]].copy_(torch.arange(30, dtype=torch.int32))
+    mask.indices[names[4]].copy_(torch.arange(130, dtype=torch.int32))
     train(model, mask)
     facts = export_shira(model, tmp_path / "shira")
-    assert facts == {"r": 3, "layers": len(names) - 1, "stored": 3 * (8 * 24 + 4 * 32), "whole": []}
+    assert facts == {"r": 3, "layers": len(names) - 1, "stored": 3 * (8 * 96 + 4 * 128), "whole": []}
     tensors = load_file(tmp_path / "shira/adapter_model.safetensors")
     assert len(tensors) == 2 * facts["layers"]
     for name in names[1:]:
@@ -145,29 +156,29 @@ def test_the_configuration_is_what_peft_reads(tmp_path: Path) -> None:
     assert set(raw) <= set(vars(config)), "no key that PEFT does not know"
 
 
-def test_one_crowded_layer_raises_r_for_all_and_small_layers_are_stored_whole(tmp_path: Path) -> None:
-    big, middle, small = (
-        "bert.encoder.layer.0.intermediate.dense.weight",
-        "bert.pooler.dense.weight",
-        "classifier.weight",
-    )
-    # r = 3 from 65 entries of 20 x 12; the classifier has 3 x 12 places, and r = 3 would be 45.
-    model = train(tiny("bert").float(), mask_of(tiny("bert"), {big: 65, middle: 1, small: 3}))
-    facts = export_shira(model, tmp_path / "shira")
-    assert facts == {"r": 3, "layers": 2, "stored": 3 * (32 + 24), "whole": ["classifier"]}
-    assert torch.equal(logits(loaded(tiny("bert").float(), tmp_path / "shira")), logits(model))
+BIG, MIDDLE, SMALL = "bert.encoder.layer.0.intermediate.dense.weight", "bert.pooler.dense.weight", "classifier.weight"
 
 
-def test_a_layer_with_more_entries_than_shira_can_hold_is_stored_whole(tmp_path: Path) -> None:
-    model = tiny("bert").float()
-    names = linear_weights(model)
-    # 12 x 20: r = 7 has 224 of 240 places, and r = 8 would be 256.
-    full, ordinary = "bert.encoder.layer.0.intermediate.dense.weight", names[0]
-    train(model, mask_of(model, {full: 230, ordinary: 25}))
-    facts = export_shira(model, tmp_path / "shira")
-    whole = full.removesuffix(".weight")
-    assert facts == {"r": 2, "layers": 1, "stored": 48, "whole": [whole]}
-    assert torch.equal(logits(loaded(tiny("bert").float(), tmp_path / "shira")), logits(model))
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        # r = 3 from 257 entries of 80 x 48; the classifier has 3 x 48 places, and r = 3 would be 153.
+        ({BIG: 257, MIDDLE: 1, SMALL: 3}, {"r": 3, "layers": 2, "stored": 3 * (128 + 96), "whole": ["classifier"]}),
+        # The classifier alone with r = 2.
+        ({SMALL: 52}, {"r": 2, "layers": 1, "stored": 102, "whole": []}),
+        # r = 20 of the pooler is 23,040 bytes, and its weight is 9,216.
+        ({BIG: 1, MIDDLE: 1920}, {"r": 1, "layers": 1, "stored": 128, "whole": ["bert.pooler.dense"]}),
+        # r = 30 is the last that 80 x 48 places have room for.
+        ({BIG: 3841 - 1, MIDDLE: 97}, {"r": 2, "layers": 1, "stored": 192, "whole": [BIG.removesuffix(".weight")]}),
+    ],
+)
+def test_r_makes_the_file_smallest_and_what_it_does_not_fit_is_stored_whole(
+    counts: dict[str, int], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    model = tiny("bert", **WIDE).float()
+    train(model, mask_of(model, counts))
+    assert export_shira(model, tmp_path / "shira") == expected
+    assert torch.equal(logits(loaded(tiny("bert", **WIDE).float(), tmp_path / "shira")), logits(model))
 
 
 def test_a_partly_trained_head_takes_its_other_numbers_along(tmp_path: Path) -> None:
@@ -272,7 +283,7 @@ EVERYWHERE = "lie elsewhere (choose them with fisher.include, or use format=merg
             "model.embed_tokens.weight: must be stored whole and is tied (model.embed_tokens, lm_head), which PEFT "
             "would untie; expected format=merged",
         ),
-        ("bert", "classification", {}, (r"^classifier\.",), "found no entries in linear weights; expected some"),
+        ("bert", "classification", {}, (r"^classifier\.",), "found no linear weights that it can hold; expected some"),
     ],
 )
 def test_what_shira_cannot_say_is_refused(
