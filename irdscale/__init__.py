@@ -13,7 +13,17 @@ from irdscale.errors import InputError, RunError
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher, accumulate_fisher
     from irdscale.mask import Mask, top_k
-    from irdscale.sparse import load_adapter, merge, save_adapter, sparsify, unload
+    from irdscale.sparse import (
+        export_shira,
+        load_adapter,
+        merge,
+        pull_adapter,
+        push_adapter,
+        save_adapter,
+        sparsify,
+        switch_adapter,
+        unload,
+    )
 
 __version__ = "0.1.0"
 
@@ -23,10 +33,14 @@ __all__ = [
     "Mask",
     "RunError",
     "accumulate_fisher",
+    "export_shira",
     "load_adapter",
     "merge",
+    "pull_adapter",
+    "push_adapter",
     "save_adapter",
     "sparsify",
+    "switch_adapter",
     "top_k",
     "unload",
 ]
@@ -36,10 +50,14 @@ _HOME = {
     "accumulate_fisher": "irdscale.fisher",
     "Mask": "irdscale.mask",
     "top_k": "irdscale.mask",
+    "export_shira": "irdscale.sparse",
     "load_adapter": "irdscale.sparse",
     "merge": "irdscale.sparse",
+    "pull_adapter": "irdscale.sparse",
+    "push_adapter": "irdscale.sparse",
     "save_adapter": "irdscale.sparse",
     "sparsify": "irdscale.sparse",
+    "switch_adapter": "irdscale.sparse",
     "unload": "irdscale.sparse",
 }
 

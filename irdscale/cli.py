@@ -130,24 +130,30 @@ def train(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Measure a trained adapter: adapter=DIR."""
     with _ending():
-        alone("evaluate")
         settings, given = _load(config, overrides, takes=("adapter",), needs=("adapter",))
-        from irdscale.verbs import run_evaluate
+        with _ranks(settings, train=False):
+            from irdscale.verbs import run_evaluate
 
-        result = run_evaluate(settings, adapter=given["adapter"], progress=True)
+            result = run_evaluate(settings, adapter=given["adapter"], progress=True)
     _show(result, as_json)
 
 
 @app.command(epilog="Example:\n\nirdscale export configs/quickstart.yaml adapter=runs/a/adapter to=merged")
 def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Write a plain Hugging Face checkpoint with an adapter merged in: adapter=DIR to=DIR."""
+    """Write an adapter for others to load: adapter=DIR to=DIR.
+
+    A plain Hugging Face checkpoint with the adapter merged in; with format=shira, an adapter for PEFT's SHiRA.
+
+    With to=hub:OWNER/NAME, upload the adapter as it is to the Hugging Face hub. A new repository there is private.
+    """
     with _ending():
         alone("export")
-        settings, given = _load(config, overrides, takes=("adapter", "to"), needs=("adapter", "to"))
-        check_writable(given["to"], "to")
+        settings, given = _load(config, overrides, takes=("adapter", "to", "format"), needs=("adapter", "to"))
+        if not given["to"].startswith("hub:"):
+            check_writable(given["to"], "to")
         from irdscale.verbs import run_export
 
-        result = run_export(settings, adapter=given["adapter"], to=given["to"])
+        result = run_export(settings, **given)
     _show(result, as_json)
 
 
@@ -338,7 +344,8 @@ def _load(
         if key not in takes:
             rest.append(override)
         elif not equals or not value:
-            raise InputError(f"{key}: found no folder; expected {key}=DIR")
+            what = "value; expected format=merged or format=shira" if key == "format" else f"folder; expected {key}=DIR"
+            raise InputError(f"{key}: found no {what}")
         elif key in given:
             raise InputError(f"{key}: given twice")
         else:

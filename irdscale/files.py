@@ -134,6 +134,8 @@ def write_folder(folder: Path | str, fill: Callable[[Path], None]) -> None:
             fill(temporary)
             for path in temporary.rglob("*"):
                 if path.is_file():
+                    # safetensors writes files that nobody else may read.
+                    os.chmod(path, 0o666 & ~_umask())
                     with path.open("rb") as stream:
                         os.fsync(stream.fileno())
             fsync_folder(temporary)

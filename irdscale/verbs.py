@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from irdscale.config import RunConfig
+from irdscale.config import RunConfig, nearest
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
 from irdscale.files import digest, read_json, write_folder, write_json
@@ -18,13 +18,17 @@ from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.sparse import load_adapter, merge, save_adapter, sparse_state
+from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state
+from irdscale.sparse.hub import adapter_folder
 from irdscale.tasks import build_model, load_task
 from irdscale.training import adapter_config, fine_tune, sparse_model, trained_whole, training_steps
 from irdscale.training_state import remove_training
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
+
+EXPORT_FORMATS = ("merged", "shira")
+HUB = "hub:"
 
 
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
@@ -145,17 +149,22 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
     return mask
 
 
-def _adapted(config: RunConfig, task: Task, adapter: str) -> Any:
-    """The model with an adapter on it; a new head that is no part of the adapter is drawn as its run drew it."""
-    meta = read_json(Path(adapter) / "adapter.json", "adapter")
+def _adapted(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
+    """The model with an adapter on it, and the names of the parameters that the base checkpoint does not hold.
+
+    A new head that is no part of the adapter is drawn as its run drew it.
+    """
+    folder = adapter_folder(adapter)
+    meta = read_json(folder / "adapter.json", "adapter")
     made_with = meta.get("config") if isinstance(meta, dict) else None
     seed = made_with.get("seed") if isinstance(made_with, dict) else None
     seed = seed if isinstance(seed, int) else config.search.seeds[0]
-    return load_adapter(build_model(config, task, seed)[0], adapter)
+    model, new = build_model(config, task, seed)
+    return load_adapter(model, folder), new
 
 
 def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict[str, Any]:
-    """Metrics of an adapter on the selection and the test split.
+    """Metrics of an adapter on the selection and the test split. Collective where torch.distributed is initialised.
 
     Returns:
         {"adapter", "params", "head", "selection", "test"}
@@ -163,33 +172,53 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
     Raises:
         InputError: the adapter is missing or damaged, or belongs to another base.
     """
-    task = load_task(config)
-    model = _adapted(config, task, adapter)
+    with failing_together():
+        task = load_task(config)
+        model, _ = _adapted(config, task, adapter)
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
-    with bar("Evaluating", 2, enabled=progress) as advance:
+    with bar("Evaluating", 2, enabled=progress and rank_and_world()[0] == 0) as advance:
         for name, split in (("selection", task.selection), ("test", task.test)):
             result[name] = evaluate_model(model, task, split, config.train.eval_batch_size)
             advance()
     return result
 
 
-def run_export(config: RunConfig, adapter: str, to: str) -> dict[str, Any]:
-    """Write a plain Hugging Face checkpoint, with its tokenizer, in which the adapter is merged.
+def run_export(config: RunConfig, adapter: str, to: str, format: str | None = None) -> dict[str, Any]:
+    """Write an adapter, with the base model, for others to load.
+
+    Args:
+        adapter: a folder, or OWNER/NAME on the Hugging Face hub.
+        to: a new folder; or `hub:OWNER/NAME`, to upload the adapter as it is; a new repository there is private.
+        format: for a folder: `merged` (the default), a plain Hugging Face checkpoint with its tokenizer in which the
+            adapter is merged; or `shira`, an adapter that PEFT loads (see `irdscale.export_shira`).
 
     Returns:
-        {"checkpoint", "adapter", "params"}
+        {"checkpoint", "adapter", "params"}; of shira {"peft", "adapter", "params", "r", "layers", "stored", "whole"};
+        of the hub {"hub", "adapter"}.
 
     Raises:
-        InputError: `to` holds something, or the adapter is missing, damaged or of another base.
-        RunError: `to` cannot be written.
+        InputError: `to` holds something, the adapter is missing, damaged or of another base, or SHiRA cannot say it.
+        RunError: `to` cannot be written, or the hub does not take it.
     """
+    if format is not None and format not in EXPORT_FORMATS:
+        raise InputError(
+            f"format: found {format!r}{nearest(format, EXPORT_FORMATS)}; expected {' or '.join(EXPORT_FORMATS)}"
+        )
+    if to.startswith(HUB):
+        if format is not None:
+            raise InputError(f"format: found {format!r} with to={to}; expected none: the adapter is uploaded as it is")
+        return {"hub": push_adapter(adapter, to.removeprefix(HUB)), "adapter": adapter}
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"to: {to} exists; expected a new or empty folder")
+    # One process merges, which holds the whole model.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config)
-    model = _adapted(config, task, adapter)
+    model, new = _adapted(config, task, adapter)
     params = sparse_state(model).k
+    if format == "shira":
+        return {"peft": to, "adapter": adapter, "params": params, **export_shira(model, target, also=new)}
     merge(model)
 
     def fill(folder: Path) -> None:

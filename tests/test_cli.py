@@ -126,6 +126,12 @@ def test_json_is_all_there_is_on_stdout(config, called, capsys):
         (["train", "CONFIG", "mask=a/b=c"], "run_train", {"mask": "a/b=c", "progress": True}),
         (["evaluate", "CONFIG", "adapter=a"], "run_evaluate", {"adapter": "a", "progress": True}),
         (["export", "CONFIG", "to=TMP/x", "adapter=a"], "run_export", {"adapter": "a", "to": "TMP/x"}),
+        (
+            ["export", "CONFIG", "adapter=a", "to=TMP/x", "format=shira"],
+            "run_export",
+            {"adapter": "a", "to": "TMP/x", "format": "shira"},
+        ),
+        (["export", "CONFIG", "adapter=a", "to=hub:me/x"], "run_export", {"adapter": "a", "to": "hub:me/x"}),
     ],
 )
 def test_verb_calls_its_function(config, called, capsys, tmp_path, arguments, name, own):
@@ -185,6 +191,19 @@ def test_missing_folders_are_named(config, called, capsys, arguments, missing):
 def test_wrong_folders_are_refused(config, called, capsys, argument, message):
     assert cli.run(["train", config, *argument.split()]) == 2
     assert capsys.readouterr().err == f"irdscale: {message}\n"
+
+
+def test_a_format_is_no_folder(config, called, capsys, tmp_path):
+    assert cli.run(["export", config, "adapter=a", f"to={tmp_path}/x", "format="]) == 2
+    assert capsys.readouterr().err == "irdscale: format: found no value; expected format=merged or format=shira\n"
+    assert called.list == []
+
+
+def test_export_help_names_its_ways(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["export", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("adapter=DIR to=DIR", "format=shira", "to=hub:OWNER/NAME"))
 
 
 def test_a_folder_that_another_verb_takes_is_an_unknown_key(config, called, capsys):

@@ -58,6 +58,18 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path / "f") == ["y.json"]
 
 
+def test_files_in_a_folder_are_for_whoever_may_read_the_folder(tmp_path: Path) -> None:
+    def fill(target: Path) -> None:
+        (target / "inside").mkdir()
+        for name in ("a", "inside/b"):
+            (target / name).write_text("new")
+            (target / name).chmod(0o600)
+
+    write_folder(tmp_path / "folder", fill)
+    for name in ("a", "inside/b"):
+        assert (tmp_path / "folder" / name).stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
 def test_what_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "a", {"x": float("nan")})

@@ -93,6 +93,120 @@ def test_export_loads_with_plain_transformers(config: RunConfig, trained: dict[s
         run_export(config, str(trained["adapter"]), str(target))
 
 
+def test_export_in_bfloat16(config: RunConfig, tmp_path: Path) -> None:
+    half = config.model_copy(
+        update={"output": str(tmp_path), "model": config.model.model_copy(update={"dtype": "bfloat16"})}
+    )
+    adapter = run_train(half, progress=False)["adapter"]
+    run_export(half, adapter, str(tmp_path / "merged"))
+    task = load_task(half)
+    adapted = load_adapter(build_model(half, task, 0)[0], adapter)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert plain.dtype == torch.bfloat16
+    batch = task.collate([task.test[i] for i in range(8)])
+    with torch.no_grad():
+        assert torch.equal(plain(**batch).logits, adapted(**batch).logits)
+
+
+@pytest.fixture(scope="module")
+def linear(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, object]]:
+    """Trained on a mask of weights that SHiRA knows."""
+    include = [r"encoder\..*(query|key|value|dense)\.weight"]
+    linear = config.model_copy(
+        update={
+            "output": str(tmp_path_factory.mktemp("linear")),
+            "fisher": config.fisher.model_copy(update={"include": include}),
+        }
+    )
+    return linear, run_train(linear, progress=False)
+
+
+def test_export_for_shira(linear: tuple[RunConfig, dict[str, object]], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
+    config, trained = linear
+    result = run_export(config, str(trained["adapter"]), str(tmp_path / "peft"), format="shira")
+    assert (result["peft"], result["params"]) == (str(tmp_path / "peft"), trained["params"])
+    assert "classifier" in result["whole"]
+    assert result["layers"] > 0
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
+    task = load_task(config)
+    adapted = load_adapter(build_model(config, task, 5)[0], str(trained["adapter"]))
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    batch = task.collate([task.test[i] for i in range(8)])
+    with torch.no_grad():
+        assert torch.equal(found(**batch).logits, adapted(**batch).logits)
+
+
+def test_export_for_shira_takes_an_untrained_new_head_along(config: RunConfig, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
+    frozen = config.model_copy(
+        update={
+            "output": str(tmp_path),
+            "train": config.train.model_copy(update={"always_train": []}),
+            "fisher": config.fisher.model_copy(update={"include": [r"intermediate\.dense\.weight"]}),
+        }
+    )
+    adapter = run_train(frozen, progress=False)["adapter"]
+    assert run_export(frozen, adapter, str(tmp_path / "peft"), format="shira")["whole"] == ["classifier"]
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
+    task = load_task(frozen)
+    adapted = load_adapter(build_model(frozen, task, 0)[0], adapter)
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    batch = task.collate([task.test[i] for i in range(8)])
+    with torch.no_grad():
+        assert torch.equal(found(**batch).logits, adapted(**batch).logits)
+
+
+def test_exports_that_cannot_be(config: RunConfig, trained: dict[str, object], tmp_path: Path) -> None:
+    adapter, to = str(trained["adapter"]), str(tmp_path / "to")
+    for wrong, message in (
+        ("shirra", r'format: found \'shirra\' \(did you mean "shira"\?\); expected merged or shira'),
+        (
+            "shira",
+            r"format: shira: bert\..*: found .* entries in the .*; expected entries in untied weights of nn.Linear",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_export(config, adapter, to, format=wrong)
+    for format in ("shira", "merged"):
+        with pytest.raises(InputError, match=f"format: found '{format}' with to=hub:me/x; expected none"):
+            run_export(config, adapter, "hub:me/x", format=format)
+    with pytest.raises(InputError, match="my adapter: found no name on the hub; expected OWNER/NAME"):
+        run_export(config, adapter, "hub:my adapter")
+    with pytest.raises(RunError, match=r"cannot push to me/x on the hub: .*offline"):
+        run_export(config, adapter, "hub:me/x")
+    (tmp_path / "file").write_text("")
+    for taken in ("file", "."):
+        for format in (None, "merged", "shira"):
+            with pytest.raises(InputError, match="exists; expected a new or empty folder"):
+                run_export(config, adapter, str(tmp_path / taken), format=format)
+    with pytest.raises(RunError, match="cannot write"):
+        run_export(config, adapter, str(tmp_path / "file/to"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_export_uploads_the_adapter_as_it_is(
+    config: RunConfig, trained: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("irdscale.verbs.push_adapter", lambda *a: calls.append(a) or "https://hub.example/me/x")
+    result = run_export(config, str(trained["adapter"]), "hub:me/x")
+    assert result == {"hub": "https://hub.example/me/x", "adapter": trained["adapter"]}
+    assert calls == [(trained["adapter"], "me/x")]
+
+
+def test_adapters_may_come_from_the_hub(
+    config: RunConfig, trained: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pulled = []
+    monkeypatch.setattr(
+        "irdscale.sparse.hub.pull_adapter", lambda name: pulled.append(name) or Path(str(trained["adapter"]))
+    )
+    assert run_evaluate(config, "me/sparse", progress=False)["test"] == trained["test"]
+    run_export(config, "me/sparse", str(tmp_path / "merged"))
+    assert set(pulled) == {"me/sparse"}
+
+
 def test_an_adapter_of_another_base_is_refused(config: RunConfig, trained: dict[str, object], tmp_path: Path) -> None:
     other = tiny_model("bert", tmp_path / "model", seed=1)
     changed = config.model_copy(update={"model": config.model.model_copy(update={"path": str(other)})})

@@ -1,6 +1,7 @@
 """Sparse training: k trainable numbers on a frozen base, and the adapters they are saved to."""
 
 from irdscale.sparse.adapter import load_adapter, save_adapter
+from irdscale.sparse.hub import pull_adapter, push_adapter
 from irdscale.sparse.model import (
     base_hash,
     entries_of,
@@ -12,16 +13,22 @@ from irdscale.sparse.model import (
     trained_on,
     unload,
 )
+from irdscale.sparse.shira import export_shira
+from irdscale.sparse.switch import switch_adapter
 
 __all__ = [
     "base_hash",
     "entries_of",
+    "export_shira",
     "load_adapter",
     "matching_parameters",
     "merge",
+    "pull_adapter",
+    "push_adapter",
     "save_adapter",
     "sparse_state",
     "sparsify",
+    "switch_adapter",
     "trained_numbers",
     "trained_on",
     "unload",

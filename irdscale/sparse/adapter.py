@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
-from irdscale.files import read_json, read_tensors, write_folder, write_json
-from irdscale.mask import Mask
+from irdscale.files import read_json, read_tensors, write_atomic, write_folder, write_json
+from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import shape_of
 from irdscale.ranks import failing_together, rank_and_world
+from irdscale.sparse.base import known_hash
+from irdscale.sparse.card import model_card
+from irdscale.sparse.hub import adapter_folder
 from irdscale.sparse.model import (
     base_hash,
     hash_tensor,
@@ -28,6 +33,28 @@ from irdscale.sparse.model import (
 
 FORMAT = "irdscale-adapter"
 VERSION = 1
+STORED = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter folder holds, checked against its own hashes.
+
+    Attributes:
+        folder: where it was read.
+        mask: the trained entries.
+        values: name -> deltas of that parameter's entries, as they are stored.
+        dense: name -> parameter that was trained whole.
+        base_hash: of the base that it belongs to, without the parameters that were trained whole.
+        base_model: name of that base, for the reader; may be empty.
+    """
+
+    folder: Path
+    mask: Mask
+    values: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    base_hash: str
+    base_model: str
 
 
 def _contents_hash(tensors: dict[str, Tensor]) -> str:
@@ -37,60 +64,81 @@ def _contents_hash(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def save_adapter(model: nn.Module, folder: Path | str, config: dict[str, Any] | None = None) -> None:
-    """Write a sparse model's trained numbers to `folder`: adapter.safetensors and adapter.json, atomically.
+def save_adapter(
+    model: nn.Module,
+    folder: Path | str,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a sparse model's trained numbers to `folder`: adapter.safetensors, adapter.json and README.md, atomically.
 
     Holds for each masked parameter `index.NAME` (int32, or int64 for parameters beyond 2^31 entries) and
-    `values.NAME` (float32 deltas), and `dense.NAME` for each parameter that is trained whole.
+    `values.NAME` (deltas), and `dense.NAME` for each parameter that is trained whole, as it is: 8 bytes an entry with
+    float32 deltas, 6 with bfloat16. README.md is the model card for the Hugging Face hub. Collective where
+    torch.distributed is initialised: rank 0 writes.
 
     Args:
         model: from `sparsify` or `load_adapter`.
         config: what made the adapter, kept in adapter.json for the reader.
+        dtype: of the stored deltas, float32 or bfloat16 (rounded to nearest); unless given, as they were trained:
+            float32, or float64 for a float64 base.
 
     Raises:
-        InputError: the model is not sparse.
+        InputError: the model is not sparse, or `dtype` is another one.
         RunError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
+    if dtype is not None and dtype not in STORED:
+        raise InputError(f"dtype: found {dtype}; expected {' or '.join(map(str, STORED))}")
     state = sparse_state(model)
     deltas, dense = trained_numbers(model)
-    tensors = {f"index.{name}": state.mask.indices[name].cpu() for name in deltas}
-    tensors |= {f"values.{name}": values for name, values in deltas.items()}
-    tensors |= {f"dense.{name}": values for name, values in dense.items()}
-    meta = {
-        "format": FORMAT,
-        "version": VERSION,
-        "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
-        "base_hash": base_hash(model),
-        "mask_hash": state.mask.hash,
-        "contents_hash": _contents_hash(tensors),
-        "k": state.k,
-        "dense_parameters": state.dense_parameters,
-        "dense": list(state.dense),
-        "shapes": {name: list(shape) for name, shape in state.mask.shapes.items()},
-        "config": config or {},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
+    found_hash = base_hash(model)
+    with failing_together():
+        if rank_and_world()[0] > 0:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, index in state.mask.indices.items():
+            values = deltas.get(name, torch.zeros(0))
+            tensors[f"index.{name}"] = index.to(index_dtype(torch.Size(state.mask.shapes[name]).numel()))
+            tensors[f"values.{name}"] = values if dtype is None else values.to(dtype)
+        tensors |= {f"dense.{name}": parameter.contiguous() for name, parameter in dense.items()}
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base_model": getattr(getattr(model, "config", None), "_name_or_path", "") or "",
+            "base_hash": found_hash,
+            "mask_hash": state.mask.hash,
+            "contents_hash": _contents_hash(tensors),
+            "k": state.k,
+            "dense_parameters": state.dense_parameters,
+            "dense": list(dense),
+            "shapes": {name: list(shape) for name, shape in state.mask.shapes.items()},
+            "config": config or {},
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
+        _write(Path(folder), tensors, meta, model_card(model, meta))
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], card: str) -> None:
+    from safetensors.torch import save_file
 
     def fill(target: Path) -> None:
         save_file(tensors, target / "adapter.safetensors")
         write_json(target / "adapter.json", meta)
+        write_atomic(target / "README.md", card)
 
-    with failing_together():
-        if rank_and_world()[0] == 0:
-            write_folder(folder, fill)
+    write_folder(folder, fill)
 
 
-def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
-    """Put an adapter on a fresh base model, in place: the model is then sparse, with the trained deltas.
+def read_adapter(folder: Path | str) -> Adapter:
+    """Read what `save_adapter` wrote.
+
+    Args:
+        folder: or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
-        InputError: there is no adapter in `folder`, its files are damaged, or it was trained on another base.
+        InputError: there is no adapter, or its files are damaged.
     """
-    folder = Path(folder)
-    if is_sparse(model):
-        raise InputError(f"{type(model).__name__}: sparse already; unload or merge it before {folder} is loaded")
+    folder = adapter_folder(folder)
     meta = read_json(folder / "adapter.json", "adapter")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise InputError(f"{folder / 'adapter.json'}: found no adapter; expected format {FORMAT!r}")
@@ -99,37 +147,98 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     file = folder / "adapter.safetensors"
     tensors = read_tensors(file, "adapter")
     try:
-        stated = {key: meta[key] for key in ("contents_hash", "mask_hash", "base_hash", "dense", "base_model")}
+        stated = {key: meta[key] for key in ("contents_hash", "mask_hash", "base_hash", "base_model")}
+        whole = list(dict.fromkeys(meta["dense"]))
         shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{folder / 'adapter.json'}: damaged adapter: no valid {error}") from error
     if _contents_hash(tensors) != stated["contents_hash"]:
         raise InputError(f"{file}: damaged adapter: its contents do not match the stored hash")
-    indices = {key.removeprefix("index."): t for key, t in tensors.items() if key.startswith("index.")}
-    mask = Mask(indices, shapes)
+    parts: dict[str, dict[str, Tensor]] = {"index": {}, "values": {}, "dense": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        parts.setdefault(kind, {})[name] = tensor
+    mask, values = Mask(parts["index"], shapes), parts["values"]
     if mask.hash != stated["mask_hash"]:
         raise InputError(f"{folder / 'adapter.json'}: damaged adapter: its mask does not match the stored hash")
-    parameters = dict(model.named_parameters())
-    for name in stated["dense"]:
-        dense = tensors.get(f"dense.{name}")
-        if name not in parameters or dense is None or tuple(dense.shape) != shape_of(parameters[name]):
-            found = shape_of(parameters[name]) if name in parameters else "no such parameter"
-            expected = "missing" if dense is None else tuple(dense.shape)
-            raise InputError(f"{folder}: adapter for another base: {name}: found {found}; expected {expected}")
+    # The hashes tell damage, not malice: what comes from a hub may have been written by anyone.
+    for name, index in mask.indices.items():
+        if name not in values or values[name].shape != index.shape or not values[name].is_floating_point():
+            found = f"{values[name].dtype} {tuple(values[name].shape)}" if name in values else "none"
+            raise InputError(f"{file}: damaged adapter: {name}: found values {found}; expected {len(index)} numbers")
+    if set(whole) != set(parts["dense"]):
+        raise InputError(f"{file}: damaged adapter: its parameters trained whole are not those of adapter.json")
+    dense = {name: parts["dense"][name] for name in whole}
+    return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]))
+
+
+def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check an adapter's parameters against a base model's.
+
+    Args:
+        shapes: name -> shape of each parameter of the base.
+
+    Raises:
+        InputError: the adapter is one of another base, or no adapter could have its indices.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
+    expected |= {name: adapter.mask.shapes.get(name, ()) for name in adapter.mask.indices}
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            found = shapes.get(name, "no such parameter")
+            raise InputError(f"{adapter.folder}: adapter for another base: {name}: found {found}; expected {shape}")
+    for name in adapter.dense:
+        if len(adapter.mask.indices.get(name, ())):
+            raise InputError(f"{adapter.folder}: damaged adapter: {name} has masked entries and is trained whole")
     try:
-        sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in stated["dense"]])
+        adapter.mask.check()
     except InputError as error:
-        raise InputError(f"{folder}: adapter for another base: {error}") from error
-    found_hash = base_hash(model)
-    if found_hash != stated["base_hash"]:
-        unload(model)
+        raise InputError(f"{adapter.folder}: damaged adapter: {error}") from error
+
+
+def check_base(adapter: Adapter, found_hash: str) -> None:
+    """Check the hash of a base model's weights.
+
+    Raises:
+        InputError: it is not the base that the adapter was trained on.
+    """
+    if found_hash != adapter.base_hash:
         raise InputError(
-            f"{folder}: adapter for another base: found weights {found_hash[:12]}; "
-            f"expected {stated['base_hash'][:12]} ({stated['base_model'] or 'unnamed model'})"
+            f"{adapter.folder}: adapter for another base: found weights {found_hash[:12]}; "
+            f"expected {adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'})"
         )
-    set_trained_numbers(
-        model,
-        {name: tensors[f"values.{name}"] for name in mask.indices},
-        {name: tensors[f"dense.{name}"] for name in stated["dense"]},
-    )
+
+
+def make_room(model: nn.Module, adapter: Adapter) -> None:
+    """Make a base model sparse as an adapter was, with deltas of 0."""
+    sparsify(model, adapter.mask, always_train=[f"^{re.escape(name)}$" for name in adapter.dense])
+
+
+def put_numbers(model: nn.Module, adapter: Adapter) -> None:
+    """Set the trained numbers of a model that `make_room` made sparse."""
+    set_trained_numbers(model, adapter.values, adapter.dense)
+
+
+def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
+    """Put an adapter on a fresh base model, in place: the model is then sparse, with the trained deltas.
+
+    Args:
+        folder: or `OWNER/NAME` on the Hugging Face hub.
+
+    Raises:
+        InputError: there is no adapter in `folder`, its files are damaged, or it was trained on another base.
+    """
+    if is_sparse(model):
+        raise InputError(
+            f"{type(model).__name__}: sparse already; unload or merge it before {folder} is loaded, or switch_adapter"
+        )
+    adapter = read_adapter(folder)
+    check_fits(adapter, {name: shape_of(parameter) for name, parameter in model.named_parameters()})
+    make_room(model, adapter)
+    try:
+        check_base(adapter, known_hash(model, adapter.dense))
+    except InputError:
+        unload(model)
+        raise
+    put_numbers(model, adapter)
     return model

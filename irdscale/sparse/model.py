@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ class SparseState:
         dense: name -> the base value of each parameter that is trained whole.
         masters: name -> float32 numbers that are trained in place of such a parameter of a lower precision.
         required_grad: parameter names that required gradients before.
+        known_bases: what `irdscale.sparse.base` remembers of the base's hashes.
     """
 
     mask: Mask
@@ -36,6 +37,7 @@ class SparseState:
     dense: dict[str, Tensor]
     masters: dict[str, Entries]
     required_grad: set[str]
+    known_bases: dict[frozenset[str], tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -190,16 +192,23 @@ def hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
     sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
     """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole.
 
     Collective for a model in partitions; one parameter is gathered at a time.
+
+    Args:
+        without: the parameters to leave out, by name; those that are trained whole unless given.
     """
     state = sparse_state(model)
+    left_out = set(state.dense if without is None else without)
     values = {id(entries.values) for entries in state.patched}
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if name in state.dense or id(parameter) in values:
+        if name in left_out or id(parameter) in values:
+            continue
+        if name in state.dense:
+            hash_tensor(sha, name, state.dense[name])
             continue
         with _base_of(parameter, state.entries.get(name)):
             hash_tensor(sha, name, parameter)
