@@ -121,6 +121,8 @@ def fine_tune(
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
     order = training_order(len(task.train), steps * train.batch_size, seed)[done * train.batch_size :]
+    if train.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     callback = _Callback(seed, done, advance, state, train.save_minutes, made_by)
     with tempfile.TemporaryDirectory() as scratch, watched() if done < steps else nullcontext():
         if done < steps:
@@ -137,6 +139,8 @@ def fine_tune(
             trainer.model_accepts_loss_kwargs = False
             trainer.train()
             release_engine(trainer.model_wrapped)
+    if train.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_disable()
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(False)
     model.eval()
@@ -156,8 +160,6 @@ def _arguments(
         max_steps=steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=train.gradient_accumulation,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,

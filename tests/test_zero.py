@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from irdscale.tasks import load_task
 from tests.training_oracle import changed, load, mask_of, oracle, toy
-from tests.training_ranks import equal_oracle
+from tests.training_ranks import distinct, equal_oracle, go_on, heads, state_of_all_stages
 
 FAMILIES = ("bert", "gpt2", "llama")
 STAGES = (None, 0, 1, 2, 3)
@@ -68,7 +68,31 @@ def cases(world: int) -> list[tuple[str, str, int | None, dict[str, Any]]]:
 @needs_deepspeed
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_way_to_train_equals_the_oracle(world: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn(equal_oracle, world, folder, monkeypatch, cases(world))
+
+
+def spawn(work: Any, world: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """Run `work` on ranks, all of which must come to its end."""
     # DeepSpeed builds its communication with the ninja of this environment.
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    mp.spawn(equal_oracle, args=(world, str(folder), cases(world)), nprocs=world)
+    for path in (*folder.glob("done-*"), *folder.glob("store-*")):
+        path.unlink()
+    mp.spawn(work, args=(world, str(folder), *arguments), nprocs=world)
     assert [(folder / f"done-{world}-{rank}").exists() for rank in range(world)] == [True] * world
+
+
+@needs_deepspeed
+def test_a_head_is_drawn_alike_in_partitions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn(heads, 2, folder, monkeypatch)
+
+
+@needs_deepspeed
+def test_an_adapter_holds_what_every_rank_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn(distinct, 2, folder, monkeypatch)
+
+
+@needs_deepspeed
+def test_a_stopped_training_goes_on_with_any_stage_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit on the same ranks and stage; within rounding on others, from one state of 12 bytes a number."""
+    spawn(state_of_all_stages, 2, folder, monkeypatch)
+    spawn(go_on, 1, folder, monkeypatch, ["state-2-3", "state-2-ddp"])

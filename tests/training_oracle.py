@@ -1,4 +1,4 @@
-"""A whole training written out: dense AdamW with masked gradients, clipping, decay and learning rates, in one process."""
+"""A whole training written out: dense AdamW with masked gradients, clipping, decay and rates, in one process."""
 
 from __future__ import annotations
 

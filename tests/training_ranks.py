@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -144,3 +145,125 @@ def heads(rank: int, world: int, folder: str) -> None:
         for name, p in model.named_parameters():
             with whole([p]):
                 assert torch.equal(p, expected.get_parameter(name)), name
+
+
+class Stopped(BaseException):
+    """Ends a training in the middle, as a kill would."""
+
+
+def stopper(after: int) -> Any:
+    """A progress callback that ends the training after so many steps."""
+    left = after
+
+    def advance(steps: int = 1, **_: Any) -> None:
+        nonlocal left
+        left -= steps
+        if left < 0:
+            raise Stopped
+
+    return advance
+
+
+def state_of_all_stages(rank: int, world: int, folder: str) -> None:
+    """Stop each way to train in the middle; go on with it, and with the others, from one and the same state."""
+    with group(rank, world, folder):
+        config = changed(load(Path(folder) / "bert" / "toy.yaml"), save_minutes=0.0)
+        task = load_task(config)
+        ways = {str(s): changed(config, deepspeed=settings_file(Path(folder), s)) for s in (0, 1, 2, 3)}
+        ways["offload"] = changed(config, deepspeed=settings_file(Path(folder), 2, offload_optimizer={"device": "cpu"}))
+        ways["ddp"] = config
+        whole: dict[str, Any] = {}
+        for name, way in ways.items():
+            whole[name] = trained_numbers(train(way, task)[0])
+        for name, way in ways.items():
+            state = Path(folder) / f"state-{world}-{name}"
+            try:
+                train(way, task, advance=stopper(9), state=state)
+                raise AssertionError("not stopped")
+            except Stopped:
+                pass
+            dist.barrier()
+            for other in {name, "ddp", "3", "1"}:
+                model, losses = train(ways[other], task, state=copied(state))
+                # Steps 1 to 9 were saved, step 10 was not.
+                assert len(losses) == 20 - 9, (name, other, len(losses))
+                exact = name == other
+                same(trained_numbers(model), whole[name], 0.0 if exact else 1e-5, f"{name} -> {other}")
+        shapes_and_sizes(Path(folder), task, ways, world)
+
+
+def copied(state: Path) -> Path:
+    """A copy of a state, for a training that will write its own."""
+    copy = state.parent / "copied"
+    if dist.get_rank() == 0:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(state, copy)
+    dist.barrier()
+    return copy
+
+
+def same(found: Any, expected: Any, tolerance: float, what: str) -> None:
+    """Two sets of trained numbers are equal, or close."""
+    for part, wanted in zip(found, expected, strict=True):
+        assert part.keys() == wanted.keys()
+        for name, value in part.items():
+            torch.testing.assert_close(
+                value, wanted[name], rtol=tolerance, atol=tolerance / 5, msg=lambda m, n=name: f"{what} {n}: {m}"
+            )
+
+
+def shapes_and_sizes(folder: Path, task: Task, ways: dict[str, RunConfig], world: int) -> None:
+    """12 bytes a trained number, whatever the stage; nothing of the base."""
+    from safetensors import safe_open
+
+    for name in ways:
+        state = folder / f"state-{world}-{name}"
+        assert sorted(p.name for p in state.iterdir()) == ["numbers.safetensors", "state.json"]
+        with safe_open(state / "numbers.safetensors", "pt") as file:
+            sizes = {key: file.get_tensor(key).numel() for key in file.keys() if not key.startswith("rng/")}  # noqa: SIM118
+        model = sparse_model(ways["ddp"], task, mask_of(ways["ddp"], task), 3)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert sum(sizes.values()) == 3 * trained
+
+
+def go_on(rank: int, world: int, folder: str, states: list[str]) -> None:
+    """Take up states that another number of ranks left."""
+    with group(rank, world, folder):
+        config = changed(load(Path(folder) / "bert" / "toy.yaml"), save_minutes=0.0)
+        task = load_task(config)
+        expected = trained_numbers(train(config, task)[0])
+        for name in states:
+            for stage in (1, 3):
+                way = changed(config, deepspeed=settings_file(Path(folder), stage))
+                model, losses = train(way, task, state=copied(Path(folder) / name))
+                assert len(losses) == 11
+                same(trained_numbers(model), expected, 1e-5, f"{name} on {world}")
+
+
+def distinct(rank: int, world: int, folder: str) -> None:
+    """Every rank writes numbers of its own into its part; the adapter holds all of them."""
+    from irdscale import load_adapter, save_adapter
+
+    with group(rank, world, folder):
+        config = load(Path(folder) / "llama" / "toy.yaml")
+        task = load_task(config)
+        zero = changed(config, deepspeed=settings_file(Path(folder), 3))
+        mask = mask_of(config, task)
+        model = sparse_model(zero, task, mask, 3)
+        fine_tune(model, task, changed(zero, steps=1), 3)
+        entries = sparse_state(model).entries
+        for place, e in enumerate(entries.values()):
+            part = e.values.ds_tensor  # type: ignore[attr-defined]
+            part.data.copy_(torch.arange(part.numel()) + 1000.0 * rank + 10.0 * place)
+        save_adapter(model, Path(folder) / "adapter")
+        dist.barrier()
+        found = load_adapter(sparse_model_base(config, task), Path(folder) / "adapter")
+        for place, (name, e) in enumerate(sparse_state(found).entries.items()):
+            share = -(-len(e.values) // world)
+            numbers = [torch.arange(share) + 1000.0 * r + 10.0 * place for r in range(world)]
+            assert torch.equal(e.values.detach(), torch.cat(numbers)[: len(e.values)]), name
+
+
+def sparse_model_base(config: RunConfig, task: Task) -> Any:
+    """The model that `sparse_model` starts from."""
+    return build_model(config, task, 3)[0]
