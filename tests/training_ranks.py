@@ -252,13 +252,13 @@ def distinct(rank: int, world: int, folder: str) -> None:
         model = sparse_model(zero, task, mask, 3)
         fine_tune(model, task, changed(zero, steps=1), 3)
         entries = sparse_state(model).entries
-        for place, e in enumerate(entries.values()):
-            part = e.values.ds_tensor  # type: ignore[attr-defined]
+        for place, name in enumerate(sorted(entries)):
+            part = entries[name].values.ds_tensor  # type: ignore[attr-defined]
             part.data.copy_(torch.arange(part.numel()) + 1000.0 * rank + 10.0 * place)
         save_adapter(model, Path(folder) / "adapter")
         dist.barrier()
         found = load_adapter(sparse_model_base(config, task), Path(folder) / "adapter")
-        for place, (name, e) in enumerate(sparse_state(found).entries.items()):
+        for place, (name, e) in enumerate(sorted(sparse_state(found).entries.items())):
             share = -(-len(e.values) // world)
             numbers = [torch.arange(share) + 1000.0 * r + 10.0 * place for r in range(world)]
             assert torch.equal(e.values.detach(), torch.cat(numbers)[: len(e.values)]), name
