@@ -34,7 +34,7 @@ from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained
 from irdscale.tasks import build_model
 from irdscale.training_state import digest_seed, load_training, save_training, saved_step
 from irdscale.watch import watched
-from irdscale.zero import micro_batch, zero_settings
+from irdscale.zero import forget_settings, micro_batch, zero_settings
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -137,8 +137,11 @@ def fine_tune(
             trainer.train_config, trainer.done, trainer.steps, callback.trainer = train, done, steps, trainer
             # A sample's loss counts alike wherever it is; the Trainer would weigh by tokens.
             trainer.model_accepts_loss_kwargs = False
-            trainer.train()
-            release_engine(trainer.model_wrapped)
+            try:
+                trainer.train()
+                release_engine(trainer.model_wrapped)
+            finally:
+                forget_settings()
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_disable()
     for entries in sparse_state(model).entries.values():

@@ -150,7 +150,7 @@ def loading(config: RunConfig) -> Iterator[None]:
     if settings is None or settings["zero_optimization"]["stage"] != 3:
         yield
         return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     settings = {key: value for key, value in settings.items() if value != AUTO}
     # What it partitions is of the data type that this says; training is told of none.
@@ -161,5 +161,12 @@ def loading(config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        unset_hf_deepspeed_config()
+        forget_settings()
         del known
+
+
+def forget_settings() -> None:
+    """Have `from_pretrained` load whole models again, which it would not while a Trainer with ZeRO-3 is around."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
