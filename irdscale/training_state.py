@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, read_tensors, write_folder, write_json
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.ranks import failing_together, gather_flat, rank_and_world
+from irdscale.ranks import add_up, failing_together, gather_flat, rank_and_world
 
 FORMAT = "irdscale-training"
 VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
+VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 
 
 def save_training(folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any]) -> None:
@@ -39,11 +39,9 @@ def save_training(folder: Path, model: nn.Module, optimizer: Any, step: int, mad
     """
     from safetensors.torch import save_file
 
-    tensors = {}
-    for name, parameter in _trained(model).items():
-        for key in (None, *MOMENTS):
-            tensors[f"{key or 'value'}/{name}"] = _read(parameter, optimizer, key)
-    tensors |= _generators()
+    tensors = _generators()
+    for key in (VALUE, *MOMENTS):
+        tensors |= {f"{key}/{name}": found for name, found in _whole(_trained(model), optimizer, key).items()}
 
     def fill(target: Path) -> None:
         save_file(tensors, target / "numbers.safetensors")
@@ -81,14 +79,20 @@ def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> 
         tensors = read_tensors(file, "state of a training")
         parameters = _trained(model)
         for name, parameter in parameters.items():
-            for key in ("value", *MOMENTS):
+            for key in (VALUE, *MOMENTS):
                 found = tensors.get(f"{key}/{name}")
                 if found is None or tuple(found.shape) != shape_of(parameter):
                     raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
     _make_moments(parameters, optimizer, step)
     for name, parameter in parameters.items():
-        for moment in (None, *MOMENTS):
-            _write(parameter, optimizer, moment, tensors[f"{moment or 'value'}/{name}"])
+        for key in (VALUE, *MOMENTS):
+            own = _own_part(parameter, optimizer, key)
+            if own is not None:
+                part, start, stop = own
+                value = tensors[f"{key}/{name}"].reshape(-1)[start:stop]
+                part.data[: len(value)].copy_(value)
+        with whole([parameter], changed=True):
+            parameter.data.copy_(tensors[f"{VALUE}/{name}"])
     _set_generators(tensors, step)
 
 
@@ -127,21 +131,50 @@ def digest_seed(rank: int, step: int) -> int:
     return int(digest([rank, step]), 16) % 2**31
 
 
-def _read(parameter: nn.Parameter, optimizer: Any, key: str | None) -> Tensor:
-    """A trained parameter (float32), or one of its moments, whole and on the CPU; collective."""
+def _whole(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
+    """The trained parameters as AdamW has them, or one of their moments, whole and on the CPU; collective."""
+    first = next(iter(parameters.values()))
+    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=_type_of(first))
+    parts = dict(zip(parameters, flat.split([numel_of(p) for p in parameters.values()])))
+    for name, parameter in parameters.items():
+        own = _own_part(parameter, optimizer, key)
+        if own is not None:
+            part, start, stop = own
+            parts[name][start:stop] = part.detach()[: stop - start].cpu()
+    if _is_divided(first):
+        add_up([flat])
+    return {name: parts[name].view(shape_of(p)).clone() for name, p in parameters.items()}
+
+
+def _is_divided(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _type_of(parameter: nn.Parameter) -> torch.dtype:
+    return torch.float32 if _is_divided(parameter) else parameter.dtype
+
+
+def _own_part(parameter: Any, optimizer: Any, key: str) -> tuple[Tensor, int, int] | None:
+    """This rank's part of a parameter or moment, flat, and which entries it is; None where it has none."""
+    numel, (rank, _) = numel_of(parameter), rank_and_world()
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        part = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
-        world = rank_and_world()[1]
-        found = gather_flat(part.detach().reshape(-1), [part.numel()] * world)[: numel_of(parameter)]
-    elif hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-    else:
-        found = parameter if key is None else _plain(optimizer).state[parameter][key]
-    return found.detach().reshape(shape_of(parameter)).to("cpu", copy=True).contiguous()
+        part = (
+            safe_get_local_fp32_param(parameter) if key == VALUE else safe_get_local_optimizer_state(parameter, key)
+        ).view(-1)
+        start = min(rank * len(part), numel)
+        return part, start, min(start + len(part), numel)
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        held = _zero(optimizer).single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = held if key == VALUE else _plain(optimizer).state[held][key]
+        place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flat.narrow(0, place.start, place.numel), own.start, own.start + own.numel
+    flat = parameter.data if key == VALUE else _plain(optimizer).state[parameter][key]
+    return flat.view(-1), 0, numel
 
 
 def _plain(optimizer: Any) -> Any:
@@ -170,32 +203,3 @@ def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int
     for tensor in held:
         state = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
         _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step)), **state}
-    if hasattr(first, "_hp_mapping"):
-        _zero(optimizer)._lazy_init_hp_params_optimizer_state()
-
-
-def _write(parameter: nn.Parameter, optimizer: Any, key: str | None, value: Tensor) -> None:
-    with torch.no_grad():
-        if hasattr(parameter, "ds_id"):
-            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-            numel = int(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
-            padded = torch.zeros(numel * rank_and_world()[1])
-            padded[: value.numel()] = value.reshape(-1)
-            own = padded[numel * rank_and_world()[0] :][:numel]
-            if key is None:
-                safe_set_local_fp32_param(parameter, own)
-            else:
-                safe_set_local_optimizer_state(parameter, own, key)
-        elif hasattr(parameter, "_hp_mapping"):
-            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-            if key is None:
-                safe_set_full_fp32_param(parameter, value)
-            else:
-                safe_set_full_optimizer_state(parameter, value, key)
-        elif key is not None:
-            _plain(optimizer).state[parameter][key].copy_(value)
-        if key is None:
-            with whole([parameter], changed=True):
-                parameter.data.copy_(value)
