@@ -27,7 +27,7 @@ def needs():
 
 def test_the_scripts_are_there():
     names = {path.name for path in SCRIPTS}
-    assert {"install.sh", "quickstart.sh", "test.sh", "run"} <= names
+    assert {"install.sh", "quickstart.sh", "test.sh", "torchrun.sh", "deepspeed.sh", "run"} <= names
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -112,9 +112,36 @@ def test_an_install_for_development_serves_both(checkout):
     _, lines = call(checkout, "install.sh", "dev")
     *_, tools, package, _ = installs(lines)
     assert "--constraint launch/constraints.txt" in tools or "triton==" in tools
-    assert ".[dev]" in package
-    for arguments in ((), ("dev",)):
+    assert ".[bench,dev]" in package
+    for arguments in ((), ("deepspeed",), ("dev",)):
         assert installs(call(checkout, "install.sh", *arguments)[1]) == []
+
+
+def test_an_install_with_deepspeed_has_what_its_set_up_needs_first(checkout):
+    call(checkout, "install.sh")
+    _, lines = call(checkout, "install.sh", "deepspeed")
+    _, tools, package, _ = installs(lines)
+    assert " ninja " in tools
+    assert "--no-build-isolation" in package
+    assert ".[bench,deepspeed]" in package
+    assert installs(call(checkout, "install.sh")[1]) == []
+    assert installs(call(checkout, "install.sh", "dev")[1]) != []
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("torchrun.sh", "-m torch.distributed.run --standalone --nproc-per-node 3 -m irdscale train my.yaml a=b"),
+        ("deepspeed.sh", "--num_gpus 3 --module irdscale train my.yaml a=b"),
+    ],
+)
+def test_launchers_start_as_many_ranks_as_are_asked_for(checkout, monkeypatch, script, expected):
+    folder = checkout / ".venv" / "bin"
+    shutil.copy(folder / "python", folder / "deepspeed")
+    monkeypatch.setenv("RANKS", "3")
+    done, lines = call(checkout, script, "train", "my.yaml", "a=b")
+    assert done.returncode == 0, done.stderr
+    assert lines[-1] == expected
 
 
 def test_new_versions_are_installed(checkout):
@@ -154,7 +181,7 @@ def test_an_interrupted_install_starts_over_with_the_first_python_that_will_do(c
 def test_install_refuses_what_it_does_not_know(checkout):
     done, lines = call(checkout, "install.sh", "devel")
     assert done.returncode == 2
-    assert done.stderr == "install.sh: found 'devel'; expected nothing, or dev\n"
+    assert done.stderr == "install.sh: found 'devel'; expected nothing, deepspeed or dev\n"
     assert lines == []
 
 

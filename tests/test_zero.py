@@ -51,18 +51,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(world: int) -> list[tuple[str, str, int | None, dict[str, Any]]]:
+    """Family, oracle, stage (None is DDP, or one process), changes of the training."""
+    if world == 1:
+        one: list[tuple[str, str, int | None, dict[str, Any]]] = [("gpt2", "plain", s, {}) for s in STAGES]
+        return [
+            *one,
+            ("bert", "plain", 3, {}),
+            ("llama", "plain", 3, {}),
+            ("llama", "bfloat16", 3, VARIANTS["bfloat16"]),
+        ]
     found: list[tuple[str, str, int | None, dict[str, Any]]] = []
     for stage in STAGES:
         found += [(family, "plain", stage, {}) for family in FAMILIES]
+    for stage in (None, 2, 3):
         found += [("bert", "weight", stage, VARIANTS["weight"]), ("llama", "bfloat16", stage, VARIANTS["bfloat16"])]
-        found += [("bert", "bfloat16", stage, VARIANTS["bfloat16"])]
-        if world == 2:
-            found.append(("llama", "plain", stage, {"gradient_accumulation": 2, "gradient_checkpointing": True}))
-            found.append(("gpt2", "plain", stage, {"gradient_accumulation": 4}))
-    offload = {"offload_optimizer": {"device": "cpu"}}
-    found += [("bert", "plain", stage, {"zero": offload}) for stage in (1, 2, 3)]
-    both = {**offload, "offload_param": {"device": "cpu"}}
-    return [*found, ("llama", "plain", 3, {"zero": both})]
+        found.append(("llama", "plain", stage, {"gradient_accumulation": 2, "gradient_checkpointing": True}))
+    both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    found += [("bert", "plain", 2, {"zero": {"offload_optimizer": {"device": "cpu"}}})]
+    return [*found, ("gpt2", "plain", 3, {"zero": both}), ("bert", "bfloat16", 1, VARIANTS["bfloat16"])]
 
 
 @needs_deepspeed

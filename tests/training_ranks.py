@@ -169,7 +169,7 @@ def state_of_all_stages(rank: int, world: int, folder: str) -> None:
     with group(rank, world, folder):
         config = changed(load(Path(folder) / "bert" / "toy.yaml"), save_minutes=0.0)
         task = load_task(config)
-        ways = {str(s): changed(config, deepspeed=settings_file(Path(folder), s)) for s in (0, 1, 2, 3)}
+        ways = {str(s): changed(config, deepspeed=settings_file(Path(folder), s)) for s in (1, 3)}
         ways["offload"] = changed(config, deepspeed=settings_file(Path(folder), 2, offload_optimizer={"device": "cpu"}))
         ways["ddp"] = config
         whole: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def state_of_all_stages(rank: int, world: int, folder: str) -> None:
             except Stopped:
                 pass
             dist.barrier()
-            for other in sorted({name, "ddp", "3"} if name in ("1", "ddp") else {name, "1"}):
+            for other in (name, {"1": "3", "3": "ddp", "ddp": "offload", "offload": "1"}[name]):
                 model, losses = train(ways[other], task, state=copied(state))
                 # Steps 1 to 9 were saved, step 10 was not.
                 assert len(losses) == 20 - 9, (name, other, len(losses))
