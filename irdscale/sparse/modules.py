@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irdscale.sparse.functions import Active, Patched, SparseEmbedding, SparseMatmul, active_entries
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul
+from irdscale.sparse.products import Product, prepare
 
 
 @dataclass
@@ -26,40 +27,40 @@ class Entries:
     values: nn.Parameter
     index: Tensor
     base: Tensor
-    active: Active | None
+    product: Product | None
 
     def to_device(self) -> None:
         """Follow the parameter to its device."""
         device = self.parameter.device
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
-            if self.parameter.dim() == 2:
-                self.active = active_entries(self.index, tuple(self.parameter.shape))
+            if self.product is not None:
+                self.product = prepare(self.index, self.product.shape)
 
     def patch(self) -> None:
         """Write base + delta into the parameter."""
         self.to_device()
         with torch.no_grad():
-            effective = (self.base.to(self.values.dtype) + self.values).to(self.parameter.dtype)
+            effective = torch.add(self.base, self.values).to(self.parameter.dtype)
             # Through .data, for autograd must not count this as a change between forward and backward.
-            self.parameter.data.view(-1).index_copy_(0, self.index, effective)
+            self.parameter.data.view(-1).scatter_(0, self.index.long(), effective)
 
     def restore(self) -> None:
         """Write the base numbers back into the parameter."""
         self.to_device()
-        self.parameter.data.view(-1).index_copy_(0, self.index, self.base)
+        self.parameter.data.view(-1).scatter_(0, self.index.long(), self.base)
 
 
 def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
     """Entries at the sorted flat `index` of a parameter, with deltas of 0 (float32; float64 for a float64 base)."""
     if not parameter.is_contiguous():
         parameter.data = parameter.data.contiguous()
-    index = index.to(torch.int64).to(parameter.device)
+    index = index.to(parameter.device)
     base = parameter.detach().view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=parameter.device))
-    active = active_entries(index, tuple(parameter.shape)) if parameter.dim() == 2 else None
-    return Entries(name, parameter, values, index, base, active)
+    product = prepare(index, tuple(parameter.shape)) if parameter.dim() == 2 else None
+    return Entries(name, parameter, values, index, base, product)
 
 
 def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
@@ -107,7 +108,8 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
         module._parameters.get("bias"),
         weight.values if weight else None,
         bias.values if bias else None,
-        weight.active if weight else None,
+        weight.product if weight else None,
+        weight.index if weight else None,
         bias.index if bias else None,
         not isinstance(module, nn.Linear),
     )
