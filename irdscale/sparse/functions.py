@@ -46,16 +46,17 @@ class SparseMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = weight_grad = bias_grad = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
         dy_TO = dy.reshape(-1, dy.shape[-1])
         (x,) = ctx.saved_tensors
+        # Before dx, which would be held while the product's temporaries are.
         if x is not None:
             x_TI = x.reshape(-1, x.shape[-1])
             left, right = (x_TI, dy_TO) if ctx.transposed else (dy_TO, x_TI)
             weight_grad = ctx.product.entries(left, right, ctx.weight_index).to(ctx.value_types[0])
         if ctx.needs_input_grad[4]:
             bias_grad = dy_TO.sum(0).index_select(0, ctx.bias_index).to(ctx.value_types[1])
+        if ctx.needs_input_grad[0]:
+            dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
         return dx, None, None, weight_grad, bias_grad, None, None, None, None
 
 

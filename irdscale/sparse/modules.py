@@ -27,15 +27,22 @@ class Entries:
     values: nn.Parameter
     index: Tensor
     base: Tensor
-    product: Product | None
+    shape: tuple[int, ...]
+    _product: Product | None = None
+
+    @property
+    def product(self) -> Product:
+        """How the entries of a matrix's gradient are computed; prepared when first used."""
+        if self._product is None:
+            self._product = prepare(self.index, self.shape)
+        return self._product
 
     def to_device(self) -> None:
         """Follow the parameter to its device."""
         device = self.parameter.device
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
-            if self.product is not None:
-                self.product = prepare(self.index, self.product.shape)
+            self._product = None
 
     def patch(self) -> None:
         """Write base + delta into the parameter."""
@@ -59,8 +66,7 @@ def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
     base = parameter.detach().view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=parameter.device))
-    product = prepare(index, tuple(parameter.shape)) if parameter.dim() == 2 else None
-    return Entries(name, parameter, values, index, base, product)
+    return Entries(name, parameter, values, index, base, tuple(parameter.shape))
 
 
 def attach(module: nn.Module, local_name: str, entries: Entries) -> None:

@@ -112,6 +112,11 @@ class Product:
     columns: Side
     starts: Tensor | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        kept = (self.rows.taken, self.rows.place, self.columns.taken, self.columns.place, self.starts)
+        return [tensor for tensor in kept if tensor is not None]
+
     def entries(self, left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
         """The entries at `index`, the one that was prepared, of left^T right; [k]."""
         left_TR, right_TC = self.rows.take(left_TP), self.columns.take(right_TQ)

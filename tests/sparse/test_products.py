@@ -106,8 +106,7 @@ def test_bfloat16(kind: Kind) -> None:
 def test_what_is_kept_does_not_grow_with_the_entries(kind: Kind) -> None:
     index = torch.arange(0, 60 * 50, 2, dtype=torch.int32)
     product = prepare(index, (60, 50), kind)
-    kept = [product.starts, *(t for side in (product.rows, product.columns) for t in (side.taken, side.place))]
-    assert sum(t.nbytes for t in kept if t is not None) <= 4 * (2 * 60 + 2 * 50 + 1)
+    assert sum(t.nbytes for t in product.tensors()) <= 4 * (2 * 60 + 2 * 50 + 1)
 
 
 def test_cost_counts_what_is_done() -> None:
