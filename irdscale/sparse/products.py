@@ -7,9 +7,11 @@ ways are equal but for rounding:
   multiplies much that is thrown away, at the speed of a matrix product.
 - `sampled`: one dot product over the tokens for each entry (`torch.sparse.sampled_addmm`), which wants both sides
   transposed. It multiplies only what is kept, at a fraction of that speed.
-- `tiles`: on a GPU, only those tiles of the product that hold an entry (`irdscale.sparse.kernels`).
+- `tiles`: on a GPU, only those tiles of the product that hold an entry (`irdscale.sparse.kernels`); where the kernel
+  cannot run, the dense way.
 
-Everything is prepared from the indices and the shape, and what is kept beside the indices has P + Q numbers, not k.
+Everything is prepared from the indices and the shape. What is kept beside the indices has P + Q numbers, not k;
+`tiles` alone keeps 4 bytes an entry.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["dense", "sampled"]
+from irdscale.sparse import kernels
+
+Kind = Literal["dense", "sampled", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,30 @@ class Rates:
         take: to take one row or column out (`index_select`; bound by memory).
         transpose: to transpose one row or column (bound by memory).
         dot: to multiply and add for one entry in a sampled product; None where there is none.
+        tile: to multiply and add in a tile of the kernel's; None where there is none.
     """
 
     take: float
     transpose: float = 0.0
     dot: float | None = None
+    tile: float | None = None
 
 
 # 1 and 2 threads of AVX2 at T = 1024: 46-92 10^9 multiplications-and-additions a second in a product, 7-12 in a
 # sampled one, 2.7 10^9 numbers taken, 4.6 10^9 transposed.
 CPU = Rates(take=24, transpose=16, dot=7)
 # From data sheets (300 10^12 multiplications-and-additions, 3 10^11 scattered numbers a second), not measured.
-GPU = Rates(take=1000)
+GPU = Rates(take=1000, tile=1.3)
 
 
 def cost(
-    kind: Kind, shape: tuple[int, int], active: tuple[int, int], taken: tuple[bool, bool], k: int, rates: Rates
+    kind: Kind,
+    shape: tuple[int, int],
+    active: tuple[int, int],
+    taken: tuple[bool, bool],
+    k: int,
+    rates: Rates,
+    tiles: int = 0,
 ) -> float:
     """Cost of a way for each token, in multiplications-and-additions of a matrix product.
 
@@ -58,7 +70,11 @@ def cost(
         active: how many of them hold an entry.
         taken: whether those alone are taken, of rows and of columns.
         k: entries.
+        tiles: tiles that hold an entry.
     """
+    if kind == "tiles":
+        assert rates.tile is not None
+        return rates.tile * tiles * kernels.TILE**2
     sizes = [held if take else size for size, held, take in zip(shape, active, taken)]
     moved = rates.take * sum(size for size, take in zip(sizes, taken) if take)
     if kind == "dense":
@@ -67,11 +83,15 @@ def cost(
     return moved + rates.transpose * sum(sizes) + rates.dot * k
 
 
-def choose(shape: tuple[int, int], active: tuple[int, int], k: int, rates: Rates) -> tuple[Kind, tuple[bool, bool]]:
+def choose(
+    shape: tuple[int, int], active: tuple[int, int], k: int, rates: Rates, tiles: int = 0
+) -> tuple[Kind, tuple[bool, bool]]:
     """The cheapest way, and whether it takes only the active rows and columns; the plainer one of equals."""
     kinds: tuple[Kind, ...] = ("dense",) if rates.dot is None else ("dense", "sampled")
     ways = [(kind, (rows, columns)) for kind in kinds for rows in (False, True) for columns in (False, True)]
-    return min(ways, key=lambda way: cost(way[0], shape, active, way[1], k, rates))
+    if rates.tile is not None:
+        ways.append(("tiles", (False, False)))
+    return min(ways, key=lambda way: cost(way[0], shape, active, way[1], k, rates, tiles))
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,7 @@ class Product:
         shape: rows and columns of the matrix.
         rows, columns: what is taken of it.
         starts: int32 or int64 [taken rows + 1], where each row's entries start (sampled).
+        tiles: the tiles that hold entries (tiles).
     """
 
     kind: Kind
@@ -111,14 +132,19 @@ class Product:
     rows: Side
     columns: Side
     starts: Tensor | None = None
+    tiles: kernels.Tiles | None = None
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        kept = (self.rows.taken, self.rows.place, self.columns.taken, self.columns.place, self.starts)
+        kept = [self.rows.taken, self.rows.place, self.columns.taken, self.columns.place, self.starts]
+        if self.tiles is not None:
+            kept += [self.tiles.tiles, self.tiles.starts, self.tiles.order]
         return [tensor for tensor in kept if tensor is not None]
 
     def entries(self, left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
         """The entries at `index`, the one that was prepared, of left^T right; [k]."""
+        if self.tiles is not None and kernels.usable(left_TP, right_TQ):
+            return kernels.tile_entries(left_TP, right_TQ, index, self.tiles)
         left_TR, right_TC = self.rows.take(left_TP), self.columns.take(right_TQ)
         row_k = torch.div(index, self.shape[1], rounding_mode="floor")
         column_k = self.columns.places(index - row_k * self.shape[1])
@@ -174,8 +200,10 @@ def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> 
     rows, counts = row_k.unique(return_counts=True)
     columns = (index - row_k * width).unique()
     rates = CPU if index.device.type == "cpu" else GPU
-    active = (len(rows), len(columns))
-    best, taken = choose((height, width), active, len(index), rates)
+    active, tiles = (len(rows), len(columns)), 0
+    if rates.tile is not None:
+        tiles = kernels.count_tiles(row_k, index - row_k * width, width)
+    best, taken = choose((height, width), active, len(index), rates, tiles)
     if kind is not None and kind != best:
         best, taken = kind, (False, False)
     starts = None
@@ -187,6 +215,10 @@ def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> 
             # PyTorch says once a process that these tensors are in beta.
             warnings.simplefilter("ignore")
             _pattern(starts[:1], index[:0], torch.empty(0), (0, 0))
+    if best == "tiles":
+        return Product(
+            best, (height, width), Side(), Side(), None, kernels.make_tiles(row_k, index - row_k * width, width)
+        )
     return Product(best, (height, width), _side(rows, height, taken[0]), _side(columns, width, taken[1]), starts)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from irdscale.sparse import products
 from irdscale.sparse.products import CPU, GPU, Kind, Rates, choose, cost, prepare
 
-KINDS: tuple[Kind, ...] = ("dense", "sampled")
+KINDS: tuple[Kind, ...] = ("dense", "sampled", "tiles")
 T = 7
 
 
@@ -56,7 +56,7 @@ def test_entries(name: str, kind: Kind, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("taken", pairs((False, True), repeat=2))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "sampled"])
 def test_taken_rows_and_columns(kind: Kind, taken: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "choose", lambda *_: (kind, taken))
     shape, at = INDICES["scattered"]
@@ -97,12 +97,12 @@ def test_bfloat16(kind: Kind) -> None:
     index = torch.tensor([3, 7, 12])
     left, right = draw(T, 4, dtype=torch.bfloat16), draw(T, 5, seed=1, dtype=torch.bfloat16)
     found = prepare(index, (4, 5), kind).entries(left, right, index)
-    rtol = 1e-2 if kind == "dense" else 1e-6
+    rtol = 1e-6 if kind == "sampled" else 1e-2
     expected = oracle(left.double(), right.double(), index)
     torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dense", "sampled"])
 def test_what_is_kept_does_not_grow_with_the_entries(kind: Kind) -> None:
     index = torch.arange(0, 60 * 50, 2, dtype=torch.int32)
     product = prepare(index, (60, 50), kind)
@@ -123,11 +123,19 @@ def test_cost_counts_what_is_done() -> None:
 
 @pytest.mark.parametrize("rates", [CPU, GPU])
 def test_choice(rates: Rates) -> None:
-    assert choose((4096, 4096), (20, 30), 300, rates) == ("dense", (True, True))
-    assert choose((512, 512), (512, 512), 512 * 512, rates) == ("dense", (False, False))
-    assert choose((512, 512), (512, 3), 600, rates)[1] == (False, True)
-    scattered = choose((512, 512), (480, 480), 1310, rates)
+    assert choose((4096, 4096), (20, 30), 300, rates, 99) == ("dense", (True, True))
+    assert choose((512, 512), (512, 512), 512 * 512, rates, 64) == ("dense", (False, False))
+    assert choose((512, 512), (512, 3), 600, rates, 8)[1] == (False, True)
+    scattered = choose((512, 512), (480, 480), 1310, rates, 64)
     assert scattered == (("sampled", (False, False)) if rates is CPU else ("dense", (False, False)))
+
+
+def test_tiles_win_where_few_hold_entries() -> None:
+    # 1.3 * 64^2 tiles = 4096 * 4096
+    border = int(4096 * 4096 / (1.3 * 64 * 64))
+    for tiles, kind in ((border, "tiles"), (border + 1, "dense")):
+        assert choose((4096, 4096), (4096, 4096), 10**5, GPU, tiles) == (kind, (False, False))
+    assert cost("tiles", (4096, 4096), (9, 9), (False, False), 9, GPU, 3) == 1.3 * 3 * 64 * 64
 
 
 def test_choice_turns_where_the_costs_cross() -> None:
