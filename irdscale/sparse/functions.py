@@ -8,7 +8,6 @@ that DeepSpeed gathers anew for the backward pass comes without the deltas, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,41 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class Active:
-    """Where the entries of one matrix lie.
-
-    Attributes:
-        rows, columns: sorted, the ones that hold an entry; None for all of them.
-        place: int64 [k], flat place of each entry in the [rows, columns] product.
-    """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    place: Tensor
-
-
-def active_entries(index: Tensor, shape: tuple[int, ...]) -> Active:
-    """The rows and columns of a matrix of `shape` that hold the entries at the sorted flat `index`."""
-    row_k, column_k = index // shape[1], index % shape[1]
-    rows, row_place_k = row_k.unique(return_inverse=True)
-    columns, column_place_k = column_k.unique(return_inverse=True)
-    all_rows, all_columns = len(rows) == shape[0], len(columns) == shape[1]
-    return Active(
-        None if all_rows else rows,
-        None if all_columns else columns,
-        row_place_k * len(columns) + column_place_k,
-    )
-
-
-def _entries(left_TP: Tensor, right_TQ: Tensor, active: Active) -> Tensor:
-    """The entries of left^T right that the mask holds, as float32 [k]."""
-    if active.rows is not None:
-        left_TP = left_TP.index_select(1, active.rows)
-    if active.columns is not None:
-        right_TQ = right_TQ.index_select(1, active.columns)
-    return torch.mm(left_TP.t(), right_TQ).view(-1).index_select(0, active.place)
+from irdscale.sparse.products import Product
 
 
 class SparseMatmul(torch.autograd.Function):
@@ -64,13 +29,14 @@ class SparseMatmul(torch.autograd.Function):
         bias: Tensor | None,
         weight_values: Tensor | None,
         bias_values: Tensor | None,
-        active: Active | None,
+        product: Product | None,
+        weight_index: Tensor | None,
         bias_index: Tensor | None,
         transposed: bool,
         patch_again: Callable[[], None] | None,
     ) -> Tensor:
-        ctx.weight, ctx.transposed, ctx.active, ctx.bias_index = weight, transposed, active, bias_index
-        ctx.patch_again = patch_again
+        ctx.weight, ctx.transposed, ctx.product = weight, transposed, product
+        ctx.weight_index, ctx.bias_index, ctx.patch_again = weight_index, bias_index, patch_again
         ctx.value_types = [None if v is None else v.dtype for v in (weight_values, bias_values)]
         ctx.save_for_backward(x if weight_values is not None and ctx.needs_input_grad[3] else None)
         if not transposed:
@@ -83,19 +49,20 @@ class SparseMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = weight_grad = bias_grad = None
+        dy_TO = dy.reshape(-1, dy.shape[-1])
+        (x,) = ctx.saved_tensors
+        # Before dx, which would be held while the product's temporaries are.
+        if x is not None:
+            x_TI = x.reshape(-1, x.shape[-1])
+            left, right = (x_TI, dy_TO) if ctx.transposed else (dy_TO, x_TI)
+            weight_grad = ctx.product.entries(left, right, ctx.weight_index).to(ctx.value_types[0])
+        if ctx.needs_input_grad[4]:
+            bias_grad = dy_TO.sum(0).index_select(0, ctx.bias_index).to(ctx.value_types[1])
         if ctx.needs_input_grad[0]:
             if ctx.patch_again is not None:
                 ctx.patch_again()
             dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
-        dy_TO = dy.reshape(-1, dy.shape[-1])
-        (x,) = ctx.saved_tensors
-        if x is not None:
-            x_TI = x.reshape(-1, x.shape[-1])
-            left, right = (x_TI, dy_TO) if ctx.transposed else (dy_TO, x_TI)
-            weight_grad = _entries(left, right, ctx.active).to(ctx.value_types[0])
-        if ctx.needs_input_grad[4]:
-            bias_grad = dy_TO.sum(0).index_select(0, ctx.bias_index).to(ctx.value_types[1])
-        return dx, None, None, weight_grad, bias_grad, None, None, None, None
+        return dx, None, None, weight_grad, bias_grad, None, None, None, None, None
 
 
 class SparseEmbedding(torch.autograd.Function):

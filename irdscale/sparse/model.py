@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from irdscale.config import nearest
 from irdscale.errors import InputError
-from irdscale.mask import Mask
+from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
 
@@ -128,7 +128,9 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
         with whole([parameter]):
             copies[name] = parameter.detach().clone()
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            masters[name] = make_entries(name, parameter, torch.arange(numel_of(parameter)))
+            masters[name] = make_entries(
+                name, parameter, torch.arange(numel_of(parameter), dtype=index_dtype(numel_of(parameter)))
+            )
             masters[name].make_absolute(True)
     by_parameter = {id(parameters[name]): e for name, e in (entries | masters).items()}
     for parameter in parameters.values():

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.functions import Active, Patched, SparseEmbedding, SparseMatmul, active_entries
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul
+from irdscale.sparse.products import Product, prepare
 
 
 @dataclass
@@ -35,9 +36,16 @@ class Entries:
     values: nn.Parameter
     index: Tensor
     base: Tensor
-    active: Active | None
     shape: tuple[int, ...]
     absolute: bool = False
+    _product: Product | None = None
+
+    @property
+    def product(self) -> Product:
+        """How the entries of a matrix's gradient are computed; prepared when first used."""
+        if self._product is None:
+            self._product = prepare(self.index, self.shape)
+        return self._product
 
     @property
     def partitioned(self) -> bool:
@@ -49,24 +57,23 @@ class Entries:
         device = self.parameter.device
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
-            if len(self.shape) == 2:
-                self.active = active_entries(self.index, self.shape)
+            self._product = None
 
     def effective(self) -> Tensor:
         """The weights at the entries, [k], in the type of `values`."""
-        return self.values.detach() if self.absolute else self.base.to(self.values.dtype) + self.values.detach()
+        return self.values.detach() if self.absolute else torch.add(self.base, self.values.detach())
 
     def patch(self) -> None:
         """Write the effective weights into the parameter, which must be whole."""
         self.to_device()
         with torch.no_grad():
             # Through .data, for autograd must not count this as a change between forward and backward.
-            self.parameter.data.view(-1).index_copy_(0, self.index, self.effective().to(self.parameter.dtype))
+            self.parameter.data.view(-1).scatter_(0, self.index.long(), self.effective().to(self.parameter.dtype))
 
     def restore(self) -> None:
         """Write the base numbers back into the parameter, which must be whole."""
         self.to_device()
-        self.parameter.data.view(-1).index_copy_(0, self.index, self.base)
+        self.parameter.data.view(-1).scatter_(0, self.index.long(), self.base)
 
     def make_absolute(self, absolute: bool) -> None:
         """Have `values` hold the effective weights, or deltas; collective where they are partitioned."""
@@ -86,12 +93,11 @@ def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
     with whole([parameter]):
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-        index = index.to(torch.int64).to(parameter.device)
+        index = index.to(parameter.device)
         base = parameter.detach().view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=index.device))
-    active = active_entries(index, shape) if len(shape) == 2 else None
-    return Entries(name, parameter, values, index, base, active, shape)
+    return Entries(name, parameter, values, index, base, shape)
 
 
 def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
@@ -142,7 +148,8 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
         module._parameters.get("bias"),
         weight.values if weight else None,
         bias.values if bias else None,
-        weight.active if weight else None,
+        weight.product if weight else None,
+        weight.index if weight else None,
         bias.index if bias else None,
         not isinstance(module, nn.Linear),
         weight.patch if weight and weight.partitioned else None,

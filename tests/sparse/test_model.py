@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from irdscale import Mask, accumulate_fisher, merge, sparsify, top_k, unload
 from irdscale.errors import InputError
-from irdscale.sparse import base_hash, entries_of, sparse_state
+from irdscale.sparse import base_hash, entries_of, products, sparse_state
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
 from tests.models import FAMILIES, collate, samples, tiny
@@ -77,6 +77,17 @@ def assert_trains_like_the_oracle(
 def test_every_kind_of_parameter_trains_like_the_oracle(family: str, share: float) -> None:
     model = tiny(family)
     assert_trains_like_the_oracle(model, samples(), random_mask(model, share))
+
+
+@pytest.mark.parametrize("taken", [(False, False), (True, True)])
+@pytest.mark.parametrize("kind", ["dense", "sampled"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_every_product_trains_like_the_oracle(
+    family: str, kind: str, taken: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "choose", lambda *_: (kind, taken))
+    model = tiny(family)
+    assert_trains_like_the_oracle(model, samples(), random_mask(model, 0.1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

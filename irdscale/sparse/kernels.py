@@ -1,0 +1,243 @@
+"""A Triton kernel that forms only those tiles of a weight's gradient that hold entries, and writes only the entries.
+
+Imports without Triton; `usable` says whether the kernel can run. Its speed has not been measured: nothing here has run
+on a GPU, only in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+log = logging.getLogger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Rows and columns of a tile.
+TILE = 64
+# Entries gathered at once.
+ENTRIES = 256
+# Tokens at once, warps, stages.
+Block = tuple[int, int, int]
+HALF_BLOCKS: tuple[Block, ...] = ((128, 4, 3), (64, 4, 4), (64, 8, 4), (32, 4, 4))
+FLOAT_BLOCKS: tuple[Block, ...] = ((32, 4, 3), (16, 4, 3), (32, 8, 3))
+INTERPRETED_BLOCK: Block = (16, 4, 1)
+
+
+def _tile_entries(  # type: ignore[no-untyped-def]
+    left_ptr,
+    right_ptr,
+    index_ptr,
+    order_ptr,
+    tiles_ptr,
+    starts_ptr,
+    values_ptr,
+    rows,
+    columns,
+    tokens,
+    length_class,
+    left_t,
+    left_p,
+    right_t,
+    right_q,
+    TILE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One tile of left^T right in registers, of which the entries in it are written."""
+    program = tl.program_id(0)
+    tile = tl.load(tiles_ptr + program).to(tl.int64)
+    tiles_q = tl.cdiv(columns, TILE)
+    first_p, first_q = (tile // tiles_q) * TILE, (tile % tiles_q) * TILE
+
+    # Any product with a stride may pass 2^31.
+    p = first_p + tl.arange(0, TILE)
+    q = first_q + tl.arange(0, TILE)
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
+    left_PT = left_ptr + p[:, None] * left_p + t[None, :] * left_t
+    right_TQ = right_ptr + t[:, None] * right_t + q[None, :] * right_q
+    in_p, in_q = p[:, None] < rows, q[None, :] < columns
+
+    gradient_PQ = tl.zeros((TILE, TILE), tl.float32)
+    start = tl.zeros((), tl.int64)
+    for _ in range(tl.cdiv(tokens, BLOCK_T)):
+        in_t = start + t < tokens
+        left = tl.load(left_PT + start * left_t, in_p & in_t[None, :], 0.0)
+        right = tl.load(right_TQ + start * right_t, in_q & in_t[:, None], 0.0)
+        if WIDEN:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        gradient_PQ = tl.dot(left, right, gradient_PQ, input_precision="ieee")
+        start += BLOCK_T
+
+    gradient = tl.reshape(gradient_PQ, (TILE * TILE,))
+    begin, end = tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1)
+    for at in range(begin, end, ENTRIES):
+        entry = at + tl.arange(0, ENTRIES)
+        held = entry < end
+        k = tl.load(order_ptr + entry, held, 0).to(tl.int64)
+        flat = tl.load(index_ptr + k, held, first_p * columns + first_q).to(tl.int64)
+        place = (flat // columns - first_p) * TILE + (flat % columns - first_q)
+        tl.store(values_ptr + k, tl.gather(gradient, place.to(tl.int32), 0), held)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of a matrix that hold entries.
+
+    Attributes:
+        tiles: int32 [N], which ones, counted row by row.
+        starts: int32 [N + 1], where each tile's entries start in `order`.
+        order: int32 [k], the entries tile by tile.
+    """
+
+    tiles: Tensor
+    starts: Tensor
+    order: Tensor
+
+
+def count_tiles(row_k: Tensor, column_k: Tensor, width: int) -> int:
+    """How many tiles hold the entries at these rows and columns."""
+    return len(_tile_of(row_k, column_k, width).unique())
+
+
+def make_tiles(row_k: Tensor, column_k: Tensor, width: int) -> Tiles:
+    """Sort the entries at these rows and columns of a matrix of `width` by tile."""
+    tile_k, order = _tile_of(row_k, column_k, width).sort(stable=True)
+    tiles, counts = tile_k.unique_consecutive(return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Tiles(tiles.to(torch.int32), starts.to(torch.int32), order.to(torch.int32))
+
+
+def _tile_of(row_k: Tensor, column_k: Tensor, width: int) -> Tensor:
+    return (row_k // TILE).long() * -(-width // TILE) + column_k // TILE
+
+
+def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
+    """Whether the kernel can take these: Triton is there and works, on their device and for their data types.
+
+    The first call for a device and data type runs the kernel on a small example, and logs a failure once.
+    """
+    if _why_not(left_TP, right_TQ) is not None:
+        return False
+    return _interpreting() or _works(left_TP.device, left_TP.dtype)
+
+
+def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
+    """The entries at `index`, those that `tiles` was made of, of left^T right; float32 [k].
+
+    Args:
+        left_TP, right_TQ: bfloat16, float16 or float32, both the same; any strides.
+        index: int32 or int64 [k], flat, on the same device.
+
+    Raises:
+        ValueError: Triton is missing, or a tensor is not as above.
+    """
+    reason = _why_not(left_TP, right_TQ)
+    if reason is not None:
+        raise ValueError(f"tile_entries: {reason}")
+    blocks = FLOAT_BLOCKS if left_TP.dtype == torch.float32 else HALF_BLOCKS
+    return _entries((INTERPRETED_BLOCK,) if _interpreting() else blocks, left_TP, right_TQ, index, tiles)
+
+
+def _interpreting() -> bool:
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def _why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
+    if triton is None:
+        return "found no triton; expected it installed"
+    if left_TP.dim() != 2 or right_TQ.dim() != 2 or len(left_TP) != len(right_TQ):
+        return f"found shapes {list(left_TP.shape)} and {list(right_TQ.shape)}; expected [T, P] and [T, Q]"
+    if left_TP.dtype not in DTYPES or left_TP.dtype != right_TQ.dtype:
+        return f"found {left_TP.dtype} and {right_TQ.dtype}; expected two equal types of at most 32 bits"
+    device = left_TP.device
+    if device != right_TQ.device:
+        return f"found devices {device} and {right_TQ.device}; expected one"
+    if _interpreting():
+        return None
+    if device.type != "cuda":
+        return f"found device {device}; expected cuda"
+    capability = torch.cuda.get_device_capability(device)
+    # Tensor cores take bfloat16 from this generation on.
+    too_old = torch.version.hip is None and capability < (8, 0)
+    return f"found compute capability {capability}; expected at least (8, 0)" if too_old else None
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a small example comes out right; Triton needs a C compiler and a driver that fits, for one."""
+    # Not random, for the global generators are not ours to move.
+    values = torch.arange(40 * 72, dtype=torch.float64).sin().view(40, 72)
+    left, right = values[:, :70].to(device, dtype), values.cos().to(device, dtype)
+    index = torch.arange(0, 70 * 72, 3, dtype=torch.int32, device=device)
+    blocks = FLOAT_BLOCKS if dtype == torch.float32 else HALF_BLOCKS
+    try:
+        found = _entries(blocks[-1:], left, right, index, make_tiles(index // 72, index % 72, 72))
+        expected = (left.cpu().double().t() @ right.cpu().double()).view(-1)[index.cpu().long()]
+        error = float((found.cpu().double() - expected).abs().max() / expected.abs().max())
+    except Exception as problem:  # whatever a compiler or driver raises, the plain way works
+        log.warning("Sparse gradients go without their Triton kernel on %s: %s", device, problem)
+        return False
+    if not error < 1e-4:
+        log.warning("Sparse gradients go without their Triton kernel on %s: it is wrong by %.0e", device, error)
+    return error < 1e-4
+
+
+def _entries(blocks: tuple[Block, ...], left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
+    """One launch with the best of `blocks`, chosen on first use for a size where there are several."""
+    tokens, rows = left_TP.shape
+    values = torch.zeros(len(index), dtype=torch.float32, device=left_TP.device)
+    if tokens * len(index) == 0:
+        return values
+    kernel = _jitted() if len(blocks) == 1 else _tuned(blocks)
+    options = dict(zip(("BLOCK_T", "num_warps", "num_stages"), blocks[0], strict=True)) if len(blocks) == 1 else {}
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
+        kernel[(len(tiles.tiles),)](
+            left_TP,
+            right_TQ,
+            index,
+            tiles.order,
+            tiles.tiles,
+            tiles.starts,
+            values,
+            rows,
+            right_TQ.shape[1],
+            tokens,
+            # Tuned once for each power of two.
+            max(16, triton.next_power_of_2(min(tokens, 4096))),
+            *left_TP.stride(),
+            *right_TQ.stride(),
+            TILE=TILE,
+            ENTRIES=ENTRIES,
+            # The interpreter multiplies the bits of bfloat16 as integers.
+            WIDEN=_interpreting(),
+            **options,
+        )
+    return values
+
+
+@cache
+def _jitted() -> Any:
+    # Lengths change from batch to batch, and would each be compiled for again.
+    return triton.jit(_tile_entries, do_not_specialize=["tokens"])
+
+
+@cache
+def _tuned(blocks: tuple[Block, ...]) -> Any:
+    configs = [
+        triton.Config({"BLOCK_T": length}, num_warps=warps, num_stages=stages) for length, warps, stages in blocks
+    ]
+    return triton.autotune(configs, key=["rows", "columns", "length_class"])(_jitted())

@@ -1,0 +1,74 @@
+"""The Triton kernel: its checks in the interpreter and, where there is a GPU, on it; and life without Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from irdscale.sparse import kernels
+from irdscale.sparse.products import prepare
+
+CHECKS = Path(__file__).with_name("kernel_checks.py")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def _run(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS)]
+    root = CHECKS.parent.parent.parent
+    done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+def test_in_the_interpreter() -> None:
+    _run(TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_the_gpu() -> None:
+    _run(TRITON_INTERPRET="0")
+
+
+def test_not_on_a_cpu() -> None:
+    left, right, index = torch.ones(3, 4), torch.ones(3, 5), torch.tensor([1, 7])
+    assert not kernels.usable(left, right)
+    with pytest.raises(ValueError, match=r"^tile_entries: found (device cpu; expected cuda|no triton; .*)$"):
+        kernels.tile_entries(left, right, index, kernels.make_tiles(index // 5, index % 5, 5))
+    assert torch.equal(prepare(index, (4, 5), "tiles").entries(left, right, index), torch.tensor([3.0, 3.0]))
+
+
+def test_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from irdscale.sparse import kernels
+print(kernels.usable(torch.ones(2, 3), torch.ones(2, 4)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@needs_triton
+def test_a_failing_kernel_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "_why_not", lambda *_: None)
+    monkeypatch.setattr(kernels, "_entries", fail)
+    left, right = torch.ones(2, 4), torch.ones(2, 5)
+    kernels._works.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [kernels.usable(left, right) for _ in range(2)] == [False, False]
+    kernels._works.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "Sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"
+    ]

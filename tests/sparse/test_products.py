@@ -1,0 +1,161 @@
+"""Every way to the entries of a product against the product itself, in float64, and the choice among them."""
+
+from __future__ import annotations
+
+from itertools import product as pairs
+
+import pytest
+import torch
+from torch import Tensor
+
+from irdscale.sparse import products
+from irdscale.sparse.products import CPU, GPU, Kind, Rates, choose, cost, prepare
+
+KINDS: tuple[Kind, ...] = ("dense", "sampled", "tiles")
+T = 7
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def oracle(left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
+    """Entry by entry."""
+    width = right_TQ.shape[1]
+    return torch.stack([(left_TP[:, i // width] * right_TQ[:, i % width]).sum() for i in index.tolist()])
+
+
+INDICES: dict[str, tuple[tuple[int, int], list[int]]] = {
+    "one entry": ((5, 6), [13]),
+    "first and last": ((5, 6), [0, 29]),
+    "all": ((5, 6), list(range(30))),
+    "one row": ((5, 6), [12, 14, 17]),
+    "one column": ((5, 6), [3, 9, 27]),
+    "all rows, some columns": ((3, 7), [1, 8, 15, 18]),
+    "all columns, some rows": ((7, 3), [3, 4, 5, 18]),
+    "scattered": ((40, 30), [5, 77, 78, 401, 640, 1199]),
+    "a single row": ((1, 6), [1, 4]),
+    "a single column": ((6, 1), [1, 4]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", INDICES)
+def test_entries(name: str, kind: Kind, dtype: torch.dtype) -> None:
+    shape, at = INDICES[name]
+    index = torch.tensor(at, dtype=dtype)
+    left, right = draw(T, shape[0]), draw(T, shape[1], seed=1)
+    product = prepare(index, shape, kind)
+    assert product.kind == kind
+    torch.testing.assert_close(product.entries(left, right, index), oracle(left, right, index), rtol=1e-12, atol=1e-12)
+    strided = draw(T, 2 * shape[0])[:, ::2]
+    torch.testing.assert_close(
+        product.entries(strided, right, index), oracle(strided, right, index), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("taken", pairs((False, True), repeat=2))
+@pytest.mark.parametrize("kind", ["dense", "sampled"])
+def test_taken_rows_and_columns(kind: Kind, taken: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "choose", lambda *_: (kind, taken))
+    shape, at = INDICES["scattered"]
+    index = torch.tensor(at, dtype=torch.int32)
+    product = prepare(index, shape)
+    assert (product.rows.taken is not None, product.columns.taken is not None) == taken
+    left, right = draw(T, shape[0]), draw(T, shape[1], seed=1)
+    torch.testing.assert_close(product.entries(left, right, index), oracle(left, right, index), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 511, 512, 520, 1024, 1027])
+def test_tokens_in_parts(tokens: int) -> None:
+    index = torch.tensor([3, 7, 8, 19], dtype=torch.int32)
+    left, right = draw(tokens, 4), draw(tokens, 5, seed=1)
+    found = prepare(index, (4, 5), "sampled").entries(left, right, index)
+    torch.testing.assert_close(found, oracle(left, right, index), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (33, 65), (128, 64), (342, 257)])
+def test_transposed(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = draw(*shape, dtype=dtype)
+    for strided in (x, draw(*reversed(shape), dtype=dtype).t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand(shape)):
+        found = products.transposed(strided)
+        assert found.is_contiguous()
+        assert torch.equal(found, strided.t())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens(kind: Kind) -> None:
+    index = torch.tensor([3, 7])
+    product = prepare(index, (4, 5), kind)
+    assert torch.equal(product.entries(draw(0, 4), draw(0, 5), index), torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind: Kind) -> None:
+    index = torch.tensor([3, 7, 12])
+    left, right = draw(T, 4, dtype=torch.bfloat16), draw(T, 5, seed=1, dtype=torch.bfloat16)
+    found = prepare(index, (4, 5), kind).entries(left, right, index)
+    rtol = 1e-6 if kind == "sampled" else 1e-2
+    expected = oracle(left.double(), right.double(), index)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sampled"])
+def test_what_is_kept_does_not_grow_with_the_entries(kind: Kind) -> None:
+    index = torch.arange(0, 60 * 50, 2, dtype=torch.int32)
+    product = prepare(index, (60, 50), kind)
+    assert sum(t.nbytes for t in product.tensors()) <= 4 * (2 * 60 + 2 * 50 + 1)
+
+
+def test_cost_counts_what_is_done() -> None:
+    rates = Rates(take=2, transpose=3, dot=5)
+    shape, active = (10, 20), (4, 5)
+    assert cost("dense", shape, active, (False, False), 6, rates) == 10 * 20
+    assert cost("dense", shape, active, (True, False), 6, rates) == 2 * 4 + 4 * 20
+    assert cost("dense", shape, active, (False, True), 6, rates) == 2 * 5 + 10 * 5
+    assert cost("dense", shape, active, (True, True), 6, rates) == 2 * (4 + 5) + 4 * 5
+    assert cost("sampled", shape, active, (False, False), 6, rates) == 3 * (10 + 20) + 5 * 6
+    assert cost("sampled", shape, active, (True, False), 6, rates) == 2 * 4 + 3 * (4 + 20) + 5 * 6
+    assert cost("sampled", shape, active, (True, True), 6, rates) == 2 * 9 + 3 * 9 + 5 * 6
+
+
+@pytest.mark.parametrize("rates", [CPU, GPU])
+def test_choice(rates: Rates) -> None:
+    assert choose((4096, 4096), (20, 30), 300, rates, 99) == ("dense", (True, True))
+    assert choose((512, 512), (512, 512), 512 * 512, rates, 64) == ("dense", (False, False))
+    assert choose((512, 512), (512, 3), 600, rates, 8)[1] == (False, True)
+    scattered = choose((512, 512), (480, 480), 1310, rates, 64)
+    assert scattered == (("sampled", (False, False)) if rates is CPU else ("dense", (False, False)))
+
+
+def test_tiles_win_where_few_hold_entries() -> None:
+    # 1.3 * 64^2 tiles = 4096 * 4096
+    border = int(4096 * 4096 / (1.3 * 64 * 64))
+    for tiles, kind in ((border, "tiles"), (border + 1, "dense")):
+        assert choose((4096, 4096), (4096, 4096), 10**5, GPU, tiles) == (kind, (False, False))
+    assert cost("tiles", (4096, 4096), (9, 9), (False, False), 9, GPU, 3) == 1.3 * 3 * 64 * 64
+
+
+def test_choice_turns_where_the_costs_cross() -> None:
+    shape, active = (512, 512), (512, 512)
+    # 16 (512 + 512) + 7 k = 512 * 512
+    border = (512 * 512 - 16 * 1024) // 7
+    assert choose(shape, active, border, CPU)[0] == "sampled"
+    assert choose(shape, active, border + 1, CPU)[0] == "dense"
+    # 24 R + 512 R = 512 * 512: taking rows pays below.
+    rows = 512 * 512 // 536
+    assert choose(shape, (rows, 512), 10**6, CPU) == ("dense", (True, False))
+    assert choose(shape, (rows + 1, 512), 10**6, CPU) == ("dense", (False, False))
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_both_sides_of_the_border_are_exact(off: int) -> None:
+    shape = (128, 128)
+    border = (128 * 128 - 16 * 256) // 7
+    index = torch.randperm(128 * 128, generator=torch.Generator().manual_seed(0))[: border + off].sort().values
+    left, right = draw(T, 128), draw(T, 128, seed=1)
+    product = prepare(index, shape)
+    assert product.kind == ("dense" if off else "sampled")
+    torch.testing.assert_close(product.entries(left, right, index), oracle(left, right, index), rtol=1e-12, atol=1e-12)
