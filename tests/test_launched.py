@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from irdscale.cli import run
 from irdscale.config import load_config
 from irdscale.errors import InputError
 from irdscale.launched import launched
+from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
-from irdscale.verbs import run_fisher
-from tests.search.toy import write_config
+from irdscale.verbs import run_fisher, run_train
+from tests.training_oracle import toy
 
+ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+# DeepSpeed builds its communication with the ninja of this environment.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
+)
+
+
+def started(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     command = [*TORCHRUN, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["--local-addr", "127.0.0.1", "-m", "irdscale", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return started([*command, "--local-addr", "127.0.0.1", "-m", "irdscale", *arguments])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def place(rank: int, port: int) -> dict[str, str]:
+    """What a launcher says in the environment of one of two ranks."""
+    here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return {**here, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("launched"))
+    """A toy task without dropout, whose streams are a rank's own."""
+    return toy(tmp_path_factory.mktemp("launched") / "bert", "bert")
 
 
 def test_fisher_on_two_ranks_writes_the_mask_of_one(config: Path, tmp_path: Path) -> None:
@@ -57,16 +88,96 @@ def test_fisher_on_two_ranks_writes_the_mask_of_one(config: Path, tmp_path: Path
     assert not list((tmp_path / "two" / "fisher").iterdir()), "the state of the pass is gone"
 
 
-def test_search_on_two_ranks_finds_the_same_winner(config: Path, tmp_path: Path) -> None:
-    changes = ["fisher.dtype=float64", "model.dtype=float64", "search.max_rounds=1", "train.steps=6"]
+@needs_deepspeed
+def test_search_on_two_ranks_under_zero_finds_the_same_winner(config: Path, tmp_path: Path) -> None:
+    changes = ["fisher.dtype=float64", "search.max_rounds=1", "train.steps=6"]
     expected = run_search(load_config(config, [*changes, f"output={tmp_path / 'one'}"]), progress=False)
-    done = torchrun("search", str(config), *changes, f"output={tmp_path / 'two'}", "--json")
+    zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero3.json'}"
+    done = torchrun("search", str(config), *changes, zero, f"output={tmp_path / 'two'}", "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["best"] == expected["best"]
     assert found["pareto"] == expected["pareto"]
+    assert found["baseline"]["fish_random"]["mask"] == expected["baseline"]["fish_random"]["mask"]
     assert found["sample_gradients"] == expected["sample_gradients"]
+    assert len(read_ledger(tmp_path / "two/ledger.jsonl")) == len(read_ledger(tmp_path / "one/ledger.jsonl"))
     assert (tmp_path / "two" / "report.html").exists()
+    assert not (tmp_path / "two" / "candidates").exists()
+
+
+@needs_deepspeed
+def test_train_under_the_deepspeed_launcher_equals_one_process(config: Path, tmp_path: Path) -> None:
+    expected = run_train(load_config(config, [f"output={tmp_path / 'one'}"]), progress=False)
+    zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}"
+    command = [f"{BIN}/deepspeed", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    arguments = ["train", str(config), zero, f"output={tmp_path / 'two'}", "--json"]
+    done = started([*command, "--module", "irdscale", *arguments])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{\n") : done.stdout.rindex("}") + 1])
+    assert {k: found[k] for k in ("mask", "params", "head", "steps", "selection", "test")} == {
+        k: expected[k] for k in ("mask", "params", "head", "steps", "selection", "test")
+    }
+    one, two = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=2e-6)
+    assert not (tmp_path / "two" / "training").exists(), "the state of the training is gone"
+
+
+@needs_deepspeed
+def test_a_killed_rank_ends_the_other_and_the_training_goes_on(config: Path, tmp_path: Path) -> None:
+    """The survivor names it; the same command then ends with the bits of a training that nobody killed."""
+    zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}"
+    common = ["train", str(config), zero, "train.steps=60", "train.save_minutes=0"]
+
+    def ranks(output: str) -> list[subprocess.Popen[str]]:
+        port = free_port()
+        return [
+            subprocess.Popen(
+                [sys.executable, "-m", "irdscale", *common, f"output={tmp_path / output}"],
+                env={**ENVIRONMENT, **place(rank, port)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    whole = ranks("whole")
+    outputs = [process.communicate(timeout=300) for process in whole]
+    assert [process.returncode for process in whole] == [0, 0], outputs
+    killed = ranks("killed")
+    try:
+        state, deadline = tmp_path / "killed/training/state.json", time.monotonic() + 200
+        while not (state.exists() and step_of(state) >= 5):
+            assert time.monotonic() < deadline
+            assert killed[1].poll() is None
+            time.sleep(0.02)
+        killed[1].send_signal(signal.SIGKILL)
+        died = time.monotonic()
+        _, errors = killed[0].communicate(timeout=200)
+        assert killed[0].returncode == 1
+        assert "rank 1 does not answer: killed, out of memory, or its machine is gone" in errors
+        assert time.monotonic() - died < 60, "a machine under load is given four times as long"
+    finally:
+        for process in killed:
+            process.kill()
+            process.communicate()
+    done = step_of(state)
+    assert 5 <= done < 60
+    again = ranks("killed")
+    outputs = [process.communicate(timeout=300) for process in again]
+    assert [process.returncode for process in again] == [0, 0], outputs
+    files = [tmp_path / name / "adapter/adapter.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def step_of(state: Path) -> int:
+    """The step of a saved state; 0 while it is being replaced."""
+    try:
+        return int(json.loads(state.read_text())["step"])
+    except (OSError, ValueError):
+        return 0
 
 
 def test_a_mistake_is_one_line_for_all_ranks(config: Path, tmp_path: Path) -> None:
@@ -78,7 +189,7 @@ def test_a_mistake_is_one_line_for_all_ranks(config: Path, tmp_path: Path) -> No
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["train", "CONFIG"], ["evaluate", "CONFIG", "adapter=x"], ["export", "CONFIG"]])
+@pytest.mark.parametrize("arguments", [["export", "CONFIG"]])
 def test_verbs_for_one_process_refuse_a_launcher(
     arguments: list[str], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,10 +15,11 @@ import torch.multiprocessing as mp
 
 from irdscale.tasks import load_task
 from tests.training_oracle import changed, load, mask_of, oracle, toy
-from tests.training_ranks import distinct, equal_oracle, go_on, heads, state_of_all_stages
+from tests.training_ranks import Case, around_training, distinct, equal_oracle, go_on, state_of_all_stages
 
 FAMILIES = ("bert", "gpt2", "llama")
 STAGES = (None, 0, 1, 2, 3)
+SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "deepspeed").glob("*.json"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "weight": {"decay": "weight"},
@@ -50,17 +51,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cases(world: int) -> list[tuple[str, str, int | None, dict[str, Any]]]:
+def cases(world: int) -> list[Case]:
     """Family, oracle, stage (None is DDP, or one process), changes of the training."""
     if world == 1:
-        one: list[tuple[str, str, int | None, dict[str, Any]]] = [("gpt2", "plain", s, {}) for s in STAGES]
+        one: list[Case] = [("gpt2", "plain", s, {}) for s in STAGES]
         return [
             *one,
             ("bert", "plain", 3, {}),
             ("llama", "plain", 3, {}),
             ("llama", "bfloat16", 3, VARIANTS["bfloat16"]),
         ]
-    found: list[tuple[str, str, int | None, dict[str, Any]]] = []
+    found: list[Case] = [("bert", "plain", str(path), {}) for path in SHIPPED]
     for stage in STAGES:
         found += [(family, "plain", stage, {}) for family in FAMILIES]
     for stage in (None, 2, 3):
@@ -88,8 +89,9 @@ def spawn(work: Any, world: int, folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @needs_deepspeed
-def test_a_head_is_drawn_alike_in_partitions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spawn(heads, 2, folder, monkeypatch)
+def test_around_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads drawn alike in partitions, a bad loss on one rank, shared evaluation, bytes that follow k."""
+    spawn(around_training, 2, folder, monkeypatch)
 
 
 @needs_deepspeed

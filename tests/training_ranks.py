@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from irdscale import merge
 from irdscale.config import RunConfig
-from irdscale.partitioned import shape_of, whole
+from irdscale.errors import TrainingError
+from irdscale.evaluation import evaluate_model
+from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.ranks import add_up
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, build_model, load_task
@@ -120,32 +125,110 @@ def check(config: RunConfig, task: Task, expected: Any, what: str) -> None:
             assert torch.equal(p.detach()[outside], expected.before[name][outside]), f"{what} {name}"
 
 
-def equal_oracle(rank: int, world: int, folder: str, cases: list[tuple[str, str, int | None, dict[str, Any]]]) -> None:
-    """Each case: a family, a name of its oracle, a stage (None without DeepSpeed), and changes of the training."""
+Case = tuple[str, str, int | str | None, dict[str, Any]]
+
+
+def equal_oracle(rank: int, world: int, folder: str, cases: list[Case]) -> None:
+    """Each case: a family, a name of its oracle, a stage or file (None without DeepSpeed), changes of the training."""
     with group(rank, world, folder):
         for family, name, stage, changes in cases:
             config = load(Path(folder) / family / "toy.yaml", f"model.dtype={changes.get('dtype', 'float32')}")
             zero = changes.get("zero", {})
-            file = None if stage is None else settings_file(Path(folder), stage, **zero)
+            file = settings_file(Path(folder), stage, **zero) if isinstance(stage, int) else stage
             train_changes = {k: v for k, v in changes.items() if k not in ("dtype", "zero")}
             config = changed(config, deepspeed=file, **train_changes)
             expected = torch.load(Path(folder) / f"{family}-{name}.pt", weights_only=False)
             check(config, load_task(config), expected, f"world {world}, {family}, stage {stage}, {changes}")
 
 
-def heads(rank: int, world: int, folder: str) -> None:
-    """A new head is drawn alike whether the model is whole or loaded into partitions."""
+def around_training(rank: int, world: int, folder: str) -> None:
+    """What comes before, goes wrong in, and is sent during a training."""
     with group(rank, world, folder):
         config = load(Path(folder) / "bert" / "toy.yaml")
         task = load_task(config)
-        expected, new = build_model(config, task, 7)
         zero = changed(config, deepspeed=settings_file(Path(folder), 3))
-        model, found = build_model(zero, task, 7)
-        assert found == new
-        assert all(p.numel() == 0 for p in model.parameters())
-        for name, p in model.named_parameters():
-            with whole([p]):
-                assert torch.equal(p, expected.get_parameter(name)), name
+        heads(config, zero, task)
+        bad_loss_on_one_rank(config, task, rank)
+        evaluated(config, zero, task)
+        for stage in (None, 1, 2, 3):
+            lean(
+                config if stage is None else changed(config, deepspeed=settings_file(Path(folder), stage)), task, stage
+            )
+
+
+def heads(config: RunConfig, zero: RunConfig, task: Task) -> None:
+    """A new head is drawn alike whether the model is whole or loaded into partitions."""
+    expected, new = build_model(config, task, 7)
+    model, found = build_model(zero, task, 7)
+    assert found == new
+    assert all(p.numel() == 0 for p in model.parameters())
+    for name, p in model.named_parameters():
+        with whole([p]):
+            assert torch.equal(p, expected.get_parameter(name)), name
+
+
+def bad_loss_on_one_rank(config: RunConfig, task: Task, rank: int) -> None:
+    """All ranks stop, with the step, the learning rate and the rank."""
+    model = sparse_model(config, task, None, 0)
+    calls: list[int] = []
+
+    def poison(_module: Any, _args: Any, output: Any) -> Any:
+        calls.append(1)
+        return output * float("nan") if rank == 1 and len(calls) > 2 else output
+
+    model.get_submodule("classifier").register_forward_hook(poison)
+    with pytest.raises(TrainingError, match=r"^rank 1: the loss is nan at step 3, learning rate 0\.0"):
+        fine_tune(model, task, config, 0)
+
+
+def evaluated(config: RunConfig, zero: RunConfig, task: Task) -> None:
+    """Metrics of a whole and a partitioned model, shared among ranks of which one may have nothing left."""
+    expected = None
+    for way in (config, zero):
+        model = build_model(way, task, 0)[0]
+        for size in (3, 64):
+            found = evaluate_model(model, task, task.test, size)
+            expected = expected or found
+            assert found == expected
+
+
+def lean(config: RunConfig, task: Task, stage: int | None) -> None:
+    """Bytes reduced a step and bytes of optimizer state follow the trained numbers, not the parameters."""
+    steps = 3
+    for share in (0.01, 0.3):
+        model = sparse_model(changed(config, steps=steps), task, mask_of(config, task, share), 3)
+        trained = sum(numel_of(p) for p in model.parameters() if p.requires_grad)
+        frozen = sum(numel_of(p) for p in model.parameters() if not p.requires_grad)
+        states: list[int] = []
+        create = torch.optim.AdamW.step
+
+        def spy(self: Any, *args: Any, states: list[int] = states, create: Any = create, **kwargs: Any) -> Any:
+            result = create(self, *args, **kwargs)
+            states.append(sum(t.numel() * t.element_size() for s in self.state.values() for t in s.values() if t.dim()))
+            return result
+
+        torch.optim.AdamW.step = spy  # type: ignore[method-assign]
+        try:
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+                fine_tune(model, task, changed(config, steps=steps), 3)
+        finally:
+            torch.optim.AdamW.step = create  # type: ignore[method-assign]
+        world = dist.get_world_size()
+        # Padding: a number or two for each parameter and partition.
+        room = 64 * len(list(model.parameters()))
+        expected = 8 * trained / (1 if stage is None else world)
+        assert expected <= max(states) <= expected + room, (stage, share, max(states), expected)
+        reduced = sum(_bytes(e) for e in profiled.events() if e.name in REDUCTIONS) / steps
+        # DDP sends each gradient once; the flags and norms of a step are some numbers more.
+        assert 4 * trained <= reduced <= 2 * 4 * trained + room, (stage, share, reduced, trained)
+        assert share > 0.1 or reduced < 4 * frozen / 10
+
+
+REDUCTIONS = {"gloo:all_reduce", "gloo:reduce", "gloo:reduce_scatter", "gloo:_reduce_scatter_base"}
+
+
+def _bytes(event: Any) -> int:
+    return 4 * sum(math.prod(shape) for shape in event.input_shapes if shape)
 
 
 class Stopped(BaseException):
