@@ -166,7 +166,7 @@ def _arguments(
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         seed=seed,
         data_seed=seed,
         deepspeed=settings,

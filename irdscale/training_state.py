@@ -202,4 +202,5 @@ def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int
         held = list(parameters.values())
     for tensor in held:
         state = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
-        _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step)), **state}
+        # A fused step reads its count where the numbers are.
+        _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **state}
