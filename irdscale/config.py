@@ -169,6 +169,9 @@ class TrainConfig(Section):
         False, description="Keep only the inputs of layers, and run these again in the backward pass."
     )
     deepspeed: str | None = Field(None, min_length=1, description="DeepSpeed's JSON file, for ZeRO 0-3.")
+    adapter_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Data type of the stored deltas: 8 bytes an entry with its place, or 6."
+    )
     save_minutes: float = Field(
         10.0, ge=0, description="How often training saves its state, from which the same command goes on."
     )

@@ -32,7 +32,7 @@ from irdscale.partitioned import release_engine
 from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
-from irdscale.training_state import digest_seed, load_training, save_training, saved_step
+from irdscale.training_state import digest_seed, load_generators, load_training, save_training, saved_step
 from irdscale.watch import watched
 from irdscale.zero import forget_settings, micro_batch, zero_settings
 
@@ -150,7 +150,14 @@ def fine_tune(
 
 
 # What changes how a training runs, but not what it computes.
-_HOW = {"deepspeed", "save_minutes", "gradient_checkpointing", "gradient_accumulation", "eval_batch_size"}
+_HOW = {
+    "deepspeed",
+    "save_minutes",
+    "adapter_dtype",
+    "gradient_checkpointing",
+    "gradient_accumulation",
+    "eval_batch_size",
+}
 
 
 def _arguments(
@@ -211,6 +218,11 @@ class _Callback(TrainerCallback):
             assert self._state is not None
             load_training(self._state, self.trainer.plain_model, self.trainer.optimizer, self._done)
 
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self._done and self.trainer.state.global_step == 0:
+            assert self._state is not None
+            load_generators(self._state, self._done)
+
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Agree on what any rank found; DeepSpeed has made its step already, which a bad loss spoils."""
         due = self._state is not None and time.monotonic() - self._saved >= self._seconds
@@ -269,6 +281,11 @@ class _SparseTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(self.done + step))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def adapter_dtype(config: RunConfig) -> torch.dtype | None:
+    """The data type of an adapter's stored deltas; None for the one in which they were trained."""
+    return torch.bfloat16 if config.train.adapter_dtype == "bfloat16" else None
 
 
 def adapter_config(config: RunConfig, seed: int) -> dict[str, Any]:

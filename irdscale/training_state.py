@@ -69,7 +69,7 @@ def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:
-    """Put the saved numbers, moments and random streams in place; collective.
+    """Put the saved numbers and moments in place; collective.
 
     Raises:
         InputError: the files are damaged.
@@ -93,7 +93,6 @@ def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> 
                 part.data[: len(value)].copy_(value)
         with whole([parameter], changed=True):
             parameter.data.copy_(tensors[f"{VALUE}/{name}"])
-    _set_generators(tensors, step)
 
 
 def remove_training(folder: Path) -> None:
@@ -114,9 +113,11 @@ def _generators() -> dict[str, Tensor]:
     return dict(zip([f"rng/{r}" for r in range(world)], gather_flat(own, [len(own)] * world).split(len(own))))
 
 
-def _set_generators(tensors: dict[str, Tensor], step: int) -> None:
+def load_generators(folder: Path, step: int) -> None:
+    """Go on with this rank's random streams; to be called last, as what starts up draws from them too."""
     rank = rank_and_world()[0]
-    own, cpu = tensors.get(f"rng/{rank}"), len(torch.get_rng_state())
+    own = read_tensors(folder / "numbers.safetensors", "state of a training").get(f"rng/{rank}")
+    cpu = len(torch.get_rng_state())
     if own is None:
         # More ranks than before: a stream of its own.
         torch.manual_seed(digest_seed(rank, step))

@@ -191,5 +191,6 @@ def test_a_mask_that_helps(toy: tuple[RunConfig, Task]) -> None:
     )
     sparse = sparse_model(config, task, top_k(fisher, 800), 0)
     start = evaluate_model(sparse, task, task.train, 64)["accuracy"]
-    fine_tune(sparse, task, config, 0)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 150, "learning_rate": 5e-4})})
+    fine_tune(sparse, task, longer, 0)
     assert evaluate_model(sparse, task, task.train, 64)["accuracy"] > max(start, 0.6)

@@ -23,7 +23,7 @@ from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks
 from irdscale.search.shared import SharedLedger
 from irdscale.sparse import save_adapter
 from irdscale.tasks import load_task
-from irdscale.training import adapter_config, training_steps
+from irdscale.training import adapter_config, adapter_dtype, training_steps
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -244,7 +244,7 @@ def _test(
         model = runner.trained(mask, one["seed"])
         one["test_metric"] = evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric]
         if keep is not None and one["seed"] == chosen:
-            save_adapter(model, keep, config=adapter_config(config, chosen))
+            save_adapter(model, keep, adapter_config(config, chosen), adapter_dtype(config))
     entry["test_metric"] = _mean(entry["seeds"], "test_metric")
 
 
