@@ -7,8 +7,6 @@ is squared only then.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from irdscale.fisher.affine import is_affine, slope, without_hooks
 from irdscale.fisher.partitioned import whole
 
 
@@ -117,9 +116,16 @@ def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return terms
 
 
+def _affine(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    if len(call.args) + len(call.kwargs) != 1:
+        return _generic(call, dy, wanted)
+    (name,) = wanted
+    return {name: Dense(_samples(dy * slope(call.module, call.x), call.batch).sum(1))}
+
+
 def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     """Vector-Jacobian product of the module alone, vmapped over samples."""
-    module, batch = _without_hooks(call.module), call.batch
+    module, batch = without_hooks(call.module), call.batch
     names = sorted(wanted)
     values = [*call.args, *call.kwargs.values()]
     keys = list(call.kwargs)
@@ -143,17 +149,6 @@ def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return {name: Dense(grads[name]) for name in names}
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """The module's own computation: neither our hooks nor those that gather its parameters."""
-    bare = copy.copy(module)
-    for name, value in vars(module).items():
-        if name.endswith("_hooks"):
-            vars(bare)[name] = OrderedDict()
-        elif name == "_parameters":
-            vars(bare)[name] = dict(value.items())
-    return bare
-
-
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module by the forward that it runs; None if no rule applies.
 
@@ -170,6 +165,8 @@ def rule_for(module: nn.Module) -> Rule | None:
         return _embedding if module.max_norm is None and not module.scale_grad_by_freq else None
     if forward is nn.LayerNorm.forward:
         return _layer_norm
+    if is_affine(module):
+        return _affine
     if next(module.children(), None) is None:
         return _generic
     return None
@@ -177,7 +174,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def is_generic(rule: Rule) -> bool:
     """Whether a rule runs the module's own forward again."""
-    return rule is _generic
+    return rule in (_affine, _generic)
 
 
 def _inner(a: Term, b: Term) -> Tensor:
