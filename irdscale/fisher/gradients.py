@@ -89,7 +89,7 @@ class _TraceSink:
             add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
 
     def end_backward(self) -> None:
-        pass
+        self.buffers.forget()
 
 
 @dataclass
