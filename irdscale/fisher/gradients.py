@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
+from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
 from irdscale.fisher.partitioned import device_of, gathering, is_partitioned, shape_of
 from irdscale.fisher.resume import PassState, SavedPass
@@ -263,8 +264,8 @@ class SampleGradients:
         if sums is not None:
             sums.go_on()
         if saved is not None:
-            layout = "replicated" if sums is None else sums.layout
-            saved.load(state, {**work, **asked, "pass": description, "layout": layout}, self.shapes)
+            layout: Layout = "replicated" if sums is None else sums.layout
+            saved.load(state, {**work, **asked, "pass": description}, self.shapes, layout)
         begin = 0
         with (
             self._capturing(),
