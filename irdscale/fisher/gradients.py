@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
+from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
 from irdscale.fisher.resume import PassState, SavedPass
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
@@ -89,7 +90,7 @@ class _TraceSink:
             add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
 
     def end_backward(self) -> None:
-        pass
+        self.buffers.forget()
 
 
 @dataclass
@@ -263,8 +264,8 @@ class SampleGradients:
         if sums is not None:
             sums.go_on()
         if saved is not None:
-            layout = "replicated" if sums is None else sums.layout
-            saved.load(state, {**work, **asked, "pass": description, "layout": layout}, self.shapes)
+            layout: Layout = "replicated" if sums is None else sums.layout
+            saved.load(state, {**work, **asked, "pass": description}, self.shapes, layout)
         begin = 0
         with (
             self._capturing(),

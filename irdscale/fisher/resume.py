@@ -23,11 +23,12 @@ from torch import Tensor
 
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, read_tensors, write_by, write_json
+from irdscale.fisher.diagonal import Layout
 from irdscale.ranks import add_up, failing_together, gather_texts, rank_and_world, slice_of
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 SUM = "sum/"
 
 
@@ -57,18 +58,24 @@ class SavedPass:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self._folder, self._minutes = folder, minutes
-        self._made_by, self._layout = "", ""
+        self._made_by = ""
+        self._layout: Layout = "replicated"
         self._set = 0
         self._saved = time.monotonic()
 
-    def load(self, state: PassState, work: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def load(
+        self, state: PassState, work: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], layout: Layout
+    ) -> None:
         """Fill `state` from a pass that was interrupted, of any number of ranks; without one, start anew. Collective.
+
+        Args:
+            layout: of the state's sums; the pass that was interrupted may have had the other one.
 
         Raises:
             InputError: a rank's file is missing or damaged.
         """
         rank, _ = rank_and_world()
-        self._made_by, self._layout = digest(dict(work)), str(work["layout"])
+        self._made_by, self._layout = digest(dict(work)), layout
         with failing_together():
             found = self._meta() if rank == 0 else None
         meta = json.loads(gather_texts(json.dumps(found))[0])
@@ -100,10 +107,11 @@ class SavedPass:
 
     def _read(self, state: PassState, meta: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         rank, world = rank_and_world()
+        same = (world, self._layout) == (meta["world"], meta["layout"])
         state.stop, left = meta["stop"], []
         for old in range(meta["world"]):
             mine = old % world == rank
-            if not mine and world == meta["world"]:
+            if same and not mine:
                 continue
             tensors = read_tensors(self._file(meta["set"], old), "state of a Fisher pass (all ranks share its folder)")
             left += tensors["left"].tolist()
@@ -111,27 +119,26 @@ class SavedPass:
                 state.taken += int(tensors["taken"])
                 state.traces += tensors["traces"]
             if mine or self._layout == "sharded":
-                self._read_sums(state.sums, tensors, old, meta["world"], shapes)
-        state.left = left if world == meta["world"] else left[rank::world]
+                self._read_sums(state.sums, tensors, old, meta, shapes)
+        state.left = left if same else left[rank::world]
 
     def _read_sums(
         self,
         sums: dict[str, Tensor],
         stored: dict[str, Tensor],
         old: int,
-        old_world: int,
+        meta: dict[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
+        """Add what this rank holds of an old rank's sums: in either layout, all ranks' together are the sum."""
         for name, own in sums.items():
-            part = stored[SUM + name]
-            if self._layout == "replicated":
-                own += part.to(own.device)
-                continue
             numel = torch.Size(shapes[name]).numel()
-            (own_start, own_stop), (start, stop) = slice_of(numel), slice_of(numel, old, old_world)
+            own_start, own_stop = slice_of(numel) if self._layout == "sharded" else (0, numel)
+            start, stop = slice_of(numel, old, meta["world"]) if meta["layout"] == "sharded" else (0, numel)
             first, last = max(own_start, start), min(own_stop, stop)
             if first < last:
-                own[first - own_start : last - own_start] = part[first - start : last - start].to(own.device)
+                part = stored[SUM + name].view(-1)[first - start : last - start]
+                own.view(-1)[first - own_start : last - own_start] += part.to(own.device)
 
     def due(self) -> bool:
         """Whether it is time to save: rank 0's clock counts."""
@@ -154,6 +161,7 @@ class SavedPass:
         with failing_together():
             if rank == 0:
                 meta = {"version": VERSION, "made_by": self._made_by, "world": world, "stop": state.stop}
+                meta["layout"] = self._layout
                 write_json(self._folder / "state.json", {**meta, "set": self._set})
         if rank == 0:
             shutil.rmtree(self._folder / str(before), ignore_errors=True)

@@ -7,8 +7,6 @@ is squared only then.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from irdscale.fisher.affine import is_affine, slope, without_hooks
 from irdscale.partitioned import whole
 
 
@@ -62,6 +61,10 @@ class Call:
         return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
 
 
+# Entries of several samples' gradients that are formed in one call.
+TOGETHER = 600_000
+# Tokens in a row of blocks of a Gram matrix, of which one triangle is formed.
+BLOCK = 64
 # Two samples' gradients of so many entries are a small part of what a pass holds.
 PAIRED = 2**24
 
@@ -117,9 +120,16 @@ def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return terms
 
 
+def _affine(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+    if len(call.args) + len(call.kwargs) != 1:
+        return _generic(call, dy, wanted)
+    (name,) = wanted
+    return {name: Dense(_samples(dy * slope(call.module, call.x), call.batch).sum(1))}
+
+
 def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     """Vector-Jacobian product of the module alone, vmapped over samples."""
-    module, batch = _without_hooks(call.module), call.batch
+    module, batch = without_hooks(call.module), call.batch
     names = sorted(wanted)
     values = [*call.args, *call.kwargs.values()]
     keys = list(call.kwargs)
@@ -143,17 +153,6 @@ def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return {name: Dense(grads[name]) for name in names}
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """The module's own computation: neither our hooks nor those that gather its parameters."""
-    bare = copy.copy(module)
-    for name, value in vars(module).items():
-        if name.endswith("_hooks"):
-            vars(bare)[name] = OrderedDict()
-        elif name == "_parameters":
-            vars(bare)[name] = dict(value.items())
-    return bare
-
-
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module by the forward that it runs; None if no rule applies.
 
@@ -170,6 +169,8 @@ def rule_for(module: nn.Module) -> Rule | None:
         return _embedding if module.max_norm is None and not module.scale_grad_by_freq else None
     if forward is nn.LayerNorm.forward:
         return _layer_norm
+    if is_affine(module):
+        return _affine
     if next(module.children(), None) is None:
         return _generic
     return None
@@ -177,7 +178,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def is_generic(rule: Rule) -> bool:
     """Whether a rule runs the module's own forward again."""
-    return rule is _generic
+    return rule in (_affine, _generic)
 
 
 def _inner(a: Term, b: Term) -> Tensor:
@@ -196,6 +197,26 @@ def _inner(a: Term, b: Term) -> Tensor:
     if isinstance(a, Rows) and isinstance(b, Outer):
         return _inner(b, a)
     raise TypeError("no inner product of dense terms")
+
+
+def _norms(outer: Outer, buffers: Buffers) -> Tensor:
+    """`_inner` of a term with itself: both Gram matrices of tokens are symmetric."""
+    total_B = outer.left_BTP.new_zeros(len(outer.left_BTP))
+    # What a module saw is the right side of most, and the same for those that stand side by side.
+    for left_BbT, right_BbT in zip(_gram(outer.left_BTP), buffers.gram(outer.right_BTQ), strict=True):
+        product_BbT = left_BbT * right_BbT
+        before = product_BbT.shape[2] - product_BbT.shape[1]
+        if before:
+            product_BbT[:, :, :before] *= 2
+        total_B += product_BbT.sum((1, 2))
+    return total_B
+
+
+def _gram(x_BTK: Tensor) -> list[Tensor]:
+    """The inner products of each sample's tokens, by rows of blocks, each up to its block on the diagonal."""
+    x_BKT = x_BTK.transpose(1, 2)
+    starts = range(0, x_BTK.shape[1], BLOCK)
+    return [torch.bmm(x_BTK[:, i : i + BLOCK], x_BKT[:, :, : i + BLOCK]) for i in starts]
 
 
 def _cast(term: Term) -> Term:
@@ -244,10 +265,12 @@ def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size, out: Tenso
 
 
 class Buffers:
-    """One scratch buffer a data type, as large as the largest gradient asked for."""
+    """One scratch buffer a data type, as large as the largest gradient asked for, and the last Gram matrix."""
 
     def __init__(self) -> None:
         self._flat: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        # It holds on to the tensor too, so that no other can come to lie in its place.
+        self._gram: tuple[Tensor, int, list[Tensor]] | None = None
 
     def take(self, shape: torch.Size, like: Tensor) -> Tensor:
         """A contiguous scratch tensor of `shape`; what it held before is lost."""
@@ -255,6 +278,20 @@ class Buffers:
         if key not in self._flat or self._flat[key].numel() < numel:
             self._flat[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return self._flat[key][:numel].view(shape)
+
+    def gram(self, x_BTK: Tensor) -> list[Tensor]:
+        """What `_gram` gives, without forming it again for the same tensor twice in a row."""
+        if self._gram is not None:
+            last, version, blocks = self._gram
+            same_place = last.data_ptr() == x_BTK.data_ptr() and last.stride() == x_BTK.stride()
+            if same_place and last.shape == x_BTK.shape and last.dtype == x_BTK.dtype and last._version == version:
+                return blocks
+        self._gram = x_BTK, x_BTK._version, _gram(x_BTK)
+        return self._gram[2]
+
+    def forget(self) -> None:
+        """Let go of what belongs to one batch."""
+        self._gram = None
 
 
 def _by_kernel(terms: list[Term], total: Tensor, trace_B: Tensor | None) -> bool:
@@ -308,23 +345,28 @@ def _add_outer_squares(outer: Outer, total: Tensor, trace_B: Tensor | None, buff
         if trace_B is not None:
             trace_B += left_BP.sum(1, dtype=torch.float64) * right_BQ.sum(1, dtype=torch.float64)
         return
-    together = _together(left_BTP, total.shape)
+    together = min(batch, _together(left_BTP, total.shape))
+    gradient_bPQ = buffers.take(torch.Size((together, *total.shape)), left_BTP)
+    gradients = gradient_bPQ.unbind()
     left_BPT = left_BTP.transpose(1, 2)
-    for first in range(0, batch, together):
-        left_bPT, right_bTQ = left_BPT[first : first + together], right_BTQ[first : first + together]
-        gradient_bPQ = buffers.take(torch.Size((len(left_bPT), *total.shape)), left_BTP)
-        if len(left_bPT) == 1:
-            torch.mm(left_bPT[0], right_bTQ[0], out=gradient_bPQ[0])
-        else:
-            torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ)
-        for n, gradient in enumerate(gradient_bPQ, first):
+    if together == 1:
+        for n, (left_PT, right_TQ) in enumerate(zip(left_BPT.unbind(), right_BTQ.unbind(), strict=True)):
+            torch.mm(left_PT, right_TQ, out=gradients[0])
+            _add_square(gradients[0], total, None if trace_B is None else trace_B[n])
+        return
+    first = 0
+    for left_bPT, right_bTQ in zip(left_BPT.split(together), right_BTQ.split(together), strict=True):
+        torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ[: len(left_bPT)])
+        for n, gradient in enumerate(gradients[: len(left_bPT)], first):
             _add_square(gradient, total, None if trace_B is None else trace_B[n])
+        first += together
 
 
 def _together(left: Tensor, shape: torch.Size) -> int:
-    """Samples whose products are formed in one call: on several CPU threads, wide matrices of two are quicker."""
-    wide = shape[0] < shape[1] and shape.numel() <= PAIRED
-    return 2 if wide and left.device.type == "cpu" and torch.get_num_threads() > 1 else 1
+    """Samples whose products are formed in one call: as many as a cache holds; on CPU threads, two that are wide."""
+    if left.device.type == "cpu" and shape[0] < shape[1] and shape.numel() <= PAIRED and torch.get_num_threads() > 1:
+        return max(2, TOGETHER // shape.numel())
+    return max(1, TOGETHER // max(1, shape.numel()))
 
 
 def _add_square(gradient: Tensor, total: Tensor, trace: Tensor | None) -> None:
@@ -366,7 +408,7 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
         tokens, (rows, columns) = first.left_BTP.shape[1], (shape[0], shape[1])
         if tokens * (rows + columns) < rows * columns or len(terms) > 1:
             for i, a in enumerate(terms):
-                trace_B += _inner(a, a).double()
+                trace_B += (_norms(a, buffers) if isinstance(a, Outer) else _inner(a, a)).double()
                 for b in terms[i + 1 :]:
                     trace_B += 2 * _inner(a, b).double()
             return

@@ -87,7 +87,7 @@ class WholeSums:
         total += batch_sum.cpu()
 
     def end_backward(self) -> None:
-        pass
+        self._buffers.forget()
 
     def complete(self) -> None:
         add_up(list(self.tensors.values()))
@@ -186,6 +186,7 @@ class ShardedSums:
         while self._sent:
             self._receive()
         self._next = self._used = 0
+        self._buffers.forget()
 
     def complete(self) -> None:
         pass

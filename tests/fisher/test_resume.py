@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from irdscale import accumulate_fisher
+from irdscale import accumulate_fisher, ranks
 from irdscale.errors import InputError
-from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.fisher import Fisher, SampleGradients, resume, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.fisher.resume import SavedPass
+from irdscale.fisher.resume import PassState, SavedPass
 from tests.models import collate, samples, tiny
 
 ROWS = 40
@@ -120,6 +124,60 @@ def test_a_finished_trace_pass_is_not_made_again(tmp_path: Path) -> None:
     assert counting.rows == 6 + 2
 
 
+@pytest.mark.parametrize("after", [("replicated", 1), ("replicated", 2), ("sharded", 2), ("sharded", 3)])
+@pytest.mark.parametrize(
+    "before", [("replicated", 1), ("replicated", 2), ("replicated", 3), ("sharded", 2), ("sharded", 3)]
+)
+def test_the_state_of_any_ranks_and_layout_is_shared_out(
+    before: Any, after: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank in turn, as `SavedPass` sees it: nothing of the sums or samples is lost or counted twice."""
+    shapes = {"matrix": (3, 5), "one": (1,)}
+    generator = torch.Generator().manual_seed(0)
+    for module in (resume, ranks):
+        monkeypatch.setattr(module, "rank_and_world", lambda: here)
+    monkeypatch.setattr(resume, "failing_together", nullcontext)
+    monkeypatch.setattr(resume, "add_up", lambda tensors: None)
+    monkeypatch.setattr(resume, "gather_texts", lambda text: [json.dumps(SavedPass._meta(going_on))])
+
+    def held(layout: str, shape: tuple[int, ...]) -> torch.Tensor:
+        start, stop = ranks.slice_of(math.prod(shape))
+        return torch.zeros(shape if layout == "replicated" else stop - start, dtype=torch.float64)
+
+    def gathered(states: list[PassState], layout: str, name: str) -> torch.Tensor:
+        parts = [state.sums[name].view(-1) for state in states]
+        return torch.stack(parts).sum(0) if layout == "replicated" else torch.cat(parts)
+
+    def loaded(layout: str, world: int) -> list[tuple[PassState, SavedPass]]:
+        nonlocal here, going_on
+        found = []
+        for rank in range(world):
+            here, going_on = (rank, world), SavedPass(tmp_path, 0)
+            sums = {name: held(layout, shape) for name, shape in shapes.items()}
+            state = PassState(torch.zeros(7, dtype=torch.float64), sums)
+            going_on.load(state, {"work": 1}, shapes, layout)  # type: ignore[arg-type]
+            found.append((state, going_on))
+        return found
+
+    here, going_on = (0, 1), SavedPass(tmp_path, 0)
+    first = loaded(*before)
+    # Rank 0 last: it says that the set is whole.
+    for rank, (state, going_on) in reversed(list(enumerate(first))):
+        here = (rank, len(first))
+        for total in (state.traces, *state.sums.values()):
+            total.copy_(torch.randn(total.shape, generator=generator, dtype=torch.float64))
+        state.stop, state.left, state.taken = 20, list(range(rank, 11, len(first))), 9 + rank
+        going_on.save(state)
+    saved, found = [state for state, _ in first], [state for state, _ in loaded(*after)]
+    for name in shapes:
+        torch.testing.assert_close(gathered(found, after[0], name), gathered(saved, before[0], name))
+    torch.testing.assert_close(sum(s.traces for s in found), sum(s.traces for s in saved))
+    assert sorted(i for s in found for i in s.left) == list(range(11))
+    assert max(len(s.left) for s in found) - min(len(s.left) for s in found) <= 1
+    assert sum(s.taken for s in found) == sum(s.taken for s in saved)
+    assert {s.stop for s in found} == {20}
+
+
 RANK = """
 import os, signal, sys
 from datetime import timedelta
@@ -128,10 +186,10 @@ import torch.distributed as dist
 from irdscale import accumulate_fisher, watch
 from tests.models import collate, samples, tiny
 
-rank, folder, layout, stops = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+rank, world, folder, layout, stops = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 torch.set_num_threads(1)
 watch.SILENT_S = 12.0
-dist.init_process_group("gloo", init_method=f"file://{folder}/store-{stops}", rank=rank, world_size=2,
+dist.init_process_group("gloo", init_method=f"file://{folder}/store-{stops}", rank=rank, world_size=world,
                         timeout=timedelta(seconds=300))
 batches = 0
 
@@ -147,21 +205,22 @@ fisher = accumulate_fisher(tiny("bert"), samples(count=120), collate_fn=counted,
 if rank == 0:
     print("batches", batches)
 whole = fisher.gather()
-torch.save({"diagonal": whole, "trace": fisher.sample_trace}, f"{folder}/result-{rank}.pt")
+result = {"diagonal": whole, "trace": fisher.sample_trace, "taken": fisher.sample_gradients}
+torch.save(result, f"{folder}/result-{rank}.pt")
 """
 
 
-def run_ranks(folder: Path, layout: str, stops: str) -> list[subprocess.Popen[str]]:
+def run_ranks(folder: Path, layout: str, stops: str, world: int = 2) -> list[subprocess.Popen[str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": os.getcwd()}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(folder), layout, stops],
+            [sys.executable, "-c", RANK, str(rank), str(world), str(folder), layout, stops],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
 
 
@@ -170,28 +229,55 @@ def run_ranks(folder: Path, layout: str, stops: str) -> list[subprocess.Popen[st
     [("sharded", "SIGKILL"), ("replicated", "SIGKILL"), pytest.param("sharded", "SIGSTOP", marks=pytest.mark.slow)],
 )
 def test_a_rank_that_dies_ends_the_others_and_the_pass_goes_on(layout: str, stops: str, tmp_path: Path) -> None:
-    ranks = run_ranks(tmp_path, layout, stops)
+    processes = run_ranks(tmp_path, layout, stops)
     try:
         if stops == "SIGKILL":
-            assert ranks[1].wait(200) == -signal.SIGKILL
+            assert processes[1].wait(200) == -signal.SIGKILL
         died = time.monotonic()
-        _, errors = ranks[0].communicate(timeout=200)
-        assert ranks[0].returncode == 1
+        _, errors = processes[0].communicate(timeout=200)
+        assert processes[0].returncode == 1
         assert "rank 1 does not answer: killed, out of memory, or its machine is gone" in errors
         assert stops != "SIGKILL" or time.monotonic() - died < 60, "a machine under load is given four times as long"
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
             process.communicate()
-    again = run_ranks(tmp_path, layout, "none")
-    outputs = [process.communicate(timeout=300) for process in again]
-    assert [process.returncode for process in again] == [0, 0], outputs
+    for world in (1, 3) if stops == "SIGKILL" else ():
+        shutil.copytree(tmp_path / "state", tmp_path / str(world) / "state")
     model, rows = tiny("bert"), samples(count=120)
-    expected = accumulate_fisher(model, rows, collate_fn=collate, batch_size=1, dtype=torch.float64)
-    assert int(outputs[0][0].split()[-1]) < 60, "what was done is not done again"
-    for rank in range(2):
-        found = torch.load(tmp_path / f"result-{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found["trace"], expected.sample_trace, rtol=1e-12, atol=1e-18)
-        for name, diagonal in expected.diagonal.items():
-            torch.testing.assert_close(found["diagonal"][name], diagonal, rtol=1e-12, atol=1e-18)
-    assert not (tmp_path / "state").exists()
+    options: dict[str, Any] = {"batch_size": 1, "dtype": torch.float64, "layout": layout}
+    expected = accumulate_fisher(model, rows, collate_fn=collate, **options)
+    go_on(tmp_path, layout, 2, expected)
+    if stops == "SIGKILL":
+        go_on(tmp_path / "3", layout, 3, expected)
+        counting = Collate(1000)
+        found = accumulate_fisher(model, rows, collate_fn=counting, save_to=tmp_path / "1" / "state", **options)
+        assert counting.rows < 100, "what was done is not done again"
+        assert found.sample_gradients == len(rows)
+        check_same(found.gather(), found.sample_trace, expected)
+        assert not (tmp_path / "1" / "state").exists()
+
+
+def go_on(folder: Path, layout: str, world: int, expected: Fisher) -> None:
+    """Finish an interrupted pass on some number of ranks."""
+    processes = run_ranks(folder, layout, "none", world)
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * world, outputs
+    # Anew, it would be nine rows to compare, a batch to check, and this rank's share.
+    assert int(outputs[0][0].split()[-1]) < 10 + 120 / world, "what was done is not done again"
+    for rank in range(world):
+        found = torch.load(folder / f"result-{rank}.pt", weights_only=True)
+        assert found["taken"] == 120
+        check_same(found["diagonal"], found["trace"], expected)
+    assert not (folder / "state").exists()
+
+
+def check_same(diagonal: dict[str, torch.Tensor], trace: torch.Tensor, expected: Fisher) -> None:
+    torch.testing.assert_close(trace, expected.sample_trace, rtol=1e-12, atol=1e-18)
+    for name, value in expected.diagonal.items():
+        torch.testing.assert_close(diagonal[name], value, rtol=1e-12, atol=1e-18)
