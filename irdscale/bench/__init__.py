@@ -34,7 +34,7 @@ def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
         raise InputError(f"bench: found {part!r}; expected one of {', '.join((*PARTS, 'all'))}")
     parts = PARTS if part == "all" else (part,)
     rows: list[dict[str, Any]] = []
-    measures = {"fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3), "train": (bench_train, len(TRAIN_MODELS))}
+    measures = {"fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3), "train": (bench_train, len(TRAIN_MODELS) + 1)}
     with bar("Benchmarks", sum(measures[p][1] for p in parts), enabled=progress) as advance:
         for name in parts:
             rows += measures[name][0](advance)

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from irdscale.bench.models import collate, make_model, make_rows
 from irdscale.bench.timing import row, side_by_side
+from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
 from irdscale.mask import Mask, index_dtype, top_k
@@ -61,6 +62,8 @@ def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
             rows.append(row("train", what, name, TOKENS, seconds, over, under, limit=bar))
         rows += _memory_rows(name, mask, batch)
         advance()
+    rows += bench_zero()
+    advance()
     return rows
 
 

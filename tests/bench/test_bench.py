@@ -30,6 +30,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fisher, "TOPK_K", 100)
     # Its processes would start with the real models.
     monkeypatch.setattr(fisher, "_ranks", list)
+    monkeypatch.setattr(train, "bench_zero", list)
 
 
 @pytest.mark.usefixtures("_small")
