@@ -90,7 +90,7 @@ def test_fisher_on_two_ranks_writes_the_mask_of_one(config: Path, tmp_path: Path
 
 @needs_deepspeed
 def test_search_on_two_ranks_under_zero_finds_the_same_winner(config: Path, tmp_path: Path) -> None:
-    changes = ["fisher.dtype=float64", "search.max_rounds=1", "train.steps=6"]
+    changes = ["fisher.dtype=float64", "search.max_rounds=1", "search.seeds=[0]", "train.steps=6"]
     expected = run_search(load_config(config, [*changes, f"output={tmp_path / 'one'}"]), progress=False)
     zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero3.json'}"
     done = torchrun("search", str(config), *changes, zero, f"output={tmp_path / 'two'}", "--json")
