@@ -32,6 +32,7 @@ def diagnose() -> dict[str, Any]:
         "free_memory_gib": _free_memory(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "minilm": _minilm(problems),
+        "deepspeed": _deepspeed(problems),
         "problems": problems,
     }
     result["ok"] = not any(problem["blocks_search"] for problem in problems)
@@ -116,6 +117,20 @@ def _device(torch: Any, device: str, problems: list[dict[str, Any]]) -> dict[str
             "memory_gib": round(total / 2**30, 1),
         }
     return facts
+
+
+def _deepspeed(problems: list[dict[str, Any]]) -> str | None:
+    """The version of DeepSpeed, which `train.deepspeed` needs."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        why = "deepspeed is missing; run: pip install --no-build-isolation 'irdscale[deepspeed]'"
+        _problem(problems, "train with train.deepspeed", why, False)
+        return None
+    # It builds its communication on CPUs when it starts.
+    if shutil.which("g++") is None and shutil.which("nvidia-smi") is None:
+        _problem(problems, "train with train.deepspeed", "without GPUs, deepspeed needs a C++ compiler (g++)", False)
+    return found
 
 
 def _free_memory() -> float:

@@ -54,7 +54,26 @@ def test_without_the_minilm_package_only_the_quickstart_is_out(monkeypatch):
     result = doctor.diagnose()
     assert result["ok"]
     assert result["minilm"] is None
-    assert [problem["cannot"] for problem in result["problems"]] == ["run configs/quickstart.yaml"]
+    cannot = [problem["cannot"] for problem in result["problems"]]
+    assert [what for what in cannot if "deepspeed" not in what] == ["run configs/quickstart.yaml"]
+
+
+def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(doctor, "_packages", lambda problems: {"torch": {"found": None}})
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19")
+    result = doctor.diagnose()
+    assert result["ok"]
+    assert result["deepspeed"] == "0.19"
+    assert [p["why"] for p in result["problems"]][-1] == "without GPUs, deepspeed needs a C++ compiler (g++)"
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    result = doctor.diagnose()
+    assert result["deepspeed"] is None
+    assert "deepspeed is missing; run: pip install" in result["problems"][-1]["why"]
 
 
 def test_requirements_fall_back_to_the_checkout(monkeypatch):
