@@ -35,7 +35,7 @@ def row(
 ) -> dict[str, Any]:
     """A row of the result: `seconds[over] / seconds[under]`, its quartiles, and whether the bar is met."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     met = None
     if limit is not None:
         met = ratio <= limit
