@@ -107,8 +107,10 @@ class Side:
     place: Tensor | None = None
 
     def take(self, x_TP: Tensor) -> Tensor:
-        """The columns of x that are taken."""
-        return x_TP if self.taken is None else x_TP.index_select(1, self.taken)
+        """The columns of x that are taken; x itself where it has no others."""
+        if self.taken is None or x_TP.shape[1] == len(self.taken):
+            return x_TP
+        return x_TP.index_select(1, self.taken)
 
     def places(self, at_k: Tensor) -> Tensor:
         """Where the given ones lie among the taken."""
@@ -142,7 +144,10 @@ class Product:
         return [tensor for tensor in kept if tensor is not None]
 
     def entries(self, left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
-        """The entries at `index`, the one that was prepared, of left^T right; [k]."""
+        """The entries at `index`, the one that was prepared, of left^T right; [k].
+
+        Either side may come whole or as what its `take` gave.
+        """
         if self.tiles is not None and kernels.usable(left_TP, right_TQ):
             return kernels.tile_entries(left_TP, right_TQ, index, self.tiles)
         left_TR, right_TC = self.rows.take(left_TP), self.columns.take(right_TQ)
