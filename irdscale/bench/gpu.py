@@ -1,4 +1,4 @@
-"""What the Fisher pass gains on a GPU, as ratios measured side by side in one run.
+"""What the Fisher pass and sparse gradients gain on a GPU, as ratios measured side by side in one run.
 
 Models are random Llamas in bfloat16 with the widths of the 1B and 8B ones. The kernel's work is compared with the
 weight gradient of a whole batch, which multiplies as much but squares nothing.
@@ -10,6 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, kernels, scored_parameters
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.sums import Sums
+from irdscale.sparse import kernels as sparse_kernels
+from irdscale.sparse.products import Kind, prepare
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,10 @@ PASS_REPEATS = 5
 CALLS = 20
 BATCH, TOKENS = 8, 512
 SAMPLES = 64
+# Entries of a sparse mask, and the share of rows and of columns that hold them.
+SPARSE_RATIO = 0.005
+KINDS: tuple[Kind, ...] = ("dense", "tiles")
+SPARSE_SHARES = {"in 1/8 of rows and columns": 1 / 8, "scattered": 1.0}
 PASS_TOKENS = (32, 128, 512)
 
 
@@ -52,7 +59,7 @@ SIZES = {"1B-like": Size(2048, 8192, 16, 32), "8B-like": Size(4096, 14336, 32, 3
 
 
 def run_gpu_bench() -> list[dict[str, Any]]:
-    """Measure the kernel and the Fisher pass on the first GPU; what does not fit its memory is logged and left out.
+    """Measure the kernels and the Fisher pass on the first GPU; what does not fit its memory is logged and left out.
 
     Returns:
         Rows as those of `irdscale.bench.run_bench`.
@@ -65,6 +72,7 @@ def run_gpu_bench() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, size in SIZES.items():
         rows += _kernel_rows(name, size)
+        rows += _sparse_rows(name, size)
         _free()
     for name, size in SIZES.items():
         rows += _pass_rows(name, size)
@@ -90,6 +98,33 @@ def _kernel_rows(name: str, size: Size) -> list[dict[str, Any]]:
             what = f"squares sample by sample / kernel, {shape}"
             rows.append(row("fisher", what, name, TOKENS, seconds, "samples", "kernel"))
     return rows
+
+
+def _sparse_rows(name: str, size: Size) -> list[dict[str, Any]]:
+    """The k entries of a weight's gradient: the whole product then a gather, over the tiles that hold entries."""
+    rows: list[dict[str, Any]] = []
+    for p, q in ((size.hidden, size.hidden), (size.mlp, size.hidden), (size.hidden, size.mlp)):
+        left_NP, right_NQ = (_draw(width, torch.bfloat16).flatten(0, 1) for width in (p, q))
+        if not sparse_kernels.usable(left_NP, right_NQ):
+            log.warning("bench: the Triton kernel for sparse gradients does not run here; its rows are left out")
+            return rows
+        for where, share in SPARSE_SHARES.items():
+            index = _draw_entries(p, q, share)
+            measured = {}
+            for kind in KINDS:
+                measured[kind] = partial(prepare(index, (p, q), kind).entries, left_NP, right_NQ, index)
+            seconds = side_by_side(_synchronised(measured, CALLS), KERNEL_REPEATS)
+            what = f"whole product and gather / tiles that hold entries, [{p}, {q}] bfloat16, {where}"
+            rows.append(row("train", what, name, TOKENS, seconds, "dense", "tiles"))
+    return rows
+
+
+def _draw_entries(p: int, q: int, share: float) -> Tensor:
+    """Flat indices of random entries within the first rows and columns, int32, sorted."""
+    p_active, q_active = max(1, int(p * share)), max(1, int(q * share))
+    k = min(p_active * q_active, max(1, round(SPARSE_RATIO * p * q)))
+    chosen = torch.randperm(p_active * q_active, generator=torch.Generator().manual_seed(0))[:k].sort().values
+    return (chosen // q_active * q + chosen % q_active).to(DEVICE, torch.int32)
 
 
 def _draw(width: int, dtype: torch.dtype) -> Tensor:

@@ -74,3 +74,18 @@ def test_kernel_rows_need_the_kernel(monkeypatch: pytest.MonkeyPatch, caplog: py
     rows = bench_gpu._kernel_rows("small", SMALL)
     assert len(rows) == 3 * 2 * 2
     assert [row["bar"] for row in rows] == [">= 0.8", "", "", ""] * 3
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_sparse_rows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(bench_gpu, "TOKENS", 8)
+    monkeypatch.setattr(bench_gpu, "CALLS", 2)
+    assert bench_gpu._sparse_rows("small", SMALL) == []
+    assert "the Triton kernel for sparse gradients does not run here" in caplog.text
+
+    monkeypatch.setattr(bench_gpu.sparse_kernels, "usable", lambda *_: True)
+    monkeypatch.setattr(bench_gpu.sparse_kernels, "tile_entries", lambda *_: None)
+    rows = bench_gpu._sparse_rows("small", SMALL)
+    assert len(rows) == 3 * 2
+    assert {row["part"] for row in rows} == {"train"}
+    assert bench_gpu._draw_entries(32, 48, 1 / 8).max() < 4 * 48

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from irdscale import Mask, accumulate_fisher, merge, sparsify, top_k, unload
 from irdscale.errors import InputError
-from irdscale.sparse import base_hash, entries_of, products, sparse_state
+from irdscale.sparse import base_hash, entries_of, functions, products, sparse_state
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
 from tests.models import FAMILIES, collate, samples, tiny
@@ -175,6 +175,24 @@ def test_backward_stops_below_the_lowest_entries() -> None:
     hidden = model(**collate(rows), output_hidden_states=True).hidden_states
     assert not hidden[1].requires_grad
     assert hidden[2].requires_grad
+
+
+def test_the_lowest_matrix_with_entries_computes_no_input_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    names = ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    mask = Mask({n: torch.tensor([1]) for n in names}, {n: tuple(model.get_parameter(n).shape) for n in names})
+    sparsify(model, mask)
+    asked: list[bool] = []
+    backward = functions.SparseMatmul.backward
+
+    def watched(ctx: Any, dy: Tensor) -> Any:
+        gradients = backward(ctx, dy)
+        asked.append(gradients[0] is not None)
+        return gradients
+
+    monkeypatch.setattr(functions.SparseMatmul, "backward", staticmethod(watched))
+    model(**collate(samples())).loss.backward()
+    assert asked == [True, False]
 
 
 def randomise(model: nn.Module) -> None:
