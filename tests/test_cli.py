@@ -292,10 +292,17 @@ def test_a_bad_end_is_one_line(config, called, capsys, error, code, line):
     assert capsys.readouterr() == ("", f"chatter of a library\nirdscale: {line}\n")
 
 
-@pytest.mark.parametrize(("verb", "promise"), [("fisher", "; the same command goes on from there"), ("train", "")])
-def test_only_what_saves_its_state_promises_to_go_on(config, called, capsys, verb, promise):
+@pytest.mark.parametrize(
+    ("verb", "arguments", "promise"),
+    [
+        ("fisher", [], "; the same command goes on from there"),
+        ("train", [], "; the same command goes on from the state saved last"),
+        ("evaluate", ["adapter=x"], ""),
+    ],
+)
+def test_only_what_saves_its_state_promises_to_go_on(config, called, capsys, verb, arguments, promise):
     called.result = KeyboardInterrupt()
-    assert cli.run([verb, config]) == 130
+    assert cli.run([verb, config, *arguments]) == 130
     assert capsys.readouterr().err.endswith(f"irdscale: interrupted{promise}\n")
 
 

@@ -76,7 +76,9 @@ def test_there_and_back_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: P
     assert not torch.equal(first, second)
     assert not torch.equal(first, plain)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {n for n in bits(model) if n.endswith("_values")} | set(sparse_state(model).dense)
+    # Of a model of lower precision, float32 numbers are trained in the place of whole parameters too.
+    whole = set(sparse_state(model).dense) - set(sparse_state(model).masters)
+    assert trained == {n for n in bits(model) if n.endswith("_values")} | whole
     switch_adapter(model, tmp_path / "a")
     assert torch.equal(logits(model), first)
     assert len(hashed) == 1, "the base is read when the first adapter is loaded"
