@@ -110,7 +110,7 @@ def _sparse_rows(name: str, size: Size) -> list[dict[str, Any]]:
             return rows
         for where, share in SPARSE_SHARES.items():
             index = _draw_entries(p, q, share)
-            measured = {}
+            measured: dict[str, Callable[[], object]] = {}
             for kind in KINDS:
                 measured[kind] = partial(prepare(index, (p, q), kind).entries, left_NP, right_NQ, index)
             seconds = side_by_side(_synchronised(measured, CALLS), KERNEL_REPEATS)
