@@ -62,6 +62,8 @@ def _on_rank(rank: int, folder: str, repeats: int) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    # DeepSpeed logs to stdout, which is for the result.
+    os.dup2(2, 1)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
