@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
 from irdscale.mask import Mask, index_dtype, top_k
 from irdscale.sparse import entries_of, sparsify
+from irdscale.sparse.functions import needed_input
+from irdscale.sparse.products import Side
 
 MODELS = ("bert", "llama")
 TOKENS = 128
@@ -174,21 +177,25 @@ class _Hold(torch.autograd.Function):
         return dy, None
 
 
+def _hold_input(columns: Side, _module: nn.Module, args: tuple[Tensor], y: Tensor) -> Any:
+    return _Hold.apply(y, needed_input(args[0].detach(), columns))
+
+
 def _memory_rows(name: str, mask: Mask, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
     """Peak memory of a sparse step above the frozen model and activations, and what the mask itself keeps.
 
     Counted are all bytes that PyTorch's CPU allocator gives out in a step and has not taken back, temporaries inside
     operations included. From the sparse step's peak goes the peak of the limit's step in which the layers that have
-    entries hold what a weight's gradient takes, their inputs (the activations); values and moments, which exist
+    entries hold as much of their inputs as the sparse ones do (the activations); values and moments, which exist
     before the step, are added. The head is not trained here, for its gradients and moments are not the mask's.
     """
     frozen, sparse = make_model(name), sparsify(make_model(name), mask)
-    masked = {n.removesuffix(".weight") for n in mask.indices if n.endswith(".weight")}
+    held_by = {n.removesuffix(".weight"): e for n, e in entries_of(sparse).items() if n.endswith(".weight")}
     for module_name, module in frozen.named_modules():
-        if module_name not in masked:
+        if module_name not in held_by:
             continue
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _module, args, y: _Hold.apply(y, args[0]))
+            module.register_forward_hook(partial(_hold_input, held_by[module_name].product.columns))
         elif "RMSNorm" in type(module).__name__:
             # Multiplies by its weight in a step of its own.
             module.register_forward_hook(lambda _module, _args, y: _Hold.apply(y, y.detach().clone()))

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from irdscale.sparse.products import Product, Side
 
 
-def _needed(x: Tensor, side: Side) -> Tensor:
+def needed_input(x: Tensor, side: Side) -> Tensor:
     """What backward needs of the input: few of its columns as a copy, which lets go of the others; else all, shared."""
     if side.taken is None or 2 * len(side.taken) > x.shape[-1]:
         return x
@@ -45,11 +45,11 @@ class SparseMatmul(torch.autograd.Function):
         ctx.weight, ctx.transposed, ctx.product = weight, transposed, product
         ctx.weight_index, ctx.bias_index, ctx.patch_again = weight_index, bias_index, patch_again
         ctx.value_types = [None if v is None else v.dtype for v in (weight_values, bias_values)]
-        needed = None
+        kept = None
         if weight_values is not None and ctx.needs_input_grad[3]:
             assert product is not None
-            needed = _needed(x, product.rows if transposed else product.columns)
-        ctx.save_for_backward(needed)
+            kept = needed_input(x, product.rows if transposed else product.columns)
+        ctx.save_for_backward(kept)
         if not transposed:
             return F.linear(x, weight, bias)
         flat_TI = x.reshape(-1, x.shape[-1])
