@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.fisher.capture import frozen
-from irdscale.partitioned import device_of, gathering, is_partitioned
+from irdscale.partitioned import device_of, gathering, is_partitioned, to_gpu
 from irdscale.ranks import add_up, failing_together, rank_and_world
 from irdscale.watch import watched
 
@@ -25,6 +25,7 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
     Raises:
         TrainingError: a logit is NaN or infinite.
     """
+    to_gpu(model)
     with watched():
         logits = _logits(model, task, split, batch_size)
         with failing_together():

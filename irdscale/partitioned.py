@@ -45,6 +45,12 @@ def device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
+def to_gpu(model: nn.Module) -> None:
+    """Move a model to the GPU where there is one; one in partitions is DeepSpeed's to place."""
+    if not is_partitioned(model):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def whole(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]:
     """Gather partitioned parameters; collective if there are any.

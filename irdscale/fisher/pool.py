@@ -16,7 +16,7 @@ from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
 from irdscale.fisher.resume import SavedPass
-from irdscale.partitioned import is_partitioned, numel_of
+from irdscale.partitioned import numel_of, to_gpu
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -36,8 +36,7 @@ def sample_gradients(
     Args:
         whole: names of the parameters that are trained outside any mask, and so are not scored.
     """
-    if not is_partitioned(model):
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    to_gpu(model)
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
     return SampleGradients(
         model,
