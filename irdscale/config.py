@@ -116,6 +116,30 @@ class FisherConfig(Section):
         return _compiles(value)
 
 
+class RayConfig(Section):
+    ranks: int = Field(1, ge=1, description="Ranks that train one candidate together.")
+    cpus_per_rank: int = Field(1, ge=1, description="Processors of a rank, and its threads.")
+    gpus_per_rank: Literal[0, 1] | None = Field(
+        None, description="GPUs of a rank; one where the cluster has any, if unset."
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack", description="Ranks, and candidates, on as few nodes as they fit on, or on as many as there are."
+    )
+    fisher_ranks: int | None = Field(None, ge=1, description="Ranks that share a Fisher pass; `ranks` if unset.")
+    concurrent: int | None = Field(None, ge=1, description="Trials at once; as many as fit if unset.")
+    max_failures: int = Field(2, ge=0, description="How often a trial starts again whose process or node was lost.")
+    trial_minutes: float | None = Field(None, gt=0, description="A trial that takes longer is ended, and fails.")
+    silent_minutes: float = Field(
+        10.0, gt=0, description="A trial whose process shows no progress for so long is ended, and starts again."
+    )
+    early_stopping: bool = Field(
+        False, description="Stop candidates of a round that fall behind the others (ASHA, on the selection metric)."
+    )
+    grace_ratio: float = Field(0.25, gt=0, lt=1, description="Share of the steps before a candidate may be stopped.")
+    reduction_factor: int = Field(2, ge=2, description="Of so many candidates at a rung, one goes on.")
+    speculate: bool = Field(False, description="Idle workers begin with what the next round will likely ask for.")
+
+
 class SearchConfig(Section):
     ratio: float = Field(0.005, gt=0, le=1, description="K / parameters of the model: where the search starts.")
     min_ratio: float | None = Field(None, gt=0, le=1, description="Never fewer parameters; ratio / 8 if unset.")
@@ -128,7 +152,10 @@ class SearchConfig(Section):
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )
-    runner: Literal["local"] = Field("local", description="Where candidates run: this process.")
+    runner: Literal["local", "ray"] = Field(
+        "local", description="Where candidates run: this process and its ranks, or trials on a Ray cluster."
+    )
+    ray: RayConfig = Field(default_factory=lambda: RayConfig())
 
     @field_validator("seeds")
     @classmethod
@@ -422,6 +449,13 @@ def _fields_at(location: list[Any]) -> list[str]:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def same_search(config: dict[str, Any]) -> dict[str, Any]:
+    """What two dumped configurations must share to be one search: all but where they run and write."""
+    search = config.get("search")
+    search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
+    return {k: v for k, v in config.items() if k != "output"} | {"search": search}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,27 @@ from irdscale.zero import forget_settings, micro_batch, zero_settings
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
+
+
+class Paused(Exception):  # noqa: N818 - nothing went wrong
+    """A training was asked to make room; its state is saved, and the same call goes on from there."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What somebody outside has to do with a training while it runs.
+
+    Attributes:
+        advance: called on each rank with the number of steps just made, first those of an earlier run.
+        pausing: asked on rank 0 before each step is made; true saves the state and ends with `Paused`.
+        rungs: steps after which every rank calls `at_rung`; not the last one.
+        at_rung: takes how many steps are made; collective.
+    """
+
+    advance: Callable[..., None] = lambda n=1: None
+    pausing: Callable[[], bool] = lambda: False
+    rungs: frozenset[int] = frozenset()
+    at_rung: Callable[[int], None] = lambda step: None
 
 
 def trained_whole(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
@@ -92,7 +114,7 @@ def fine_tune(
     task: Task,
     config: RunConfig,
     seed: int,
-    advance: Callable[..., None] | None = None,
+    control: Control | None = None,
     state: Path | None = None,
 ) -> None:
     """Train a sparse model in place on the train split. Collective where torch.distributed is initialised.
@@ -107,7 +129,9 @@ def fine_tune(
         InputError: `train.batch_size` does not divide among the ranks, or `train.deepspeed` cannot be used.
         TrainingError: a loss is NaN or infinite; names the step and the learning rate.
         RunError: a rank died (named), or the state cannot be written.
+        Paused: `control` asked for it, and there is a `state` to go on from.
     """
+    control = control or Control()
     train, steps = config.train, training_steps(config.train, len(task.train))
     settings = zero_settings(config, rank_and_world()[1])
     micro = micro_batch(config, rank_and_world()[1])
@@ -115,15 +139,14 @@ def fine_tune(
     with failing_together():
         done = 0 if state is None else saved_step(state, made_by)
     done = largest_of([done])[0]
-    if advance is not None:
-        advance(done)
+    control.advance(done)
     absolute = train.decay == "weight" and train.weight_decay > 0
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
     order = training_order(len(task.train), steps * train.batch_size, seed)[done * train.batch_size :]
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-    callback = _Callback(seed, done, advance, state, train.save_minutes, made_by)
+    callback = _Callback(seed, done, control, state, train.save_minutes, made_by)
     with tempfile.TemporaryDirectory() as scratch, watched() if done < steps else nullcontext():
         if done < steps:
             trainer = _SparseTrainer(
@@ -201,14 +224,14 @@ class _Callback(TrainerCallback):
         self,
         seed: int,
         done: int,
-        advance: Callable[..., None] | None,
+        control: Control,
         state: Path | None,
         minutes: float,
         made_by: dict[str, Any],
     ) -> None:
-        self._seed, self._done, self._advance, self._state = seed, done, advance, state
+        self._seed, self._done, self._control, self._state = seed, done, control, state
         self._seconds, self._made_by = 60 * minutes, made_by
-        self._saved, self._due = time.monotonic(), False
+        self._saved, self._due, self._pausing = time.monotonic(), False, False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         # Nothing that came before, such as the size of a mask, may shift the dropout stream.
@@ -225,20 +248,26 @@ class _Callback(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Agree on what any rank found; DeepSpeed has made its step already, which a bad loss spoils."""
-        due = self._state is not None and time.monotonic() - self._saved >= self._seconds
-        bad, self._due = map(bool, largest_of([self.trainer.bad is not None, due]))
+        due = time.monotonic() - self._saved >= self._seconds
+        pausing = rank_and_world()[0] == 0 and self._control.pausing()
+        bad, self._due, self._pausing = map(bool, largest_of([self.trainer.bad is not None, due, pausing]))
         if bad:
             texts = gather_texts(self.trainer.bad or "")
             rank = next(rank for rank, text in enumerate(texts) if text)
             raise TrainingError(texts[rank] if len(texts) == 1 else f"rank {rank}: {texts[rank]}")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self._advance is not None:
-            self._advance()
+        self._control.advance(1)
         step = self._done + self.trainer.state.global_step
-        if self._due and step < self.trainer.steps and self._state is not None:
+        if step == self.trainer.steps:
+            return
+        if step in self._control.rungs:
+            self._control.at_rung(step)
+        if self._state is not None and (self._due or self._pausing):
             save_training(self._state, self.trainer.plain_model, self.trainer.optimizer, step, self._made_by)
             self._saved = time.monotonic()
+            if self._pausing:
+                raise Paused(f"paused after step {step}")
 
 
 class _SparseTrainer(Trainer):

@@ -21,7 +21,15 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state
 from irdscale.sparse.hub import adapter_folder
 from irdscale.tasks import build_model, load_task
-from irdscale.training import adapter_config, adapter_dtype, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training import (
+    Control,
+    adapter_config,
+    adapter_dtype,
+    fine_tune,
+    sparse_model,
+    trained_whole,
+    training_steps,
+)
 from irdscale.training_state import remove_training
 
 if TYPE_CHECKING:
@@ -110,7 +118,7 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
         model = sparse_model(config, task, chosen, seed)
     steps = training_steps(config.train, len(task.train))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
-        fine_tune(model, task, config, seed, advance, state)
+        fine_tune(model, task, config, seed, Control(advance), state)
     save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
     remove_training(state)
     state_of = sparse_state(model)

@@ -12,9 +12,10 @@ import torch
 from irdscale import training_state
 from irdscale.config import RunConfig, load_config
 from irdscale.errors import InputError, RunError
+from irdscale.evaluation import evaluate_model
 from irdscale.sparse import trained_numbers
 from irdscale.tasks import Task, load_task
-from irdscale.training import fine_tune, sparse_model, training_order
+from irdscale.training import Control, Paused, fine_tune, sparse_model, training_order
 from irdscale.training_state import saved_step
 from tests.search.toy import write_config
 from tests.training_oracle import changed, mask_of
@@ -34,14 +35,39 @@ def train(config: RunConfig, task: Task, **options: Any) -> Any:
     return trained_numbers(model)
 
 
+def test_a_paused_training_goes_on_to_the_same_bits(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:
+    """Asked to pause at its fifth step, and measured on the way, which must not move a random stream."""
+    config, task = changed(toy[0], save_minutes=1000.0), toy[1]
+    expected, steps, metrics, asked = train(config, task), [], {}, []
+    model = sparse_model(config, task, mask_of(config, task), 3)
+
+    def pausing() -> bool:
+        asked.append(True)
+        return len(asked) == 5
+
+    def at_rung(step: int) -> None:
+        metrics[step] = evaluate_model(model, task, task.selection, 16)["accuracy"]
+
+    control = Control(lambda n=1: steps.append(n), pausing, frozenset({2, 6, 8}), at_rung)
+    with pytest.raises(Paused, match="step 5"):
+        fine_tune(model, task, config, 3, control, tmp_path / "state")
+    assert sum(steps) == 5
+    steps.clear()
+    model = sparse_model(config, task, mask_of(config, task), 3)
+    fine_tune(model, task, config, 3, control, tmp_path / "state")
+    assert steps == [5, 1, 1, 1]
+    assert set(metrics) == {2, 6}, "the last step is the end, not a rung"
+    same(trained_numbers(model), expected, 0.0, "paused")
+
+
 @pytest.mark.parametrize("decay", ["delta", "weight"])
 def test_a_stopped_training_goes_on_to_the_same_bits(toy: tuple[RunConfig, Task], decay: str, tmp_path: Path) -> None:
     config, task = changed(toy[0], decay=decay, weight_decay=0.1), toy[1]
     expected = train(config, task)
     with pytest.raises(Stopped):
-        train(config, task, advance=stopper(5), state=tmp_path / "state")
+        train(config, task, control=Control(stopper(5)), state=tmp_path / "state")
     steps: list[int] = []
-    found = train(config, task, advance=lambda n=1, **_: steps.append(n), state=tmp_path / "state")
+    found = train(config, task, control=Control(lambda n=1, **_: steps.append(n)), state=tmp_path / "state")
     assert steps == [5, 1, 1, 1]
     same(found, expected, 0.0, "resumed")
 
@@ -49,18 +75,18 @@ def test_a_stopped_training_goes_on_to_the_same_bits(toy: tuple[RunConfig, Task]
 def test_the_state_of_another_training_is_not_taken(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:
     config, task = toy
     with pytest.raises(Stopped):
-        train(config, task, advance=stopper(5), state=tmp_path / "state")
+        train(config, task, control=Control(stopper(5)), state=tmp_path / "state")
     other = changed(config, learning_rate=0.01)
     same(train(other, task, state=tmp_path / "state"), train(other, task), 0.0, "another rate")
     assert saved_step(tmp_path / "state", {"of": "something else"}) == 0
     # How it runs does not make it another one.
     with pytest.raises(Stopped):
-        train(config, task, advance=stopper(5), state=tmp_path / "again")
+        train(config, task, control=Control(stopper(5)), state=tmp_path / "again")
     steps: list[int] = []
     train(
         changed(config, gradient_accumulation=2),
         task,
-        advance=lambda n=1, **_: steps.append(n),
+        control=Control(lambda n=1, **_: steps.append(n)),
         state=tmp_path / "again",
     )
     assert steps[0] == 5
@@ -85,7 +111,12 @@ def test_a_full_disk_keeps_the_state_before(
     monkeypatch.setattr(training_state, "write_json", real)
     assert [p.name for p in tmp_path.iterdir()] == ["state"], "nothing half-written is left"
     steps: list[int] = []
-    same(train(config, task, advance=lambda n=1, **_: steps.append(n), state=tmp_path / "state"), expected, 0.0, "disk")
+    same(
+        train(config, task, control=Control(lambda n=1, **_: steps.append(n)), state=tmp_path / "state"),
+        expected,
+        0.0,
+        "disk",
+    )
     assert steps[0] == 3
 
 
@@ -93,7 +124,7 @@ def test_damaged_states_are_refused(toy: tuple[RunConfig, Task], tmp_path: Path)
     config, task = toy
     state = tmp_path / "state"
     with pytest.raises(Stopped):
-        train(config, task, advance=stopper(5), state=state)
+        train(config, task, control=Control(stopper(5)), state=state)
     numbers = state / "numbers.safetensors"
     whole = numbers.read_bytes()
     numbers.write_bytes(whole[:-5])

@@ -26,7 +26,7 @@ from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.ranks import add_up
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import fine_tune, sparse_model
+from irdscale.training import Control, fine_tune, sparse_model
 from tests.training_oracle import changed, load, mask_of
 
 # Nothing stays gathered and nothing is gathered ahead, so that the tests see every gathering.
@@ -262,7 +262,7 @@ def state_of_all_stages(rank: int, world: int, folder: str) -> None:
         for name, way in ways.items():
             state = Path(folder) / f"state-{world}-{name}"
             try:
-                train(way, task, advance=stopper(9), state=state)
+                train(way, task, control=Control(stopper(9)), state=state)
                 raise AssertionError("not stopped")
             except Stopped:
                 pass

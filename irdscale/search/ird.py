@@ -18,6 +18,7 @@ to fewer parameters, then fewer samples. Which samples and parameters the halves
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,12 @@ def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
         )
         if allowed
     ]
+
+
+def likely_next(pairs: Sequence[Pair], minimum: Pair) -> list[Pair]:
+    """Pairs that the round after one over `pairs` may ask for; those first to which most of the pairs lead."""
+    leads = Counter(half for pair in dict.fromkeys(pairs) for half in candidates(pair, minimum))
+    return sorted(set(leads) - set(pairs), key=lambda pair: (-leads[pair], -pair.samples, -pair.params))
 
 
 def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:

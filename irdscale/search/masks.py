@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from irdscale.config import RunConfig
+from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
@@ -50,13 +50,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     Raises:
         InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
     """
-    index = output / "fisher" / "masks.json"
-    made_by = digest(config.model_dump(mode="json", exclude={"output"}))
-    with failing_together():
-        earlier = _read(index, output, made_by) if index.exists() else None
-    if first_says(earlier is not None):
-        if earlier is None:
-            raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
+    earlier = stored_masks(config, output)
+    if earlier is not None:
         return earlier
     started = time.perf_counter()
     with failing_together():
@@ -100,10 +95,34 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
             for mask in found.values():
                 keep_mask(mask, output)
             write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
-            write_json(index, {**_stored(masks), "made_by": made_by})
+            write_json(_index(output), {**_stored(masks), "made_by": _made_by(config)})
             for name in ("traces", "masks"):
                 saved_pass(config, name).remove()
     return masks
+
+
+def stored_masks(config: RunConfig, output: Path) -> SearchMasks | None:
+    """The masks of an earlier run of this search, on every rank; None where there are none.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    index = _index(output)
+    with failing_together():
+        earlier = _read(index, output, _made_by(config)) if index.exists() else None
+    if not first_says(earlier is not None):
+        return None
+    if earlier is None:
+        raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
+    return earlier
+
+
+def _index(output: Path) -> Path:
+    return output / "fisher" / "masks.json"
+
+
+def _made_by(config: RunConfig) -> str:
+    return digest(same_search(config.model_dump(mode="json")))
 
 
 def _stored(masks: SearchMasks) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def keep_mask(mask: Mask, output: Path) -> str:
     return mask.hash
 
 
-def random_draw_mask(config: RunConfig, task: Task, pair: Pair, output: Path, progress: bool) -> dict[str, Any]:
+def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool) -> dict[str, Any]:
     """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
 
     Returns:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from irdscale.config import RunConfig, config_changes, dump_config
+from irdscale.config import RunConfig, config_changes, dump_config, same_search
 from irdscale.errors import InputError
-from irdscale.evaluation import evaluate_model
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.search.ird import Outcome, Pair, candidates, ird
+from irdscale.search.candidates import Candidate, score_on_test
+from irdscale.search.ird import Outcome, Pair, candidates, ird, likely_next
 from irdscale.search.ledger import read_ledger
-from irdscale.search.local import LocalRunner
-from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks
+from irdscale.search.local import LocalEngine
+from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
+from irdscale.search.runner import Engine, Runner
 from irdscale.search.shared import SharedLedger
-from irdscale.sparse import save_adapter
 from irdscale.tasks import load_task
-from irdscale.training import adapter_config, adapter_dtype, training_steps
+from irdscale.training import training_steps
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -59,8 +61,13 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         return result
     with failing_together():
         task = load_task(config)
-    masks = search_masks(config, task, output, progress)
+    with _engine(config, task, output, progress) as engine:
+        return _search(config, task, engine, output, progress)
+
+
+def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progress: bool) -> dict[str, Any]:
     first = rank_and_world()[0] == 0
+    masks = stored_masks(config, output) or engine.call(search_masks, progress)
     with SharedLedger(output / "ledger.jsonl") as ledger:
         with failing_together():
             if first:
@@ -69,17 +76,19 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         if ledger.finished:
             log.info("going on: %d evaluations are done", len(ledger.finished))
         with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
-            runner = LocalRunner(config, task, ledger, output, advance)
+            runner = Runner(config, ledger, engine, output, advance)
             outcome = ird(
                 masks.start,
                 masks.minimum,
                 config.search.seeds,
                 config.search.max_rounds,
                 config.search.patience,
-                lambda round_number, wanted: runner.evaluate_round(round_number, wanted, masks.masks),
+                lambda round_number, wanted: runner.evaluate_round(
+                    round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum)
+                ),
             )
             evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
-            baselines = _run_baselines(config, task, runner, masks, outcome.best, progress)
+            baselines = _run_baselines(config, engine, runner, masks, outcome.best, progress)
         started = time.perf_counter()
         best_mask, fish = masks.masks[outcome.best], baselines["fish_random"]
         best = {
@@ -89,10 +98,10 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             "adapter": "adapter",
             **_selection(config, runner, best_mask),
         }
-        _test(config, task, runner, best_mask, best, keep=output / "adapter")
+        _test(engine, best_mask, best, keep=output / "adapter")
         for baseline in baselines.values():
             mask = Path(baseline["mask"]).name if "mask" in baseline else None
-            _test(config, task, runner, mask, baseline, keep=None)
+            _test(engine, mask, baseline, keep=None)
         seconds = {
             "fisher": masks.facts["seconds"],
             "train": round(train_seconds, 2),
@@ -110,9 +119,25 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         }
         with failing_together():
             if first:
-                write_json(result_file, result)
+                write_json(output / "result.json", result)
         runner.clear()
     return result
+
+
+@contextmanager
+def _engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
+    """Where `search.runner` says that the work is done."""
+    if config.search.runner == "local":
+        yield LocalEngine(config, task, output)
+        return
+    try:
+        from irdscale.search.ray import ray_engine
+    except ImportError:
+        raise InputError(
+            "search.runner: found ray, but Ray is not installed; expected pip install 'irdscale[ray]', or runner: local"
+        ) from None
+    with ray_engine(config, task, output, progress) as engine:
+        yield engine
 
 
 def _what_was_found(
@@ -174,8 +199,11 @@ def _refuse_changes(config: RunConfig, output: Path) -> None:
         before = yaml.safe_load(stored.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{stored}: cannot read the configuration of the earlier search: {error}") from error
-    now = config.model_dump(mode="json")
-    changes = config_changes({**before, "output": None}, {**now, "output": None}) if isinstance(before, dict) else []
+    changes = (
+        config_changes(same_search(before), same_search(config.model_dump(mode="json")))
+        if isinstance(before, dict)
+        else []
+    )
     if not isinstance(before, dict) or changes:
         found = "; ".join(changes) or "no configuration"
         raise InputError(f"output: {output} holds a search with another configuration ({found}); expected a new folder")
@@ -199,10 +227,10 @@ def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
 
 
 def _run_baselines(
-    config: RunConfig, task: Task, runner: LocalRunner, masks: SearchMasks, best: Pair, progress: bool
+    config: RunConfig, engine: Engine, runner: Runner, masks: SearchMasks, best: Pair, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """What the winner is compared with, on the selection split: random samples at its s and p, and the head alone."""
-    draw = random_draw_mask(config, task, best, Path(config.output), progress)
+    draw = engine.call(random_draw_mask, best, progress)
     baselines: dict[str, dict[str, Any]] = {
         "fish_random": {
             "samples": best.samples,
@@ -218,33 +246,29 @@ def _run_baselines(
     if masks.facts["head"]:
         baselines["linear_probe"] = {"params": 0}
         asked.append(("linear_probe", None, Pair(0, 0), "probe"))
-    for name, mask, pair, direction in asked:
-        for seed in config.search.seeds:
-            runner.evaluate(mask, pair, seed, None, direction)
+    seeds = config.search.seeds
+    runner.evaluate([Candidate(mask, pair, seed, None, how) for _, mask, pair, how in asked for seed in seeds])
+    for name, mask, _, _ in asked:
         baselines[name] |= _selection(config, runner, mask)
     return baselines
 
 
-def _selection(config: RunConfig, runner: LocalRunner, mask: str | None) -> dict[str, Any]:
+def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
     """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
     seeds: list[dict[str, Any]] = [{"seed": seed, "metric": runner.metric(mask, seed)} for seed in config.search.seeds]
     errors = [runner.error(mask, entry["seed"]) for entry in seeds if entry["metric"] is None]
     return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
 
 
-def _test(
-    config: RunConfig, task: Task, runner: LocalRunner, mask: str | None, entry: dict[str, Any], keep: Path | None
-) -> None:
+def _test(engine: Engine, mask: str | None, entry: dict[str, Any], keep: Path | None) -> None:
     """Add the test metric to what `_selection` found; the seed best on selection is saved to `keep`."""
     if entry["metric"] is None:
         entry["test_metric"] = None
         return
     chosen = max(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
     for one in entry["seeds"]:
-        model = runner.trained(mask, one["seed"])
-        one["test_metric"] = evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric]
-        if keep is not None and one["seed"] == chosen:
-            save_adapter(model, keep, adapter_config(config, chosen), adapter_dtype(config))
+        seed = one["seed"]
+        one["test_metric"] = engine.call(score_on_test, mask, seed, keep if seed == chosen else None)
     entry["test_metric"] = _mean(entry["seeds"], "test_metric")
 
 

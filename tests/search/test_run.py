@@ -18,7 +18,7 @@ from irdscale import Mask, load_adapter
 from irdscale.config import load_config
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
-from irdscale.search import local, run
+from irdscale.search import candidates, run
 from irdscale.search.ird import Pair, lattice
 from irdscale.search.ledger import Ledger, read_ledger
 from irdscale.search.masks import search_masks
@@ -106,7 +106,7 @@ def test_the_adapter_gives_the_stated_metrics(finished: tuple[Path, dict[str, An
 def test_a_second_run_trains_nothing(
     finished: tuple[Path, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "fine_tune", None)
+    monkeypatch.setattr(candidates, "fine_tune", None)
     monkeypatch.setattr(run, "load_task", None)
     assert run_search(load_config(folder / "toy.yaml"), progress=False) == finished[1]
 
@@ -125,8 +125,7 @@ def test_the_search_reads_the_test_split_only_at_the_end(folder: Path, monkeypat
         return evaluate_model(model, task, split, size)
 
     monkeypatch.setattr(Ledger, "append", append)
-    for module in (local, run):
-        monkeypatch.setattr(module, "evaluate_model", watch)
+    monkeypatch.setattr(candidates, "evaluate_model", watch)
     run_search(config, progress=False)
     first = events.index("test")
     assert "evaluation" in events[:first]
@@ -192,7 +191,7 @@ def test_bad_input_leaves_nothing_behind(folder: Path) -> None:
 
 def test_a_failing_candidate_is_recorded_and_the_round_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(write_config(folder), [f"output={folder / 'lame'}", "search.max_rounds=1"])
-    real, lame = local.fine_tune, []
+    real, lame = candidates.fine_tune, []
 
     def fine_tune(model: Any, *args: Any, **options: Any) -> None:
         if sparse_state(model).k == round(0.05 * 8482) // 2 and len(lame) < 2:
@@ -200,7 +199,7 @@ def test_a_failing_candidate_is_recorded_and_the_round_goes_on(folder: Path, mon
             raise RuntimeError("out of memory\nwith details")
         real(model, *args, **options)
 
-    monkeypatch.setattr(local, "fine_tune", fine_tune)
+    monkeypatch.setattr(candidates, "fine_tune", fine_tune)
     result = run_search(config, progress=False)
     failed = [r for r in read_ledger(folder / "lame/ledger.jsonl") if r["status"] == "failed"]
     assert [r["error"] for r in failed] == ["RuntimeError: out of memory"] * len(lame)

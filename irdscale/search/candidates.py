@@ -1,0 +1,169 @@
+"""One candidate from its mask to its metric: trained, measured and saved, by one rank or by all together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from irdscale.config import RunConfig
+from irdscale.errors import InputError, RunError, TrainingError
+from irdscale.evaluation import evaluate_model
+from irdscale.mask import Mask
+from irdscale.ranks import first_says, rank_and_world
+from irdscale.search.ird import Pair
+from irdscale.search.ledger import evaluation_key
+from irdscale.search.masks import mask_folder
+from irdscale.sparse import load_adapter, save_adapter
+from irdscale.tasks import build_model
+from irdscale.training import Control, Paused, adapter_config, adapter_dtype, fine_tune, sparse_model
+from irdscale.training_state import remove_training
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+log = logging.getLogger(__name__)
+NO_MASK = "none"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair's mask and a seed, to be evaluated.
+
+    Attributes:
+        mask: the mask's hash; None for the head alone.
+        round: of the search; None for what the winner is compared with.
+        direction: how the samples were chosen.
+    """
+
+    mask: str | None
+    pair: Pair
+    seed: int
+    round: int | None
+    direction: str
+
+    def key(self, config: RunConfig) -> str:
+        """What tells this evaluation from others."""
+        return evaluation_key(self.mask or NO_MASK, config.train.model_dump(mode="json"), self.seed)
+
+    def record(self, config: RunConfig) -> dict[str, Any]:
+        """The ledger's record of it, as of one that failed for a reason yet to be said."""
+        return {
+            "round": self.round,
+            "samples": self.pair.samples,
+            "params": self.pair.params,
+            "seed": self.seed,
+            "direction": self.direction,
+            "mask": self.mask,
+            "metric": None,
+            "status": "failed",
+            "error": None,
+            "seconds": 0.0,
+            "key": self.key(config),
+        }
+
+    def __str__(self) -> str:
+        return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
+
+
+def adapter_folder(output: Path, key: str) -> Path:
+    """Where the trained adapter of an evaluation is kept, as long as it may be the winner's."""
+    return output / "candidates" / key
+
+
+def state_folder(output: Path, key: str) -> Path:
+    """Where the state of an evaluation's training is kept until it ends."""
+    return output / "candidates" / f"state-{key}"
+
+
+def run_candidate(
+    config: RunConfig,
+    task: Task,
+    output: Path,
+    candidate: Candidate,
+    control: Control | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train a candidate, measure it on the selection split and save its adapter; collective. Returns its record.
+
+    Args:
+        report: takes the steps done and the metric at each of the rungs of `control`; called on every rank.
+
+    Raises:
+        InputError, RunError: the run's, not this candidate's: a file is missing or the disk is full, say.
+        Paused: `control` asked for it; the training's state is saved.
+        Exception: one rank of several failed alone.
+    """
+    started, key = time.perf_counter(), candidate.key(config)
+    record = candidate.record(config)
+    model: nn.Module | None = None
+
+    def measure() -> float:
+        assert model is not None
+        metric = evaluate_model(model, task, task.selection, config.train.eval_batch_size)[task.metric]
+        if not math.isfinite(metric):
+            raise TrainingError(f"the {task.metric} on the selection split is {metric}")
+        return metric
+
+    control = control or Control()
+    if report is not None:
+        control = replace(control, at_rung=lambda step: report(step, measure()))
+    try:
+        model = _untrained(config, task, output, candidate.mask, candidate.seed)
+        fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
+        record |= {"metric": measure(), "status": "ok"}
+    except Paused:
+        raise
+    except Exception as error:  # whatever one candidate dies of, the others go on
+        agreed = isinstance(error, TrainingError)
+        if isinstance(error, InputError | RunError) and not agreed:
+            raise
+        # What one rank alone dies of leaves the others waiting for it.
+        if rank_and_world()[1] > 1 and not agreed:
+            raise
+        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("%s failed: %s", candidate, record["error"])
+    if model is not None and record["status"] == "ok":
+        save_adapter(model, adapter_folder(output, key), config=adapter_config(config, candidate.seed))
+    remove_training(state_folder(output, key))
+    return record | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def score_on_test(config: RunConfig, task: Task, output: Path, mask: str | None, seed: int, keep: Path | None) -> float:
+    """The metric on the test split of a finished evaluation; collective.
+
+    Loads its adapter, or trains it again where that was dropped.
+
+    Args:
+        keep: where to save the adapter for good, if it is the winner's.
+    """
+    key = evaluation_key(mask or NO_MASK, config.train.model_dump(mode="json"), seed)
+    folder = adapter_folder(output, key)
+    if first_says(folder.exists()):
+        model = load_adapter(build_model(config, task, seed)[0], folder)
+    else:
+        model = _untrained(config, task, output, mask, seed)
+        fine_tune(model, task, config, seed, state=state_folder(output, key))
+        save_adapter(model, folder, config=adapter_config(config, seed))
+        remove_training(state_folder(output, key))
+    metric = evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric]
+    if keep is not None:
+        save_adapter(model, keep, adapter_config(config, seed), adapter_dtype(config))
+    return metric
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that a search wrote; rank 0 does."""
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _untrained(config: RunConfig, task: Task, output: Path, mask: str | None, seed: int) -> nn.Module:
+    return sparse_model(config, task, None if mask is None else Mask.load(mask_folder(output, mask)), seed)

@@ -1,0 +1,143 @@
+"""The book-keeping of a search: what was asked for, what the ledger holds already, and what its engine has to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from irdscale.config import RunConfig
+from irdscale.search.candidates import Candidate, adapter_folder, remove_folder
+from irdscale.search.ird import Pair, best_of
+from irdscale.search.shared import SharedLedger
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """Where candidates and Fisher passes run."""
+
+    def call(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result."""
+
+    def evaluate(
+        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
+    ) -> None:
+        """Evaluate candidates with distinct keys, and hand over the record of each when it has ended.
+
+        Args:
+            likely: others that idle workers may begin with, as they will perhaps be asked for next.
+        """
+
+
+class Runner:
+    """Evaluates (mask, seed) candidates and journals them; what the ledger holds is not run again.
+
+    Attributes:
+        asked: keys of the evaluations that this search needs, in the order in which they were first asked for.
+        reused: how often an evaluation was asked for again, by another pair with the same mask.
+        metrics: (pair, seed) -> selection metric of every candidate of the search that ended well.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ledger: SharedLedger,
+        engine: Engine,
+        output: Path,
+        advance: Callable[..., None] | None = None,
+    ) -> None:
+        self._config, self._ledger, self._engine, self._output = config, ledger, engine, output
+        self._advance = advance or (lambda n=1, note="": None)
+        self.asked: list[str] = []
+        self.reused = 0
+        self.metrics: dict[tuple[Pair, int], float] = {}
+
+    def evaluate_round(
+        self,
+        round_number: int,
+        wanted: list[tuple[Pair, int]],
+        masks: dict[Pair, str],
+        likely: Sequence[Pair] = (),
+    ) -> list[float | None]:
+        """Evaluate the candidates of a round; None for one that failed. Keeps the leader's adapters, drops the rest.
+
+        Args:
+            likely: pairs that the next round will perhaps ask for.
+        """
+        direction = self._config.search.direction
+        seeds = self._config.search.seeds
+        metrics = self.evaluate(
+            [Candidate(masks[pair], pair, seed, round_number, direction) for pair, seed in wanted],
+            [Candidate(masks[pair], pair, seed, round_number + 1, direction) for pair in likely for seed in seeds],
+        )
+        for (pair, seed), metric in zip(wanted, metrics, strict=True):
+            if metric is not None:
+                self.metrics[pair, seed] = metric
+        self._drop_followers(masks)
+        return metrics
+
+    def evaluate(self, wanted: Sequence[Candidate], likely: Sequence[Candidate] = ()) -> list[float | None]:
+        """The selection metric of each candidate, from the ledger or by training it; None for one that failed."""
+        missing: dict[str, Candidate] = {}
+        for candidate in wanted:
+            key = candidate.key(self._config)
+            if key in self.asked:
+                self.reused += 1
+            else:
+                self.asked.append(key)
+            if key in self._ledger.finished or key in missing:
+                self._advance(note=str(candidate))
+            else:
+                missing[key] = candidate
+        perhaps = {c.key(self._config): c for c in likely}
+        for key in [*self._ledger.finished, *missing]:
+            perhaps.pop(key, None)
+
+        def ended(record: dict[str, Any]) -> None:
+            self._ledger.append(record)
+            candidate = missing.get(record["key"])
+            if candidate is not None:
+                self._advance(note=str(candidate))
+
+        if missing:
+            self._engine.evaluate(list(missing.values()), ended, list(perhaps.values()))
+        return [self.metric(candidate.mask, candidate.seed) for candidate in wanted]
+
+    def metric(self, mask: str | None, seed: int) -> float | None:
+        """The selection metric of a finished evaluation; None if it is not among them."""
+        record = self._ledger.finished.get(self._key(mask, seed))
+        return None if record is None else record["metric"]
+
+    def error(self, mask: str | None, seed: int) -> str | None:
+        """What the last failed try of an evaluation died of."""
+        key = self._key(mask, seed)
+        failed = [record["error"] for record in self._ledger.records if record["key"] == key]
+        return failed[-1] if failed else None
+
+    def seconds(self) -> float:
+        """Seconds that the asked evaluations took, in whichever process."""
+        return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)
+
+    def clear(self) -> None:
+        """Drop the adapters of all evaluations; the winner's has its own place."""
+        remove_folder(self._output / "candidates")
+
+    def _key(self, mask: str | None, seed: int) -> str:
+        return Candidate(mask, Pair(0, 0), seed, None, "").key(self._config)
+
+    def _drop_followers(self, masks: dict[Pair, str]) -> None:
+        seeds = self._config.search.seeds
+        means = {
+            pair: sum(self.metrics[pair, seed] for seed in seeds) / len(seeds)
+            for pair in {pair for pair, _ in self.metrics}
+            if all((pair, seed) in self.metrics for seed in seeds)
+        }
+        if not means:
+            return
+        leader = best_of(means)
+        kept = {self._key(masks[leader], seed) for seed in seeds}
+        for pair, seed in self.metrics:
+            key = self._key(masks[pair], seed)
+            if key not in kept:
+                remove_folder(adapter_folder(self._output, key))
