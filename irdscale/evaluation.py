@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from irdscale.fisher.capture import frozen
 from irdscale.partitioned import device_of, gathering, is_partitioned, to_gpu
+from irdscale.progress import bar
 from irdscale.ranks import add_up, failing_together, rank_and_world
 from irdscale.watch import watched
 
@@ -45,8 +46,10 @@ def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Te
         # A rank with nothing left gathers with the others, and counts for nothing.
         own += [[]] * (-(-len(batches) // world) - len(own))
     device, logits_NC = device_of(model), torch.zeros(len(order), task.num_labels, dtype=torch.float64)
-    with gathering(model), frozen(model), torch.no_grad():
+    # No bar of its own, but who listens from outside hears that it goes on.
+    with bar("Evaluating", len(own), enabled=False) as advance, gathering(model), frozen(model), torch.no_grad():
         for places in own:
+            advance()
             samples = [split[i] for i in places or batches[0][:1]]
             inputs = {k: v.to(device) for k, v in task.collate(samples).items() if k != "labels"}
             found_BC = model(**inputs).logits

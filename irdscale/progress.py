@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -23,6 +23,9 @@ class Advance(Protocol):
         """Add `n` finished items; a `note` is shown after the bar until the next one."""
 
 
+Listener = Callable[[str, float, float | None, str], None]
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(_rate(task.finished_speed or task.speed or 0.0), style="progress.data.speed")
@@ -32,6 +35,8 @@ class _State:
     """What the bars that are open now share."""
 
     live: Progress | None = None
+    below: RenderableType | None = None
+    listener: Listener | None = None
     depth: int = 0
     printed: float = float("-inf")
 
@@ -50,6 +55,9 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
     Yields:
         `advance(n=1, note="")`, to be called when items are done.
     """
+    if _State.listener is not None:
+        yield _telling(_State.listener, description, total)
+        return
     if not enabled:
         yield lambda n=1, note="": None
         return
@@ -62,11 +70,51 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
         _State.depth -= 1
 
 
+class _Bars(Progress):
+    """Bars, and whatever is to be seen below them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if _State.below is not None:
+            yield _State.below
+
+
+def is_live() -> bool:
+    """Whether bars are on a terminal now."""
+    return _State.live is not None
+
+
+def show_below(what: RenderableType | None) -> None:
+    """Show something below the bars that are open, until the next call."""
+    _State.below = what
+
+
+@contextmanager
+def told(listener: Listener) -> Iterator[None]:
+    """Show no bars in the body, but tell `listener` of each: description, items done, their total, note."""
+    _State.listener = listener
+    try:
+        yield
+    finally:
+        _State.listener = None
+
+
+def _telling(listener: Listener, description: str, total: int | None) -> Advance:
+    done = 0.0
+
+    def advance(n: float = 1, note: str = "") -> None:
+        nonlocal done
+        done += n
+        listener(description, done, total, note)
+
+    return advance
+
+
 @contextmanager
 def _live(description: str, total: int | None) -> Iterator[Advance]:
     outermost = _State.live is None
     if _State.live is None:
-        _State.live = Progress(
+        _State.live = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.completed:.0f}/{task.fields[of]}"),

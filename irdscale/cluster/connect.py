@@ -1,0 +1,179 @@
+"""The Ray cluster of a search: found or started, checked, and left as it was."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irdscale.cluster.desk import Desk
+from irdscale.cluster.ranks import Gang
+from irdscale.errors import InputError
+
+# Only for what this process and the cluster that it starts do; none is set where the user has set it.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # No files of Tune's own for each trial, and an interrupt comes through to us.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
+    # Nobody restores an experiment of Tune's: the ledger is what a search goes on from.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that this process is connected to.
+
+    Attributes:
+        desk: the handle of the search's desk.
+        own: whether this process started it, and ends it.
+    """
+
+    desk: Any
+    own: bool
+
+
+@contextmanager
+def connected() -> Iterator[Cluster]:
+    """Connect to the cluster that RAY_ADDRESS names or that runs on this host, else start one of this host alone.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        raise InputError("search.runner: found a connection to Ray in this process; expected none (ray.shutdown())")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    own = False
+    try:
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            if "RAY_ADDRESS" in os.environ:
+                raise
+            own = True
+            ray.init(address="local", include_dashboard=False, **quiet)
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"RAY_ADDRESS: found {address}; " if address else "search.runner: ray: "
+        raise InputError(f"{where}cannot connect to a Ray cluster: {str(error).splitlines()[0]}") from error
+    try:
+        # Tune prints the traceback of every failed trial; the ledger has its reason.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        desk = ray.remote(num_cpus=0, max_concurrency=10_000, resources=beside())(Desk).remote()
+        yield Cluster(desk, own)
+    finally:
+        ray.shutdown()
+
+
+def beside() -> dict[str, float]:
+    """The resource that keeps the search's small helpers on the head node, off the nodes that compute."""
+    import ray
+
+    head = "node:__internal_head__"
+    return {head: 0.0001} if head in ray.cluster_resources() else {}
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes that are alive: id, host, and what each has, as Ray says."""
+    import ray
+
+    return [
+        {"id": node["NodeID"], "host": node["NodeManagerHostname"], "has": node["Resources"]}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def fitting(gang: Gang) -> int:
+    """How many such gangs the cluster has room for at once, when nothing else runs."""
+    ranks = sum(
+        min(int(node["has"].get(name, 0.0) // amount) for name, amount in gang.bundle.items()) for node in nodes()
+    )
+    return ranks // gang.size
+
+
+def has_gpus() -> bool:
+    """Whether any node has a GPU."""
+    return any(node["has"].get("GPU", 0) for node in nodes())
+
+
+def check_nodes(output: Path) -> None:
+    """Check that every node has this version of irdscale, and sees and can write the output folder.
+
+    Raises:
+        InputError: a node does not; names the node, what was found and what was expected.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from irdscale import __version__
+
+    token = secrets.token_hex(8)
+    folder = output.absolute()
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".shared-{token}"
+    mark.write_text(token)
+    probe = ray.remote(num_cpus=0, max_retries=1)(_probe)
+    try:
+        asked = {
+            node["id"]: probe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)
+            ).remote(str(folder), token)
+            for node in nodes()
+        }
+        hosts = {node["id"]: node["host"] for node in nodes()}
+        for node, ref in asked.items():
+            who = f"node {hosts.get(node, node[:8])}"
+            try:
+                found = ray.get(ref, timeout=120)
+            except ray.exceptions.RayError as error:
+                raise InputError(f"{who}: cannot run irdscale: {' '.join(str(error).split())[-200:]}") from None
+            if found["error"] is not None:
+                raise InputError(f"output: {who}: {found['error']}; expected a folder that all nodes share")
+            back = folder / found["wrote"]
+            if not back.exists():
+                raise InputError(
+                    f"output: {folder} is another folder on {who} than here; expected one that all nodes share"
+                )
+            for what, own in (("irdscale", __version__), ("Python", platform.python_version())):
+                if found[what] != own:
+                    raise InputError(f"{who}: found {what} {found[what]}; expected {own}, as here")
+    finally:
+        for file in folder.glob(f".shared-{token}*"):
+            file.unlink(missing_ok=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _probe(folder: str, token: str) -> dict[str, Any]:
+    """What a node sees of the output folder, and its versions."""
+    from irdscale import __version__
+
+    found: dict[str, Any] = {"error": None, "irdscale": __version__, "Python": platform.python_version()}
+    mark = Path(folder) / f".shared-{token}"
+    found["wrote"] = f"{mark.name}-{secrets.token_hex(4)}"
+    try:
+        if mark.read_text() != token:
+            found["error"] = f"{folder} holds other files than here"
+        else:
+            (Path(folder) / found["wrote"]).write_text(token)
+    except OSError as error:
+        what = "is not there, or is another folder" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        found["error"] = f"{folder}: {what}"
+    return found

@@ -1,0 +1,140 @@
+"""One rank of a job on the cluster: joins its group, says that it lives, and does its part."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from irdscale.launched import joined
+from irdscale.progress import told
+
+# How often a rank says how far it is, and hears whether to make room.
+SAY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The ranks that a job needs.
+
+    Attributes:
+        size: how many ranks; several have a group, and a process that ends with the job.
+        cpus, gpus: of each rank; with as many threads.
+        spread: on as many nodes as there are, rather than as few.
+        grouped: whether one rank has a group too, as DeepSpeed wants it.
+    """
+
+    size: int = 1
+    cpus: int = 1
+    gpus: int = 0
+    spread: bool = False
+    grouped: bool = False
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it needs processes of its own: groups, and what libraries keep of them, stay in a process."""
+        return self.size > 1 or self.grouped or self.gpus > 0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one rank takes of a node."""
+        return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
+
+
+@dataclass
+class Talk:
+    """A job's line to the desk: how far it is, and whether it is to make room. Ranks but the first say nothing."""
+
+    desk: Any
+    name: str
+    rank: int
+    _said: float = field(default=0.0, init=False)
+    _pausing: bool = field(default=False, init=False)
+    _facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def say(self, now: bool = False, **facts: Any) -> None:
+        """Tell how far the job is, at most twice a second unless `now`."""
+        self._facts |= facts
+        if self.rank == 0 and (now or time.monotonic() - self._said >= SAY_S):
+            import ray
+
+            self._pausing = ray.get(self.desk.say.remote(self.name, dict(self._facts)))
+            self._said = time.monotonic()
+
+    def pausing(self) -> bool:
+        """Whether the desk has asked for room."""
+        return self._pausing
+
+    def report(self, step: int, metric: float) -> None:
+        """Hand a metric to the scheduler."""
+        self.say(now=True, step=step, metric=metric)
+        if self.rank == 0:
+            import ray
+
+            ray.get(self.desk.report.remote(self.name, step, metric))
+
+
+Work = Callable[[Talk], Any]
+
+
+def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: Work) -> Any:
+    """Run one rank's part of a job; the first rank's result counts."""
+    import ray
+
+    context = ray.get_runtime_context()
+    where = {"node": context.get_node_id(), "pid": os.getpid(), "host": socket.gethostname()}
+    address = f"{ray.util.get_node_ip_address()}:{_free_port()}" if rank == 0 and (gang.size > 1) else ""
+    address = ray.get(desk.arrive.remote(name, rank, where, address))
+    if gang.fresh:
+        host, _, port = address.partition(":")
+        # Ray shows each rank its own GPUs alone.
+        local = 0 if gang.gpus else rank
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port} if address else {}
+    import torch
+
+    torch.set_num_threads(gang.cpus)
+    talk = Talk(desk, name, rank)
+    with _logged(desk, name, rank), told(lambda *facts: talk.say(progress=facts)), joined(always=gang.grouped):
+        result = work(talk)
+    return result if rank == 0 else None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+class _ToDesk(logging.Handler):
+    """The first rank's log lines go to whoever started the search."""
+
+    def __init__(self, desk: Any, name: str) -> None:
+        super().__init__()
+        self._desk, self._name = desk, name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._desk.log.remote(self._name, record.getMessage())
+
+
+@contextmanager
+def _logged(desk: Any, name: str, rank: int) -> Iterator[None]:
+    logger, handler = logging.getLogger("irdscale"), _ToDesk(desk, name)
+    if rank > 0:
+        yield
+        return
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

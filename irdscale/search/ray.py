@@ -1,0 +1,367 @@
+"""The Ray engine: one Tuner for each round, whose trials are the round's (candidate, seed) evaluations.
+
+Features: as many trials at once as the cluster has room for; trials of several ranks, with DeepSpeed or without; trials
+whose process or node is lost start again from the state that their training saved last, those that hang are ended and
+start again too; one writer of the ledger, this process; early stopping of what falls behind (ASHA); idle workers begin
+with what the next round will likely ask for (`search.ray.speculate`). Fisher passes and test scores run on the cluster
+as well, so that this process needs neither a GPU nor room for a model.
+
+Constraints: all nodes share the output folder, and find the model and the data at the paths of the configuration.
+
+A trial is an actor that computes nothing: it asks the desk (`irdscale.cluster.desk`) to run the job and waits. So the
+processes that compute outlive it, a hung one can be ended from outside, and trials sit on the head node.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from irdscale.cluster.connect import Cluster, beside, check_nodes, connected, fitting, has_gpus, nodes
+from irdscale.cluster.ranks import Gang, Talk
+from irdscale.cluster.table import watching
+from irdscale.config import RunConfig
+from irdscale.errors import InputError, RunError
+from irdscale.search.candidates import Candidate, run_candidate
+from irdscale.search.ird import Pair
+from irdscale.tasks import load_task
+from irdscale.training import Control, Paused, training_steps
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+# How long trials may take to save their state when the search is interrupted.
+PAUSE_S = 30.0
+
+
+@contextmanager
+def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[RayEngine]:
+    """Connect to the cluster, check its nodes, and run the body; an interrupt lets trials save their state first.
+
+    Raises:
+        InputError: there is no cluster, a node does not share the output folder, or no trial can ever fit.
+    """
+    with connected() as cluster:
+        check_nodes(output)
+        engine = RayEngine(config, training_steps(config.train, len(task.train)), output, cluster)
+        with watching(cluster.desk, enabled=progress):
+            try:
+                yield engine
+            except KeyboardInterrupt:
+                log.info("interrupted: trials save their state (again to end at once)")
+                _pause_all(cluster.desk)
+                raise
+
+
+def gang_of(config: RunConfig, ranks: int) -> Gang:
+    """The ranks of one job, on the cluster that this process is connected to."""
+    asked = config.search.ray
+    gpus = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
+    grouped = config.train.deepspeed is not None
+    return Gang(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped)
+
+
+class RayEngine:
+    """Runs jobs on a cluster; see `irdscale.search.runner.Engine`."""
+
+    def __init__(self, config: RunConfig, steps: int, output: Path, cluster: Cluster) -> None:
+        self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
+        asked = config.search.ray
+        self._trial = gang_of(config, asked.ranks)
+        self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks)
+        for key, gang in (("ranks", self._trial), ("fisher_ranks", self._fisher)):
+            if fitting(gang) == 0:
+                problem = (
+                    f"search.ray.{key}: found {gang.size} x {gang.cpus} CPUs and {gang.gpus} GPUs, which do not fit on "
+                    f"the cluster ({'; '.join(map(_described, nodes()))})"
+                )
+                if cluster.own:
+                    raise InputError(f"{problem}; expected less, or a larger cluster")
+                log.warning("%s; waiting for nodes that join", problem)
+
+    def call(self, work: Callable[..., T], *args: Any) -> T:
+        job = partial(_called, self._config, self._output, work, args)
+        error: RunError | None = None
+        for _ in range(1 + self._config.search.ray.max_failures):
+            try:
+                return cast(T, self._do(work.__name__, job))
+            except RunError as lost:
+                log.warning("%s: %s; starting it again", work.__name__, lost)
+                error = lost
+        assert error is not None
+        raise error
+
+    def _do(self, name: str, job: Callable[[Talk], Any]) -> Any:
+        desk, silent = self._cluster.desk, 60 * self._config.search.ray.silent_minutes
+        # A pass over many samples says how far it is, but loading a model says nothing.
+        label = {"what": name.replace("_", " ")}
+        try:
+            ray.get(desk.start.remote(name, job, self._fisher, silent, label=label))
+            return ray.get(desk.follow.remote(name))["result"]
+        except ray.exceptions.RayTaskError as error:
+            raise _unwrapped(error) from None
+
+    def evaluate(
+        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
+    ) -> None:
+        asked = self._config.search.ray
+        likely = likely if asked.speculate else ()
+        journal = _Journal(self._config, candidates, ended, self._cluster.desk)
+        room = asked.concurrent or (
+            fitting(self._trial) if self._cluster.own else max(fitting(self._trial), len(candidates))
+        )
+        trial = tune.with_parameters(
+            _Trial, run=self._config, output=self._output, desk=self._cluster.desk, gang=self._trial
+        )
+        trials = [*candidates, *likely]
+        ray.get(self._cluster.desk.close.remote(None))
+        with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trial, tune.PlacementGroupFactory([beside() or {"memory": 1}])),
+                param_space={"candidate": tune.grid_search([_Asked(c, c in likely) for c in trials])},
+                tune_config=tune.TuneConfig(
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                    scheduler=_scheduler(self._config, self._steps),
+                    reuse_actors=True,
+                    max_concurrent_trials=max(1, min(room, len(trials))),
+                ),
+                run_config=tune.RunConfig(
+                    name="round",
+                    storage_path=scratch,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=asked.max_failures),
+                    callbacks=[journal],
+                ),
+            )
+            tuner.fit()
+        if journal.error is not None:
+            raise journal.error
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A trial's parameter; not a dict or list, which Tune would look into."""
+
+    candidate: Candidate
+    optional: bool
+
+
+class _Trial(tune.Trainable):
+    """One evaluation: waits for the desk's job, and hands its reports and its record to Tune."""
+
+    def setup(self, config: dict[str, Any], run: RunConfig, output: Path, desk: Any, gang: Gang) -> None:
+        self._run, self._output, self._desk, self._gang, self._started = run, output, desk, gang, False
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._asked: _Asked = new_config["candidate"]
+        self._name = self._asked.candidate.key(self._run)
+        self._seen = 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            if not self._started:
+                self._start()
+            reply = ray.get(self._desk.follow.remote(self._name, self._seen))
+        except ray.exceptions.RayTaskError as error:
+            own = _unwrapped(error)
+            if isinstance(own, InputError):
+                return {"done": True, "bad_input": str(own)}
+            raise own from None
+        if "report" in reply:
+            self._seen += 1
+            step, metric = reply["report"]
+            return {"steps": step, "metric": metric}
+        return {"done": True, "record": reply["result"]}
+
+    def _start(self) -> None:
+        asked, candidate = self._run.search.ray, self._asked.candidate
+        ray.get(
+            self._desk.start.remote(
+                self._name,
+                partial(_evaluated, self._run, self._output, self._asked),
+                self._gang,
+                silent_s=60 * asked.silent_minutes,
+                limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
+                optional=self._asked.optional,
+                label={"round": candidate.round, "what": str(candidate)},
+            )
+        )
+        self._started = True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the training keeps its own state, and takes it up when the trial starts again."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        if self._started:
+            self._started = False
+            ray.get(self._desk.stop.remote(self._name))
+
+
+class _Journal(tune.Callback):
+    """Writes the record of each trial that has ended, in this process.
+
+    Attributes:
+        error: what the search itself died of, if it did.
+    """
+
+    def __init__(
+        self, config: RunConfig, needed: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], desk: Any
+    ) -> None:
+        self._config, self._ended, self._desk = config, ended, desk
+        self._left = {candidate.key(config) for candidate in needed}
+        self.error: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks, to restore what nobody restores here.
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result, candidate = trial.last_result or {}, trial.config["candidate"].candidate
+        if "bad_input" in result:
+            self._fail(InputError(result["bad_input"]))
+        elif "record" in result:
+            # None where the trial was asked to make room.
+            self._end(candidate, result["record"])
+        else:
+            stopped = f"stopped early at step {result.get('steps')}, with {result.get('metric', math.nan):.4f}"
+            seconds = round(result.get("time_total_s", 0.0), 3)
+            self._end(candidate, candidate.record(self._config) | {"error": stopped, "seconds": seconds})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        candidate = trial.config["candidate"].candidate
+        why = ray.get(self._desk.why.remote(candidate.key(self._config)))
+        text = why or "its trial was lost, with its process or its node"
+        log.warning("%s failed: %s", candidate, text)
+        self._end(candidate, candidate.record(self._config) | {"error": text})
+
+    def _end(self, candidate: Candidate, record: dict[str, Any] | None) -> None:
+        if record is not None:
+            try:
+                self._ended(record)
+            except Exception as error:  # such as a full disk
+                self._fail(error)
+                return
+        self._left.discard(candidate.key(self._config))
+        if not self._left:
+            ray.get(self._desk.close.remote("optional"))
+
+    def _fail(self, error: Exception) -> None:
+        self.error = self.error or error
+        ray.get(self._desk.close.remote("all"))
+
+
+class _ByFirstSeed(AsyncHyperBandScheduler):
+    """ASHA over the trials of one seed; those of the others go as their pair's does.
+
+    A pair counts only with all of its seeds, so they must not be judged one by one.
+    """
+
+    def __init__(self, seed: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._seed, self._stopped_pairs = seed, set[Pair]()
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        candidate = trial.config["candidate"].candidate
+        if candidate.seed != self._seed:
+            return TrialScheduler.STOP if candidate.pair in self._stopped_pairs else TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self._stopped_pairs.add(candidate.pair)
+        return decision
+
+
+def _scheduler(config: RunConfig, steps: int) -> TrialScheduler | None:
+    asked = config.search.ray
+    if not asked.early_stopping:
+        return None
+    return _ByFirstSeed(
+        config.search.seeds[0],
+        time_attr="steps",
+        metric="metric",
+        mode="max",
+        max_t=steps,
+        grace_period=_first_rung(config, steps),
+        reduction_factor=asked.reduction_factor,
+    )
+
+
+def _first_rung(config: RunConfig, steps: int) -> int:
+    return max(1, round(config.search.ray.grace_ratio * steps))
+
+
+def rungs(config: RunConfig, steps: int) -> frozenset[int]:
+    """Steps after which a candidate's metric is measured, to see whether it falls behind."""
+    found, rung = set(), _first_rung(config, steps)
+    while config.search.ray.early_stopping and rung < steps:
+        found.add(rung)
+        rung *= config.search.ray.reduction_factor
+    return frozenset(found)
+
+
+# What runs on the ranks.
+
+
+@lru_cache(maxsize=1)
+def _task(config: str) -> Task:
+    return load_task(RunConfig.model_validate_json(config))
+
+
+def _called(config: RunConfig, output: Path, work: Callable[..., T], args: tuple[Any, ...], talk: Talk) -> T:
+    return work(config, _task(config.model_dump_json()), output, *args)
+
+
+def _evaluated(config: RunConfig, output: Path, asked: _Asked, talk: Talk) -> dict[str, Any] | None:
+    """The record of a candidate; None where it made room."""
+    task, done = _task(config.model_dump_json()), 0
+    steps = training_steps(config.train, len(task.train))
+
+    def advance(n: int = 1) -> None:
+        nonlocal done
+        done += n
+        talk.say(step=done, of=steps)
+
+    early = config.search.ray.early_stopping and not asked.optional
+    control = Control(advance, talk.pausing, rungs(config, steps) if early else frozenset())
+    try:
+        return run_candidate(config, task, output, asked.candidate, control, talk.report if early else None)
+    except Paused:
+        return None
+
+
+def _unwrapped(error: Any) -> Exception:
+    """An error without what Ray and Tune put around it."""
+    while isinstance(getattr(error, "cause", None), Exception):
+        error = error.cause
+    return error if isinstance(error, Exception) else RunError(str(error))
+
+
+def _pause_all(desk: Any) -> None:
+    """Have all jobs save their state and end, as far as they do so in time."""
+    ray.get(desk.close.remote("all"))
+    deadline = time.monotonic() + PAUSE_S
+    while not ray.get(desk.idle.remote()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _described(node: dict[str, Any]) -> str:
+    return f"{node['host']}: {node['has'].get('CPU', 0):g} CPUs, {node['has'].get('GPU', 0):g} GPUs"
