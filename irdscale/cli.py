@@ -78,12 +78,12 @@ def search(config: Config, overrides: Overrides = None, as_json: Json = False) -
     """Search for the best samples and parameters, train the winner, write the report.
 
     Interrupted, the same command goes on from there. Under torchrun or deepspeed, all ranks share the Fisher passes and
-    train each candidate together.
+    train each candidate together; with search.runner=ray, candidates run side by side on a Ray cluster.
     """
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        with _ranks(settings):
+        with _ranks(settings) if settings.search.runner == "local" else _cluster(settings):
             from irdscale.report import write_report
             from irdscale.search.run import run_search
 
@@ -219,6 +219,19 @@ def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
         micro_batch(settings, world)
     with joined(always=zero_settings(settings, world if train else None) is not None):
         yield
+
+
+@contextmanager
+def _cluster(settings: RunConfig) -> Iterator[None]:
+    """Run a search whose ranks are Ray's to start, once the configuration is known to suit so many."""
+    from irdscale.zero import micro_batch, zero_settings
+
+    world = launched()[2]
+    if world > 1:
+        raise InputError(f"search.runner: found ray and {world} ranks (WORLD_SIZE); expected no launcher, or local")
+    micro_batch(settings, settings.search.ray.ranks)
+    zero_settings(settings, settings.search.ray.ranks)
+    yield
 
 
 def main() -> NoReturn:

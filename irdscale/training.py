@@ -54,12 +54,14 @@ class Control:
         pausing: asked on rank 0 before each step is made; true saves the state and ends with `Paused`.
         rungs: steps after which every rank calls `at_rung`; not the last one.
         at_rung: takes how many steps are made; collective.
+        seen: takes how many steps are made, the loss of this rank's last pass, and the learning rate.
     """
 
     advance: Callable[..., None] = lambda n=1: None
     pausing: Callable[[], bool] = lambda: False
     rungs: frozenset[int] = frozenset()
     at_rung: Callable[[int], None] = lambda step: None
+    seen: Callable[[int, float, float], None] | None = None
 
 
 def trained_whole(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
@@ -259,6 +261,8 @@ class _Callback(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._control.advance(1)
         step = self._done + self.trainer.state.global_step
+        if self._control.seen is not None:
+            self._control.seen(step, *self.trainer.seen)
         if step == self.trainer.steps:
             return
         if step in self._control.rungs:
@@ -278,11 +282,13 @@ class _SparseTrainer(Trainer):
         steps: of the whole training, which the learning rate follows.
         train_config: how to train.
         bad: what is wrong with a loss, until the ranks have agreed on it.
+        seen: the last loss, and its learning rate.
     """
 
     train_config: TrainConfig
     done, steps = 0, 0
     bad: str | None = None
+    seen = (math.nan, math.nan)
 
     @property
     def plain_model(self) -> nn.Module:
@@ -294,10 +300,11 @@ class _SparseTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss) and self.bad is None:
-            rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
+        self.seen = float(loss), float(rate)
+        if not math.isfinite(self.seen[0]) and self.bad is None:
             step = self.done + self.state.global_step + 1
-            self.bad = f"the loss is {loss.item()} at step {step}, learning rate {rate:.3g}"
+            self.bad = f"the loss is {self.seen[0]} at step {step}, learning rate {rate:.3g}"
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

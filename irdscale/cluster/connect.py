@@ -74,10 +74,25 @@ def connected() -> Iterator[Cluster]:
     try:
         # Tune prints the traceback of every failed trial; the ledger has its reason.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        desk = ray.remote(num_cpus=0, max_concurrency=10_000, resources=beside())(Desk).remote()
+        # Lost, it starts anew without its jobs, which end with it; their trials then start them again.
+        options = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "resources": beside()}
+        desk = ray.remote(**options)(Desk).remote()
         yield Cluster(desk, own)
     finally:
         ray.shutdown()
+
+
+def answer(ref: Any) -> Any:
+    """What an actor's method returns, or what it raised, without what Ray puts around it."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        cause: Any = error
+        while isinstance(getattr(cause, "cause", None), Exception):
+            cause = cause.cause
+        raise cause from None
 
 
 def beside() -> dict[str, float]:

@@ -101,7 +101,7 @@ class Desk:
         Raises:
             InputError, RunError: as the job.
         """
-        job = self._jobs[name]
+        job = self._job(name)
         assert job.task is not None
         while len(job.reports) <= seen and not job.task.done():
             job.changed.clear()
@@ -158,7 +158,7 @@ class Desk:
 
     async def arrive(self, name: str, rank: int, where: dict[str, Any], address: str) -> str:
         """A rank has begun; returns where the first one waits for the others."""
-        job = self._jobs[name]
+        job = self._job(name)
         job.where[rank] = where
         job.heard = time.monotonic()
         if rank == 0:
@@ -168,13 +168,13 @@ class Desk:
 
     async def say(self, name: str, facts: dict[str, Any]) -> bool:
         """A job lives, and this is how far it is; returns whether it is to pause."""
-        job = self._jobs[name]
+        job = self._job(name)
         job.heard, job.facts = time.monotonic(), facts
         return self._closes(job)
 
     async def report(self, name: str, step: int, metric: float) -> None:
         """A metric for the scheduler."""
-        job = self._jobs[name]
+        job = self._job(name)
         job.heard = time.monotonic()
         job.reports.append((step, metric))
         job.changed.set()
@@ -183,6 +183,11 @@ class Desk:
         self._logs.append(line)
 
     # The job itself.
+
+    def _job(self, name: str) -> _Job:
+        if name not in self._jobs:
+            raise RunError("the search's desk was lost, and what it watched with it")
+        return self._jobs[name]
 
     async def _run(self, job: _Job, work: Work) -> Any:
         import ray

@@ -136,27 +136,31 @@ def run_candidate(
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def score_on_test(config: RunConfig, task: Task, output: Path, mask: str | None, seed: int, keep: Path | None) -> float:
-    """The metric on the test split of a finished evaluation; collective.
+def score_on_test(
+    config: RunConfig, task: Task, output: Path, asked: list[tuple[str | None, int, bool]]
+) -> list[float]:
+    """The metrics on the test split of finished evaluations; collective.
 
-    Loads its adapter, or trains it again where that was dropped.
+    Each one's adapter is loaded, or trained again where it was dropped.
 
     Args:
-        keep: where to save the adapter for good, if it is the winner's.
+        asked: mask, seed, and whether the adapter is the winner's, to be saved in OUTPUT/adapter for good.
     """
-    key = evaluation_key(mask or NO_MASK, config.train.model_dump(mode="json"), seed)
-    folder = adapter_folder(output, key)
-    if first_says(folder.exists()):
-        model = load_adapter(build_model(config, task, seed)[0], folder)
-    else:
-        model = _untrained(config, task, output, mask, seed)
-        fine_tune(model, task, config, seed, state=state_folder(output, key))
-        save_adapter(model, folder, config=adapter_config(config, seed))
-        remove_training(state_folder(output, key))
-    metric = evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric]
-    if keep is not None:
-        save_adapter(model, keep, adapter_config(config, seed), adapter_dtype(config))
-    return metric
+    metrics = []
+    for mask, seed, keep in asked:
+        key = evaluation_key(mask or NO_MASK, config.train.model_dump(mode="json"), seed)
+        folder = adapter_folder(output, key)
+        if first_says(folder.exists()):
+            model = load_adapter(build_model(config, task, seed)[0], folder)
+        else:
+            model = _untrained(config, task, output, mask, seed)
+            fine_tune(model, task, config, seed, state=state_folder(output, key))
+            save_adapter(model, folder, config=adapter_config(config, seed))
+            remove_training(state_folder(output, key))
+        metrics.append(evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric])
+        if keep:
+            save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
+    return metrics
 
 
 def remove_folder(folder: Path) -> None:

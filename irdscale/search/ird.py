@@ -25,6 +25,10 @@ from dataclasses import dataclass
 from irdscale.errors import RunError
 
 
+class StartError(RunError):
+    """The start of a search could not be evaluated."""
+
+
 @dataclass(frozen=True, order=True)
 class Pair:
     """A candidate: s samples, whose Fisher information chooses p trainable parameters."""
@@ -54,6 +58,7 @@ class Outcome:
         pareto: the best pair at every p, the most parameters first.
         stop: why the search ended.
         evaluations: how many (pair, seed) were asked for.
+        all_failed: whether it ended because every candidate of a round failed.
     """
 
     best: Pair
@@ -63,6 +68,7 @@ class Outcome:
     pareto: list[Pair]
     stop: str
     evaluations: int
+    all_failed: bool = False
 
 
 Evaluate = Callable[[int, list[tuple[Pair, int]]], list[float | None]]
@@ -117,7 +123,7 @@ def ird(
             None for a failure. It is never asked for the same one twice. A pair with a failure cannot be chosen.
 
     Raises:
-        RunError: the start could not be evaluated.
+        StartError: the start could not be evaluated.
         ValueError: a size is below 1, or the start below the minimum.
     """
     if min(minimum.samples, minimum.params) < 1:
@@ -140,10 +146,10 @@ def ird(
         return {pair: means[pair] for pair in pairs if pair in means}
 
     if not evaluate_all(0, [start]):
-        raise RunError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
+        raise StartError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
     state, best, since_best = start, start, 0
     path = [Step(0, start, means[start])]
-    stop = f"max_rounds = {max_rounds} reached"
+    stop, all_failed = f"max_rounds = {max_rounds} reached", False
     for round_number in range(1, max_rounds + 1):
         next_pairs = candidates(state, minimum)
         if not next_pairs:
@@ -151,7 +157,7 @@ def ird(
             break
         scored = evaluate_all(round_number, next_pairs)
         if not scored:
-            stop = f"every candidate of round {round_number} failed"
+            stop, all_failed = f"every candidate of round {round_number} failed", True
             break
         state = best_of(scored)
         path.append(Step(round_number, state, means[state]))
@@ -165,4 +171,4 @@ def ird(
         best_of({pair: mean for pair, mean in means.items() if pair.params == params})
         for params in sorted({pair.params for pair in means}, reverse=True)
     ]
-    return Outcome(best, means[best], path, means, pareto, stop, sum(map(len, results.values())))
+    return Outcome(best, means[best], path, means, pareto, stop, sum(map(len, results.values())), all_failed)

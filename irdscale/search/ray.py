@@ -29,12 +29,13 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from irdscale.cluster.connect import Cluster, beside, check_nodes, connected, fitting, has_gpus, nodes
+from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.ranks import Gang, Talk
 from irdscale.cluster.table import watching
 from irdscale.config import RunConfig
 from irdscale.errors import InputError, RunError
 from irdscale.search.candidates import Candidate, run_candidate
+from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
 from irdscale.tasks import load_task
 from irdscale.training import Control, Paused, training_steps
@@ -109,11 +110,8 @@ class RayEngine:
         desk, silent = self._cluster.desk, 60 * self._config.search.ray.silent_minutes
         # A pass over many samples says how far it is, but loading a model says nothing.
         label = {"what": name.replace("_", " ")}
-        try:
-            ray.get(desk.start.remote(name, job, self._fisher, silent, label=label))
-            return ray.get(desk.follow.remote(name))["result"]
-        except ray.exceptions.RayTaskError as error:
-            raise _unwrapped(error) from None
+        ray.get(desk.start.remote(name, job, self._fisher, silent, label=label))
+        return answer(desk.follow.remote(name))["result"]
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
@@ -178,12 +176,9 @@ class _Trial(tune.Trainable):
         try:
             if not self._started:
                 self._start()
-            reply = ray.get(self._desk.follow.remote(self._name, self._seen))
-        except ray.exceptions.RayTaskError as error:
-            own = _unwrapped(error)
-            if isinstance(own, InputError):
-                return {"done": True, "bad_input": str(own)}
-            raise own from None
+            reply = answer(self._desk.follow.remote(self._name, self._seen))
+        except InputError as error:
+            return {"done": True, "bad_input": str(error)}
         if "report" in reply:
             self._seen += 1
             step, metric = reply["report"]
@@ -340,19 +335,25 @@ def _evaluated(config: RunConfig, output: Path, asked: _Asked, talk: Talk) -> di
         done += n
         talk.say(step=done, of=steps)
 
+    def report(step: int, metric: float) -> None:
+        draw(step, selection=metric)
+        talk.report(step, metric)
+
     early = config.search.ray.early_stopping and not asked.optional
-    control = Control(advance, talk.pausing, rungs(config, steps) if early else frozenset())
-    try:
-        return run_candidate(config, task, output, asked.candidate, control, talk.report if early else None)
-    except Paused:
-        return None
-
-
-def _unwrapped(error: Any) -> Exception:
-    """An error without what Ray and Tune put around it."""
-    while isinstance(getattr(error, "cause", None), Exception):
-        error = error.cause
-    return error if isinstance(error, Exception) else RunError(str(error))
+    with curves(output, asked.candidate) as draw:
+        control = Control(
+            advance,
+            talk.pausing,
+            rungs(config, steps) if early else frozenset(),
+            seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
+        )
+        try:
+            record = run_candidate(config, task, output, asked.candidate, control, report if early else None)
+        except Paused:
+            return None
+        if record["status"] == "ok":
+            draw(steps, selection=record["metric"])
+        return record
 
 
 def _pause_all(desk: Any) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from irdscale.config import RunConfig, config_changes, dump_config, same_search
-from irdscale.errors import InputError
+from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_on_test
-from irdscale.search.ird import Outcome, Pair, candidates, ird, likely_next
+from irdscale.search.ird import Outcome, Pair, StartError, candidates, ird, likely_next
 from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalEngine
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
@@ -77,16 +78,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             log.info("going on: %d evaluations are done", len(ledger.finished))
         with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
             runner = Runner(config, ledger, engine, output, advance)
-            outcome = ird(
-                masks.start,
-                masks.minimum,
-                config.search.seeds,
-                config.search.max_rounds,
-                config.search.patience,
-                lambda round_number, wanted: runner.evaluate_round(
-                    round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum)
-                ),
-            )
+            outcome = _rounds(config, runner, masks)
             evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
             baselines = _run_baselines(config, engine, runner, masks, outcome.best, progress)
         started = time.perf_counter()
@@ -98,10 +90,8 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             "adapter": "adapter",
             **_selection(config, runner, best_mask),
         }
-        _test(engine, best_mask, best, keep=output / "adapter")
-        for baseline in baselines.values():
-            mask = Path(baseline["mask"]).name if "mask" in baseline else None
-            _test(engine, mask, baseline, keep=None)
+        others = [(Path(entry["mask"]).name if "mask" in entry else None, entry) for entry in baselines.values()]
+        _test(engine, [(best_mask, best), *others])
         seconds = {
             "fisher": masks.facts["seconds"],
             "train": round(train_seconds, 2),
@@ -138,6 +128,30 @@ def _engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
         ) from None
     with ray_engine(config, task, output, progress) as engine:
         yield engine
+
+
+def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks) -> Outcome:
+    """The search itself.
+
+    Raises:
+        RunError: the start failed; says what of.
+    """
+    try:
+        outcome = ird(
+            masks.start,
+            masks.minimum,
+            config.search.seeds,
+            config.search.max_rounds,
+            config.search.patience,
+            lambda round_number, wanted: runner.evaluate_round(
+                round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum)
+            ),
+        )
+    except StartError as error:
+        raise RunError(f"{error}: {runner.last_error()}") from None
+    if outcome.all_failed:
+        return replace(outcome, stop=f"{outcome.stop}: {runner.last_error()}")
+    return outcome
 
 
 def _what_was_found(
@@ -260,16 +274,20 @@ def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str,
     return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
 
 
-def _test(engine: Engine, mask: str | None, entry: dict[str, Any], keep: Path | None) -> None:
-    """Add the test metric to what `_selection` found; the seed best on selection is saved to `keep`."""
-    if entry["metric"] is None:
+def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]]) -> None:
+    """Add the test metrics to what `_selection` found; of the first entry, the seed best on selection is kept."""
+    scored = [(mask, entry) for mask, entry in entries if entry["metric"] is not None]
+    asked = []
+    for mask, entry in scored:
+        chosen = max(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
+        asked += [(mask, one["seed"], entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]]
+    found = iter(engine.call(score_on_test, asked))
+    for _, entry in entries:
         entry["test_metric"] = None
-        return
-    chosen = max(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
-    for one in entry["seeds"]:
-        seed = one["seed"]
-        one["test_metric"] = engine.call(score_on_test, mask, seed, keep if seed == chosen else None)
-    entry["test_metric"] = _mean(entry["seeds"], "test_metric")
+    for _, entry in scored:
+        for one in entry["seeds"]:
+            one["test_metric"] = next(found)
+        entry["test_metric"] = _mean(entry["seeds"], "test_metric")
 
 
 def _mean(seeds: list[dict[str, Any]], name: str) -> float:

@@ -115,6 +115,11 @@ class Runner:
         failed = [record["error"] for record in self._ledger.records if record["key"] == key]
         return failed[-1] if failed else None
 
+    def last_error(self) -> str | None:
+        """What the evaluation that failed last died of."""
+        failed = [record["error"] for record in self._ledger.records if record["status"] == "failed"]
+        return failed[-1] if failed else None
+
     def seconds(self) -> float:
         """Seconds that the asked evaluations took, in whichever process."""
         return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)

@@ -1,0 +1,39 @@
+"""What TensorBoard shows of a search on a cluster: loss, learning rate and selection metric of every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from irdscale.ranks import rank_and_world
+from irdscale.search.candidates import Candidate
+
+
+class Draw(Protocol):
+    def __call__(self, step: int, **values: float) -> None:
+        """Add a point to each of the named curves."""
+
+
+@contextmanager
+def curves(output: Path, candidate: Candidate) -> Iterator[Draw]:
+    """Curves of one evaluation, in OUTPUT/tensorboard; the first rank's are drawn."""
+    if rank_and_world()[0] > 0:
+        yield lambda step, **values: None
+        return
+    from tensorboardX import SummaryWriter
+
+    pair, stage = candidate.pair, candidate.direction if candidate.round is None else f"round{candidate.round}"
+    writer = SummaryWriter(
+        str(output / "tensorboard" / f"{stage}-{pair.samples}samples-{pair.params}parameters-seed{candidate.seed}")
+    )
+
+    def draw(step: int, **values: float) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    try:
+        yield draw
+    finally:
+        writer.close()
