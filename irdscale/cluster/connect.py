@@ -6,6 +6,8 @@ import logging
 import os
 import platform
 import secrets
+import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ QUIET = {
     # Nobody restores an experiment of Tune's: the ledger is what a search goes on from.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
+LOCAL = "local"
+ANSWER_S = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -57,29 +61,58 @@ def connected() -> Iterator[Cluster]:
 
     if ray.is_initialized():
         raise InputError("search.runner: found a connection to Ray in this process; expected none (ray.shutdown())")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    own = False
+    address = _address()
+    where = f"RAY_ADDRESS: found {address}; " if "RAY_ADDRESS" in os.environ else f"the Ray cluster at {address}: "
     try:
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
-            if "RAY_ADDRESS" in os.environ:
-                raise
-            own = True
-            ray.init(address="local", include_dashboard=False, **quiet)
+        # Of a cluster of our own nobody looks at the dashboard.
+        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
-        address = os.environ.get("RAY_ADDRESS")
-        where = f"RAY_ADDRESS: found {address}; " if address else "search.runner: ray: "
-        raise InputError(f"{where}cannot connect to a Ray cluster: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{where}cannot connect: {str(error).splitlines()[0]}") from error
     try:
         # Tune prints the traceback of every failed trial; the ledger has its reason.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Lost, it starts anew without its jobs, which end with it; their trials then start them again.
         options = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "resources": beside()}
         desk = ray.remote(**options)(Desk).remote()
-        yield Cluster(desk, own)
+        yield Cluster(desk, own=address == LOCAL)
     finally:
         ray.shutdown()
+
+
+def _address() -> str:
+    """Where the cluster is: as RAY_ADDRESS says, else that of `ray start` on this host, else nowhere yet.
+
+    Raises:
+        InputError: RAY_ADDRESS is none, or nobody answers there; Ray itself would try for many minutes.
+    """
+    asked = os.environ.get("RAY_ADDRESS", "")
+    if asked not in ("", LOCAL, "auto"):
+        host, colon, port = asked.rpartition(":")
+        if not colon or not port.isdigit() or "/" in host:
+            raise InputError(f"RAY_ADDRESS: found {asked}; expected HOST:PORT, as ray start --head says it")
+        if not _answers(host, int(port)):
+            raise InputError(f"RAY_ADDRESS: found {asked}, where nobody answers; expected a running Ray cluster")
+        return asked
+    # What ray start leaves for programs on its host.
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    found = note.read_text().strip() if asked != LOCAL and note.is_file() else ""
+    host, _, port = found.rpartition(":")
+    if found and port.isdigit() and _answers(host, int(port)):
+        return found
+    if asked == "auto":
+        raise InputError("RAY_ADDRESS: found auto, but no Ray cluster on this host; expected one (ray start --head)")
+    if found:
+        log.warning("%s names a Ray cluster at %s that does not answer; starting one here", note, found)
+    return LOCAL
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False
 
 
 def answer(ref: Any) -> Any:

@@ -1,0 +1,118 @@
+"""Toy searches on Ray: run here or as a command of their own, with processes that are really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from irdscale.search.ledger import read_ledger
+
+# Saves at every step, so that a killed trial loses at most one.
+EVERY_STEP = ["train.save_minutes=0"]
+
+
+def essence(result: dict[str, Any]) -> dict[str, Any]:
+    """What a search found, without times, places and the number of threads that it was found with."""
+    kept = ("best", "pareto", "path", "stop", "evaluations", "reused", "sample_gradients", "training_steps")
+    baseline = {n: {k: v for k, v in b.items() if k != "seconds"} for n, b in result["baseline"].items()}
+    return {"baseline": baseline, **{name: result[name] for name in kept}}
+
+
+def finished(output: Path) -> dict[str, float]:
+    """Key -> metric of every evaluation that ended well; reading it refuses a key that is there twice."""
+    return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
+
+
+def result_of(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "result.json").read_text())
+    return found
+
+
+def environment(**more: str) -> dict[str, str]:
+    own = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WORLD_SIZE")}
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**own, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
+@contextmanager
+def command(toy: Path, output: Path, *overrides: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """`irdscale search` on Ray, in a process group of its own, which is gone at the end."""
+    arguments = [str(toy), "search.runner=ray", f"output={output}", *EVERY_STEP, *overrides]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "irdscale", "search", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment(**more),
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ends_well(process: subprocess.Popen[str], seconds: float = 420) -> str:
+    """Wait for the end; what it said."""
+    _, said = process.communicate(timeout=seconds)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def below(pid: int) -> list[psutil.Process]:
+    """Every process that a process has started, and they in turn."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def named(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
+    """Those whose title says that they run so and so."""
+    found = []
+    for process in processes:
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 180) -> Any:
+    """Until `what` gives something, which is returned."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def saved_steps(output: Path) -> dict[str, int]:
+    """Key -> step of every training whose state is on disk."""
+    found = {}
+    for file in output.glob("candidates/state-*/state.json"):
+        try:
+            found[file.parent.name.removeprefix("state-")] = json.loads(file.read_text())["step"]
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def kill(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGKILL)
