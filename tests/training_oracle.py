@@ -114,11 +114,6 @@ def _undecayed(model: nn.Module, name: str) -> bool:
     return "bias" in name or "Norm" in type(module).__name__
 
 
-def double(config: RunConfig) -> RunConfig:
-    """The same in float64."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})})
-
-
 def load(path: Path, *changes: str) -> RunConfig:
     """The configuration of `toy`."""
     return copy.deepcopy(load_config(path, list(changes)))

@@ -44,7 +44,10 @@ def settings_file(folder: Path, stage: int, **zero: Any) -> str:
     """A DeepSpeed file for a stage."""
     path = folder / f"zero{stage}-{'-'.join(zero)}.json"
     more = STRICT | {"reduce_bucket_size": 500} if stage == 3 else BUCKETS
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **more, **zero}}))
+    # Each rank writes it, while another may read it.
+    own = path.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps({"zero_optimization": {"stage": stage, **more, **zero}}))
+    own.replace(path)
     return str(path)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irdscale.triton_device import interpreting, why_not_on
+
 try:
     import triton
     import triton.language as tl
@@ -127,7 +129,7 @@ def usable(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> bool:
     """
     if _why_not(left_BTP, right_BTQ, total_PQ) is not None:
         return False
-    return _interpreting() or _works(left_BTP.device, left_BTP.dtype)
+    return interpreting() or _works(left_BTP.device, left_BTP.dtype)
 
 
 def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, trace_B: Tensor | None = None) -> None:
@@ -147,17 +149,11 @@ def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, 
     reason = _why_not(left_BTP, right_BTQ, total_PQ)
     if reason is not None:
         raise ValueError(f"add_squared_products: {reason}")
-    tiles = (INTERPRETED_TILE,) if _interpreting() else _tiles(left_BTP.dtype, left_BTP.device)
+    tiles = (INTERPRETED_TILE,) if interpreting() else _tiles(left_BTP.dtype, left_BTP.device)
     _add(tiles, left_BTP, right_BTQ, total_PQ, trace_B)
 
 
-def _interpreting() -> bool:
-    return triton is not None and bool(triton.knobs.runtime.interpret)
-
-
 def _why_not(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> str | None:
-    if triton is None:
-        return "found no triton; expected it installed"
     if left_BTP.dim() != 3 or right_BTQ.dim() != 3 or left_BTP.shape[:2] != right_BTQ.shape[:2]:
         return f"found shapes {list(left_BTP.shape)} and {list(right_BTQ.shape)}; expected [B, T, P] and [B, T, Q]"
     if total_PQ.shape != (left_BTP.shape[2], right_BTQ.shape[2]):
@@ -168,14 +164,7 @@ def _why_not(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> str | Non
     device = left_BTP.device
     if not device == right_BTQ.device == total_PQ.device:
         return f"found devices {device}, {right_BTQ.device} and {total_PQ.device}; expected one"
-    if _interpreting():
-        return None
-    if device.type != "cuda":
-        return f"found device {device}; expected cuda"
-    capability = torch.cuda.get_device_capability(device)
-    # Tensor cores take bfloat16 from this generation on.
-    too_old = torch.version.hip is None and capability < (8, 0)
-    return f"found compute capability {capability}; expected at least (8, 0)" if too_old else None
+    return why_not_on(device)
 
 
 @cache
@@ -245,7 +234,7 @@ def _add(
             TRACE=traced,
             GROUP=GROUP,
             # The interpreter multiplies the bits of bfloat16 as integers.
-            WIDEN=_interpreting(),
+            WIDEN=interpreting(),
             **options,
         )
     if trace_B is not None:

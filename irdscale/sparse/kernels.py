@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irdscale.triton_device import interpreting, why_not_on
+
 try:
     import triton
     import triton.language as tl
@@ -131,7 +133,7 @@ def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
     """
     if _why_not(left_TP, right_TQ) is not None:
         return False
-    return _interpreting() or _works(left_TP.device, left_TP.dtype)
+    return interpreting() or _works(left_TP.device, left_TP.dtype)
 
 
 def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
@@ -148,16 +150,10 @@ def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles)
     if reason is not None:
         raise ValueError(f"tile_entries: {reason}")
     blocks = FLOAT_BLOCKS if left_TP.dtype == torch.float32 else HALF_BLOCKS
-    return _entries((INTERPRETED_BLOCK,) if _interpreting() else blocks, left_TP, right_TQ, index, tiles)
-
-
-def _interpreting() -> bool:
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    return _entries((INTERPRETED_BLOCK,) if interpreting() else blocks, left_TP, right_TQ, index, tiles)
 
 
 def _why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
-    if triton is None:
-        return "found no triton; expected it installed"
     if left_TP.dim() != 2 or right_TQ.dim() != 2 or len(left_TP) != len(right_TQ):
         return f"found shapes {list(left_TP.shape)} and {list(right_TQ.shape)}; expected [T, P] and [T, Q]"
     if left_TP.dtype not in DTYPES or left_TP.dtype != right_TQ.dtype:
@@ -165,14 +161,7 @@ def _why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
     device = left_TP.device
     if device != right_TQ.device:
         return f"found devices {device} and {right_TQ.device}; expected one"
-    if _interpreting():
-        return None
-    if device.type != "cuda":
-        return f"found device {device}; expected cuda"
-    capability = torch.cuda.get_device_capability(device)
-    # Tensor cores take bfloat16 from this generation on.
-    too_old = torch.version.hip is None and capability < (8, 0)
-    return f"found compute capability {capability}; expected at least (8, 0)" if too_old else None
+    return why_not_on(device)
 
 
 @cache
@@ -223,7 +212,7 @@ def _entries(blocks: tuple[Block, ...], left_TP: Tensor, right_TQ: Tensor, index
             TILE=TILE,
             ENTRIES=ENTRIES,
             # The interpreter multiplies the bits of bfloat16 as integers.
-            WIDEN=_interpreting(),
+            WIDEN=interpreting(),
             **options,
         )
     return values

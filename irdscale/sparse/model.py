@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from irdscale.config import nearest
 from irdscale.errors import InputError
@@ -29,6 +30,7 @@ class SparseState:
         dense: name -> the base value of each parameter that is trained whole.
         masters: name -> float32 numbers that are trained in place of such a parameter of a lower precision.
         required_grad: parameter names that required gradients before.
+        hooks: those that patch everything as a forward pass starts.
         known_bases: what `irdscale.sparse.base` remembers of the base's hashes.
     """
 
@@ -37,6 +39,7 @@ class SparseState:
     dense: dict[str, Tensor]
     masters: dict[str, Entries]
     required_grad: set[str]
+    hooks: list[RemovableHandle] = field(default_factory=list)
     known_bases: dict[frozenset[str], tuple[Any, str]] = field(default_factory=dict)
 
     @property
@@ -141,8 +144,21 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
                 attach(module, local_name, by_parameter[id(held)])
     for name in dense:
         parameters[name].requires_grad_(name not in masters)
-    model._irdscale = SparseState(mask, entries, copies, masters, required_grad)  # type: ignore[assignment]
+    hooks = [model.register_forward_pre_hook(_start_pass), model.register_forward_hook(_end_pass, always_call=True)]
+    model._irdscale = SparseState(mask, entries, copies, masters, required_grad, hooks)  # type: ignore[assignment]
     return model
+
+
+def _start_pass(model: nn.Module, _args: Any) -> None:
+    for entries in sparse_state(model).patched:
+        if not entries.partitioned:
+            entries.patch()
+            entries.patched = True
+
+
+def _end_pass(model: nn.Module, _args: Any, _output: Any) -> None:
+    for entries in sparse_state(model).patched:
+        entries.patched = False
 
 
 def _strip(model: nn.Module) -> None:
@@ -150,6 +166,8 @@ def _strip(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, SparseModule):
             detach(module)
+    for hook in state.hooks:
+        hook.remove()
     del model._irdscale
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.required_grad)

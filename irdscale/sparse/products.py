@@ -10,8 +10,8 @@ ways are equal but for rounding:
 - `tiles`: on a GPU, only those tiles of the product that hold an entry (`irdscale.sparse.kernels`); where the kernel
   cannot run, the dense way.
 
-Everything is prepared from the indices and the shape. What is kept beside the indices has P + Q numbers, not k;
-`tiles` alone keeps 4 bytes an entry.
+Everything is prepared from the indices and the shape. What is kept beside the indices has a number for each entry, its
+place, and one for each row and column: finding the places anew costs about 1 % of a small model's step.
 """
 
 from __future__ import annotations
@@ -100,21 +100,15 @@ class Side:
 
     Attributes:
         taken: int32, sorted, those that are taken; None for all.
-        place: int32, for each one its place among the taken.
     """
 
     taken: Tensor | None = None
-    place: Tensor | None = None
 
     def take(self, x_TP: Tensor) -> Tensor:
         """The columns of x that are taken; x itself where it has no others."""
         if self.taken is None or x_TP.shape[1] == len(self.taken):
             return x_TP
         return x_TP.index_select(1, self.taken)
-
-    def places(self, at_k: Tensor) -> Tensor:
-        """Where the given ones lie among the taken."""
-        return at_k if self.place is None else self.place.index_select(0, at_k)
 
 
 @dataclass(frozen=True)
@@ -125,6 +119,8 @@ class Product:
         kind: see the module.
         shape: rows and columns of the matrix.
         rows, columns: what is taken of it.
+        places: the index's type [k], where each entry lies in the product of what is taken (dense; None where that is
+            the index), or its column there (sampled).
         starts: int32 or int64 [taken rows + 1], where each row's entries start (sampled).
         tiles: the tiles that hold entries (tiles).
     """
@@ -133,12 +129,13 @@ class Product:
     shape: tuple[int, int]
     rows: Side
     columns: Side
+    places: Tensor | None = None
     starts: Tensor | None = None
     tiles: kernels.Tiles | None = None
 
     def tensors(self) -> list[Tensor]:
         """All that is kept."""
-        kept = [self.rows.taken, self.rows.place, self.columns.taken, self.columns.place, self.starts]
+        kept = [self.rows.taken, self.columns.taken, self.places, self.starts]
         if self.tiles is not None:
             kept += [self.tiles.tiles, self.tiles.starts, self.tiles.order]
         return [tensor for tensor in kept if tensor is not None]
@@ -151,45 +148,59 @@ class Product:
         if self.tiles is not None and kernels.usable(left_TP, right_TQ):
             return kernels.tile_entries(left_TP, right_TQ, index, self.tiles)
         left_TR, right_TC = self.rows.take(left_TP), self.columns.take(right_TQ)
-        row_k = torch.div(index, self.shape[1], rounding_mode="floor")
-        column_k = self.columns.places(index - row_k * self.shape[1])
         if self.kind == "sampled":
-            return self._sampled(left_TR, right_TC, column_k)
-        # In the index's own type, for a place may pass 2^31 where an index does.
-        place_k = self.rows.places(row_k).to(index.dtype) * right_TC.shape[1] + column_k
-        return torch.mm(left_TR.t(), right_TC).view(-1).index_select(0, place_k)
+            return self._sampled(left_TR, right_TC)
+        product_RC = torch.mm(left_TR.t(), right_TC)
+        return product_RC.view(-1).index_select(0, index if self.places is None else self.places)
 
-    def _sampled(self, left_TR: Tensor, right_TC: Tensor, column_k: Tensor) -> Tensor:
+    def _sampled(self, left_TR: Tensor, right_TC: Tensor) -> Tensor:
         if left_TR.dtype not in (torch.float32, torch.float64):
             left_TR, right_TC = left_TR.float(), right_TC.float()
         assert self.starts is not None
-        sums = _pattern(self.starts, column_k, left_TR.new_zeros(len(column_k)), (left_TR.shape[1], right_TC.shape[1]))
-        if len(left_TR) == 0:
-            return sums.values()
-        length = _part(len(left_TR))
-        for left_tR, right_tC in zip(left_TR.split(length), right_TC.split(length)):
-            torch.sparse.sampled_addmm(sums, transposed(left_tR), transposed(right_tC).t(), out=sums)
+        assert self.places is not None
+        sums = _pattern(
+            self.starts, self.places, left_TR.new_zeros(len(self.places)), (left_TR.shape[1], right_TC.shape[1])
+        )
+        for start, count, length in _parts(len(left_TR), torch.get_num_threads()):
+            left_NRt = transposed(left_TR[start : start + count * length], count)
+            right_NCt = transposed(right_TC[start : start + count * length], count)
+            for left_Rt, right_Ct in zip(left_NRt, right_NCt, strict=True):
+                torch.sparse.sampled_addmm(sums, left_Rt, right_Ct.t(), out=sums)
         return sums.values()
 
 
-def _part(tokens: int) -> int:
-    """How many tokens to transpose at once: such that they stay in the cache, and rows do not share lines of it."""
-    length = -(-tokens // (tokens // 512 + 1))
-    return length + 8 if length % 32 == 0 else length
+def _parts(tokens: int, threads: int) -> list[tuple[int, int, int]]:
+    """(start, count, length): equal parts that are transposed at once, one by each thread, in order.
+
+    Parts stay in the cache, and are of lengths whose rows do not share lines of it.
+    """
+    if tokens == 0:
+        return []
+    count = max(1, min(threads, tokens // 64))
+    length = tokens // (count * -(-tokens // (count * 512)))
+    if length > 32 and length % 32 == 0:
+        length -= 4
+    step = count * length
+    parts = [(start, count, length) for start in range(0, tokens - step + 1, step)]
+    rest = tokens - step * len(parts)
+    return [*parts, (tokens - rest, 1, rest)] if rest else parts
 
 
-def transposed(x_TP: Tensor) -> Tensor:
-    """x^T, contiguous. `channel_shuffle` transposes with vector instructions, at 3 to 5 times the speed of a copy."""
-    tokens, width = x_TP.shape
+def transposed(x_TP: Tensor, count: int = 1) -> Tensor:
+    """x^T of `count` equal parts of x [T, P], contiguous [count, P, T / count], each part by one thread.
+
+    `channel_shuffle` transposes with vector instructions, at 3 to 5 times the speed of a copy.
+    """
     x_TP = x_TP.contiguous()
-    size = tokens * width
-    # One pixel of `size` channels in `tokens` groups, by strides that say that channels come last.
-    shuffled = torch.channel_shuffle(x_TP.as_strided((1, size, 1, 1), (size, 1, size, size)), tokens)
-    return shuffled.view(width, tokens)
+    length, width = len(x_TP) // count, x_TP.shape[1]
+    size = length * width
+    # Pixels of `size` channels in `length` groups, by strides that say that channels come last.
+    shuffled = torch.channel_shuffle(x_TP.as_strided((1, size, count, 1), (count * size, 1, size, size)), length)
+    return shuffled.as_strided((count, width, length), (size, length, 1))
 
 
 def _pattern(starts: Tensor, column_k: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(starts, column_k.to(starts.dtype), values, shape, check_invariants=False)
+    return torch.sparse_csr_tensor(starts, column_k, values, shape, check_invariants=False)
 
 
 def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> Product:
@@ -203,33 +214,34 @@ def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> 
     height, width = shape
     row_k = torch.div(index, width, rounding_mode="floor")
     rows, counts = row_k.unique(return_counts=True)
-    columns = (index - row_k * width).unique()
+    column_k = index - row_k * width
+    columns = column_k.unique()
     rates = CPU if index.device.type == "cpu" else GPU
     active, tiles = (len(rows), len(columns)), 0
     if rates.tile is not None:
-        tiles = kernels.count_tiles(row_k, index - row_k * width, width)
+        tiles = kernels.count_tiles(row_k, column_k, width)
     best, taken = choose((height, width), active, len(index), rates, tiles)
     if kind is not None and kind != best:
         best, taken = kind, (False, False)
-    starts = None
-    if best == "sampled":
-        if not taken[0]:
-            counts = torch.bincount(row_k, minlength=height)
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index.dtype)
-        with warnings.catch_warnings():
-            # PyTorch says once a process that these tensors are in beta.
-            warnings.simplefilter("ignore")
-            _pattern(starts[:1], index[:0], torch.empty(0), (0, 0))
     if best == "tiles":
-        return Product(
-            best, (height, width), Side(), Side(), None, kernels.make_tiles(row_k, index - row_k * width, width)
-        )
-    return Product(best, (height, width), _side(rows, height, taken[0]), _side(columns, width, taken[1]), starts)
+        made = kernels.make_tiles(row_k, column_k, width)
+        return Product(best, (height, width), Side(), Side(), tiles=made)
+    row_side, row_place_k = _side(rows, row_k, taken[0])
+    column_side, column_place_k = _side(columns, column_k, taken[1])
+    if best == "dense":
+        places = row_place_k * (len(columns) if taken[1] else width) + column_place_k if any(taken) else None
+        return Product(best, (height, width), row_side, column_side, places)
+    counts = counts if taken[0] else torch.bincount(row_k, minlength=height)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index.dtype)
+    with warnings.catch_warnings():
+        # PyTorch says once a process that these tensors are in beta.
+        warnings.simplefilter("ignore")
+        _pattern(starts[:1], index[:0], torch.empty(0), (0, 0))
+    return Product(best, (height, width), row_side, column_side, column_place_k, starts)
 
 
-def _side(active: Tensor, size: int, take: bool) -> Side:
+def _side(active: Tensor, at_k: Tensor, take: bool) -> tuple[Side, Tensor]:
+    """What is taken, and where each entry lies in it, in the type of `at_k`."""
     if not take:
-        return Side()
-    place = torch.zeros(size, dtype=torch.int32, device=active.device)
-    place[active.long()] = torch.arange(len(active), dtype=torch.int32, device=active.device)
-    return Side(active.to(torch.int32), place)
+        return Side(), at_k
+    return Side(active.to(torch.int32)), torch.searchsorted(active, at_k).to(at_k.dtype)

@@ -1,6 +1,6 @@
 """The Triton kernel against a float64 oracle, on the GPU or in Triton's interpreter.
 
-Run by test_kernels.py in a process of its own, for TRITON_INTERPRET counts only when Triton is first imported.
+Run by test_kernels.py in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from irdscale.fisher import kernels, rules
+from tests.kernels import DEVICE, INTERPRETED, close, draw
 
-INTERPRETED = kernels._interpreting()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 P, Q = 21, 40
 BLOCK_P, BLOCK_Q, BLOCK_T = kernels.INTERPRETED_TILE[:3]
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def oracle(left_BTP: Tensor, right_BTQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +46,6 @@ def check(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor | None = None) -
     close(trace_B, before_B.cpu() + added_B)
     kernels.add_squared_products(left_BTP, right_BTQ, total_PQ)
     close(total_PQ, before_PQ + 2 * added_PQ)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(found.cpu().double() / scale, expected / scale, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,27 +11,20 @@ import pytest
 import torch
 
 from irdscale.fisher import kernels, rules
+from tests.kernels import needs_triton, run_checks
 
 CHECKS = Path(__file__).with_name("kernel_checks.py")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def _run(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS)]
-    root = CHECKS.parent.parent.parent
-    done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    _run(TRITON_INTERPRET="1")
+    run_checks(CHECKS, interpret=True)
 
 
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_the_gpu() -> None:
-    _run(TRITON_INTERPRET="0")
+    run_checks(CHECKS, interpret=False)
 
 
 def test_not_on_a_cpu() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernel against a float64 oracle, on the GPU or in Triton's interpreter.
 
-Run by test_kernels.py in a process of its own, for TRITON_INTERPRET counts only when Triton is first imported.
+Run by test_kernels.py in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,10 @@ from torch import Tensor
 from irdscale.sparse import kernels, products
 from irdscale.sparse.kernels import TILE
 from irdscale.sparse.products import prepare
+from tests.kernels import DEVICE, INTERPRETED, close, draw
 
-INTERPRETED = kernels._interpreting()
-DEVICE = "cpu" if INTERPRETED else "cuda"
 BLOCK_T = kernels.INTERPRETED_BLOCK[0]
 P, Q = TILE + 5, 2 * TILE + 9
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def some(rows: int, columns: int, k: int) -> Tensor:
@@ -45,11 +40,6 @@ def check(left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> None:
     found = kernels.tile_entries(left_TP, right_TQ, index, tiles)
     assert found.dtype == torch.float32
     close(found, oracle(left_TP, right_TQ, index))
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(found.cpu().double() / scale, expected / scale, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])

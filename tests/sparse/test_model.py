@@ -195,6 +195,34 @@ def test_the_lowest_matrix_with_entries_computes_no_input_gradient(monkeypatch: 
     assert asked == [True, False]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_by_itself_is_patched_anew(fails: bool) -> None:
+    """What a pass of the whole model patched as it started counts for that pass alone."""
+    model, batch = tiny("bert"), collate(samples())
+    layer, name = model.bert.encoder.layer[1].output.dense, "bert.encoder.layer.1.output.dense.weight"
+    plain = copy.deepcopy(layer)
+    sparsify(model, random_mask(model, 0.1))
+    entries = entries_of(model)[name]
+    if fails:
+        with pytest.raises(ValueError, match="input_ids"):
+            model()
+    else:
+        model(**batch)
+    with torch.no_grad():
+        entries.values += 1
+        plain.weight.view(-1)[entries.index.long()] += 1
+    x = torch.randn(3, plain.in_features, dtype=torch.float64)
+    assert torch.equal(copy.deepcopy(model).get_submodule(name.removesuffix(".weight"))(x), plain(x))
+    assert torch.equal(layer(x), plain(x))
+    with torch.no_grad():
+        entries.values += 1
+        plain.weight.view(-1)[entries.index.long()] += 1
+    torch.testing.assert_close(layer.weight, plain.weight)
+    unload(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
 def randomise(model: nn.Module) -> None:
     torch.manual_seed(5)
     with torch.no_grad():

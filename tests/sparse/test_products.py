@@ -67,8 +67,10 @@ def test_taken_rows_and_columns(kind: Kind, taken: tuple[bool, bool], monkeypatc
     torch.testing.assert_close(product.entries(left, right, index), oracle(left, right, index), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 31, 32, 511, 512, 520, 1024, 1027])
-def test_tokens_in_parts(tokens: int) -> None:
+def test_tokens_in_parts(tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     index = torch.tensor([3, 7, 8, 19], dtype=torch.int32)
     left, right = draw(tokens, 4), draw(tokens, 5, seed=1)
     found = prepare(index, (4, 5), "sampled").entries(left, right, index)
@@ -82,7 +84,24 @@ def test_transposed(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for strided in (x, draw(*reversed(shape), dtype=dtype).t(), x.repeat_interleave(2, 1)[:, ::2], x[:1].expand(shape)):
         found = products.transposed(strided)
         assert found.is_contiguous()
-        assert torch.equal(found, strided.t())
+        assert torch.equal(found, strided.t()[None])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_transposed_in_parts(count: int) -> None:
+    x = draw(count * 5, 7)
+    found = products.transposed(x, count)
+    assert found.is_contiguous()
+    assert torch.equal(found, x.view(count, 5, 7).transpose(1, 2))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 63, 64, 127, 128, 512, 520, 1024, 1027, 4096, 5000])
+def test_parts_cover_all_tokens_once(tokens: int, threads: int) -> None:
+    parts = products._parts(tokens, threads)
+    covered = [t for start, count, length in parts for t in range(start, start + count * length)]
+    assert covered == list(range(tokens))
+    assert all(0 < length <= 512 and count <= threads for _, count, length in parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,10 +122,15 @@ def test_bfloat16(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "sampled"])
-def test_what_is_kept_does_not_grow_with_the_entries(kind: Kind) -> None:
+def test_what_is_kept_is_one_place_an_entry(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "choose", lambda *_: (kind, (True, True)))
     index = torch.arange(0, 60 * 50, 2, dtype=torch.int32)
-    product = prepare(index, (60, 50), kind)
-    assert sum(t.nbytes for t in product.tensors()) <= 4 * (2 * 60 + 2 * 50 + 1)
+    kept = sum(t.nbytes for t in prepare(index, (60, 50)).tensors())
+    assert kept <= 4 * (len(index) + 60 + 50 + 60 + 1)
+
+
+def test_whole_dense_products_keep_nothing() -> None:
+    assert prepare(torch.arange(60 * 50, dtype=torch.int32), (60, 50), "dense").tensors() == []
 
 
 def test_cost_counts_what_is_done() -> None:
