@@ -25,7 +25,7 @@ from irdscale.launched import alone, joined, launched
 if TYPE_CHECKING:
     from irdscale.config import RunConfig
 
-BENCH_PARTS = ("fisher", "train", "all")
+BENCH_PARTS = ("fisher", "train", "search", "all")
 # Defaults only: someone who looks for a fault in these libraries can still turn their messages on.
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -194,10 +194,10 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command(epilog="Example:\n\nirdscale bench fisher")
 def bench(
-    part: Annotated[str, typer.Argument(metavar="PART", help="fisher, train, or all.")] = "all",
+    part: Annotated[str, typer.Argument(metavar="PART", help="fisher, train, search, or all.")] = "all",
     as_json: Json = False,
 ) -> None:
-    """Time this machine: Fisher passes and sparse training steps against the usual ways."""
+    """Time this machine: Fisher passes, sparse training steps and searches on Ray against the usual ways."""
     with _ending():
         if part not in BENCH_PARTS:
             from irdscale.config import nearest

@@ -1,7 +1,8 @@
 """Performance as ratios, measured side by side in one run: every figure is a median over interleaved repeats.
 
 Models are random, 20-70M parameters, batches of 8: `bert` and `gpt2` (384 wide, 6 layers) and `llama` (512 wide, 6
-layers), with a classification head. Absolute times are printed too, and mean nothing on another machine.
+layers), with a classification head; searches are the quickstart's, on MiniLM. Absolute times are printed too, and mean
+nothing on another machine.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import torch
 
 from irdscale.bench.fisher import MODELS as FISHER_MODELS
 from irdscale.bench.fisher import bench_fisher
+from irdscale.bench.search import bench_search
 from irdscale.bench.train import MODELS as TRAIN_MODELS
 from irdscale.bench.train import bench_train
 from irdscale.errors import InputError
 from irdscale.progress import bar
 
-PARTS = ("fisher", "train")
+PARTS = ("fisher", "train", "search")
 
 
 def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
-    """Measure `fisher`, `train` or `all`.
+    """Measure `fisher`, `train`, `search` or `all`.
 
     Returns:
         {"threads", "rows": [{"part", "what", "model", "tokens", "ratio", "low", "high", "bar", "met", "seconds"}]}:
@@ -34,7 +36,11 @@ def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
         raise InputError(f"bench: found {part!r}; expected one of {', '.join((*PARTS, 'all'))}")
     parts = PARTS if part == "all" else (part,)
     rows: list[dict[str, Any]] = []
-    measures = {"fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3), "train": (bench_train, len(TRAIN_MODELS) + 1)}
+    measures = {
+        "fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3),
+        "train": (bench_train, len(TRAIN_MODELS) + 1),
+        "search": (bench_search, 3),
+    }
     with bar("Benchmarks", sum(measures[p][1] for p in parts), enabled=progress) as advance:
         for name in parts:
             rows += measures[name][0](advance)

@@ -49,8 +49,11 @@ class Cluster:
 
 
 @contextmanager
-def connected() -> Iterator[Cluster]:
+def connected(cpus: int | None = None) -> Iterator[Cluster]:
     """Connect to the cluster that RAY_ADDRESS names or that runs on this host, else start one of this host alone.
+
+    Args:
+        cpus: how many processors one that is started here says it has; as many as there are, unless given.
 
     Raises:
         InputError: the cluster cannot be reached.
@@ -65,7 +68,7 @@ def connected() -> Iterator[Cluster]:
     where = f"RAY_ADDRESS: found {address}; " if "RAY_ADDRESS" in os.environ else f"the Ray cluster at {address}: "
     try:
         # Of a cluster of our own nobody looks at the dashboard.
-        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus} if address == LOCAL else {}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
         raise InputError(f"{where}cannot connect: {str(error).splitlines()[0]}") from error

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 T = TypeVar("T")
+Job = Callable[[RunConfig, Path, "Asked", Talk], dict[str, Any] | None]
 log = logging.getLogger(__name__)
 # How long trials may take to save their state when the search is interrupted.
 PAUSE_S = 30.0
@@ -79,8 +80,15 @@ def gang_of(config: RunConfig, ranks: int) -> Gang:
 class RayEngine:
     """Runs jobs on a cluster; see `irdscale.search.runner.Engine`."""
 
-    def __init__(self, config: RunConfig, steps: int, output: Path, cluster: Cluster) -> None:
+    def __init__(self, config: RunConfig, steps: int, output: Path, cluster: Cluster, job: Job | None = None) -> None:
+        """An engine on a connected cluster.
+
+        Args:
+            steps: of a candidate's training.
+            job: what evaluates a candidate; the real thing, unless given.
+        """
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
+        self._job = job or _evaluated
         asked = config.search.ray
         self._trial = gang_of(config, asked.ranks)
         self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks)
@@ -123,14 +131,19 @@ class RayEngine:
             fitting(self._trial) if self._cluster.own else max(fitting(self._trial), len(candidates))
         )
         trial = tune.with_parameters(
-            _Trial, run=self._config, output=self._output, desk=self._cluster.desk, gang=self._trial
+            _Trial,
+            run=self._config,
+            output=self._output,
+            desk=self._cluster.desk,
+            gang=self._trial,
+            job=self._job,
         )
         trials = [*candidates, *likely]
         ray.get(self._cluster.desk.close.remote(None))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(trial, tune.PlacementGroupFactory([beside() or {"memory": 1}])),
-                param_space={"candidate": tune.grid_search([_Asked(c, c in likely) for c in trials])},
+                param_space={"candidate": tune.grid_search([Asked(c, c in likely) for c in trials])},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
                     scheduler=_scheduler(self._config, self._steps),
@@ -151,8 +164,12 @@ class RayEngine:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A trial's parameter; not a dict or list, which Tune would look into."""
+class Asked:
+    """A trial's parameter; not a dict or list, which Tune would look into.
+
+    Attributes:
+        optional: whether the search has not asked for it yet.
+    """
 
     candidate: Candidate
     optional: bool
@@ -161,13 +178,14 @@ class _Asked:
 class _Trial(tune.Trainable):
     """One evaluation: waits for the desk's job, and hands its reports and its record to Tune."""
 
-    def setup(self, config: dict[str, Any], run: RunConfig, output: Path, desk: Any, gang: Gang) -> None:
-        self._run, self._output, self._desk, self._gang, self._started = run, output, desk, gang, False
+    def setup(self, config: dict[str, Any], run: RunConfig, output: Path, desk: Any, gang: Gang, job: Job) -> None:
+        self._run, self._output, self._desk, self._gang, self._job = run, output, desk, gang, job
+        self._started = False
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self._asked: _Asked = new_config["candidate"]
+        self._asked: Asked = new_config["candidate"]
         self._name = self._asked.candidate.key(self._run)
         self._seen = 0
         return True
@@ -190,7 +208,7 @@ class _Trial(tune.Trainable):
         ray.get(
             self._desk.start.remote(
                 self._name,
-                partial(_evaluated, self._run, self._output, self._asked),
+                partial(self._job, self._run, self._output, self._asked),
                 self._gang,
                 silent_s=60 * asked.silent_minutes,
                 limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
@@ -325,7 +343,7 @@ def _called(config: RunConfig, output: Path, work: Callable[..., T], args: tuple
     return work(config, _task(config.model_dump_json()), output, *args)
 
 
-def _evaluated(config: RunConfig, output: Path, asked: _Asked, talk: Talk) -> dict[str, Any] | None:
+def _evaluated(config: RunConfig, output: Path, asked: Asked, talk: Talk) -> dict[str, Any] | None:
     """The record of a candidate; None where it made room."""
     task, done = _task(config.model_dump_json()), 0
     steps = training_steps(config.train, len(task.train))

@@ -27,15 +27,9 @@ def desk() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        real = ray.init
-        patch.setattr(ray, "init", lambda **options: real(**options, **two_cpus(options)))
-        with connect.connected() as cluster:
+        with connect.connected(cpus=2) as cluster:
             assert cluster.own
             yield cluster.desk
-
-
-def two_cpus(options: dict[str, Any]) -> dict[str, Any]:
-    return {"num_cpus": 2} if options["address"] == "local" else {}
 
 
 def start(desk: Any, name: str, work: Any, gang: Gang | None = None, **options: Any) -> None:

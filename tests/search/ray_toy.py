@@ -47,7 +47,8 @@ def environment(**more: str) -> dict[str, str]:
 @contextmanager
 def command(toy: Path, output: Path, *overrides: str, **more: str) -> Iterator[subprocess.Popen[str]]:
     """`irdscale search` on Ray, in a process group of its own, which is gone at the end."""
-    arguments = [str(toy), "search.runner=ray", f"output={output}", *EVERY_STEP, *overrides]
+    saving = [] if any(override.startswith(EVERY_STEP[0].split("=")[0]) for override in overrides) else EVERY_STEP
+    arguments = [str(toy), "search.runner=ray", f"output={output}", *saving, *overrides]
     process = subprocess.Popen(
         [sys.executable, "-m", "irdscale", "search", *arguments],
         stderr=subprocess.PIPE,

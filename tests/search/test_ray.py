@@ -26,7 +26,9 @@ from tests.search.toy import write_config  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ray")
+    folder = tmp_path_factory.mktemp("ray")
+    write_config(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def on_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def prepare(setup: Callable[[], None] | None = None) -> None:
         def init(**options: Any) -> Any:
             if options["address"] == "local":
-                options |= {"num_cpus": 2}
+                options["num_cpus"] = 2
             if setup is not None:
                 options |= {"runtime_env": {"worker_process_setup_hook": setup}}
             return real(**options)
