@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def bench_zero() -> list[dict[str, Any]]:
         return []
     import torch.multiprocessing as mp
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet_stdout():
         mp.spawn(_on_rank, args=(folder, REPEATS), nprocs=2)
         lines = (Path(folder) / "seconds").read_text().split()
     seconds = {"zero": [float(x) for x in lines[::2]], "ddp": [float(x) for x in lines[1::2]]}
@@ -57,13 +59,24 @@ def bench_zero() -> list[dict[str, Any]]:
     return [row("train", what, "bert", TOKENS, seconds, "zero", "ddp", limit=BAR)]
 
 
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Have the processes that are started here write to stderr: DeepSpeed logs to stdout as soon as it is imported."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
+
+
 def _on_rank(rank: int, folder: str, repeats: int) -> None:
     import deepspeed
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    # DeepSpeed logs to stdout, which is for the result.
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from irdscale.files import digest, fsync_folder, writing
 
 FIELDS = ("round", "samples", "params", "seed", "direction", "mask", "metric", "status", "error", "seconds", "key")
 
+_STOPPED = re.compile(r"stopped early at step (\d+),")
 _BEGINNING = b'{"round": '
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,17 @@ log = logging.getLogger(__name__)
 def evaluation_key(mask_hash: str, train_config: dict[str, Any], seed: int) -> str:
     """What makes two evaluations the same: their mask, training configuration and seed."""
     return digest({"mask": mask_hash, "train": train_config, "seed": seed})
+
+
+def stopped_early(step: int, metric: float) -> str:
+    """The error of an evaluation that was ended because others of its round were better."""
+    return f"stopped early at step {step}, with {metric:.4f}"
+
+
+def stopped_at(record: dict[str, Any]) -> int | None:
+    """The step at which an evaluation was stopped early; None if it was not."""
+    found = _STOPPED.match(record["error"] or "")
+    return int(found[1]) if found else None
 
 
 def read_ledger(path: Path | str) -> list[dict[str, Any]]:

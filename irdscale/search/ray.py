@@ -37,6 +37,7 @@ from irdscale.errors import InputError, RunError
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
+from irdscale.search.ledger import stopped_early
 from irdscale.tasks import load_task
 from irdscale.training import Control, Paused, training_steps
 
@@ -256,7 +257,7 @@ class _Journal(tune.Callback):
             # None where the trial was asked to make room.
             self._end(candidate, result["record"])
         else:
-            stopped = f"stopped early at step {result.get('steps')}, with {result.get('metric', math.nan):.4f}"
+            stopped = stopped_early(result.get("steps", 0), result.get("metric", math.nan))
             seconds = round(result.get("time_total_s", 0.0), 3)
             self._end(candidate, candidate.record(self._config) | {"error": stopped, "seconds": seconds})
 

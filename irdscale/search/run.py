@@ -103,7 +103,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             **_what_was_found(outcome, masks, best, baselines),
             "evaluations": evaluations,
             "reused": reused,
-            "training_steps": len(runner.asked) * training_steps(config.train, len(task.train)),
+            "training_steps": runner.training_steps(training_steps(config.train, len(task.train))),
             "seconds": seconds,
             **_what_was_searched(config, task, masks),
         }

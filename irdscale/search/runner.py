@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from irdscale.config import RunConfig
 from irdscale.search.candidates import Candidate, adapter_folder, remove_folder
 from irdscale.search.ird import Pair, best_of
+from irdscale.search.ledger import stopped_at
 from irdscale.search.shared import SharedLedger
 
 T = TypeVar("T")
@@ -86,12 +87,12 @@ class Runner:
                 self.reused += 1
             else:
                 self.asked.append(key)
-            if key in self._ledger.finished or key in missing:
+            if key in self._ledger.finished or key in missing or key in self._stopped():
                 self._advance(note=str(candidate))
             else:
                 missing[key] = candidate
         perhaps = {c.key(self._config): c for c in likely}
-        for key in [*self._ledger.finished, *missing]:
+        for key in [*self._ledger.finished, *missing, *self._stopped()]:
             perhaps.pop(key, None)
 
         def ended(record: dict[str, Any]) -> None:
@@ -114,6 +115,18 @@ class Runner:
         key = self._key(mask, seed)
         failed = [record["error"] for record in self._ledger.records if record["key"] == key]
         return failed[-1] if failed else None
+
+    def training_steps(self, steps: int) -> int:
+        """Optimizer steps of the asked evaluations, of `steps` each but for those that were stopped early."""
+        stopped = self._stopped()
+        return sum(stopped.get(key, steps) for key in self.asked)
+
+    def _stopped(self) -> dict[str, int]:
+        """Key -> step of the evaluations that were stopped early, where that is wanted; they are not run again."""
+        if not (self._config.search.runner == "ray" and self._config.search.ray.early_stopping):
+            return {}
+        found = {record["key"]: stopped_at(record) for record in self._ledger.records}
+        return {key: step for key, step in found.items() if step is not None and key not in self._ledger.finished}
 
     def last_error(self) -> str | None:
         """What the evaluation that failed last died of."""

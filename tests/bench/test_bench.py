@@ -31,6 +31,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its processes would start with the real models.
     monkeypatch.setattr(fisher, "_ranks", list)
     monkeypatch.setattr(train, "bench_zero", list)
+    # Whole searches; see test_search.
+    monkeypatch.setattr(bench, "bench_search", lambda advance: [])
 
 
 @pytest.mark.usefixtures("_small")
