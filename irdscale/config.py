@@ -128,7 +128,7 @@ class RayConfig(Section):
     fisher_ranks: int | None = Field(None, ge=1, description="Ranks that share a Fisher pass; `ranks` if unset.")
     concurrent: int | None = Field(None, ge=1, description="Trials at once; as many as fit if unset.")
     max_failures: int = Field(2, ge=0, description="How often a trial starts again whose process or node was lost.")
-    trial_minutes: float | None = Field(None, gt=0, description="A trial that takes longer is ended, and fails.")
+    trial_minutes: float | None = Field(None, gt=0, description="A trial that takes longer is ended, and starts again.")
     silent_minutes: float = Field(
         10.0, gt=0, description="A trial whose process shows no progress for so long is ended, and starts again."
     )
