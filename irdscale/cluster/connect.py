@@ -26,6 +26,8 @@ QUIET = {
     # No files of Tune's own for each trial, and an interrupt comes through to us.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # A trial that failed has no metric.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     # Nobody restores an experiment of Tune's: the ledger is what a search goes on from.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
