@@ -77,8 +77,9 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
     try:
         # Tune prints the traceback of every failed trial; the ledger has its reason.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        # Lost, it starts anew without its jobs, which end with it; their trials then start them again.
-        options = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "resources": beside()}
+        # Lost, it starts anew without its jobs, which end with it; whoever follows them then starts them again.
+        lives = {"max_restarts": -1, "max_task_retries": -1}
+        options = {"num_cpus": 0, "max_concurrency": 10_000, "resources": beside(), **lives}
         desk = ray.remote(**options)(Desk).remote()
         yield Cluster(desk, own=address == LOCAL)
     finally:
