@@ -92,7 +92,7 @@ def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
 def likely_next(pairs: Sequence[Pair], minimum: Pair) -> list[Pair]:
     """Pairs that the round after one over `pairs` may ask for; those first to which most of the pairs lead."""
     leads = Counter(half for pair in dict.fromkeys(pairs) for half in candidates(pair, minimum))
-    return sorted(set(leads) - set(pairs), key=lambda pair: (-leads[pair], -pair.samples, -pair.params))
+    return sorted((half for half in leads if half not in pairs), key=lambda half: -leads[half])
 
 
 def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:

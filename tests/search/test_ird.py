@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irdscale.errors import RunError
-from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird, lattice
+from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird, lattice, likely_next
 
 SIZES = st.integers(1, 300)
 SEEDS = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
@@ -143,3 +143,13 @@ def test_odd_sizes_and_minima() -> None:
 def test_is_pure_python() -> None:
     code = "import sys, irdscale.search.ird; print([m for m in ('torch', 'ray', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_what_is_likely_next() -> None:
+    """Those first to which most of the round's candidates lead; none that the round has itself."""
+    start, minimum = Pair(16, 16), Pair(1, 1)
+    assert likely_next([start], minimum) == candidates(start, minimum)
+    found = likely_next(candidates(start, minimum), minimum)
+    assert found[:2] == [Pair(4, 8), Pair(8, 4)], "from two of the three"
+    assert set(found) == {Pair(4, 16), Pair(4, 8), Pair(16, 4), Pair(8, 4), Pair(4, 4)}
+    assert likely_next([Pair(1, 1)], minimum) == []
