@@ -140,6 +140,8 @@ class RayEngine:
             job=self._job,
         )
         trials = [*candidates, *likely]
+        # What the winner is compared with is not compared with each other.
+        early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
         ray.get(self._cluster.desk.close.remote(None))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
@@ -147,7 +149,7 @@ class RayEngine:
                 param_space={"candidate": tune.grid_search([Asked(c, c in likely) for c in trials])},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
-                    scheduler=_scheduler(self._config, self._steps),
+                    scheduler=_scheduler(self._config, self._steps) if early else None,
                     reuse_actors=True,
                     max_concurrent_trials=max(1, min(room, len(trials))),
                 ),
@@ -304,10 +306,8 @@ class _ByFirstSeed(AsyncHyperBandScheduler):
         return decision
 
 
-def _scheduler(config: RunConfig, steps: int) -> TrialScheduler | None:
+def _scheduler(config: RunConfig, steps: int) -> TrialScheduler:
     asked = config.search.ray
-    if not asked.early_stopping:
-        return None
     return _ByFirstSeed(
         config.search.seeds[0],
         time_attr="steps",
@@ -358,7 +358,7 @@ def _evaluated(config: RunConfig, output: Path, asked: Asked, talk: Talk) -> dic
         draw(step, selection=metric)
         talk.report(step, metric)
 
-    early = config.search.ray.early_stopping and not asked.optional
+    early = config.search.ray.early_stopping and not asked.optional and asked.candidate.round is not None
     with curves(output, asked.candidate) as draw:
         control = Control(
             advance,

@@ -279,12 +279,11 @@ def test_early_stopping_takes_fewer_steps(toy: Path, local: tuple[Path, dict[str
     for r in records:
         if r["status"] == "ok" and stage is None:
             assert r["metric"] == by_place[r["samples"], r["params"], r["seed"], r["mask"]]
-    pairs = {(r["samples"], r["params"]): set() for r in records if r["round"] == 1}
-    for r in records:
-        if r["round"] == 1:
-            pairs[r["samples"], r["params"]].add(r["status"])
-    assert all(len(states) == 1 for states in pairs.values()), "a pair's seeds end alike"
-    assert {"ok"} in pairs.values()
+    first = {(r["samples"], r["params"]): r["status"] for r in records if r["round"] == 1 and r["seed"] == 0}
+    assert "ok" in first.values()
+    whole = {pair for pair, status in first.items() if status == "ok"}
+    rest = [r for r in records if r["round"] == 1 and (r["samples"], r["params"]) in whole]
+    assert all(r["status"] == "ok" for r in rest), "the other seeds are not judged by themselves"
 
 
 def test_twenty_kills_at_random_moments(toy: Path, local: tuple[Path, dict[str, Any]]) -> None:
