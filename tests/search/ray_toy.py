@@ -62,7 +62,11 @@ def command(toy: Path, output: Path, *overrides: str, **more: str) -> Iterator[s
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        assert process.stderr is not None
+        if process.stderr.closed:
+            process.wait()
+        else:
+            process.communicate()
 
 
 def ends_well(process: subprocess.Popen[str], seconds: float = 420) -> str:
