@@ -12,6 +12,7 @@ from typing import Any
 
 from irdscale.config import RunConfig, load_config
 from irdscale.errors import InputError
+from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, candidates, ird, likely_next
 from irdscale.search.runner import Runner
 
@@ -51,7 +52,6 @@ def _config(folder: Path, name: str, *overrides: str) -> RunConfig:
 def _overhead(folder: Path) -> dict[str, Any]:
     """Seconds of a round of 6 trivial candidates beyond what the candidates themselves take, after the first round."""
     from irdscale.cluster.connect import connected
-    from irdscale.search.candidates import Candidate
     from irdscale.search.masks import search_masks
     from irdscale.search.ray import RayEngine
 
@@ -145,7 +145,7 @@ def _speculation(folder: Path) -> dict[str, Any]:
         )
         output = Path(config.output)
         with connected(cpus=4) as cluster, SharedLedger(output / "ledger.jsonl") as ledger:
-            runner = Runner(config, ledger, RayEngine(config, 1, output, cluster, job=_wait), output)
+            runner = Runner(config, ledger, RayEngine(config, 1, output, cluster, evaluation=_wait), output)
             # The first round starts the cluster's processes.
             runner.evaluate_round(0, [(start, 0)], masks)
             started = time.perf_counter()
@@ -169,9 +169,8 @@ def _halves(value: int) -> Iterator[int]:
         value //= 2
 
 
-def _wait(config: RunConfig, output: Path, asked: Any, talk: Any) -> dict[str, Any] | None:
+def _wait(config: RunConfig, output: Path, candidate: Candidate, optional: bool, talk: Any) -> dict[str, Any] | None:
     """A stand-in for an evaluation, better the more was halved; it makes room when asked, and then starts over."""
-    candidate = asked.candidate
     short, long = WAITS_S
     seconds = short + (long - short) * ((candidate.pair.samples * 7 + candidate.pair.params) % 5) / 4
     deadline = time.monotonic() + seconds

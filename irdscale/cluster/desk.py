@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from irdscale.cluster.ranks import Gang, Work, run_rank
+from irdscale.cluster.ranks import Gang, run_rank
 from irdscale.errors import InputError, RunError
 
 Closing = Literal["optional", "all"] | None
@@ -26,8 +26,29 @@ LOOK_S = 0.5
 END_S = 5.0
 
 
+@dataclass(frozen=True)
+class Job:
+    """A function of a rank, to be run on all ranks of a gang; not a dict or list, which Tune would look into.
+
+    Attributes:
+        work: the function, packed: what it needs is imported where it runs, and nowhere on the way.
+        silent_s: how long it may say nothing, once it has begun.
+        limit_s: how long it may take, once it has begun.
+        optional: begin only when no other job waits for room, and pause when the search closes.
+        label: facts about the job for whoever looks.
+    """
+
+    name: str
+    work: bytes = field(repr=False)
+    gang: Gang
+    silent_s: float
+    limit_s: float | None = None
+    optional: bool = False
+    label: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
-class _Job:
+class _State:
     """A job that runs, or has run.
 
     Attributes:
@@ -35,15 +56,9 @@ class _Job:
         heard: when it last said anything.
         where: of each rank: node, host, process.
         reports: (step, metric) in order.
-        optional: whether it waits until no other job waits.
     """
 
-    name: str
-    gang: Gang
-    optional: bool
-    silent_s: float
-    limit_s: float | None
-    label: dict[str, Any]
+    job: Job
     arrived: float | None = None
     heard: float = 0.0
     where: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -62,71 +77,55 @@ class Desk:
     """Starts and watches jobs; made an actor by `irdscale.cluster.connect`."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, _State] = {}
         self._logs: list[str] = []
         self._closing: Closing = None
 
     # What the search calls.
 
-    async def start(
-        self,
-        name: str,
-        work: Work,
-        gang: Gang,
-        silent_s: float,
-        limit_s: float | None = None,
-        optional: bool = False,
-        label: dict[str, Any] | None = None,
-    ) -> None:
-        """Start a job, unless one of this name runs already.
-
-        Args:
-            silent_s: how long it may say nothing, once it has begun.
-            limit_s: how long it may take, once it has begun.
-            optional: begin only when no other job waits for room, and pause when the search closes.
-            label: facts about the job for whoever looks.
-        """
-        job = self._jobs.get(name)
-        if job is not None and job.running:
+    async def start(self, job: Job) -> None:
+        """Start a job, unless one of its name runs already."""
+        before = self._jobs.get(job.name)
+        if before is not None and before.running:
             return
-        job = self._jobs[name] = _Job(name, gang, optional, silent_s, limit_s, label or {})
-        job.task = asyncio.create_task(self._run(job, work))
+        state = self._jobs[job.name] = _State(job)
+        state.task = asyncio.create_task(self._run(state))
 
     async def follow(self, name: str, seen: int = 0) -> dict[str, Any]:
         """Wait for the next report after `seen` of them, or for the job's end.
 
         Returns:
-            {"report": (step, metric)} or {"result": what the first rank returned}.
+            {"report": (step, metric)}, or {"result": what the first rank returned, packed; None if the job made room}.
 
         Raises:
             InputError, RunError: as the job.
         """
-        job = self._job(name)
-        assert job.task is not None
-        while len(job.reports) <= seen and not job.task.done():
-            job.changed.clear()
-            waiting = asyncio.create_task(job.changed.wait())
-            await asyncio.wait({job.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        state = self._state(name)
+        assert state.task is not None
+        while len(state.reports) <= seen and not state.task.done():
+            state.changed.clear()
+            waiting = asyncio.create_task(state.changed.wait())
+            await asyncio.wait({state.task, waiting}, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
-        if len(job.reports) > seen:
-            return {"report": job.reports[seen]}
-        return {"result": await asyncio.shield(job.task)}
+        if len(state.reports) > seen:
+            return {"report": state.reports[seen]}
+        return {"result": await asyncio.shield(state.task)}
 
     async def why(self, name: str) -> str | None:
         """What the last job of this name died of; None if it did not."""
-        job = self._jobs.get(name)
-        if job is None or job.task is None or not job.task.done() or job.task.cancelled():
+        state = self._jobs.get(name)
+        if state is None or state.task is None or not state.task.done() or state.task.cancelled():
             return None
-        error = job.task.exception()
+        error = state.task.exception()
         return None if error is None else str(error)
 
     async def stop(self, name: str) -> None:
         """End a job and wait until it has ended; nothing of it is kept."""
-        job = self._jobs.get(name)
-        if job is not None and job.running:
-            assert job.task is not None
-            job.task.cancel()
-            await asyncio.wait({job.task})
+        state = self._jobs.get(name)
+        if state is not None and state.running:
+            assert state.task is not None
+            state.task.cancel()
+            await asyncio.wait({state.task})
 
     async def close(self, closing: Closing) -> None:
         """Ask jobs to save their state and make room, and let none begin: the optional ones, or all; or none again."""
@@ -134,7 +133,7 @@ class Desk:
 
     async def idle(self) -> bool:
         """Whether no job runs."""
-        return not any(job.running for job in self._jobs.values())
+        return not any(state.running for state in self._jobs.values())
 
     async def look(self) -> dict[str, Any]:
         """Who is where and how far, and the log lines since the last look."""
@@ -142,15 +141,15 @@ class Desk:
         now = time.monotonic()
         jobs = [
             {
-                **job.label,
-                "name": job.name,
-                "begun": None if job.arrived is None else now - job.arrived,
-                "host": job.where[0]["host"] if 0 in job.where else None,
-                "pids": {rank: where["pid"] for rank, where in job.where.items()},
-                **job.facts,
+                **state.job.label,
+                "name": state.job.name,
+                "begun": None if state.arrived is None else now - state.arrived,
+                "host": state.where[0]["host"] if 0 in state.where else None,
+                "pids": {rank: where["pid"] for rank, where in state.where.items()},
+                **state.facts,
             }
-            for job in self._jobs.values()
-            if job.running
+            for state in self._jobs.values()
+            if state.running
         ]
         return {"jobs": jobs, "logs": logs}
 
@@ -158,39 +157,41 @@ class Desk:
 
     async def arrive(self, name: str, rank: int, where: dict[str, Any], address: str) -> str:
         """A rank has begun; returns where the first one waits for the others."""
-        job = self._job(name)
-        job.where[rank] = where
-        job.heard = time.monotonic()
+        state = self._state(name)
+        state.where[rank] = where
+        state.heard = time.monotonic()
         if rank == 0:
-            job.arrived = job.heard
-            job.address.set_result(address)
-        return await asyncio.shield(job.address)
+            state.arrived = state.heard
+            state.address.set_result(address)
+        return await asyncio.shield(state.address)
 
     async def say(self, name: str, facts: dict[str, Any]) -> bool:
         """A job lives, and this is how far it is; returns whether it is to pause."""
-        job = self._job(name)
-        job.heard, job.facts = time.monotonic(), facts
-        return self._closes(job)
+        state = self._state(name)
+        state.heard, state.facts = time.monotonic(), facts
+        return self._closes(state.job)
 
     async def report(self, name: str, step: int, metric: float) -> None:
         """A metric for the scheduler."""
-        job = self._job(name)
-        job.heard = time.monotonic()
-        job.reports.append((step, metric))
-        job.changed.set()
+        state = self._state(name)
+        state.heard = time.monotonic()
+        state.reports.append((step, metric))
+        state.changed.set()
 
     async def log(self, name: str, line: str) -> None:
         self._logs.append(line)
 
     # The job itself.
 
-    def _job(self, name: str) -> _Job:
+    def _state(self, name: str) -> _State:
         if name not in self._jobs:
             raise RunError("the search's desk was lost, and what it watched with it")
         return self._jobs[name]
 
-    async def _run(self, job: _Job, work: Work) -> Any:
+    async def _run(self, state: _State) -> Any:
         import ray
+
+        job = state.job
 
         while job.optional and not self._closes(job) and self._others_wait():
             await asyncio.sleep(LOOK_S)
@@ -202,46 +203,47 @@ class Desk:
                 strategy = "SPREAD" if job.gang.spread else "PACK"
                 group = ray.util.placement_group([job.gang.bundle] * job.gang.size, strategy)
                 await group.ready()
-            ranks = _submit(job, work, group)
+            ranks = _submit(job, group)
             waiting, first = set(ranks.values()), None
             while waiting:
                 done, waiting = await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 for future in done:
                     found = future.result()
                     first = found if found is not None else first
-                self._check(job)
-                if self._closes(job) and job.arrived is None:
+                self._check(state)
+                if self._closes(job) and state.arrived is None:
                     return None
             return first
         except InputError as error:
             # Without Ray's wrapping, which does not travel on.
             raise InputError(_plain(error)) from None
         except ray.exceptions.RayError as error:
-            raise RunError(_died_of(job, error)) from None
+            raise RunError(_died_of(state, error)) from None
         finally:
-            await _end(job, ranks)
+            await _end(state, ranks)
             if group is not None:
                 ray.util.remove_placement_group(group)
 
-    def _closes(self, job: _Job) -> bool:
+    def _closes(self, job: Job) -> bool:
         return self._closing == "all" or (self._closing == "optional" and job.optional)
 
     def _others_wait(self) -> bool:
-        return any(job.running and not job.optional and job.arrived is None for job in self._jobs.values())
+        return any(state.running and not state.job.optional and state.arrived is None for state in self._jobs.values())
 
-    def _check(self, job: _Job) -> None:
-        if job.arrived is None:
+    def _check(self, state: _State) -> None:
+        if state.arrived is None:
             return
         now = time.monotonic()
-        if now - job.heard > job.silent_s:
-            raise RunError(f"no progress for {job.silent_s:.0f} s; last: {_place(job)}")
-        if job.limit_s is not None and now - job.arrived > job.limit_s:
-            raise RunError(f"not done after {job.limit_s:.0f} s; last: {_place(job)}")
+        job = state.job
+        if now - state.heard > job.silent_s:
+            raise RunError(f"no progress for {job.silent_s:.0f} s; last: {_place(state)}")
+        if job.limit_s is not None and now - state.arrived > job.limit_s:
+            raise RunError(f"not done after {job.limit_s:.0f} s; last: {_place(state)}")
 
 
-def _place(job: _Job) -> str:
-    step = job.facts.get("step")
-    host = job.where[0]["host"] if 0 in job.where else "no node"
+def _place(state: _State) -> str:
+    step = state.facts.get("step")
+    host = state.where[0]["host"] if 0 in state.where else "no node"
     return f"{'before the first step' if step is None else f'step {step}'}, on {host}"
 
 
@@ -253,7 +255,7 @@ def _rank_task(fresh: bool) -> Any:
     return ray.remote(max_retries=0, max_calls=1 if fresh else 0)(run_rank)
 
 
-def _submit(job: _Job, work: Work, group: Any) -> dict[Any, asyncio.Future[Any]]:
+def _submit(job: Job, group: Any) -> dict[Any, asyncio.Future[Any]]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -264,12 +266,12 @@ def _submit(job: _Job, work: Work, group: Any) -> dict[Any, asyncio.Future[Any]]
         if group is not None:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
         task = _rank_task(gang.fresh).options(num_cpus=gang.cpus, num_gpus=gang.gpus, scheduling_strategy=strategy)
-        ref = task.remote(desk, job.name, rank, gang, work)
+        ref = task.remote(desk, job.name, rank, gang, job.work)
         ranks[ref] = asyncio.wrap_future(ref.future())
     return ranks
 
 
-async def _end(job: _Job, ranks: dict[Any, asyncio.Future[Any]]) -> None:
+async def _end(state: _State, ranks: dict[Any, asyncio.Future[Any]]) -> None:
     """End the ranks that still run, by force; a stopped process hears nothing but a signal on its own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -282,7 +284,7 @@ async def _end(job: _Job, ranks: dict[Any, asyncio.Future[Any]]) -> None:
         _, left = await asyncio.wait(left, timeout=END_S)
     if left:
         kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
-        for where in job.where.values():
+        for where in state.where.values():
             on_its_node = NodeAffinitySchedulingStrategy(where["node"], soft=False)
             kill.options(scheduling_strategy=on_its_node).remote(where["pid"])
         _, left = await asyncio.wait(left, timeout=END_S)
@@ -301,10 +303,10 @@ def _plain(error: Exception) -> str:
     return " ".join(str(cause if cause is not None else error).split())
 
 
-def _died_of(job: _Job, error: Any) -> str:
+def _died_of(state: _State, error: Any) -> str:
     """What a job died of, in one line."""
     cause = getattr(error, "cause", None)
     if cause is not None:
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
-    hosts = ", ".join(sorted({where["host"] for where in job.where.values()})) or "no node"
-    return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_place(job)})"
+    hosts = ", ".join(sorted({where["host"] for where in state.where.values()})) or "no node"
+    return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_place(state)})"

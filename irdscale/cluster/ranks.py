@@ -82,8 +82,23 @@ class Talk:
 Work = Callable[[Talk], Any]
 
 
-def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: Work) -> Any:
-    """Run one rank's part of a job; the first rank's result counts."""
+def packed(what: Any) -> bytes:
+    """A function, or what it returned, as it travels: who only passes it on need not import what it is made of."""
+    import ray
+
+    data: bytes = ray.cloudpickle.dumps(what)
+    return data
+
+
+def unpacked(data: bytes | None) -> Any:
+    """What was packed; None where nothing was."""
+    import ray
+
+    return None if data is None else ray.cloudpickle.loads(data)
+
+
+def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes | None:
+    """Run one rank's part of a job, which is packed; the first rank's result, packed."""
     import ray
 
     context = ray.get_runtime_context()
@@ -101,8 +116,8 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: Work) -> Any:
     torch.set_num_threads(gang.cpus)
     talk = Talk(desk, name, rank)
     with _logged(desk, name, rank), told(lambda *facts: talk.say(progress=facts)), joined(always=gang.grouped):
-        result = work(talk)
-    return result if rank == 0 else None
+        result = unpacked(work)(talk)
+    return packed(result) if rank == 0 else None
 
 
 def _free_port() -> int:

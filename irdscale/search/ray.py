@@ -8,8 +8,9 @@ as well, so that this process needs neither a GPU nor room for a model.
 
 Constraints: all nodes share the output folder, and find the model and the data at the paths of the configuration.
 
-A trial is an actor that computes nothing: it asks the desk (`irdscale.cluster.desk`) to run the job and waits. So the
-processes that compute outlive it, a hung one can be ended from outside, and trials sit on the head node.
+A trial (`irdscale.cluster.trial`) is an actor that computes nothing: it asks the desk (`irdscale.cluster.desk`) to run
+a job and waits. So the processes that compute outlive it with all that they have imported, a hung one can be ended
+from outside, and trials sit on the head node.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -30,8 +30,10 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
-from irdscale.cluster.ranks import Gang, Talk
+from irdscale.cluster.desk import Job
+from irdscale.cluster.ranks import Gang, Talk, packed, unpacked
 from irdscale.cluster.table import watching
+from irdscale.cluster.trial import JobTrial
 from irdscale.config import RunConfig
 from irdscale.errors import InputError, RunError
 from irdscale.search.candidates import Candidate, run_candidate
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 T = TypeVar("T")
-Job = Callable[[RunConfig, Path, "Asked", Talk], dict[str, Any] | None]
+Evaluation = Callable[[RunConfig, Path, Candidate, bool, Talk], dict[str, Any] | None]
 log = logging.getLogger(__name__)
 # How long trials may take to save their state when the search is interrupted.
 PAUSE_S = 30.0
@@ -81,15 +83,17 @@ def gang_of(config: RunConfig, ranks: int) -> Gang:
 class RayEngine:
     """Runs jobs on a cluster; see `irdscale.search.runner.Engine`."""
 
-    def __init__(self, config: RunConfig, steps: int, output: Path, cluster: Cluster, job: Job | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, steps: int, output: Path, cluster: Cluster, evaluation: Evaluation | None = None
+    ) -> None:
         """An engine on a connected cluster.
 
         Args:
             steps: of a candidate's training.
-            job: what evaluates a candidate; the real thing, unless given.
+            evaluation: of a candidate: its record, None where it made room; the real thing, unless given.
         """
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
-        self._job = job or _evaluated
+        self._evaluation = evaluation or _evaluated
         asked = config.search.ray
         self._trial = gang_of(config, asked.ranks)
         self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks)
@@ -115,43 +119,37 @@ class RayEngine:
         assert error is not None
         raise error
 
-    def _do(self, name: str, job: Callable[[Talk], Any]) -> Any:
-        desk, silent = self._cluster.desk, 60 * self._config.search.ray.silent_minutes
-        # A pass over many samples says how far it is, but loading a model says nothing.
-        label = {"what": name.replace("_", " ")}
-        ray.get(desk.start.remote(name, job, self._fisher, silent, label=label))
-        return answer(desk.follow.remote(name))["result"]
+    def _do(self, name: str, work: Callable[[Talk], Any]) -> Any:
+        desk, silent_s = self._cluster.desk, 60 * self._config.search.ray.silent_minutes
+        answer(
+            desk.start.remote(Job(name, packed(work), self._fisher, silent_s, label={"what": name.replace("_", " ")}))
+        )
+        return unpacked(answer(desk.follow.remote(name))["result"])
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
     ) -> None:
-        asked = self._config.search.ray
+        asked, desk = self._config.search.ray, self._cluster.desk
         likely = likely if asked.speculate else ()
-        journal = _Journal(self._config, candidates, ended, self._cluster.desk)
-        room = asked.concurrent or (
-            fitting(self._trial) if self._cluster.own else max(fitting(self._trial), len(candidates))
-        )
-        trial = tune.with_parameters(
-            _Trial,
-            run=self._config,
-            output=self._output,
-            desk=self._cluster.desk,
-            gang=self._trial,
-            job=self._job,
-        )
-        trials = [*candidates, *likely]
+        by_name = {candidate.key(self._config): candidate for candidate in (*candidates, *likely)}
+        journal = _Journal(self._config, by_name, {c.key(self._config) for c in candidates}, ended, desk)
+        fits = fitting(self._trial)
+        room = asked.concurrent or (fits if self._cluster.own else max(fits, len(candidates)))
         # What the winner is compared with is not compared with each other.
         early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
-        ray.get(self._cluster.desk.close.remote(None))
+        jobs = [self._job(name, c, optional=c in likely) for name, c in by_name.items()]
+        ray.get(desk.close.remote(None))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
-                tune.with_resources(trial, tune.PlacementGroupFactory([beside() or {"memory": 1}])),
-                param_space={"candidate": tune.grid_search([Asked(c, c in likely) for c in trials])},
+                tune.with_resources(
+                    tune.with_parameters(JobTrial, desk=desk), tune.PlacementGroupFactory([beside() or {"memory": 1}])
+                ),
+                param_space={"job": tune.grid_search(jobs)},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
-                    scheduler=_scheduler(self._config, self._steps) if early else None,
+                    scheduler=_scheduler(self._config, self._steps, by_name) if early else None,
                     reuse_actors=True,
-                    max_concurrent_trials=max(1, min(room, len(trials))),
+                    max_concurrent_trials=max(1, min(room, len(jobs))),
                 ),
                 run_config=tune.RunConfig(
                     name="round",
@@ -165,72 +163,17 @@ class RayEngine:
         if journal.error is not None:
             raise journal.error
 
-
-@dataclass(frozen=True)
-class Asked:
-    """A trial's parameter; not a dict or list, which Tune would look into.
-
-    Attributes:
-        optional: whether the search has not asked for it yet.
-    """
-
-    candidate: Candidate
-    optional: bool
-
-
-class _Trial(tune.Trainable):
-    """One evaluation: waits for the desk's job, and hands its reports and its record to Tune."""
-
-    def setup(self, config: dict[str, Any], run: RunConfig, output: Path, desk: Any, gang: Gang, job: Job) -> None:
-        self._run, self._output, self._desk, self._gang, self._job = run, output, desk, gang, job
-        self._started = False
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
-        self._asked: Asked = new_config["candidate"]
-        self._name = self._asked.candidate.key(self._run)
-        self._seen = 0
-        return True
-
-    def step(self) -> dict[str, Any]:
-        try:
-            if not self._started:
-                self._start()
-            reply = answer(self._desk.follow.remote(self._name, self._seen))
-        except InputError as error:
-            return {"done": True, "bad_input": str(error)}
-        if "report" in reply:
-            self._seen += 1
-            step, metric = reply["report"]
-            return {"steps": step, "metric": metric}
-        return {"done": True, "record": reply["result"]}
-
-    def _start(self) -> None:
-        asked, candidate = self._run.search.ray, self._asked.candidate
-        ray.get(
-            self._desk.start.remote(
-                self._name,
-                partial(self._job, self._run, self._output, self._asked),
-                self._gang,
-                silent_s=60 * asked.silent_minutes,
-                limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
-                optional=self._asked.optional,
-                label={"round": candidate.round, "what": str(candidate)},
-            )
+    def _job(self, name: str, candidate: Candidate, optional: bool) -> Job:
+        asked = self._config.search.ray
+        return Job(
+            name,
+            packed(partial(self._evaluation, self._config, self._output, candidate, optional)),
+            self._trial,
+            silent_s=60 * asked.silent_minutes,
+            limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
+            optional=optional,
+            label={"round": candidate.round, "what": str(candidate)},
         )
-        self._started = True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the training keeps its own state, and takes it up when the trial starts again."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        pass
-
-    def cleanup(self) -> None:
-        if self._started:
-            self._started = False
-            ray.get(self._desk.stop.remote(self._name))
 
 
 class _Journal(tune.Callback):
@@ -241,10 +184,14 @@ class _Journal(tune.Callback):
     """
 
     def __init__(
-        self, config: RunConfig, needed: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], desk: Any
+        self,
+        config: RunConfig,
+        candidates: dict[str, Candidate],
+        needed: set[str],
+        ended: Callable[[dict[str, Any]], None],
+        desk: Any,
     ) -> None:
-        self._config, self._ended, self._desk = config, ended, desk
-        self._left = {candidate.key(config) for candidate in needed}
+        self._config, self._candidates, self._left, self._ended, self._desk = config, candidates, needed, ended, desk
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,32 +199,31 @@ class _Journal(tune.Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        result, candidate = trial.last_result or {}, trial.config["candidate"].candidate
+        result, name = trial.last_result or {}, trial.config["job"].name
         if "bad_input" in result:
             self._fail(InputError(result["bad_input"]))
-        elif "record" in result:
+        elif "result" in result:
             # None where the trial was asked to make room.
-            self._end(candidate, result["record"])
+            self._end(name, result["result"])
         else:
             stopped = stopped_early(result.get("steps", 0), result.get("metric", math.nan))
             seconds = round(result.get("time_total_s", 0.0), 3)
-            self._end(candidate, candidate.record(self._config) | {"error": stopped, "seconds": seconds})
+            self._end(name, self._candidates[name].record(self._config) | {"error": stopped, "seconds": seconds})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        candidate = trial.config["candidate"].candidate
-        why = ray.get(self._desk.why.remote(candidate.key(self._config)))
-        text = why or "its trial was lost, with its process or its node"
-        log.warning("%s failed: %s", candidate, text)
-        self._end(candidate, candidate.record(self._config) | {"error": text})
+        name = trial.config["job"].name
+        text = ray.get(self._desk.why.remote(name)) or "its trial was lost, with its process or its node"
+        log.warning("%s failed: %s", self._candidates[name], text)
+        self._end(name, self._candidates[name].record(self._config) | {"error": text})
 
-    def _end(self, candidate: Candidate, record: dict[str, Any] | None) -> None:
+    def _end(self, name: str, record: dict[str, Any] | None) -> None:
         if record is not None:
             try:
                 self._ended(record)
             except Exception as error:  # such as a full disk
                 self._fail(error)
                 return
-        self._left.discard(candidate.key(self._config))
+        self._left.discard(name)
         if not self._left:
             ray.get(self._desk.close.remote("optional"))
 
@@ -292,12 +238,12 @@ class _ByFirstSeed(AsyncHyperBandScheduler):
     A pair counts only with all of its seeds, so they must not be judged one by one.
     """
 
-    def __init__(self, seed: int, **options: Any) -> None:
+    def __init__(self, seed: int, candidates: dict[str, Candidate], **options: Any) -> None:
         super().__init__(**options)
-        self._seed, self._stopped_pairs = seed, set[Pair]()
+        self._seed, self._candidates, self._stopped_pairs = seed, candidates, set[Pair]()
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        candidate = trial.config["candidate"].candidate
+        candidate = self._candidates[trial.config["job"].name]
         if candidate.seed != self._seed:
             return TrialScheduler.STOP if candidate.pair in self._stopped_pairs else TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(controller, trial, result)
@@ -306,10 +252,11 @@ class _ByFirstSeed(AsyncHyperBandScheduler):
         return decision
 
 
-def _scheduler(config: RunConfig, steps: int) -> TrialScheduler:
+def _scheduler(config: RunConfig, steps: int, candidates: dict[str, Candidate]) -> TrialScheduler:
     asked = config.search.ray
     return _ByFirstSeed(
         config.search.seeds[0],
+        candidates,
         time_attr="steps",
         metric="metric",
         mode="max",
@@ -344,7 +291,9 @@ def _called(config: RunConfig, output: Path, work: Callable[..., T], args: tuple
     return work(config, _task(config.model_dump_json()), output, *args)
 
 
-def _evaluated(config: RunConfig, output: Path, asked: Asked, talk: Talk) -> dict[str, Any] | None:
+def _evaluated(
+    config: RunConfig, output: Path, candidate: Candidate, optional: bool, talk: Talk
+) -> dict[str, Any] | None:
     """The record of a candidate; None where it made room."""
     task, done = _task(config.model_dump_json()), 0
     steps = training_steps(config.train, len(task.train))
@@ -358,8 +307,8 @@ def _evaluated(config: RunConfig, output: Path, asked: Asked, talk: Talk) -> dic
         draw(step, selection=metric)
         talk.report(step, metric)
 
-    early = config.search.ray.early_stopping and not asked.optional and asked.candidate.round is not None
-    with curves(output, asked.candidate) as draw:
+    early = config.search.ray.early_stopping and not optional and candidate.round is not None
+    with curves(output, candidate) as draw:
         control = Control(
             advance,
             talk.pausing,
@@ -367,7 +316,7 @@ def _evaluated(config: RunConfig, output: Path, asked: Asked, talk: Talk) -> dic
             seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
         )
         try:
-            record = run_candidate(config, task, output, asked.candidate, control, report if early else None)
+            record = run_candidate(config, task, output, candidate, control, report if early else None)
         except Paused:
             return None
         if record["status"] == "ok":

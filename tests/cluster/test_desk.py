@@ -15,7 +15,8 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.cluster import connect  # noqa: E402
-from irdscale.cluster.ranks import Gang  # noqa: E402
+from irdscale.cluster.desk import Job  # noqa: E402
+from irdscale.cluster.ranks import Gang, packed, unpacked  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from tests.cluster import works  # noqa: E402
 
@@ -33,11 +34,11 @@ def desk() -> Iterator[Any]:
 
 
 def start(desk: Any, name: str, work: Any, gang: Gang | None = None, **options: Any) -> None:
-    ray.get(desk.start.remote(name, work, gang or Gang(), **{"silent_s": 60.0, **options}))
+    connect.answer(desk.start.remote(Job(name, packed(work), gang or Gang(), **{"silent_s": 60.0, **options})))
 
 
 def end_of(desk: Any, name: str) -> Any:
-    return connect.answer(desk.follow.remote(name, 0))["result"]
+    return unpacked(connect.answer(desk.follow.remote(name, 0))["result"])
 
 
 def until(desk: Any, what: Any) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def test_reports_come_in_order_and_log_lines_arrive(desk: Any) -> None:
     start(desk, "talker", works.reporting)
     assert ray.get(desk.follow.remote("talker", 0)) == {"report": (2, 0.5)}
     assert ray.get(desk.follow.remote("talker", 1)) == {"report": (4, 0.75)}
-    assert ray.get(desk.follow.remote("talker", 2)) == {"result": "reported"}
+    assert unpacked(ray.get(desk.follow.remote("talker", 2))["result"]) == "reported"
     assert "a line of the log" in ray.get(desk.look.remote())["logs"]
 
 

@@ -1,0 +1,55 @@
+"""A job of the desk as a Ray Tune trial, which computes nothing: it asks the desk to run it, and waits.
+
+Nothing here imports torch, nor anything that does: a round's trials are new processes, which should start at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import tune
+
+from irdscale.cluster.connect import answer
+from irdscale.cluster.desk import Job
+from irdscale.cluster.ranks import unpacked
+from irdscale.errors import InputError
+
+
+class JobTrial(tune.Trainable):
+    """Hands a job's reports and its result to Tune: {"steps", "metric"}, at last {"result"} or {"bad_input"}."""
+
+    def setup(self, config: dict[str, Any], desk: Any) -> None:
+        self._desk, self._started = desk, False
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._job: Job = new_config["job"]
+        self._seen = 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            if not self._started:
+                answer(self._desk.start.remote(self._job))
+                self._started = True
+            reply = answer(self._desk.follow.remote(self._job.name, self._seen))
+        except InputError as error:
+            return {"done": True, "bad_input": str(error)}
+        if "report" in reply:
+            self._seen += 1
+            step, metric = reply["report"]
+            return {"steps": step, "metric": metric}
+        return {"done": True, "result": unpacked(reply["result"])}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: a job keeps its own state, and takes it up when the trial starts again."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        if self._started:
+            self._started = False
+            ray.get(self._desk.stop.remote(self._job.name))
