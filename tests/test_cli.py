@@ -13,6 +13,7 @@ import pytest
 
 import irdscale
 from irdscale import InputError, RunError, cli
+from tests.search.toy import write_config
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "ray", "matplotlib", "scipy", "sklearn", "pandas", "peft")
@@ -242,16 +243,51 @@ def test_doctor_says_whether_search_can_run(called, capsys, ok, code):
         "python": "3.11.7",
         "torch": None,
         "packages": {"torch": {"found": "2.9" if ok else None, "needs": ">=2.8", "ok": ok}},
+        "ray": {"version": None, "cluster": None},
+        "search": None,
         "problems": [] if ok else [problem],
         "ok": ok,
     }
     assert cli.run(["doctor"]) == code
+    assert called.list[-1][1] == (None,)
     out = capsys.readouterr().out
     assert ("Cannot run irdscale search: torch is missing" in out) is not ok
     assert f"{'2.9' if ok else 'missing'} (needs >=2.8)" in out
     assert out.splitlines()[-1] == f"irdscale search {'can' if ok else 'cannot'} run here."
     assert cli.run(["doctor", "--json"]) == code
     assert json.loads(capsys.readouterr().out) == called.result
+
+
+def test_doctor_says_what_the_cluster_has_and_how_long_a_search_takes(called, capsys, tmp_path):
+    costs = {"step": 0.1234, "gradient": 0.5}
+    cluster = {"address": "10.0.0.1:6379", "nodes": 4, "cpus": 32, "gpus": 4, "memory_gib": 128.0}
+    called.result = {
+        "packages": {},
+        "problems": [],
+        "ok": True,
+        "ray": {"version": "2.60.0", "cluster": None},
+        "search": None,
+    }
+    assert cli.run(["doctor"]) == 0
+    assert "No Ray cluster runs here" in capsys.readouterr().out
+    called.result["ray"]["cluster"] = cluster
+    called.result["search"] = {
+        "at_most": {"rounds": 8, "evaluations": 54, "steps": 1000},
+        "local": None,
+        "ray": {"at_once": 4, "seconds": 3723.0, "costs": costs},
+    }
+    config = write_config(tmp_path)
+    assert cli.run(["doctor", str(config), "search.max_rounds=8"]) == 0
+    assert called.list[-1][1][0].search.max_rounds == 8
+    out = capsys.readouterr().out.splitlines()
+    assert out[-4:] == [
+        "Ray cluster at 10.0.0.1:6379: 4 node(s), 32 CPUs, 4 GPUs, 128.0 GiB",
+        "The search runs at most 54 evaluations of 1,000 steps, over 8 rounds.",
+        "search.runner=ray: at most about 1:02:03, 4 evaluations at once; 0.123 s a step, 0.5 s a sample gradient.",
+        "irdscale search can run here.",
+    ]
+    assert cli.run(["doctor", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: cannot read the configuration" in capsys.readouterr().err
 
 
 def test_bench_takes_a_part(called, capsys):

@@ -1,15 +1,40 @@
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import os
+import socket
+import subprocess
+import sys
 import types
 
 import pytest
 
 from irdscale import doctor
+from irdscale.config import load_config
+from irdscale.errors import InputError
+from tests.search.toy import write_config
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch):
+    """Another test's cluster is not looked for."""
+    monkeypatch.setattr(doctor, "_found", no_cluster)
+
+
+@contextlib.contextmanager
+def no_cluster(problems):
+    yield None
+
+
+FOUND = doctor._found
 
 
 @pytest.fixture(scope="module")
 def healthy():
-    return doctor.diagnose()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_found", no_cluster)
+        return doctor.diagnose()
 
 
 def test_this_machine_can_search(healthy):
@@ -55,7 +80,7 @@ def test_without_the_minilm_package_only_the_quickstart_is_out(monkeypatch):
     assert result["ok"]
     assert result["minilm"] is None
     cannot = [problem["cannot"] for problem in result["problems"]]
-    assert [what for what in cannot if "deepspeed" not in what] == ["run configs/quickstart.yaml"]
+    assert [what for what in cannot if "deepspeed" not in what and "ray" not in what] == ["run configs/quickstart.yaml"]
 
 
 def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
@@ -73,7 +98,9 @@ def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     result = doctor.diagnose()
     assert result["deepspeed"] is None
-    assert "deepspeed is missing; run: pip install" in result["problems"][-1]["why"]
+    assert "deepspeed is missing; run: pip install" in result["problems"][-2]["why"]
+    assert result["problems"][-1]["why"] == "ray is missing; run: pip install 'irdscale[ray]'"
+    assert result["ray"] == {"version": None, "cluster": None}
 
 
 def test_requirements_fall_back_to_the_checkout(monkeypatch):
@@ -128,3 +155,152 @@ def test_a_gpu_is_listed_with_its_memory():
     assert facts["name"] == "Card of cuda:1"
     assert (facts["free_memory_gib"], facts["memory_gib"]) == (3.0, 8.0)
     assert problems == []
+
+
+# Ray, and how long a search takes
+
+
+def test_a_cluster_that_does_not_answer_is_a_problem_at_once(monkeypatch):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(doctor, "_found", FOUND)
+    result = doctor.diagnose()
+    assert result["ok"]
+    assert result["ray"]["cluster"] is None
+    why = f"RAY_ADDRESS: found {address}, where nobody answers; expected a running Ray cluster"
+    found = {"cannot": "search with search.runner=ray", "why": why, "blocks_search": False}
+    assert result["problems"][-1] == found
+
+
+def test_a_search_on_a_cluster_that_does_not_answer_is_bad_input(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    config = load_config(write_config(tmp_path), ["search.runner=ray"])
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: found 127.0.0.1:1, where nobody answers"):
+        doctor.diagnose(config)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return load_config(write_config(tmp_path, search__min_ratio=0.02, search__min_samples=8))
+
+
+def test_the_estimate_of_a_search_measures_its_parts_and_writes_nothing(toy, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    result = doctor.diagnose(toy)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert result["ok"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    found = result["search"]
+    # From 16 samples to 8, and from 5 % to 2.5 %: the longest way takes one at a time.
+    assert found["at_most"] == {
+        "rounds": 2,
+        "evaluations": (1 + 3 * 2 + 2) * 2,
+        "steps": 24,
+        "samples": 16,
+        "rankings": 2,
+        "selection": 32,
+        "test": 32,
+        "training_steps": 18 * 24,
+    }
+    assert found["ray"] is None
+    assert found["local"]["at_once"] == 1
+    assert found["local"]["seconds"] >= 18 * 24 * found["local"]["costs"]["step"]
+    assert all(seconds >= 0 for seconds in found["local"]["costs"].values())
+    assert found["local"]["costs"]["step"] > 0
+
+
+def test_a_search_runs_no_more_than_is_estimated(toy):
+    from irdscale.search.run import run_search
+
+    most = doctor.diagnose(toy)["search"]["at_most"]
+    result = run_search(toy, progress=False)
+    evaluations = result["evaluations"] + 2 * len(toy.search.seeds)
+    assert evaluations <= most["evaluations"]
+    assert result["training_steps"] <= most["training_steps"]
+    assert result["sample_gradients"] <= 2 * most["samples"]
+
+
+def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
+    from irdscale.estimate import Costs, Size, search_seconds
+
+    size = Size(rounds=2, evaluations=18, steps=10, samples=100, rankings=3, selection=20, test=30)
+    costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13)
+    # Waves of (start, two rounds, baselines) at two seeds: 2 + 6 + 6 + 4 one by one, 1 + 2 + 2 + 1 four at once.
+    for at_once, ranks, waves in ((1, 1, 18), (4, 1, 6), (4, 2, 6)):
+        only = {
+            "trace": 100 / ranks,
+            "gradient": 2 * 100 * 100 / ranks,
+            "ranking": 4e4,
+            "begin": (waves + 6) * 1e6,
+            "step": waves * 10 * 1e9,
+            "prediction": (waves * 20 + 6 * 30) * 1e13,
+        }
+        for name, expected in only.items():
+            zero = {field.name: 0.0 for field in dataclasses.fields(costs)}
+            part = Costs(**zero | {name: getattr(costs, name)})
+            assert search_seconds(toy, part, size, at_once, ranks) == pytest.approx(expected)
+        total = search_seconds(toy, costs, size, at_once, ranks)
+        assert total == pytest.approx(sum(only.values()), rel=1e-12)
+    shuffled = toy.model_copy(update={"search": toy.search.model_copy(update={"direction": "random"})})
+    assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused(toy):
+    from irdscale.estimate import measured
+
+    with pytest.raises(InputError, match=r"^train.batch_size: found 8; expected a multiple of 3"):
+        measured(toy, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        pytest.param([], 2, marks=pytest.mark.slow),
+        pytest.param(["search.ray.ranks=2"], 1, marks=pytest.mark.slow),
+        (["search.ray.cpus_per_rank=3"], 0),
+    ],
+)
+def test_on_a_cluster_doctor_says_what_fits_and_how_long_it_takes(tmp_path, changes, fits):
+    """In a process of its own, with a cluster of its own: two processors of this machine."""
+    pytest.importorskip("ray")
+    config = write_config(tmp_path, search__max_rounds=1)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    code = (
+        "import ray, sys\n"
+        "ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level='ERROR')\n"
+        "import subprocess, os\n"
+        "os.environ['RAY_ADDRESS'] = ray.get_runtime_context().gcs_address\n"
+        "sys.exit(subprocess.run([sys.executable, '-m', 'irdscale', 'doctor', *sys.argv[1:]]).returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config), "search.runner=ray", *changes, "--json"],
+        env=environment,
+        cwd=doctor.__file__.rsplit("/", 2)[0],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    result = json.loads(done.stdout)
+    cluster = result["ray"]["cluster"]
+    assert (cluster["nodes"], cluster["cpus"], cluster["gpus"], cluster["started_here"]) == (1, 2, 0, False)
+    assert cluster["memory_gib"] > 0
+    if fits == 0:
+        assert done.returncode == 1
+        assert result["search"] is None
+        why = result["problems"][-1]
+        assert why == {
+            "cannot": "run a trial",
+            "why": "1 x 3 CPUs and 0 GPUs (search.ray) do not fit on the cluster",
+            "blocks_search": True,
+        }
+        return
+    assert done.returncode == 0, done.stderr
+    assert result["search"]["ray"]["at_once"] == fits
+    assert result["search"]["ray"]["costs"]["step"] > 0
+    assert result["search"]["ray"]["costs"] != result["search"]["local"]["costs"]
+    assert not (tmp_path / "out").exists()

@@ -66,7 +66,7 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
 
     if ray.is_initialized():
         raise InputError("search.runner: found a connection to Ray in this process; expected none (ray.shutdown())")
-    address = _address()
+    address = find_address()
     where = f"RAY_ADDRESS: found {address}; " if "RAY_ADDRESS" in os.environ else f"the Ray cluster at {address}: "
     try:
         # Of a cluster of our own nobody looks at the dashboard.
@@ -86,7 +86,7 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _address() -> str:
+def find_address() -> str:
     """Where the cluster is: as RAY_ADDRESS says, else that of `ray start` on this host, else nowhere yet.
 
     Raises:

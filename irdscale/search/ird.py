@@ -107,6 +107,15 @@ def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
     return halvings(start.samples, minimum.samples), halvings(start.params, minimum.params)
 
 
+def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
+    """How many rounds a search from `start` can have."""
+    pair, rounds = start, 0
+    while rounds < max_rounds and candidates(pair, minimum):
+        # The longest way halves one of the two at a time.
+        pair, rounds = candidates(pair, minimum)[0], rounds + 1
+    return rounds
+
+
 def best_of(means: dict[Pair, float]) -> Pair:
     """The pair with the largest mean; ties go to fewer parameters, then fewer samples."""
     return max(means, key=lambda pair: (means[pair], -pair.params, -pair.samples))

@@ -44,6 +44,12 @@ def mask_folder(output: Path, mask_hash: str) -> Path:
     return output / "masks" / mask_hash
 
 
+def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
+    """The pair below which no candidate of a search from `start` goes, in a model of so many parameters."""
+    min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
+    return Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * parameters))))
+
+
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) -> SearchMasks:
     """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
 
@@ -62,8 +68,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         scored = sum(map(numel_of, samples.scored.values()))
         total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
-    min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
-    minimum = Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * total))))
+    minimum = smallest_pair(config, start, total)
     sizes, ks = lattice(start, minimum)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     shuffled = config.search.direction == "random"

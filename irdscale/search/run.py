@@ -19,7 +19,7 @@ from irdscale.files import read_json, remove_temporaries, write_atomic, write_js
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_on_test
-from irdscale.search.ird import Outcome, Pair, StartError, candidates, ird, likely_next
+from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_rounds
 from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalEngine
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
@@ -233,10 +233,7 @@ def _clean(output: Path) -> None:
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    largest, rounds = masks.start, 0
-    while rounds < config.search.max_rounds and candidates(largest, masks.minimum):
-        # The longest way halves one of the two at a time.
-        largest, rounds = candidates(largest, masks.minimum)[0], rounds + 1
+    rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds)
     return (1 + 3 * rounds + 2) * len(config.search.seeds)
 
 

@@ -1,0 +1,177 @@
+"""How long a search will take: a few steps of its own are measured, and the rest is arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+
+from irdscale.config import RunConfig
+from irdscale.evaluation import evaluate_model
+from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
+from irdscale.launched import joined
+from irdscale.mask import Mask, Ranking
+from irdscale.partitioned import numel_of
+from irdscale.search.ird import Pair, lattice, most_rounds
+from irdscale.search.masks import smallest_pair
+from irdscale.tasks import build_model, load_task
+from irdscale.training import Control, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.zero import micro_batch
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+# Training steps that are measured, after those in which everything is met for the first time.
+STEPS, FIRST = 5, 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a search take, in seconds.
+
+    Attributes:
+        trace, gradient: of a sample, in the pass that ranks the samples and in the one that makes masks.
+        ranking: of all entries, once for each number of samples.
+        begin: until a candidate's first step: its model and its Trainer.
+        step: of training.
+        prediction: of a sample, when a metric is measured.
+    """
+
+    trace: float
+    gradient: float
+    ranking: float
+    begin: float
+    step: float
+    prediction: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a search does, at most.
+
+    Attributes:
+        rounds: of which each asks for three pairs.
+        evaluations: of the rounds and the baselines, each seed counted.
+        steps: of one evaluation.
+        samples: of the pool, whose gradients are taken in each pass.
+        rankings: numbers of samples for which masks are made.
+        selection, test: samples of the splits.
+    """
+
+    rounds: int
+    evaluations: int
+    steps: int
+    samples: int
+    rankings: int
+    selection: int
+    test: int
+
+
+def measured(config: RunConfig, threads: int | None = None, ranks: int = 1) -> tuple[Costs, Size]:
+    """Measure a few steps of a search on this machine; writes nothing.
+
+    Args:
+        threads: of the processor; those that torch chooses if None.
+        ranks: that share a training step: one rank's part of it is measured.
+
+    Raises:
+        InputError: the configuration does not fit the data, the model or the ranks.
+        TrainingError: the loss of one of the steps is no number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with joined(always=config.train.deepspeed is not None):
+            return _measured(config, ranks)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
+    part = micro_batch(config, ranks) * config.train.gradient_accumulation
+    task, seed = load_task(config), config.search.seeds[0]
+    model, new = build_model(config, task, seed)
+    whole = trained_whole(config, model, new)
+    pool = draw_samples(config, task, config.fisher.samples, "pool")
+    samples = sample_gradients(config, task, model, pool, whole)
+    start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
+    minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
+    rounds, seeds = most_rounds(start, minimum, config.search.max_rounds), len(config.search.seeds)
+    size = Size(
+        rounds=rounds,
+        evaluations=(1 + 3 * rounds + 2) * seeds,
+        steps=training_steps(config.train, len(task.train)),
+        samples=len(pool),
+        rankings=len(lattice(start, minimum)[0]),
+        selection=len(task.selection),
+        test=len(task.test),
+    )
+    trace, gradient, ranking, mask = _passes(config, samples, start)
+    del model, samples
+    begin, step, prediction = _training(config, task, mask, part)
+    return Costs(trace, gradient, ranking, begin, step, prediction), size
+
+
+def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:
+    """Seconds of a sample in each pass and of a ranking, and a mask of the search's size."""
+    few = max(1, min(config.fisher.batch_size, start.samples // 3))
+    many = min(3 * few, start.samples)
+    traces = torch.zeros(start.samples, dtype=torch.float64)
+    samples.add_traces(range(few), traces)
+    trace = _seconds(lambda: samples.add_traces(range(many), traces)) / many
+
+    def rank(count: int) -> Ranking:
+        return ranked_entries_by_prefix(samples, range(count), [count], start.params, **pass_options(config))[count]
+
+    mask = rank(1).prefix(start.params)
+    short, long = _seconds(lambda: rank(few)), _seconds(lambda: rank(many))
+    # Where a ranking takes so little that noise hides it, it counts with the samples.
+    gradient = (long - short) / (many - few) if long > short and many > few else long / many
+    return trace, gradient, max(0.0, long - many * gradient), mask
+
+
+def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
+    """Seconds until a candidate's first step, of a step, and of a sample when its metric is measured."""
+    started, seed = time.perf_counter(), config.search.seeds[0]
+    model = sparse_model(config, task, mask, seed)
+    built = time.perf_counter() - started
+    stamps: list[float] = []
+    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
+    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
+    fine_tune(model, task, config.model_copy(update={"train": train}), seed, control)
+    step = statistics.median(b - a for a, b in zip(stamps[FIRST:], stamps[FIRST + 1 :], strict=False))
+    size = config.train.eval_batch_size
+    split = task.selection.select(range(min(len(task.selection), 2 * size)))
+    prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
+    return built + max(0.0, stamps[1] - stamps[0] - step), step, prediction
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1) -> float:
+    """How long a search takes that goes through all its rounds.
+
+    Ranks are taken to share a pass over samples without loss. What Ray itself takes is not in it: some seconds a round.
+
+    Args:
+        at_once: evaluations that run side by side; those of a round wait for its last one.
+    """
+    seeds = len(config.search.seeds)
+    traced = config.search.direction != "random"
+    # The pass over the ranked samples, and the one for as many random ones that the winner is compared with.
+    passes = size.samples * (traced * costs.trace + 2 * costs.gradient) / fisher_ranks
+    evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
+    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[3] * size.rounds, 2))
+    tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
+    return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests
