@@ -246,7 +246,7 @@ def test_slurm_runs_a_search_whose_trials_span_two_nodes(checkout, short):
     assert done.returncode == 0, said
     assert (checkout / "installed").read_text() == "ray\n"
     assert json.loads((output / "result.json").read_text())["evaluations"] == 1
-    assert not list(checkout.glob(".ran-*"))
+    assert not list(checkout.glob(".slurm-*"))
 
 
 @pytest.mark.slow
