@@ -19,6 +19,8 @@ from irdscale.search.runner import Runner
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 ROUNDS = 3
 REPEATS = 3
+# Of a candidate's training; the quickstart's own would take twice as long.
+STEPS = 20
 # What a stand-in for a candidate waits, by how many halvings it is from the start; as if its accelerator worked.
 WAITS_S = (4.0, 6.0)
 
@@ -87,9 +89,8 @@ def _workers(folder: Path) -> list[dict[str, Any]]:
 
     seconds, results = {}, {}
     for workers in (1, 2):
-        config = _config(
-            folder, f"workers{workers}", f"search.ray.concurrent={workers}", f"search.ray.fisher_ranks={workers}"
-        )
+        ray = [f"search.ray.concurrent={workers}", f"search.ray.fisher_ranks={workers}"]
+        config = _config(folder, f"workers{workers}", f"train.steps={STEPS}", *ray)
         started = time.perf_counter()
         results[workers] = run_search(config, progress=False)
         seconds[workers] = time.perf_counter() - started
