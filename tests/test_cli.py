@@ -307,7 +307,7 @@ def test_bench_takes_a_part(called, capsys):
     assert cli.run(["bench", "fishr"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    for words in ("irdscale: part: found 'fishr'", 'did you mean "fisher"?', "expected fisher, train, all"):
+    for words in ("irdscale: part: found 'fishr'", 'did you mean "fisher"?', "expected fisher, train, search, all"):
         assert words in err
     assert len(called.list) == 2
 
