@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -106,12 +107,22 @@ class _Watch:
 def _store(rank: int, world: int) -> dist.TCPStore:
     """A store on a free port of rank 0's host, apart from the one that the process group uses."""
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False) if rank == 0 else None
-    here = socket.gethostname()
-    texts = [text.rsplit(" ", 1) for text in gather_texts(f"{here} {store.port if store is not None else 0}")]
+    name, here = socket.gethostname(), _network()
+    first = gather_texts(json.dumps([name, here, store.port if store is not None else 0]))[0]
     if store is not None:
         return store
-    host = "127.0.0.1" if texts[0][0] == here else os.environ.get("MASTER_ADDR", texts[0][0])
-    return dist.TCPStore(host, int(texts[0][1]), world, is_master=False, wait_for_workers=False)
+    there, network, port = json.loads(first)
+    host = "127.0.0.1" if (there, network) == (name, here) else os.environ.get("MASTER_ADDR", there)
+    return dist.TCPStore(host, port, world, is_master=False, wait_for_workers=False)
+
+
+def _network() -> str:
+    """What processes that see each other on 127.0.0.1 have in common, as Linux says it; a host's name may not do."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return ""
 
 
 _current: _Watch | None = None

@@ -103,7 +103,8 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
 
     context = ray.get_runtime_context()
     where = {"node": context.get_node_id(), "pid": os.getpid(), "host": socket.gethostname()}
-    address = f"{ray.util.get_node_ip_address()}:{_free_port()}" if rank == 0 and (gang.size > 1) else ""
+    ip = ray.util.get_node_ip_address()
+    address = f"{ip}:{_free_port()}" if rank == 0 and gang.size > 1 else ""
     address = ray.get(desk.arrive.remote(name, rank, where, address))
     if gang.fresh:
         host, _, port = address.partition(":")
@@ -111,6 +112,9 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
         local = 0 if gang.gpus else rank
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port} if address else {}
+        # gloo would take the interface of the host's name, which may be the loopback.
+        for name in _interfaces(ip):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     import torch
 
     torch.set_num_threads(gang.cpus)
@@ -118,6 +122,13 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
     with _logged(desk, name, rank), told(lambda *facts: talk.say(progress=facts)), joined(always=gang.grouped):
         result = unpacked(work)(talk)
     return packed(result) if rank == 0 else None
+
+
+def _interfaces(ip: str) -> list[str]:
+    """Network interfaces that have this address."""
+    import psutil
+
+    return [name for name, has in psutil.net_if_addrs().items() if any(a.address == ip for a in has)]
 
 
 def _free_port() -> int:
