@@ -113,8 +113,8 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port} if address else {}
         # gloo would take the interface of the host's name, which may be the loopback.
-        for name in _interfaces(ip):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        for interface in _interfaces(ip):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import torch
 
     torch.set_num_threads(gang.cpus)
