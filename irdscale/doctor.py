@@ -227,14 +227,13 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
     if config.search.runner == "local":
         costs, size = measured(config)
         return {"at_most": _at_most(size), "local": _taking(config, costs, size), "ray": None}
-    try:
-        from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
-        from irdscale.search.ray import gang_of
-    except ImportError:
-        raise InputError(
-            "search.runner: found ray, but Ray is not installed; expected pip install 'irdscale[ray]', or runner: local"
-        ) from None
+    from irdscale.cluster import require_ray
+
+    require_ray()
     import torch
+
+    from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
+    from irdscale.search.ray import gang_of
 
     with connected() as cluster:
         ray["cluster"] = {**_described(), "started_here": cluster.own}

@@ -19,7 +19,7 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import Pair, lattice, most_rounds
+from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model, trained_whole, training_steps
@@ -106,7 +106,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     rounds, seeds = most_rounds(start, minimum, config.search.max_rounds), len(config.search.seeds)
     size = Size(
         rounds=rounds,
-        evaluations=(1 + 3 * rounds + 2) * seeds,
+        evaluations=most_evaluations(rounds, seeds),
         steps=training_steps(config.train, len(task.train)),
         samples=len(pool),
         rankings=len(lattice(start, minimum)[0]),

@@ -39,6 +39,13 @@ def alone(verb: str) -> None:
         raise InputError(f"{verb}: found {world} ranks (WORLD_SIZE); expected one process: start it without a launcher")
 
 
+def free_port(host: str = "") -> int:
+    """A port that nobody listens on now, at this address of this host, or at any."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def joined(always: bool = False) -> Iterator[None]:
     """Run with the process group of all ranks, where there are several: NCCL on GPUs, gloo without.
@@ -57,9 +64,7 @@ def joined(always: bool = False) -> Iterator[None]:
     import torch.distributed as dist
 
     if world == 1 and "MASTER_ADDR" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
     # Libraries look for all of them.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
 

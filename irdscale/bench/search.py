@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from irdscale.bench.timing import figure
 from irdscale.config import RunConfig, load_config
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import Pair, candidates, ird, likely_next
+from irdscale.search.ird import Pair, candidates, ird, lattice, likely_next
+from irdscale.search.masks import search_masks, smallest_pair
 from irdscale.search.runner import Runner
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -21,7 +23,7 @@ ROUNDS = 3
 REPEATS = 3
 # Of a candidate's training; the quickstart's own would take twice as long.
 STEPS = 20
-# What a stand-in for a candidate waits, by how many halvings it is from the start; as if its accelerator worked.
+# The shortest and the longest that a stand-in for a candidate waits, as if its accelerator worked.
 WAITS_S = (4.0, 6.0)
 
 
@@ -51,10 +53,12 @@ def _config(folder: Path, name: str, *overrides: str) -> RunConfig:
     return load_config(CONFIG, [f"output={folder / name}", "search.runner=ray", *overrides])
 
 
+_figure = partial(figure, "search", model="minilm", tokens=32)
+
+
 def _overhead(folder: Path) -> dict[str, Any]:
     """Seconds of a round of 6 trivial candidates beyond what the candidates themselves take, after the first round."""
     from irdscale.cluster.connect import connected
-    from irdscale.search.masks import search_masks
     from irdscale.search.ray import RayEngine
 
     config = _config(
@@ -73,14 +77,9 @@ def _overhead(folder: Path) -> dict[str, Any]:
             took = time.perf_counter() - started
             at_once = min(len(asked), os.cpu_count() or 1)
             seconds.append(took - sum(r["seconds"] for r in records) / at_once)
-    middle = sorted(seconds[1:])
-    return _row(
-        "overhead of a round of 6 trivial candidates after the first, s",
-        middle[len(middle) // 2],
-        low=middle[0],
-        high=middle[-1],
-        limit=3.0,
-    )
+    found = sorted(seconds[1:])
+    what = "overhead of a round of 6 trivial candidates after the first, s"
+    return _figure(what, value=found[len(found) // 2], spread=(found[0], found[-1]), limit=3.0)
 
 
 def _workers(folder: Path) -> list[dict[str, Any]]:
@@ -95,22 +94,19 @@ def _workers(folder: Path) -> list[dict[str, Any]]:
         results[workers] = run_search(config, progress=False)
         seconds[workers] = time.perf_counter() - started
     found = results[2]
-    start = Pair(found["path"][0]["samples"], found["path"][0]["params"])
-    naive = naive_work([Pair(s["samples"], s["params"]) for s in found["path"]], _minimum(config, found), 2)
-    assert start == Pair(config.fisher.samples, start.params)
+    path = [Pair(step["samples"], step["params"]) for step in found["path"]]
+    minimum = smallest_pair(config, path[0], found["model"]["parameters"])
+    gradients, evaluations = naive_work(path, minimum, len(config.search.seeds))
+    times = {"1 worker": round(seconds[1], 1), "2 workers": round(seconds[2], 1)}
     return [
-        {
-            **_row("search with 1 worker / with 2", seconds[1] / seconds[2], at_least=1.7),
-            "seconds": {"1 worker": round(seconds[1], 1), "2 workers": round(seconds[2], 1)},
-        },
-        _row("sample gradients of a naive search / of this one", naive[0] / found["sample_gradients"], at_least=3.0),
-        _row("evaluations of a naive search / of this one", naive[1] / found["evaluations"]),
+        _figure("search with 1 worker / with 2", value=seconds[1] / seconds[2], at_least=1.7) | {"seconds": times},
+        _figure(
+            "sample gradients of a naive search / of this one",
+            value=gradients / found["sample_gradients"],
+            at_least=3.0,
+        ),
+        _figure("evaluations of a naive search / of this one", value=evaluations / found["evaluations"]),
     ]
-
-
-def _minimum(config: RunConfig, found: dict[str, Any]) -> Pair:
-    ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
-    return Pair(config.search.min_samples, max(1, round(ratio * found["model"]["parameters"])))
 
 
 def naive_work(path: list[Pair], minimum: Pair, seeds: int) -> tuple[int, int]:
@@ -139,7 +135,8 @@ def _speculation(folder: Path) -> dict[str, Any]:
 
     seconds, best = {}, set()
     start, minimum = Pair(256, 4096), Pair(16, 256)
-    masks = {Pair(s, p): f"{s}-{p}" for s in _halves(256) for p in _halves(4096)}
+    sizes, ks = lattice(start, minimum)
+    masks = {Pair(s, p): f"{s}-{p}" for s in sizes for p in ks}
     for speculate in (False, True):
         config = _config(
             folder, f"speculate-{speculate}", "search.seeds=[0]", f"search.ray.speculate={str(speculate).lower()}"
@@ -154,20 +151,15 @@ def _speculation(folder: Path) -> dict[str, Any]:
             seconds[speculate] = time.perf_counter() - started
             best.add(outcome.best)
     assert len(best) == 1
-    row = _row("rounds of 3 waiting candidates on 4 workers, speculating / not", seconds[True] / seconds[False])
-    return row | {"seconds": {"speculating": round(seconds[True], 1), "not": round(seconds[False], 1)}}
+    what = "rounds of 3 waiting candidates on 4 workers, speculating / not"
+    times = {"speculating": round(seconds[True], 1), "not": round(seconds[False], 1)}
+    return figure("search", what, "-", 0, seconds[True] / seconds[False]) | {"seconds": times}
 
 
 def _round(
     runner: Runner, masks: dict[Pair, str], minimum: Pair, number: int, wanted: list[tuple[Pair, int]]
 ) -> list[float | None]:
     return runner.evaluate_round(number, wanted, masks, likely_next([pair for pair, _ in wanted], minimum))
-
-
-def _halves(value: int) -> Iterator[int]:
-    while value:
-        yield value
-        value //= 2
 
 
 def _wait(config: RunConfig, output: Path, candidate: Candidate, optional: bool, talk: Any) -> dict[str, Any] | None:
@@ -183,30 +175,3 @@ def _wait(config: RunConfig, output: Path, candidate: Candidate, optional: bool,
     record: dict[str, Any] = candidate.record(config)
     metric = 1 / (candidate.pair.samples + candidate.pair.params / 64)
     return record | {"metric": metric, "status": "ok", "seconds": seconds}
-
-
-def _row(
-    what: str,
-    value: float,
-    low: float | None = None,
-    high: float | None = None,
-    limit: float | None = None,
-    at_least: float | None = None,
-) -> dict[str, Any]:
-    met = None
-    if limit is not None:
-        met = value <= limit
-    elif at_least is not None:
-        met = value >= at_least
-    return {
-        "part": "search",
-        "what": what,
-        "model": "minilm" if "waiting" not in what else "-",
-        "tokens": 32 if "waiting" not in what else 0,
-        "ratio": round(value, 3),
-        "low": round(value if low is None else low, 3),
-        "high": round(value if high is None else high, 3),
-        "bar": f"<= {limit}" if limit is not None else f">= {at_least}" if at_least is not None else "",
-        "met": met,
-        "seconds": {},
-    }

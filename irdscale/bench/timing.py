@@ -36,22 +36,40 @@ def row(
     """A row of the result: `seconds[over] / seconds[under]`, its quartiles, and whether the bar is met."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    times = {name: round(statistics.median(seconds[name]), 4) for name in (over, under)}
+    return figure(part, what, model, tokens, ratio, (low, high), limit, at_least) | {"seconds": times}
+
+
+def figure(
+    part: str,
+    what: str,
+    model: str,
+    tokens: int,
+    value: float,
+    spread: tuple[float, float] | None = None,
+    limit: float | None = None,
+    at_least: float | None = None,
+) -> dict[str, Any]:
+    """A row of a value that is no ratio of repeated times, and whether the bar is met.
+
+    Args:
+        spread: the lowest and the highest found; the value itself, unless given.
+    """
+    low, high = spread or (value, value)
     met = None
     if limit is not None:
-        met = ratio <= limit
+        met = value <= limit
     elif at_least is not None:
-        met = ratio >= at_least
-    asked = f"<= {limit}" if limit is not None else f">= {at_least}" if at_least is not None else ""
-    times = {name: statistics.median(seconds[name]) for name in (over, under)}
+        met = value >= at_least
     return {
         "part": part,
         "what": what,
         "model": model,
         "tokens": tokens,
-        "ratio": round(ratio, 3),
+        "ratio": round(value, 3),
         "low": round(low, 3),
         "high": round(high, 3),
-        "bar": asked,
+        "bar": f"<= {limit}" if limit is not None else f">= {at_least}" if at_least is not None else "",
         "met": met,
-        "seconds": {name: round(value, 4) for name, value in times.items()},
+        "seconds": {},
     }

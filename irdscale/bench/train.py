@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from irdscale.bench.models import collate, make_model, make_rows
-from irdscale.bench.timing import row, side_by_side
+from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
@@ -242,16 +242,4 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _counted(what: str, model: str, over: int, under: int, limit: float | None = None) -> dict[str, Any]:
     """A row of counted bytes, which do not vary."""
-    ratio = round(over / under, 3)
-    return {
-        "part": "train",
-        "what": what,
-        "model": model,
-        "tokens": TOKENS,
-        "ratio": ratio,
-        "low": ratio,
-        "high": ratio,
-        "bar": "" if limit is None else f"<= {limit}",
-        "met": None if limit is None else ratio <= limit,
-        "seconds": {},
-    }
+    return figure("train", what, model, TOKENS, round(over / under, 3), limit=limit)

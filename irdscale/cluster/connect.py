@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irdscale.cluster.desk import Desk
+from irdscale.cluster.desk import Desk, cause_of
 from irdscale.cluster.ranks import Gang
 from irdscale.errors import InputError
 
@@ -128,10 +128,7 @@ def answer(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        cause: Any = error
-        while isinstance(getattr(cause, "cause", None), Exception):
-            cause = cause.cause
-        raise cause from None
+        raise cause_of(error) from None
 
 
 def beside() -> dict[str, float]:
@@ -185,15 +182,11 @@ def check_nodes(output: Path) -> None:
     mark.write_text(token)
     probe = ray.remote(num_cpus=0, max_retries=1)(_probe)
     try:
-        asked = {
-            node["id"]: probe.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)
-            ).remote(str(folder), token)
-            for node in nodes()
-        }
-        hosts = {node["id"]: node["host"] for node in nodes()}
-        for node, ref in asked.items():
-            who = f"node {hosts.get(node, node[:8])}"
+        asked = []
+        for node in nodes():
+            there = NodeAffinitySchedulingStrategy(node["id"], soft=False)
+            asked.append((f"node {node['host']}", probe.options(scheduling_strategy=there).remote(str(folder), token)))
+        for who, ref in asked:
             try:
                 found = ray.get(ref, timeout=120)
             except ray.exceptions.RayError as error:

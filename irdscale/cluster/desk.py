@@ -192,7 +192,6 @@ class Desk:
         import ray
 
         job = state.job
-
         while job.optional and not self._closes(job) and self._others_wait():
             await asyncio.sleep(LOOK_S)
         if self._closes(job):
@@ -216,7 +215,7 @@ class Desk:
             return first
         except InputError as error:
             # Without Ray's wrapping, which does not travel on.
-            raise InputError(_plain(error)) from None
+            raise InputError(" ".join(str(cause_of(error)).split())) from None
         except ray.exceptions.RayError as error:
             raise RunError(_died_of(state, error)) from None
         finally:
@@ -298,15 +297,17 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _plain(error: Exception) -> str:
-    cause = getattr(error, "cause", None)
-    return " ".join(str(cause if cause is not None else error).split())
+def cause_of(error: Exception) -> Exception:
+    """An error without what Ray puts around it."""
+    while isinstance(getattr(error, "cause", None), Exception):
+        error = error.cause  # type: ignore[attr-defined]
+    return error
 
 
 def _died_of(state: _State, error: Any) -> str:
     """What a job died of, in one line."""
-    cause = getattr(error, "cause", None)
-    if cause is not None:
+    cause = cause_of(error)
+    if cause is not error:
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     hosts = ", ".join(sorted({where["host"] for where in state.where.values()})) or "no node"
     return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_place(state)})"

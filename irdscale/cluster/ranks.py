@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from irdscale.launched import joined
+from irdscale.launched import free_port, joined
 from irdscale.progress import told
 
 # How often a rank says how far it is, and hears whether to make room.
@@ -83,7 +83,10 @@ Work = Callable[[Talk], Any]
 
 
 def packed(what: Any) -> bytes:
-    """A function, or what it returned, as it travels: who only passes it on need not import what it is made of."""
+    """A function, or what it returned, as it travels: who only passes it on need not import what it is made of.
+
+    As Ray itself sends them, between the processes of one search; it is never written to a file.
+    """
     import ray
 
     data: bytes = ray.cloudpickle.dumps(what)
@@ -104,7 +107,7 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
     context = ray.get_runtime_context()
     where = {"node": context.get_node_id(), "pid": os.getpid(), "host": socket.gethostname()}
     ip = ray.util.get_node_ip_address()
-    address = f"{ip}:{_free_port()}" if rank == 0 and gang.size > 1 else ""
+    address = f"{ip}:{free_port()}" if rank == 0 and gang.size > 1 else ""
     address = ray.get(desk.arrive.remote(name, rank, where, address))
     if gang.fresh:
         host, _, port = address.partition(":")
@@ -129,12 +132,6 @@ def _interfaces(ip: str) -> list[str]:
     import psutil
 
     return [name for name, has in psutil.net_if_addrs().items() if any(a.address == ip for a in has)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 class _ToDesk(logging.Handler):

@@ -116,6 +116,11 @@ def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
     return rounds
 
 
+def most_evaluations(rounds: int, seeds: int) -> int:
+    """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take."""
+    return (1 + 3 * rounds + 2) * seeds
+
+
 def best_of(means: dict[Pair, float]) -> Pair:
     """The pair with the largest mean; ties go to fewer parameters, then fewer samples."""
     return max(means, key=lambda pair: (means[pair], -pair.params, -pair.samples))

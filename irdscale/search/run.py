@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from irdscale.cluster import require_ray
 from irdscale.config import RunConfig, config_changes, dump_config, same_search
 from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_on_test
-from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_rounds
+from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_evaluations, most_rounds
 from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalEngine
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
@@ -120,12 +121,9 @@ def _engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
     if config.search.runner == "local":
         yield LocalEngine(config, task, output)
         return
-    try:
-        from irdscale.search.ray import ray_engine
-    except ImportError:
-        raise InputError(
-            "search.runner: found ray, but Ray is not installed; expected pip install 'irdscale[ray]', or runner: local"
-        ) from None
+    require_ray()
+    from irdscale.search.ray import ray_engine
+
     with ray_engine(config, task, output, progress) as engine:
         yield engine
 
@@ -234,7 +232,7 @@ def _clean(output: Path) -> None:
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
     rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds)
-    return (1 + 3 * rounds + 2) * len(config.search.seeds)
+    return most_evaluations(rounds, len(config.search.seeds))
 
 
 def _run_baselines(

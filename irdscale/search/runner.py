@@ -80,6 +80,7 @@ class Runner:
 
     def evaluate(self, wanted: Sequence[Candidate], likely: Sequence[Candidate] = ()) -> list[float | None]:
         """The selection metric of each candidate, from the ledger or by training it; None for one that failed."""
+        ended_before = self._ledger.finished.keys() | self._stopped().keys()
         missing: dict[str, Candidate] = {}
         for candidate in wanted:
             key = candidate.key(self._config)
@@ -87,13 +88,15 @@ class Runner:
                 self.reused += 1
             else:
                 self.asked.append(key)
-            if key in self._ledger.finished or key in missing or key in self._stopped():
+            if key in ended_before or key in missing:
                 self._advance(note=str(candidate))
             else:
                 missing[key] = candidate
-        perhaps = {c.key(self._config): c for c in likely}
-        for key in [*self._ledger.finished, *missing, *self._stopped()]:
-            perhaps.pop(key, None)
+        perhaps = {
+            key: candidate
+            for candidate in likely
+            if (key := candidate.key(self._config)) not in ended_before and key not in missing
+        }
 
         def ended(record: dict[str, Any]) -> None:
             self._ledger.append(record)

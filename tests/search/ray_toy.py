@@ -15,22 +15,8 @@ from typing import Any
 
 import psutil
 
-from irdscale.search.ledger import read_ledger
-
 # Saves at every step, so that a killed trial loses at most one.
 EVERY_STEP = ["train.save_minutes=0"]
-
-
-def essence(result: dict[str, Any]) -> dict[str, Any]:
-    """What a search found, without times, places and the number of threads that it was found with."""
-    kept = ("best", "pareto", "path", "stop", "evaluations", "reused", "sample_gradients", "training_steps")
-    baseline = {n: {k: v for k, v in b.items() if k != "seconds"} for n, b in result["baseline"].items()}
-    return {"baseline": baseline, **{name: result[name] for name in kept}}
-
-
-def finished(output: Path) -> dict[str, float]:
-    """Key -> metric of every evaluation that ended well; reading it refuses a key that is there twice."""
-    return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
 
 
 def result_of(output: Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from irdscale.search.ledger import read_ledger  # noqa: E402
 from irdscale.search.ray import rungs  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
 from tests.search import ray_toy  # noqa: E402
-from tests.search.ray_toy import essence  # noqa: E402
-from tests.search.toy import write_config  # noqa: E402
+from tests.search.toy import essence, finished, write_config  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +103,9 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     assert {r["key"]: r["error"] for r in found if r["status"] == "failed"} == {
         idle["key"]: "ZeroDivisionError: of a kind"
     }
-    expected_metrics = ray_toy.finished(output)
+    expected_metrics = finished(output)
     del expected_metrics[idle["key"]]
-    assert ray_toy.finished(folder / "ray") == expected_metrics
+    assert finished(folder / "ray") == expected_metrics
     left = sorted(p.name for p in (folder / "ray").iterdir())
     assert left == ["adapter", "config.yaml", "fisher", "ledger.jsonl", "masks", "result.json", "tensorboard"]
     curves = {p.name for p in (folder / "ray/tensorboard").iterdir()}

@@ -30,15 +30,13 @@ from tests.search.ray_toy import (  # noqa: E402
     command,
     ends_well,
     environment,
-    essence,
-    finished,
     kill,
     named,
     result_of,
     saved_steps,
     wait_for,
 )
-from tests.search.toy import write_config  # noqa: E402
+from tests.search.toy import essence, finished, write_config  # noqa: E402
 from tests.training_oracle import toy as plain_toy  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

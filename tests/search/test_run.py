@@ -25,7 +25,8 @@ from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import build_model, load_task
-from tests.search.toy import write_config
+from tests.search.toy import essence, write_config
+from tests.search.toy import finished as evaluations_of
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +39,6 @@ def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
     """An undisturbed search and its output folder."""
     config = load_config(write_config(folder))
     return Path(config.output), run_search(config, progress=False)
-
-
-def ledger_of(output: Path) -> dict[str, Any]:
-    return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
-
-
-def essence(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without times and places."""
-    kept = ("best", "pareto", "path", "stop", "evaluations", "reused", "sample_gradients", "training_steps")
-    baseline = {n: {k: v for k, v in b.items() if k != "seconds"} for n, b in result["baseline"].items()}
-    return {"baseline": baseline, **{name: result[name] for name in kept}}
 
 
 def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -> None:
@@ -252,7 +242,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
             for half in ("masks/.abc.123/mask.json", ".adapter.456/adapter.json", "candidates/.key.old.789/x"):
                 (output / half).parent.mkdir(parents=True, exist_ok=True)
                 (output / half).write_text("{")
-        now = ledger_of(output)
+        now = evaluations_of(output)
         assert seen.items() <= now.items(), "a finished evaluation is neither lost nor run again"
         seen = now
         if process.returncode == 0:
@@ -261,4 +251,4 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
     assert kills >= 2
     assert not list(output.rglob(".*")), "nothing half-written stays"
     assert essence(json.loads((output / "result.json").read_text())) == essence(finished[1])
-    assert ledger_of(output) == ledger_of(finished[0])
+    assert evaluations_of(output) == evaluations_of(finished[0])

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from irdscale.search.ledger import read_ledger
 from tests.helpers import tiny_model
 
 WORDS = {0: ["bad", "not", "said"], 1: ["good", "film", "is"]}
@@ -59,3 +60,15 @@ def write_config(folder: Path, **changes: Any) -> Path:
     path = folder / "toy.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def essence(result: dict[str, Any]) -> dict[str, Any]:
+    """What a search found, without times, places and the number of threads that it was found with."""
+    kept = ("best", "pareto", "path", "stop", "evaluations", "reused", "sample_gradients", "training_steps")
+    baseline = {n: {k: v for k, v in b.items() if k != "seconds"} for n, b in result["baseline"].items()}
+    return {"baseline": baseline, **{name: result[name] for name in kept}}
+
+
+def finished(output: Path) -> dict[str, float]:
+    """Key -> metric of every evaluation that ended well; reading it refuses a key that is there twice."""
+    return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
