@@ -250,7 +250,7 @@ def _place(state: _State) -> str:
 def _rank_task(fresh: bool) -> Any:
     import ray
 
-    # Processes with a GPU or a group are not used again: both stay with a process.
+    # Processes with a GPU or DeepSpeed are not used again: both stay with a process.
     return ray.remote(max_retries=0, max_calls=1 if fresh else 0)(run_rank)
 
 

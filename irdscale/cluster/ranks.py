@@ -23,7 +23,7 @@ class Gang:
     """The ranks that a job needs.
 
     Attributes:
-        size: how many ranks; several have a group, and a process that ends with the job.
+        size: how many ranks; several have a group.
         cpus, gpus: of each rank; with as many threads.
         spread: on as many nodes as there are, rather than as few.
         grouped: whether one rank has a group too, as DeepSpeed wants it.
@@ -37,8 +37,8 @@ class Gang:
 
     @property
     def fresh(self) -> bool:
-        """Whether it needs processes of its own: groups, and what libraries keep of them, stay in a process."""
-        return self.size > 1 or self.grouped or self.gpus > 0
+        """Whether it needs processes of its own: what DeepSpeed and CUDA keep of a job stays in a process."""
+        return self.grouped or self.gpus > 0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -109,22 +109,45 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
     ip = ray.util.get_node_ip_address()
     address = f"{ip}:{free_port()}" if rank == 0 and gang.size > 1 else ""
     address = ray.get(desk.arrive.remote(name, rank, where, address))
-    if gang.fresh:
-        host, _, port = address.partition(":")
-        # Ray shows each rank its own GPUs alone.
-        local = 0 if gang.gpus else rank
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
-        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port} if address else {}
-        # gloo would take the interface of the host's name, which may be the loopback.
-        for interface in _interfaces(ip):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import torch
 
     torch.set_num_threads(gang.cpus)
     talk = Talk(desk, name, rank)
-    with _logged(desk, name, rank), told(lambda *facts: talk.say(progress=facts)), joined(always=gang.grouped):
+    with (
+        _as_rank(rank, gang, address, ip),
+        _logged(desk, name, rank),
+        told(lambda *facts: talk.say(progress=facts)),
+        joined(always=gang.grouped),
+    ):
         result = unpacked(work)(talk)
     return packed(result) if rank == 0 else None
+
+
+@contextmanager
+def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
+    """The environment that a launcher would give this rank; as it was, for the process's next job, at the end."""
+    if gang.size == 1 and not gang.fresh:
+        yield
+        return
+    # Ray shows each rank its own GPUs alone.
+    local = 0 if gang.gpus else rank
+    given = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
+    if address:
+        host, _, port = address.partition(":")
+        given |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    # gloo would take the interface of the host's name, which may be the loopback.
+    for interface in _interfaces(ip):
+        given["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
+    before = {name: os.environ.get(name) for name in {*given, "MASTER_ADDR", "MASTER_PORT"}}
+    os.environ |= given
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _interfaces(ip: str) -> list[str]:
