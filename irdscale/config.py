@@ -16,11 +16,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from irdscale.errors import InputError
 
-Kind = Literal["sequence-classification", "regression"]
+Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
 Direction = Literal["ird", "reverse", "random"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
-CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews_correlation")
-REGRESSION_METRICS = ("pearson", "spearman")
+# Whose samples are texts that a language model goes on with.
+LANGUAGE_KINDS = ("causal-lm", "sft", "multiple-choice")
+METRICS: dict[str, tuple[str, ...]] = {
+    "sequence-classification": ("accuracy", "f1", "matthews_correlation"),
+    "regression": ("pearson", "spearman"),
+    "causal-lm": ("perplexity", "token_accuracy"),
+    "sft": ("perplexity", "token_accuracy", "exact_match"),
+    "multiple-choice": ("accuracy", "accuracy_norm"),
+}
+# The ways to name a data set's columns, by kind of task.
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sequence-classification": (("text", "label"),),
+    "regression": (("text", "label"),),
+    "causal-lm": (("text",),),
+    "sft": (("prompt", "completion"), ("messages",)),
+    "multiple-choice": (("prompt", "choices", "label"),),
+}
 
 
 class Section(BaseModel):
@@ -37,8 +52,19 @@ class ModelConfig(Section):
 
 
 class ColumnsConfig(Section):
-    text: list[str] = Field(min_length=1, max_length=2, description="One text column, or two for pairs.")
-    label: str = Field(description="Label column: class numbers, class names, or a number for regression.")
+    text: list[str] | None = Field(None, min_length=1, max_length=2, description="One text column, or two for pairs.")
+    label: str | None = Field(
+        None, description="Label column: class numbers, class names, a number for regression, or the right choice."
+    )
+    prompt: str | None = Field(None, description="What stands before a completion or a choice.")
+    completion: str | None = Field(None, description="What the model learns to answer to a prompt.")
+    messages: str | None = Field(None, description="Chats: lists of {role, content}.")
+    choices: list[str] | None = Field(None, min_length=1, description="A column of lists, or one for each choice.")
+
+    def named(self) -> dict[str, list[str]]:
+        """key -> the columns that it names, of the keys that are given."""
+        given = self.model_dump(exclude_none=True)
+        return {key: [value] if isinstance(value, str) else value for key, value in given.items()}
 
 
 class LimitConfig(Section):
@@ -56,29 +82,67 @@ class TaskConfig(Section):
     subset: str | None = Field(None, description="Configuration of a hub data set, or a folder inside a local one.")
     columns: ColumnsConfig | None = Field(None, description="Inferred for GLUE tasks, required for others.")
     metric: str | None = Field(
-        None, description=f"One of {', '.join(CLASSIFICATION_METRICS + REGRESSION_METRICS)}; the task's own if unset."
+        None, description=f"One of {', '.join(dict.fromkeys(sum(METRICS.values(), ())))}; the task's own if unset."
     )
-    max_length: int = Field(128, ge=4, description="Tokens; longer samples are truncated.")
+    max_length: int = Field(
+        128, ge=4, description="Tokens; longer texts are truncated, of causal-lm cut in pieces, of other kinds refused."
+    )
+    truncate: Literal["left"] | None = Field(
+        None, description="Of sft and multiple-choice: cut prompts that do not fit from the left, instead."
+    )
+    packing: bool = Field(
+        False, description="Of causal-lm: train on texts joined to max_length; Fisher samples stay single texts."
+    )
+    max_new_tokens: int = Field(256, ge=1, description="Tokens that are generated for exact_match, at most.")
     limit: LimitConfig = Field(default_factory=lambda: LimitConfig())
     split_seed: int = Field(0, ge=0, description="Seed of every split and draw of samples.")
 
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, value: str | None) -> str | None:
-        known = CLASSIFICATION_METRICS + REGRESSION_METRICS
+        known = list(dict.fromkeys(sum(METRICS.values(), ())))
         if value is not None and value not in known:
             raise ValueError(f"found {value!r}{nearest(value, known)}; expected one of {', '.join(known)}")
         return value
 
     @model_validator(mode="after")
-    def _metric_fits_kind(self) -> TaskConfig:
-        if self.kind is not None and self.metric is not None:
-            expected = REGRESSION_METRICS if self.kind == "regression" else CLASSIFICATION_METRICS
-            if self.metric not in expected:
-                raise ValueError(
-                    f"metric: found {self.metric!r} with kind {self.kind!r}; expected one of {', '.join(expected)}"
-                )
+    def _fits_kind(self) -> TaskConfig:
+        if self.kind is None:
+            return self
+        expected = METRICS[self.kind]
+        if self.metric is not None and self.metric not in expected:
+            raise ValueError(
+                f"metric: found {self.metric!r} with kind {self.kind!r}; expected one of {', '.join(expected)}"
+            )
+        if self.packing and self.kind != "causal-lm":
+            raise ValueError(f"packing: found true with kind {self.kind!r}; expected false (only causal-lm packs)")
+        if self.truncate is not None and self.kind not in ("sft", "multiple-choice"):
+            raise ValueError(f"truncate: found {self.truncate!r} with kind {self.kind!r}; expected none")
+        if self.columns is not None:
+            check_columns(self.kind, self.columns)
         return self
+
+
+def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
+    """Refuse columns that do not make samples of this kind.
+
+    Raises:
+        ValueError: begins with the key.
+    """
+    found, ways = set(columns.named()), COLUMNS[kind]
+    expected = ", or ".join(" and ".join(way) for way in ways)
+    for way in ways:
+        if found == set(way):
+            break
+    else:
+        best = max(ways, key=lambda way: len(found & set(way)))
+        for key in (*best, *found):
+            if key in best and key not in found:
+                raise ValueError(f"columns.{key}: missing; expected {expected}, for kind {kind!r}")
+            if key not in best:
+                raise ValueError(f"columns.{key}: found with kind {kind!r}; expected {expected}")
+    if kind == "causal-lm" and len(columns.text or ()) != 1:
+        raise ValueError(f"columns.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
 
 
 class FisherConfig(Section):
@@ -97,6 +161,9 @@ class FisherConfig(Section):
         "replicated", description="Every rank holds all sums, or 1 / world size of them; one process holds all."
     )
     offload: bool = Field(False, description="Keep the sums in main memory where the model is on a GPU.")
+    token_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="A text's loss: the mean over its target tokens, or their sum."
+    )
     save_minutes: float = Field(
         10.0, ge=0, description="How often a Fisher pass saves its state, from which the same command goes on."
     )
@@ -224,6 +291,21 @@ class RunConfig(Section):
     search: SearchConfig = Field(default_factory=lambda: SearchConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
+
+    @model_validator(mode="after")
+    def _language(self) -> RunConfig:
+        kind = self.task.kind
+        if kind in LANGUAGE_KINDS and self.fisher.objective == "expected":
+            raise ValueError(
+                f"fisher.objective: found 'expected' with task.kind {kind!r}; expected 'label' or 'sampled': "
+                f"the expectation takes a backward pass for each token of the vocabulary at each place"
+            )
+        if kind is not None and kind not in LANGUAGE_KINDS and self.fisher.token_reduction != "mean":
+            raise ValueError(
+                f"fisher.token_reduction: found {self.fisher.token_reduction!r} with task.kind {kind!r}; "
+                f"expected 'mean': only texts have target tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples(self) -> RunConfig:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from irdscale.config import CLASSIFICATION_METRICS, REGRESSION_METRICS, Kind, LimitConfig, RunConfig
+from irdscale.config import METRICS, Kind, LimitConfig, RunConfig
 from irdscale.errors import InputError
 from irdscale.tasks.data import Split, find_source, read_splits
 from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
@@ -65,7 +65,7 @@ def load_task(config: RunConfig) -> Task:
     """
     source = find_source(config.task)
     regression = source.kind == "regression"
-    valid = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+    valid = METRICS[source.kind]
     metrics = fitting_metrics(source.kind, config.task.metric, source.glue.metrics if source.glue else valid, valid)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from irdscale.config import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from irdscale.config import METRICS
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, glue_task
 
@@ -15,7 +15,7 @@ def test_nine_tasks_with_metrics_that_fit() -> None:
         assert task.name == name
         regression = name == "stsb"
         assert (task.kind == "regression") == regression
-        assert set(task.metrics) <= set(REGRESSION_METRICS if regression else CLASSIFICATION_METRICS)
+        assert set(task.metrics) <= set(METRICS[task.kind])
         assert len(task.label_names) == (0 if regression else 3 if name == "mnli" else 2)
         assert len(task.text) == (1 if name in ("cola", "sst2") else 2)
     assert GLUE["mnli"].validation == "validation_matched"

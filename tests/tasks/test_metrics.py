@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from irdscale.config import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from irdscale.config import METRICS
 from irdscale.errors import InputError, RunError
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 
@@ -23,7 +23,7 @@ def test_classification_matches_scikit_learn(classes: int) -> None:
     rng = np.random.default_rng(classes)
     logits = rng.normal(size=(50, classes))
     labels = rng.integers(0, classes, size=50)
-    found = compute(CLASSIFICATION_METRICS, "sequence-classification", classes, logits, labels)
+    found = compute(METRICS["sequence-classification"], "sequence-classification", classes, logits, labels)
     predictions = logits.argmax(axis=1)
     assert found == {
         "accuracy": pytest.approx(accuracy_score(labels, predictions)),
@@ -36,7 +36,7 @@ def test_classification_matches_scikit_learn(classes: int) -> None:
 def test_regression_matches_scipy(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=shape), rng.normal(size=40).astype(np.float32)
-    found = compute(REGRESSION_METRICS, "regression", 1, logits, labels)
+    found = compute(METRICS["regression"], "regression", 1, logits, labels)
     assert found["pearson"] == pytest.approx(pearsonr(logits.ravel(), labels.astype(float)).statistic, abs=1e-9)
     assert found["spearman"] == pytest.approx(spearmanr(logits.ravel(), labels).statistic, abs=1e-9)
 
@@ -49,7 +49,7 @@ def test_by_hand() -> None:
 
 def test_constant_predictions_score_zero_and_not_nan() -> None:
     labels = np.arange(5.0)
-    assert compute(REGRESSION_METRICS, "regression", 1, np.ones(5), labels) == {"pearson": 0.0, "spearman": 0.0}
+    assert compute(METRICS["regression"], "regression", 1, np.ones(5), labels) == {"pearson": 0.0, "spearman": 0.0}
     logits = np.tile([1.0, 0.0], (4, 1))
     classes = np.array([0, 1, 0, 1])
     found = compute(("f1", "matthews_correlation"), "sequence-classification", 2, logits, classes)
@@ -65,7 +65,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
 
 
 def test_they_are_evaluate_metrics_and_loaded_once() -> None:
-    for name in (*CLASSIFICATION_METRICS, *REGRESSION_METRICS):
+    for name in (*METRICS["sequence-classification"], *METRICS["regression"]):
         assert isinstance(load_metric(name), evaluate.Metric)
         assert load_metric(name) is load_metric(name)
 
@@ -83,7 +83,7 @@ def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
 
 
 def test_main_metric_comes_first_and_must_fit() -> None:
-    valid = CLASSIFICATION_METRICS
+    valid = METRICS["sequence-classification"]
     assert fitting_metrics("sequence-classification", None, ("f1", "accuracy"), valid) == ("f1", "accuracy")
     assert fitting_metrics("sequence-classification", "accuracy", ("f1", "accuracy"), valid) == ("accuracy", "f1")
     assert fitting_metrics("sequence-classification", "f1", ("accuracy",), valid) == ("f1", "accuracy")
