@@ -433,6 +433,7 @@ def _print_search(result: dict[str, Any], output: Path) -> None:
         table.add_column(column, justify="right" if column else "left")
     rows = [("winner", best), ("random samples (FISH)", baseline.get("fish_random"))]
     rows.append(("head only (linear probe)", baseline.get("linear_probe")))
+    rows.append(("the model as it came", baseline.get("base")))
     for name, entry in rows:
         if entry is not None:
             cells = [entry.get("samples"), entry["params"], entry["metric"], entry["test_metric"]]
@@ -443,7 +444,8 @@ def _print_search(result: dict[str, Any], output: Path) -> None:
     share = 100 * best["params"] / result["model"]["parameters"]
     seconds = duration(result["seconds"]["total"])
     lines = [
-        f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters, and the head.",
+        f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters"
+        + (", and the head." if result["model"]["head"] else "."),
         f"Ended: {result['stop']}; {result['evaluations']} evaluations ({result['reused']} reused) in {seconds}.",
         f"Adapter: {output.absolute() / best['adapter']}",
         f"Report:  {output.absolute() / 'report.html'}",

@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft": ("perplexity", "token_accuracy", "exact_match"),
     "multiple-choice": ("accuracy", "accuracy_norm"),
 }
+LOWER_IS_BETTER = ("perplexity",)
 # The ways to name a data set's columns, by kind of task.
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sequence-classification": (("text", "label"),),

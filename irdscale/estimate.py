@@ -107,7 +107,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     size = Size(
         rounds=rounds,
         evaluations=most_evaluations(rounds, seeds),
-        steps=training_steps(config.train, len(task.train)),
+        steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
         rankings=len(lattice(start, minimum)[0]),
         selection=len(task.selection),

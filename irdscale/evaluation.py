@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.fisher.capture import frozen
+from irdscale.language_evaluation import evaluate_language
 from irdscale.partitioned import device_of, gathering, is_partitioned, to_gpu
 from irdscale.progress import bar
 from irdscale.ranks import add_up, failing_together, rank_and_world
@@ -24,10 +25,12 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
     """Every metric of the task on a split. Collective: ranks share the samples, and all get the metrics.
 
     Raises:
-        TrainingError: a logit is NaN or infinite.
+        TrainingError: a logit, or the loss of a text, is NaN or infinite.
     """
     to_gpu(model)
     with watched():
+        if task.is_language:
+            return evaluate_language(model, task, split, batch_size)
         logits = _logits(model, task, split, batch_size)
         with failing_together():
             labels = np.asarray(split.with_format("numpy")["labels"])

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,11 +28,13 @@ from transformers.optimization import get_scheduler
 
 from irdscale.config import RunConfig, TrainConfig
 from irdscale.errors import InputError, TrainingError
+from irdscale.fisher.capture import frozen
 from irdscale.mask import Mask
-from irdscale.partitioned import release_engine
+from irdscale.partitioned import device_of, gathering, release_engine, to_gpu
 from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
+from irdscale.tokenwise import IGNORED, finishing, found_losses, headless, next_tokens
 from irdscale.training_state import digest_seed, load_generators, load_training, save_training, saved_step
 from irdscale.watch import watched
 from irdscale.zero import forget_settings, micro_batch, zero_settings
@@ -134,7 +136,7 @@ def fine_tune(
         Paused: `control` asked for it, and there is a `state` to go on from.
     """
     control = control or Control()
-    train, steps = config.train, training_steps(config.train, len(task.train))
+    train, steps = config.train, training_steps(config.train, len(task.trained))
     settings = zero_settings(config, rank_and_world()[1])
     micro = micro_batch(config, rank_and_world()[1])
     made_by = {"train": train.model_dump(mode="json", exclude=_HOW), "seed": seed, **trained_on(model)}
@@ -145,7 +147,8 @@ def fine_tune(
     absolute = train.decay == "weight" and train.weight_decay > 0
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
-    order = training_order(len(task.train), steps * train.batch_size, seed)[done * train.batch_size :]
+    order = training_order(len(task.trained), steps * train.batch_size, seed)[done * train.batch_size :]
+    losing = _text_loss(model, task) if task.is_language and done < steps else nullcontext()
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     callback = _Callback(seed, done, control, state, train.save_minutes, made_by)
@@ -154,16 +157,17 @@ def fine_tune(
             trainer = _SparseTrainer(
                 model=model,
                 args=_arguments(scratch, train, settings, micro, steps - done, seed),
-                train_dataset=task.train.select(order),
+                train_dataset=task.trained.select(order),
                 data_collator=task.collate,
                 callbacks=[callback],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train_config, trainer.done, trainer.steps, callback.trainer = train, done, steps, trainer
-            # A sample's loss counts alike wherever it is; the Trainer would weigh by tokens.
-            trainer.model_accepts_loss_kwargs = False
+            # A text counts by its tokens, of all ranks and accumulated passes; any other sample alike wherever it is.
+            trainer.model_accepts_loss_kwargs = task.is_language
             try:
-                trainer.train()
+                with losing:
+                    trainer.train()
                 release_engine(trainer.model_wrapped)
             finally:
                 forget_settings()
@@ -172,6 +176,23 @@ def fine_tune(
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(False)
     model.eval()
+
+
+def _text_loss(model: nn.Module, task: Task) -> AbstractContextManager[None]:
+    """Inside, the model gives {"loss": the mean loss of the batch's target tokens} without all their logits at once."""
+    to_gpu(model)
+    with gathering(model), frozen(model):
+        first = {k: v.to(device_of(model)) for k, v in task.collate([task.train[0]]).items() if k != "labels"}
+        parts = headless(model, first)
+    if parts is None:
+        return nullcontext()
+
+    def finish(hidden_BTD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> dict[str, Tensor]:
+        targets_BT = next_tokens(labels)
+        count = (targets_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": found_losses(parts.head, hidden_BTD, targets_BT).sum() / count}
+
+    return finishing(model, parts, finish)
 
 
 # What changes how a training runs, but not what it computes.
@@ -211,6 +232,8 @@ def _arguments(
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
         label_names=["labels"],
+        # Samples are collated by the task, which takes what it needs.
+        remove_unused_columns=False,
     )
     # The Trainer would copy the model to every GPU it sees (DataParallel), and the copies would not train.
     arguments._n_gpu = min(1, arguments.n_gpu)

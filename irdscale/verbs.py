@@ -116,7 +116,7 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     started, state = time.perf_counter(), output / "training"
     with failing_together():
         model = sparse_model(config, task, chosen, seed)
-    steps = training_steps(config.train, len(task.train))
+    steps = training_steps(config.train, len(task.trained))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
         fine_tune(model, task, config, seed, Control(advance), state)
     save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))

@@ -16,7 +16,7 @@ from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
 from irdscale.fisher.diagonal import Layout
-from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses
+from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses, reduced
 from irdscale.fisher.resume import PassState, SavedPass
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
 from irdscale.fisher.sums import Sums
@@ -32,6 +32,7 @@ from irdscale.ranks import (
     rank_and_world,
     same_on_every_rank,
 )
+from irdscale.tokenwise import Headless, beginning, drawn_tokens, finishing, found_losses, headless, next_tokens
 from irdscale.watch import watched
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class SampleGradients:
     _group: object = None
     _reason: str | None = None
     _passes: int = 1
+    _headless: Headless | None = None
     _arriving: bool = False
     _partitioned: bool = False
     _capture: Capture | None = None
@@ -178,7 +180,7 @@ class SampleGradients:
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""
         with gathering(self.model):
-            names = arrival_order(self.model, self.scored, self._batch([index]))
+            names = arrival_order(self.model, self.scored, self._first_tokens(self._batch([index])))
         return gather_texts("\n".join(names))[0].split("\n")
 
     def prepare(self, order: Sequence[int]) -> dict[str, Any]:
@@ -226,7 +228,13 @@ class SampleGradients:
         # As bits: a NaN is a number like any other here.
         return [part.double().cpu().view(torch.int64).tolist() for part in parts]
 
+    @staticmethod
+    def _first_tokens(batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of texts cut short, so that the logits of all its tokens fit in memory; any other as it is."""
+        return beginning(batch) if _is_of_texts(batch) else batch
+
     def _check(self, batch: dict[str, Any]) -> None:
+        batch = self._first_tokens(batch)
         try:
             self._reason = why_no_rules(self.model, self.scored, batch)
         except RuntimeError as error:
@@ -240,6 +248,17 @@ class SampleGradients:
         self.fitting = self.batch_size if self._reason is None else 1
         if self._reason is not None and rank_and_world()[0] == 0:
             log.warning("Fisher takes one sample per backward: %s", self._reason)
+        self._headless = None
+        if (
+            _is_of_texts(batch)
+            and loss_kind(self.model, batch["input_ids"].unsqueeze(2), batch["labels"]) == "causal-lm"
+        ):
+            with frozen(self.model):
+                parts = headless(self.model, _inputs(batch))
+            scored = {id(p) for p in self.scored.values()}
+            # A head that is scored is told what comes back to it for all tokens together.
+            if parts is not None and not any(id(p) in scored for p in parts.head.parameters()):
+                self._headless = parts
         if self.objective == "expected":
             with frozen(self.model), torch.no_grad():
                 self._passes = _logits(self.model(**_inputs(batch))).reshape(batch_size(batch), -1).shape[1]
@@ -408,12 +427,11 @@ class SampleGradients:
     def _by_rules(self, indices: Sequence[int], arrive: Arrived, end: Callable[[], None]) -> None:
         with self._agree():
             batch = self._batch(indices)
-        assert self._capture is not None
-        logits = _logits(self._capture.forward(_inputs(batch), batch_size(batch)))
-        with self._agree():
-            losses = self._losses(logits, batch, indices)
+        capture = self._capture
+        assert capture is not None
+        losses = self._losses(lambda inputs: capture.forward(inputs, batch_size(batch)), batch, indices)
         for i, loss_B in enumerate(losses):
-            self._capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
+            capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
             end()
 
     def _one(self, index: int, arrive: Arrived, end: Callable[[], None]) -> None:
@@ -433,9 +451,7 @@ class SampleGradients:
                 parameter.grad = None
                 handle = parameter.register_post_accumulate_grad_hook(partial(deliver, name))
                 cleaning.callback(handle.remove)
-            logits = _logits(self.model(**_inputs(batch)))
-            with self._agree():
-                losses = self._losses(logits, batch, [index])
+            losses = self._losses(lambda inputs: self.model(**inputs), batch, [index])
             for i, loss_1 in enumerate(losses):
                 if loss_1.requires_grad:
                     loss_1.sum().backward(retain_graph=i + 1 < len(losses))
@@ -448,10 +464,31 @@ class SampleGradients:
         device = self.device
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    def _losses(self, logits: Tensor, batch: dict[str, Any], indices: Sequence[int]) -> list[Tensor]:
-        labels = batch.get("labels")
-        kind = loss_kind(self.model, logits, logits.new_zeros(len(logits)) if labels is None else labels)
-        losses = list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, self.token_reduction))
+    def _losses(
+        self, forward: Callable[[dict[str, Any]], Any], batch: dict[str, Any], indices: Sequence[int]
+    ) -> list[Tensor]:
+        """The losses [B] of one forward pass, one for each backward pass that the objective takes."""
+        if self._headless is not None:
+            with finishing(self.model, self._headless, partial(self._text_losses, self._headless, batch, indices)):
+                losses = [forward(_inputs(batch))]
+            with self._agree():
+                return self._finite(losses, indices)
+        logits, labels = _logits(forward(_inputs(batch))), batch.get("labels")
+        with self._agree():
+            kind = loss_kind(self.model, logits, logits.new_zeros(len(logits)) if labels is None else labels)
+            reduction = self.token_reduction
+            losses = list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, reduction))
+            return self._finite(losses, indices)
+
+    def _text_losses(
+        self, parts: Headless, batch: dict[str, Any], indices: Sequence[int], hidden_BTD: Tensor
+    ) -> Tensor:
+        labels = batch["labels"]
+        if self.objective == "sampled":
+            labels = drawn_tokens(parts.head, hidden_BTD, labels, indices, self.seed)
+        return reduced(found_losses(parts.head, hidden_BTD, next_tokens(labels)), labels, self.token_reduction)
+
+    def _finite(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
         for loss_B in losses:
             bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
             if bad:
@@ -485,6 +522,12 @@ def _is_out_of_memory(error: Exception) -> bool:
         return True
     # The allocator of main memory raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+
+
+def _is_of_texts(batch: dict[str, Any]) -> bool:
+    """Whether each token has a label."""
+    labels, tokens = batch.get("labels"), batch.get("input_ids")
+    return isinstance(labels, Tensor) and isinstance(tokens, Tensor) and labels.dim() == 2 == tokens.dim()
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ regression, the mean (or sum) over its target tokens for causal language models.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -15,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irdscale.errors import InputError
+from irdscale.tokenwise import IGNORED, drawn_labels, generators, inverse_cdf, next_tokens, token_losses, uniform
 
 Objective = Literal["label", "sampled", "expected"]
 TokenReduction = Literal["mean", "sum"]
-IGNORED = -100
 
 
 def loss_kind(model: torch.nn.Module, logits: Tensor, labels: Tensor) -> str:
@@ -51,15 +50,18 @@ def loss_kind(model: torch.nn.Module, logits: Tensor, labels: Tensor) -> str:
 
 def sample_losses(kind: str, logits: Tensor, labels: Tensor, token_reduction: TokenReduction = "mean") -> Tensor:
     """Loss of each sample, shape [B], from logits [B, C] (or [B, T, V]) and labels [B] (or [B, T])."""
+    if kind == "causal-lm":
+        return reduced(token_losses(logits, next_tokens(labels)), labels, token_reduction)
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if kind == "regression":
         return (logits.reshape(len(logits), -1) - labels.to(logits.dtype).reshape(len(logits), -1)).square().mean(1)
-    if kind == "classification":
-        return F.cross_entropy(logits, labels.reshape(-1), reduction="none")
-    targets_BT = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    loss_BT = F.cross_entropy(logits.transpose(1, 2), targets_BT, reduction="none", ignore_index=IGNORED)
+    return F.cross_entropy(logits, labels.reshape(-1), reduction="none")
+
+
+def reduced(loss_BT: Tensor, labels: Tensor, token_reduction: TokenReduction) -> Tensor:
+    """Loss of each text [B] from the losses [B, T] of its places."""
     total_B = loss_BT.sum(1)
-    return total_B if token_reduction == "sum" else total_B / (targets_BT != IGNORED).sum(1)
+    return total_B if token_reduction == "sum" else total_B / (next_tokens(labels) != IGNORED).sum(1)
 
 
 def objective_losses(
@@ -99,26 +101,13 @@ def objective_losses(
 
 
 def _draw_targets(kind: str, logits: Tensor, labels: Tensor | None, indices: Sequence[int], seed: int) -> Tensor:
-    def per_sample(draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        # A string seeds Python's generator through a hash of all its bytes; torch uses 32 bits of a seed.
-        seeds = [random.Random(f"{seed}/{index}").getrandbits(32) for index in indices]
-        return torch.stack([draw(torch.Generator().manual_seed(s)) for s in seeds]).to(logits.device)
-
     if kind == "regression":
         flat_BC = logits.reshape(len(logits), -1)
-        noise_BC = per_sample(lambda g: torch.randn(flat_BC.shape[1], generator=g, dtype=torch.float64))
+        drawn = [torch.randn(flat_BC.shape[1], generator=g, dtype=torch.float64) for g in generators(indices, seed)]
+        noise_BC = torch.stack(drawn).to(logits.device)
         return flat_BC + (noise_BC * 0.5**0.5).to(flat_BC.dtype)
     if kind == "classification":
-        u_B1 = per_sample(lambda g: torch.rand(1, generator=g, dtype=torch.float64))
-        return _inverse_cdf(logits, u_B1).squeeze(1)
+        return inverse_cdf(logits, uniform(indices, 1, seed).to(logits.device)).squeeze(1)
     assert labels is not None
-    length = labels.shape[1]
-    u_BT1 = per_sample(lambda g: torch.rand(length, generator=g, dtype=torch.float64)).unsqueeze(2)
-    predicted_BT = _inverse_cdf(logits, u_BT1).squeeze(2)
-    drawn_BT = F.pad(predicted_BT[:, :-1], (1, 0), value=IGNORED)
-    return torch.where(labels == IGNORED, labels, drawn_BT)
-
-
-def _inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, u * cumulative[..., -1:]).clamp_max(logits.shape[-1] - 1)
+    u_BT1 = uniform(indices, labels.shape[1], seed).to(logits.device).unsqueeze(2)
+    return drawn_labels(inverse_cdf(logits, u_BT1).squeeze(2), labels)

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
 from irdscale.fisher.resume import SavedPass
 from irdscale.partitioned import numel_of, to_gpu
+from irdscale.tasks.models import decoder_linears
+from irdscale.tokenwise import IGNORED
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -33,20 +35,39 @@ def sample_gradients(
 ) -> SampleGradients:
     """Ready to take gradients of the train split's samples at `places`; moves the model to the GPU where there is one.
 
+    Of a language model, the linear layers of its decoder blocks are scored unless `fisher.include` says otherwise. With
+    `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
+
     Args:
         whole: names of the parameters that are trained outside any mask, and so are not scored.
     """
     to_gpu(model)
+    if config.train.gradient_checkpointing:
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
+    include = config.fisher.include
+    if include is None and task.is_language:
+        include = [f"^{re.escape(name)}$" for name in decoder_linears(cast(Any, model))]
     return SampleGradients(
         model,
         task.train.select(list(places)),
         task.collate,
-        scored_parameters(model, config.fisher.include, exclude),
+        scored_parameters(model, include, exclude),
         batch_size=config.fisher.batch_size,
         objective=config.fisher.objective,
+        token_reduction=config.fisher.token_reduction,
         seed=config.task.split_seed,
     )
+
+
+def scored_by(config: RunConfig, task: Task) -> str:
+    """Which parameters `sample_gradients` scores, in words."""
+    include, exclude = config.fisher.include, config.fisher.exclude
+    by_default = (
+        "all linear layers of the decoder blocks" if task.is_language else "all parameters outside the new head"
+    )
+    chosen = by_default if include is None else f"parameters that match {' or '.join(include)}"
+    return chosen if not exclude else f"{chosen}, but those that match {' or '.join(exclude)}"
 
 
 def pass_options(config: RunConfig) -> dict[str, Any]:
@@ -84,11 +105,14 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
 
 
 def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
-    """Each pool sample's row in its split, Fisher trace, length in tokens and label."""
+    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens)."""
     chosen = task.train.select(list(pool))
+    labels = list(chosen["labels"])
+    if task.is_language:
+        labels = [sum(label != IGNORED for label in sample) for sample in labels]
     return {
         "row": list(chosen["row"]),
         "trace": traces.tolist(),
         "length": [len(ids) for ids in chosen["input_ids"]],
-        "label": list(chosen["labels"]),
+        "label": labels,
     }

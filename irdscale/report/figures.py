@@ -82,9 +82,10 @@ def metric_by_parameters(facts: Facts) -> Figure:
         axes.scatter(
             fish["params"], fish["metric"], s=60, marker="D", color=ORANGE, label="random samples (FISH)", zorder=3
         )
-    probe = result["baseline"].get("linear_probe")
-    if probe and probe["metric"] is not None:
-        axes.axhline(probe["metric"], color=RED, linewidth=1.2, linestyle="--", label="head alone (linear probe)")
+    for name, label in (("linear_probe", "head alone (linear probe)"), ("base", "the model as it came")):
+        entry = result["baseline"].get(name)
+        if entry and entry["metric"] is not None:
+            axes.axhline(entry["metric"], color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
     axes.set(xlabel="trainable parameters of the mask", ylabel=f"{result['task']['metric']} on the selection split")

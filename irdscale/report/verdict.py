@@ -17,18 +17,18 @@ def verdict(result: dict[str, Any]) -> list[str]:
         f"The search chose {best['params']:,} of the model's {model['parameters']:,} parameters "
         f"({percent(best['params'] / model['parameters'])}) by the Fisher information of {best['samples']} samples"
         + (f", trained beside a new head of {model['head']:,}." if model["head"] else ".")
+        + (f" Candidates for it were {model['scored_by']}." if "scored_by" in model else "")
     ]
     if best["test_metric"] is None:
         return [*sentences, "It has no test metric."]
     sentences.append(f"On the test split its {task['metric']} is {best['test_metric']:.4f}{_over(best)}.")
     baseline = result["baseline"]
-    sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)"))
-    probe = baseline.get("linear_probe")
-    sentences.append(
-        _against(best, probe, "the head alone (linear probe)")
-        if probe
-        else "The checkpoint holds its head, so there is no linear probe to compare with."
-    )
+    sign = -1 if task.get("lower_is_better") else 1
+    sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)", sign))
+    if "linear_probe" in baseline:
+        sentences.append(_against(best, baseline["linear_probe"], "the head alone (linear probe)", sign))
+    else:
+        sentences.append(_against(best, baseline.get("base"), "the model as it came", sign))
     return sentences
 
 
@@ -37,7 +37,7 @@ def _over(entry: dict[str, Any]) -> str:
     return ", for one seed" if seeds == 1 else f", the mean over {seeds} seeds"
 
 
-def _against(best: dict[str, Any], other: dict[str, Any] | None, name: str) -> str:
+def _against(best: dict[str, Any], other: dict[str, Any] | None, name: str, sign: int) -> str:
     if other is None or other["test_metric"] is None:
         why = f": {other['error']}" if other and other.get("error") else ""
         return f"There is no figure for {name}{why}."
@@ -49,7 +49,7 @@ def _against(best: dict[str, Any], other: dict[str, Any] | None, name: str) -> s
     figures = f"{other['test_metric']:.4f}; difference {mean:+.4f}"
     if mean == 0:
         return f"That is the same as {name} ({figures})."
-    word = "better" if mean > 0 else "worse"
+    word = "better" if sign * mean > 0 else "worse"
     if len(differences) == 1:
         return f"That is {word} than {name} ({figures}), but one seed cannot tell a difference from chance."
     spread = f"{figures}, by seed {min(differences):+.4f} to {max(differences):+.4f}"

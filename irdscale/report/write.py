@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from irdscale.config import LANGUAGE_KINDS
 from irdscale.files import write_atomic
 from irdscale.progress import duration
 from irdscale.report.facts import gather
@@ -15,7 +16,7 @@ from irdscale.report.figures import draw_all
 from irdscale.report.verdict import percent, verdict
 
 CAPTIONS = {
-    "metric": "Metric against trainable parameters. Grey dots are single seeds; larger is better.",
+    "metric": "Metric against trainable parameters. Grey dots are single seeds; {better} is better.",
     "path": "The way through the rounds. Each square is a pair that was evaluated; orange is the path and the winner.",
     "density": "Where the winner's entries lie: per cent of each module's weights and biases, by layer.",
     "traces": "Fisher trace of every sample of the pool, the largest first, and the ones that chose the winner's mask.",
@@ -35,11 +36,14 @@ def write_files(output: Path) -> dict[str, Any]:
         lstrip_blocks=True,
     )
     environment.filters |= {"score": _score, "percent": percent, "duration": duration, "cell": _markdown_cell}
+    task = facts.result["task"]
+    better = "smaller" if task.get("lower_is_better") else "larger"
     values = {
         "facts": facts,
         "result": facts.result,
         "verdict": verdict(facts.result),
-        "captions": CAPTIONS,
+        "captions": {name: caption.format(better=better) for name, caption in CAPTIONS.items()},
+        "auto": "AutoModelForCausalLM" if task["kind"] in LANGUAGE_KINDS else "AutoModelForSequenceClassification",
         "output": str(output),
         "seeds": facts.result["config"]["search"]["seeds"],
         "figures": {name: base64.b64encode(data).decode() for name, data in figures.items()},

@@ -163,6 +163,14 @@ def score_on_test(
     return metrics
 
 
+def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, float]:
+    """The metric of the model as it came, on the selection and on the test split; collective."""
+    model = build_model(config, task, config.search.seeds[0])[0]
+    size, splits = config.train.eval_batch_size, (task.selection, task.test)
+    selection, test = (evaluate_model(model, task, split, size)[task.metric] for split in splits)
+    return selection, test
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder that a search wrote; rank 0 does."""
     if rank_and_world()[0] == 0:

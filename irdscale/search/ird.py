@@ -121,20 +121,28 @@ def most_evaluations(rounds: int, seeds: int) -> int:
     return (1 + 3 * rounds + 2) * seeds
 
 
-def best_of(means: dict[Pair, float]) -> Pair:
-    """The pair with the largest mean; ties go to fewer parameters, then fewer samples."""
-    return max(means, key=lambda pair: (means[pair], -pair.params, -pair.samples))
+def best_of(means: dict[Pair, float], lower_is_better: bool = False) -> Pair:
+    """The pair with the largest mean, or the smallest; ties go to fewer parameters, then fewer samples."""
+    sign = -1 if lower_is_better else 1
+    return max(means, key=lambda pair: (sign * means[pair], -pair.params, -pair.samples))
 
 
 def ird(
-    start: Pair, minimum: Pair, seeds: Sequence[int], max_rounds: int, patience: int, evaluate: Evaluate
+    start: Pair,
+    minimum: Pair,
+    seeds: Sequence[int],
+    max_rounds: int,
+    patience: int,
+    evaluate: Evaluate,
+    lower_is_better: bool = False,
 ) -> Outcome:
     """Run the search.
 
     Args:
         minimum: smallest samples and parameters of a candidate, each at least 1.
-        evaluate: given the round and all its new (pair, seed), in order, returns their metrics, larger is better,
-            None for a failure. It is never asked for the same one twice. A pair with a failure cannot be chosen.
+        evaluate: given the round and all its new (pair, seed), in order, returns their metrics, None for a failure. It
+            is never asked for the same one twice. A pair with a failure cannot be chosen.
+        lower_is_better: of the metrics.
 
     Raises:
         StartError: the start could not be evaluated.
@@ -173,16 +181,16 @@ def ird(
         if not scored:
             stop, all_failed = f"every candidate of round {round_number} failed", True
             break
-        state = best_of(scored)
+        state = best_of(scored, lower_is_better)
         path.append(Step(round_number, state, means[state]))
-        leader = best_of(means)
+        leader = best_of(means, lower_is_better)
         since_best = 0 if leader != best else since_best + 1
         best = leader
         if since_best >= patience:
             stop = f"no new best for patience = {patience} rounds"
             break
     pareto = [
-        best_of({pair: mean for pair, mean in means.items() if pair.params == params})
+        best_of({pair: mean for pair, mean in means.items() if pair.params == params}, lower_is_better)
         for params in sorted({pair.params for pair in means}, reverse=True)
     ]
     return Outcome(best, means[best], path, means, pareto, stop, sum(map(len, results.values())), all_failed)

@@ -13,7 +13,15 @@ from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
-from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
+from irdscale.fisher.pool import (
+    draw_samples,
+    mask_size,
+    pass_options,
+    sample_gradients,
+    saved_pass,
+    scored_by,
+    traces_of,
+)
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
@@ -30,7 +38,7 @@ class SearchMasks:
     """Where a search starts and ends, and the hash of the mask of every pair in between.
 
     Attributes:
-        facts: parameters of the model, scored ones, the head's, sample gradients taken, seconds.
+        facts: parameters of the model, scored ones and which they are, the head's, sample gradients taken, seconds.
     """
 
     start: Pair
@@ -91,6 +99,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         "parameters": total,
         "scored": scored,
         "head": sum(numel_of(names[name]) for name in whole),
+        "scored_by": scored_by(config, task),
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
     }

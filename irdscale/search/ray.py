@@ -62,7 +62,8 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
     """
     with connected() as cluster:
         check_nodes(output)
-        engine = RayEngine(config, training_steps(config.train, len(task.train)), output, cluster)
+        steps = training_steps(config.train, len(task.trained))
+        engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         with watching(cluster.desk, enabled=progress):
             try:
                 yield engine
@@ -84,14 +85,22 @@ class RayEngine:
     """Runs jobs on a cluster; see `irdscale.search.runner.Engine`."""
 
     def __init__(
-        self, config: RunConfig, steps: int, output: Path, cluster: Cluster, evaluation: Evaluation | None = None
+        self,
+        config: RunConfig,
+        steps: int,
+        output: Path,
+        cluster: Cluster,
+        evaluation: Evaluation | None = None,
+        lower_is_better: bool = False,
     ) -> None:
         """An engine on a connected cluster.
 
         Args:
             steps: of a candidate's training.
             evaluation: of a candidate: its record, None where it made room; the real thing, unless given.
+            lower_is_better: of the selection metric.
         """
+        self._mode = "min" if lower_is_better else "max"
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
         self._evaluation = evaluation or _evaluated
         asked = config.search.ray
@@ -147,7 +156,7 @@ class RayEngine:
                 param_space={"job": tune.grid_search(jobs)},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
-                    scheduler=_scheduler(self._config, self._steps, by_name) if early else None,
+                    scheduler=_scheduler(self._config, self._steps, by_name, self._mode) if early else None,
                     reuse_actors=True,
                     max_concurrent_trials=max(1, min(room, len(jobs))),
                 ),
@@ -252,14 +261,14 @@ class _ByFirstSeed(AsyncHyperBandScheduler):
         return decision
 
 
-def _scheduler(config: RunConfig, steps: int, candidates: dict[str, Candidate]) -> TrialScheduler:
+def _scheduler(config: RunConfig, steps: int, candidates: dict[str, Candidate], mode: str) -> TrialScheduler:
     asked = config.search.ray
     return _ByFirstSeed(
         config.search.seeds[0],
         candidates,
         time_attr="steps",
         metric="metric",
-        mode="max",
+        mode=mode,
         max_t=steps,
         grace_period=_first_rung(config, steps),
         reduction_factor=asked.reduction_factor,
@@ -296,7 +305,7 @@ def _evaluated(
 ) -> dict[str, Any] | None:
     """The record of a candidate; None where it made room."""
     task, done = _task(config.model_dump_json()), 0
-    steps = training_steps(config.train, len(task.train))
+    steps = training_steps(config.train, len(task.trained))
 
     def advance(n: int = 1) -> None:
         nonlocal done

@@ -19,7 +19,7 @@ from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.search.candidates import Candidate, score_on_test
+from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_evaluations, most_rounds
 from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalEngine
@@ -78,8 +78,8 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         if ledger.finished:
             log.info("going on: %d evaluations are done", len(ledger.finished))
         with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
-            runner = Runner(config, ledger, engine, output, advance)
-            outcome = _rounds(config, runner, masks)
+            runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
+            outcome = _rounds(config, runner, masks, task.lower_is_better)
             evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
             baselines = _run_baselines(config, engine, runner, masks, outcome.best, progress)
         started = time.perf_counter()
@@ -92,7 +92,9 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             **_selection(config, runner, best_mask),
         }
         others = [(Path(entry["mask"]).name if "mask" in entry else None, entry) for entry in baselines.values()]
-        _test(engine, [(best_mask, best), *others])
+        _test(engine, [(best_mask, best), *others], task.lower_is_better)
+        if not masks.facts["head"]:
+            baselines["base"] = _base(config, *engine.call(score_base))
         seconds = {
             "fisher": masks.facts["seconds"],
             "train": round(train_seconds, 2),
@@ -104,7 +106,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             **_what_was_found(outcome, masks, best, baselines),
             "evaluations": evaluations,
             "reused": reused,
-            "training_steps": runner.training_steps(training_steps(config.train, len(task.train))),
+            "training_steps": runner.training_steps(training_steps(config.train, len(task.trained))),
             "seconds": seconds,
             **_what_was_searched(config, task, masks),
         }
@@ -128,7 +130,7 @@ def _engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
         yield engine
 
 
-def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks) -> Outcome:
+def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_better: bool) -> Outcome:
     """The search itself.
 
     Raises:
@@ -144,6 +146,7 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks) -> Outcome:
             lambda round_number, wanted: runner.evaluate_round(
                 round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum)
             ),
+            lower_is_better,
         )
     except StartError as error:
         raise RunError(f"{error}: {runner.last_error()}") from None
@@ -183,13 +186,17 @@ def _what_was_searched(config: RunConfig, task: Task, masks: SearchMasks) -> dic
             "name": task.name,
             "kind": task.kind,
             "metric": task.metric,
+            "lower_is_better": task.lower_is_better,
             "num_labels": task.num_labels,
             "train": len(task.train),
             "selection": len(task.selection),
             "test": len(task.test),
             "origin": task.origin,
         },
-        "model": {"path": config.model.path, **{k: masks.facts[k] for k in ("parameters", "scored", "head")}},
+        "model": {
+            "path": config.model.path,
+            **{k: masks.facts[k] for k in ("parameters", "scored", "head", "scored_by")},
+        },
         "direction": config.search.direction,
         "config": config.model_dump(mode="json"),
         "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
@@ -238,7 +245,7 @@ def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
 def _run_baselines(
     config: RunConfig, engine: Engine, runner: Runner, masks: SearchMasks, best: Pair, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """What the winner is compared with, on the selection split: random samples at its s and p, and the head alone."""
+    """What is trained to be compared with the winner: random samples at its s and p, and the head alone, if new."""
     draw = engine.call(random_draw_mask, best, progress)
     baselines: dict[str, dict[str, Any]] = {
         "fish_random": {
@@ -262,6 +269,12 @@ def _run_baselines(
     return baselines
 
 
+def _base(config: RunConfig, selection: float, test: float) -> dict[str, Any]:
+    """The model as it came, the same for every seed, where it has no new head that says nothing yet."""
+    seeds = [{"seed": seed, "metric": selection, "test_metric": test} for seed in config.search.seeds]
+    return {"params": 0, "metric": selection, "test_metric": test, "seeds": seeds, "error": None}
+
+
 def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
     """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
     seeds: list[dict[str, Any]] = [{"seed": seed, "metric": runner.metric(mask, seed)} for seed in config.search.seeds]
@@ -269,12 +282,13 @@ def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str,
     return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
 
 
-def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]]) -> None:
+def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lower_is_better: bool) -> None:
     """Add the test metrics to what `_selection` found; of the first entry, the seed best on selection is kept."""
     scored = [(mask, entry) for mask, entry in entries if entry["metric"] is not None]
     asked = []
     for mask, entry in scored:
-        chosen = max(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
+        best = min if lower_is_better else max
+        chosen = best(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
         asked += [(mask, one["seed"], entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]]
     found = iter(engine.call(score_on_test, asked))
     for _, entry in entries:

@@ -47,9 +47,11 @@ class Runner:
         engine: Engine,
         output: Path,
         advance: Callable[..., None] | None = None,
+        lower_is_better: bool = False,
     ) -> None:
         self._config, self._ledger, self._engine, self._output = config, ledger, engine, output
         self._advance = advance or (lambda n=1, note="": None)
+        self._lower_is_better = lower_is_better
         self.asked: list[str] = []
         self.reused = 0
         self.metrics: dict[tuple[Pair, int], float] = {}
@@ -156,7 +158,7 @@ class Runner:
         }
         if not means:
             return
-        leader = best_of(means)
+        leader = best_of(means, self._lower_is_better)
         kept = {self._key(masks[leader], seed) for seed in seeds}
         for pair, seed in self.metrics:
             key = self._key(masks[pair], seed)

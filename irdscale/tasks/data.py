@@ -1,4 +1,4 @@
-"""Reading labelled text: GLUE tasks, hub data sets, and local parquet, JSONL and CSV files.
+"""Reading a task's rows: GLUE tasks, hub data sets, and local parquet, JSONL and CSV files.
 
 Columns are read into memory; nothing is written next to the user's files.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from irdscale.config import ColumnsConfig, Kind, TaskConfig, nearest
+from irdscale.config import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, nearest
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line
@@ -37,8 +37,51 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """One split's columns. `where` names its file or data set, for messages."""
+
+    where: str
+    table: pa.Table
+
+    def column(self, name: str, key: str) -> pa.ChunkedArray:
+        """A column that `task.columns.KEY` names.
+
+        Raises:
+            InputError: there is none of this name, or several.
+        """
+        names = self.table.column_names
+        if name not in names:
+            raise InputError(
+                f"task.columns.{key}: {self.where}: found no column {name!r}{nearest(name, names)}; "
+                f"there are: {', '.join(names)}"
+            )
+        if names.count(name) > 1:
+            raise InputError(
+                f"task.columns.{key}: {self.where}: found {names.count(name)} columns {name!r}; expected one"
+            )
+        return self.table.column(name)
+
+    def texts(self, name: str, key: str) -> list[str]:
+        """A column of texts, one in every row.
+
+        Raises:
+            InputError: it holds something else, or a row holds nothing.
+        """
+        column, where = self.column(name, key), f"task.columns.{key}: {self.where}: column {name!r}"
+        kind = column.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise InputError(f"{where}: found {column.type}; expected text")
+        values: list[str] = column.to_pylist()
+        if column.null_count:
+            raise InputError(f"{where}, row {values.index(None)}: found no text; expected one in every row")  # type: ignore[arg-type]
+        return values
+
+
+@dataclass(frozen=True)
 class Split:
-    """One split's columns as Python values. `where` names its file or data set, for messages."""
+    """One split's texts and labels as Python values. `where` names its file or data set, for messages."""
 
     where: str
     texts: list[list[str]]
@@ -75,13 +118,16 @@ def find_source(task: TaskConfig) -> Source:
         if task.kind not in (None, glue.kind):
             raise InputError(f"task.kind: found {task.kind!r}; expected {glue.kind!r} for glue/{glue.name}")
         columns = task.columns or ColumnsConfig(text=list(glue.text), label=glue.label)
+        try:
+            check_columns(glue.kind, columns)
+        except ValueError as error:
+            raise InputError(f"task.{error}") from None
         return Source(name, glue.kind, columns, glue, local, hub)
     if task.kind is None:
-        raise InputError(
-            "task.kind: missing; expected sequence-classification or regression (only GLUE tasks have their own)"
-        )
+        raise InputError(f"task.kind: missing; expected one of {', '.join(METRICS)} (only GLUE tasks have their own)")
     if task.columns is None:
-        raise InputError("task.columns: missing; expected {text: [..], label: ..} (only GLUE tasks have their own)")
+        ways = ", or ".join("{" + ", ".join(f"{key}: .." for key in way) + "}" for way in COLUMNS[task.kind])
+        raise InputError(f"task.columns: missing; expected {ways} (only GLUE tasks have their own)")
     return Source(name, task.kind, task.columns, None, local, hub)
 
 
@@ -97,15 +143,26 @@ def _with_subset(path: Path, subset: str | None) -> Path:
     return path / subset
 
 
-def read_splits(source: Source) -> dict[str, Split]:
-    """The splits `train` and, where they exist, `validation` and `test`.
+def read_rows(source: Source) -> dict[str, Rows]:
+    """The rows of the splits `train` and, where they exist, `validation` and `test`.
 
     Raises:
-        InputError: a file cannot be read, a column is missing or of the wrong type, a text is missing, or a split is
-            empty.
+        InputError: a file cannot be read, or a split is empty.
     """
     tables = _read_hub(source) if source.path is None else _read_local(source)
-    return {name: _columns(name, where, table, source.columns) for name, (where, table) in tables.items()}
+    for name, (where, table) in tables.items():
+        if table.num_rows == 0:
+            raise InputError(f"task.dataset: {where}: the split {name} is empty; expected at least one row")
+    return {name: Rows(where, table) for name, (where, table) in tables.items()}
+
+
+def read_splits(source: Source) -> dict[str, Split]:
+    """The texts and labels of the splits `train` and, where they exist, `validation` and `test`.
+
+    Raises:
+        InputError: as `read_rows`, or a column is missing or of the wrong type, or a text is missing.
+    """
+    return {name: _labelled(name, rows, source.columns) for name, rows in read_rows(source).items()}
 
 
 def _read_local(source: Source) -> dict[str, tuple[str, pa.Table]]:
@@ -186,7 +243,7 @@ def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
             path,
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             # Without this, texts that are all digits would become numbers.
-            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in columns.text}),
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in _of_text(columns)}),
         )
     except pa.ArrowInvalid as error:
         if path.stat().st_size == 0 or "Empty CSV" in str(error):
@@ -194,6 +251,10 @@ def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
         raise InputError(f"task.dataset: {path}: not a {path.suffix[1:]} file: {one_line(error)}") from None
     except OSError as error:
         raise InputError(f"task.dataset: {path}: cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _of_text(columns: ColumnsConfig) -> list[str]:
+    return [name for key, names in columns.named().items() if key != "label" for name in names]
 
 
 def _read_jsonl(path: Path) -> pa.Table:
@@ -241,7 +302,7 @@ def _read_hub(source: Source) -> dict[str, tuple[str, pa.Table]]:
     tables = {}
     for split, published in _names(list(loaded), source.glue, where).items():
         data = loaded[published]
-        read = {*source.columns.text, source.columns.label}
+        read = {name for names in source.columns.named().values() for name in names}
         rows = data.with_format("arrow", columns=[name for name in data.column_names if name in read])[:]
         # Messages name every column, but only the values of those that are used are read.
         columns = {name: rows.column(name) if name in read else pa.nulls(len(data)) for name in data.column_names}
@@ -251,39 +312,14 @@ def _read_hub(source: Source) -> dict[str, tuple[str, pa.Table]]:
     return tables
 
 
-def _columns(split: str, where: str, table: pa.Table, columns: ColumnsConfig) -> Split:
-    if table.num_rows == 0:
-        raise InputError(f"task.dataset: {where}: the split {split} is empty; expected at least one row")
-    for name in columns.text:
-        _check_column(table, name, "task.columns.text", where)
-    texts = [_texts(table.column(name), f"task.columns.text: {where}: column {name!r}") for name in columns.text]
-    if split == "test" and columns.label not in table.column_names:
-        return Split(where, texts, None, None)
-    _check_column(table, columns.label, "task.columns.label", where)
-    labels = table.column(columns.label).to_pylist()
-    return Split(where, texts, labels, _declared_names(table, columns.label))
-
-
-def _check_column(table: pa.Table, name: str, key: str, where: str) -> None:
-    names = table.column_names
-    if name not in names:
-        raise InputError(
-            f"{key}: {where}: found no column {name!r}{nearest(name, names)}; there are: {', '.join(names)}"
-        )
-    if names.count(name) > 1:
-        raise InputError(f"{key}: {where}: found {names.count(name)} columns {name!r}; expected one")
-
-
-def _texts(column: pa.ChunkedArray, where: str) -> list[str]:
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise InputError(f"{where}: found {column.type}; expected text")
-    values = column.to_pylist()
-    if column.null_count:
-        raise InputError(f"{where}, row {values.index(None)}: found no text; expected one in every row")
-    return values
+def _labelled(split: str, rows: Rows, columns: ColumnsConfig) -> Split:
+    assert columns.text is not None
+    assert columns.label is not None
+    texts = [rows.texts(name, "text") for name in columns.text]
+    if split == "test" and columns.label not in rows.table.column_names:
+        return Split(rows.where, texts, None, None)
+    labels = rows.column(columns.label, "label").to_pylist()
+    return Split(rows.where, texts, labels, _declared_names(rows.table, columns.label))
 
 
 def _declared_names(table: pa.Table, label: str) -> list[str] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from irdscale.config import ModelConfig, RunConfig, nearest
+from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
 from irdscale.partitioned import shape_of
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
@@ -73,7 +73,7 @@ def _is_model(file: Path) -> bool:
         return False
 
 
-def _load(path: str, what: str, load: Callable[..., T], **options: Any) -> T:
+def _load(path: str, what: str, load: Callable[..., T], kind: str = "model", **options: Any) -> T:
     """Call a `from_pretrained`, turning whatever it raises into one line."""
     resolved = resolve_model_path(path)
     remote = not Path(resolved).is_dir()
@@ -87,9 +87,7 @@ def _load(path: str, what: str, load: Callable[..., T], **options: Any) -> T:
                 f"model.path: {path}: comes with Python code of its own; set model.trust_remote_code=true to run it"
             ) from error
         if "Unrecognized configuration class" in text:
-            raise InputError(
-                f"model.path: {path}: transformers has no sequence classification for this kind of model"
-            ) from error
+            raise InputError(f"model.path: {path}: transformers has no {kind} for this kind of model") from error
         problem = f"no such folder here, and no {what} loaded from the hub" if remote else f"cannot load the {what}"
         raise InputError(f"model.path: {path}: {problem}: {one_line(error)}") from error
 
@@ -129,7 +127,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
-    """Load `config.model` with a head for `task`.
+    """Load `config.model` for `task`: with a head for its classes or values, or as a causal language model.
 
     Args:
         seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone. With
@@ -142,26 +140,25 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
         InputError: the checkpoint is missing or damaged or does not fit the task, or `task.max_length` or the
             tokenizer does not fit the model.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    names = task.label_names or ["value"]
+    language = task.kind in LANGUAGE_KINDS
+    loader: Any = AutoModelForCausalLM if language else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
             config.model.path,
             "model",
-            AutoModelForSequenceClassification.from_pretrained,
+            loader.from_pretrained,
+            "causal language model" if language else "sequence classification",
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
-            num_labels=task.num_labels,
-            id2label=dict(enumerate(names)),
-            label2id={name: number for number, name in enumerate(names)},
-            problem_type="regression" if task.kind == "regression" else "single_label_classification",
             # Refused below, with the names and shapes that transformers leaves out of its error.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({} if language else _head_options(task)),
         )
-    _check_checkpoint(config.model.path, model, info)
+    _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
     _check_vocabulary(config.model.path, task.tokenizer, model)
     for part in (model.config, model.config.get_text_config()):
@@ -170,7 +167,46 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     return model.eval(), [name for name, _ in model.named_parameters() if name in missing]
 
 
-def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def _head_options(task: Task) -> dict[str, Any]:
+    names = task.label_names or ["value"]
+    return {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "regression" if task.kind == "regression" else "single_label_classification",
+    }
+
+
+def decoder_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the matrices in a language model's decoder blocks: all its linear layers but the head, no embedding.
+
+    Raises:
+        InputError: its blocks are not found.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    blocks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers and not _inside(name, "experts")
+    ]
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if len(shape_of(parameter)) > 1 and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    if not names:
+        raise InputError(
+            f"fisher.include: found none, and no list of {layers} blocks in {type(model).__name__}; "
+            f"expected expressions for the parameters to score"
+        )
+    return names
+
+
+def _inside(name: str, part: str) -> bool:
+    return part in name.split(".")
+
+
+def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], whole: bool) -> None:
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise InputError(
             f"model.path: {path}: {name} has shape {list(found)} in the checkpoint; expected {list(expected)} "
@@ -182,7 +218,7 @@ def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any]) -
     absent = [
         name
         for name in sorted(info["missing_keys"])
-        if name in parameters and name.startswith(base) and ".pooler." not in name
+        if name in parameters and (whole or (name.startswith(base) and ".pooler." not in name))
     ]
     if absent:
         raise InputError(

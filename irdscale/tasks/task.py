@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from irdscale.config import METRICS, Kind, LimitConfig, RunConfig
+from irdscale.config import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind, LimitConfig, RunConfig
 from irdscale.errors import InputError
-from irdscale.tasks.data import Split, find_source, read_splits
+from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
 from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
+from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.models import load_model_config, load_tokenizer
 from irdscale.tasks.splits import PARTS, Part, assign, draw
@@ -27,8 +28,10 @@ class Task:
     """What a model learns, and what it is measured by.
 
     `train`, `selection` (which the search reads) and `test` (which it does not) hold `input_ids`, `attention_mask`,
-    `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split. `origin`
-    says, for people, where each of the three comes from. `metric` is the main one of `metrics`; larger is better.
+    `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split; those of
+    language models what `irdscale.tasks.language` says. `origin` says, for people, where each of the three comes from.
+    `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
+    instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated.
     """
 
     name: str
@@ -42,9 +45,26 @@ class Task:
     metric: str
     metrics: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
+    blocks: Dataset | None = None
+    max_new_tokens: int = 0
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether smaller values of the main metric are better."""
+        return self.metric in LOWER_IS_BETTER
+
+    @property
+    def is_language(self) -> bool:
+        """Whether samples are texts that a language model goes on with."""
+        return self.kind in LANGUAGE_KINDS
+
+    @property
+    def trained(self) -> Dataset:
+        """What is trained on: the samples of the train split, or the blocks that they were packed into."""
+        return self.train if self.blocks is None else self.blocks
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad samples on the right to the longest: token tensors [B, T], labels [B]; other columns are dropped."""
+        """Pad samples on the right to the longest: token tensors [B, T], labels [B] or [B, T]; drops other columns."""
         return pad_batch(samples, self.tokenizer.pad_token_id)
 
     def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -64,6 +84,8 @@ def load_task(config: RunConfig) -> Task:
             configuration needs.
     """
     source = find_source(config.task)
+    if source.kind in LANGUAGE_KINDS:
+        return _language_task(config, source)
     regression = source.kind == "regression"
     valid = METRICS[source.kind]
     metrics = fitting_metrics(source.kind, config.task.metric, source.glue.metrics if source.glue else valid, valid)
@@ -73,6 +95,7 @@ def load_task(config: RunConfig) -> Task:
     # Benchmarks keep the labels of their test split to themselves: such a split is as good as none.
     if "test" in splits and (splits["test"].labels is None or is_unlabelled(splits["test"].labels)):
         del splits["test"]
+    assert source.columns.label is not None
     label_names, labels = _numbers(
         splits, source.columns.label, regression, source.glue.label_names if source.glue else None
     )
@@ -109,6 +132,42 @@ def load_task(config: RunConfig) -> Task:
         metric=metrics[0],
         metrics=metrics,
         tokenizer=tokenizer,
+    )
+
+
+def _language_task(config: RunConfig, source: Source) -> Task:
+    reported = tuple(name for name in METRICS[source.kind] if name != "exact_match")
+    metrics = fitting_metrics(source.kind, config.task.metric, reported, METRICS[source.kind])
+    tokenizer = load_tokenizer(config.model)
+    splits = read_rows(source)
+    label = source.columns.label
+    if label is not None and "test" in splits:
+        # Benchmarks keep the answers of their test split to themselves.
+        table = splits["test"].table
+        if label not in table.column_names or is_unlabelled(table.column(label).to_pylist()):
+            del splits["test"]
+    parts = _parts({name: np.zeros(split.table.num_rows) for name, split in splits.items()}, False, config)
+    samples = {
+        name: language_samples(source.kind, tokenizer, splits[part.split], part, config.task, source.columns)
+        for name, part in parts.items()
+    }
+    if config.fisher.samples > len(samples["train"]):
+        raise InputError(
+            f"fisher.samples: found {config.fisher.samples}; expected at most {len(samples['train'])}, the samples of "
+            f"the train split ({parts['train'].origin})"
+        )
+    return Task(
+        name=source.name,
+        kind=source.kind,
+        **samples,
+        origin={name: part.origin for name, part in parts.items()},
+        num_labels=0,
+        label_names=[],
+        metric=metrics[0],
+        metrics=metrics,
+        tokenizer=tokenizer,
+        blocks=packed(samples["train"], config.task.max_length) if config.task.packing else None,
+        max_new_tokens=config.task.max_new_tokens,
     )
 
 

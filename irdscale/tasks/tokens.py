@@ -11,6 +11,7 @@ import torch
 
 from irdscale.errors import InputError
 from irdscale.tasks.splits import Part
+from irdscale.tokenwise import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,17 +74,38 @@ def encode(
     return datasets.Dataset(table)
 
 
-def pad_batch(samples: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad samples on the right to the longest: token tensors [B, T] (int64), `labels` [B] (int64 or float32)."""
+def labelled(tokens: list[int], prompt: int) -> list[int]:
+    """Labels of the tokens behind a prompt of so many; none for the first token, which nothing predicts."""
+    begin = max(1, prompt)
+    return [IGNORED] * begin + tokens[begin:]
+
+
+def pad_batch(samples: list[dict[str, Any]], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Pad samples to the longest: token tensors [B, T] (int64), `labels` [B] (int64 or float32) or [B, T] (int64).
+
+    Args:
+        side: where padding goes.
+    """
     lengths = [len(sample["input_ids"]) for sample in samples]
     batch: dict[str, torch.Tensor] = {}
-    for name in ("input_ids", "attention_mask", "token_type_ids"):
-        if name not in samples[0]:
+    for name, filler in (
+        ("input_ids", pad_token_id),
+        ("attention_mask", 0),
+        ("token_type_ids", 0),
+        ("labels", IGNORED),
+    ):
+        if name == "attention_mask":
+            rows = [[1] * length for length in lengths]
+        elif name not in samples[0] or not hasattr(samples[0][name], "__len__"):
             continue
-        padded = torch.full((len(samples), max(lengths)), pad_token_id if name == "input_ids" else 0)
-        for index, sample in enumerate(samples):
-            padded[index, : lengths[index]] = torch.as_tensor(sample[name])
+        else:
+            rows = [sample[name] for sample in samples]
+        padded = torch.full((len(samples), max(lengths)), filler)
+        for index, row in enumerate(rows):
+            start = max(lengths) - len(row) if side == "left" else 0
+            padded[index, start : start + len(row)] = torch.as_tensor(row)
         batch[name] = padded
-    labels = [sample["labels"] for sample in samples]
-    batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
+    if "labels" in samples[0] and "labels" not in batch:
+        labels = [sample["labels"] for sample in samples]
+        batch["labels"] = torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
     return batch

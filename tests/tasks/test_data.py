@@ -121,7 +121,7 @@ def test_a_folder_of_a_glue_name_elsewhere_is_no_glue_task(tmp_path: Path) -> No
 
 def test_kind_and_columns_are_needed_beyond_glue(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
-    refused(r"task\.kind: missing; expected sequence-classification or regression", path, kind=None)
+    refused(r"task\.kind: missing; expected one of sequence-classification, regression", path, kind=None)
     refused(r"task\.columns: missing; expected \{text", path, columns=None)
 
 

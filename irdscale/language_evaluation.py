@@ -1,0 +1,202 @@
+"""What a language model is measured by: how likely it finds texts, which choice it prefers, and what it answers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.errors import TrainingError
+from irdscale.fisher.capture import frozen
+from irdscale.partitioned import device_of, gathering, is_partitioned
+from irdscale.progress import bar
+from irdscale.ranks import add_up, rank_and_world
+from irdscale.tasks.tokens import labelled, pad_batch
+from irdscale.tokenwise import (
+    IGNORED,
+    Headless,
+    finishing,
+    found_losses,
+    headless,
+    next_tokens,
+    own_forward,
+    right_tokens,
+    token_losses,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from irdscale.tasks import Task
+
+# Of a text: the sum of its tokens' losses, how many they are, and how many of them the model finds likeliest.
+COLUMNS = 3
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+
+
+def evaluate_language(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+    """Every metric of the task on a split; see `irdscale.evaluation.evaluate_model`.
+
+    - perplexity: exp of the mean loss of all target tokens of the split.
+    - token_accuracy: share of the target tokens that the model finds likeliest, given those before.
+    - exact_match: share of the samples whose answer, decoded greedily, has the number of the expected one (see
+      `same_answer`).
+    - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum of its tokens' log
+      likelihoods or by their mean.
+    """
+    with own_forward(model):
+        return _metrics(model, task, split, batch_size)
+
+
+def _metrics(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+    if task.kind == "multiple-choice":
+        return _choice_accuracies(model, task, split, batch_size)
+    table_NC = _text_table(model, task, list(zip(split["input_ids"], split["labels"], strict=True)), batch_size)
+    loss, tokens, right = table_NC.sum(0).tolist()
+    mean = loss / tokens
+    # A perplexity beyond the largest number is infinite, which no candidate is chosen for.
+    metrics = {"perplexity": math.exp(mean) if mean < 700 else math.inf, "token_accuracy": right / tokens}
+    if "exact_match" in task.metrics:
+        metrics["exact_match"] = _exact_match(model, task, split, batch_size)
+    return {name: metrics[name] for name in task.metrics}
+
+
+def _choice_accuracies(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+    texts: list[tuple[list[int], list[int]]] = []
+    choices = list(split["choices"])
+    for sample, prompts in zip(choices, split["choice_prompts"], strict=True):
+        texts += [(ids, labelled(ids, prompt)) for ids, prompt in zip(sample, prompts, strict=True)]
+    table_NC = _text_table(model, task, texts, batch_size)
+    right = {"accuracy": 0, "accuracy_norm": 0}
+    start = 0
+    for sample, answer in zip(choices, split["answer"], strict=True):
+        loss_C, tokens_C, _ = table_NC[start : start + len(sample)].unbind(1)
+        right["accuracy"] += int(loss_C.argmin()) == answer
+        right["accuracy_norm"] += int((loss_C / tokens_C).argmin()) == answer
+        start += len(sample)
+    return {name: right[name] / len(choices) for name in task.metrics}
+
+
+def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:
+    """Loss, tokens and right tokens of each text [N, 3], as float64, on every rank.
+
+    Raises:
+        TrainingError: a text's loss is NaN or infinite.
+    """
+    pad = task.tokenizer.pad_token_id
+    device, table_NC = device_of(model), torch.zeros(len(texts), COLUMNS, dtype=torch.float64)
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in texts]
+    with gathering(model), frozen(model), torch.no_grad():
+        first = {k: v.to(device) for k, v in pad_batch(rows[:1], pad).items() if k != "labels"}
+        parts = headless(model, first)
+
+        def measure(places: list[int]) -> None:
+            batch = {k: v.to(device) for k, v in pad_batch([rows[i] for i in places or [0]], pad).items()}
+            labels_BT = batch.pop("labels")
+            targets_BT = next_tokens(labels_BT)
+            loss_BT, right_BT = _measured(model, parts, batch, targets_BT)
+            if places:
+                there_BT = targets_BT != IGNORED
+                found = (loss_BT.double().sum(1), there_BT.sum(1), (right_BT & there_BT).sum(1))
+                table_NC[places] = torch.stack([column.double() for column in found], 1).cpu()
+
+        _shared(model, [len(ids) for ids, _ in texts], batch_size, measure)
+    add_up([table_NC])
+    broken = (~table_NC.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise TrainingError(f"the model's loss of text {broken[0]} is not finite ({len(broken)} of {len(texts)} texts)")
+    return table_NC
+
+
+def _measured(
+    model: nn.Module, parts: Headless | None, inputs: dict[str, Any], targets_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of each target [B, T], and whether it is the likeliest token."""
+    if parts is None:
+        logits_BTV = model(**inputs).logits
+        return token_losses(logits_BTV, targets_BT), logits_BTV.argmax(-1) == targets_BT
+    head = parts.head
+
+    def finish(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return found_losses(head, hidden_BTD, targets_BT), right_tokens(head, hidden_BTD, targets_BT)
+
+    with finishing(model, parts, finish):
+        found: tuple[Tensor, Tensor] = model(**inputs)
+    return found
+
+
+def _shared(model: nn.Module, lengths: list[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
+    """Call `work` with the places of each batch, those of like lengths together; the ranks share the batches.
+
+    A rank with nothing left of a partitioned model works on no places, for it gathers with the others.
+    """
+    rank, world = rank_and_world()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    own = batches[rank::world]
+    if is_partitioned(model):
+        own += [[]] * (-(-len(batches) // world) - len(own))
+    # No bar of its own, but who listens from outside hears that it goes on.
+    with bar("Evaluating", len(own), enabled=False) as advance:
+        for places in own:
+            advance()
+            work(places)
+
+
+def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> float:
+    tokenizer, device = task.tokenizer, device_of(model)
+    ids, prompts, answers = list(split["input_ids"]), list(split["prompt_length"]), list(split["answer"])
+    right_N = torch.zeros(len(answers), dtype=torch.float64)
+    rows = [{"input_ids": tokens[:prompt]} for tokens, prompt in zip(ids, prompts, strict=True)]
+
+    def answer(places: list[int]) -> None:
+        batch = pad_batch([rows[i] for i in places or [0]], tokenizer.pad_token_id, side="left")
+        generated_BT = model.generate(
+            **{k: v.to(device) for k, v in batch.items()},
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # `frozen` turns it off, for other passes.
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            # Ranks that gather together go on until the last one is done.
+            synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
+        )
+        new_BT = generated_BT[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+        for place, text in zip(places, texts, strict=False):
+            right_N[place] = same_answer(text, answers[place])
+
+    with gathering(model), frozen(model), torch.no_grad():
+        _shared(model, prompts, batch_size, answer)
+    add_up([right_N])
+    return float(right_N.mean())
+
+
+def same_answer(found: str, expected: str) -> bool:
+    """Whether two answers agree: in their number if the expected one has any, else in their words.
+
+    The number is the one behind `####`, as GSM8K writes it, or else the last one; thousands' commas do not count. The
+    first line break after a `####` answer ends it: a model that goes on and on is judged by its first answer.
+    """
+    number = _final_number(expected)
+    if number is not None:
+        return _final_number(found) == number
+    return found.split() == expected.split()
+
+
+def _final_number(text: str) -> float | None:
+    _, marked, behind = text.partition("####")
+    if marked:
+        first = _NUMBER.search(behind.strip().split("\n")[0])
+        return None if first is None else _value(first[0])
+    numbers = _NUMBER.findall(text)
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))

@@ -1,0 +1,311 @@
+"""Samples for language models: texts, prompts with completions, chats, and prompts with choices.
+
+A sample is its tokens and its labels: -100 where the loss does not look, as at the first token, which nothing predicts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import pyarrow as pa
+
+from irdscale.config import ColumnsConfig, Kind, TaskConfig
+from irdscale.errors import InputError
+from irdscale.tasks.data import Rows
+from irdscale.tasks.hub import one_line
+from irdscale.tasks.splits import Part
+from irdscale.tasks.tokens import labelled
+from irdscale.tokenwise import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+BATCH = 1000
+_TOKENS = pa.list_(pa.int32())
+# What a prompt and what follows it are joined by, where the prompt does not end in space of its own.
+_JOINTS = {"sft": "\n", "multiple-choice": " "}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample's tokens, how many of them are its prompt, and by kind the expected answer and every choice alike."""
+
+    row: int
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int = 0
+    answer: Any = None
+    choices: Sequence[tuple[list[int], int]] = ()
+
+
+def language_samples(
+    kind: Kind, tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
+) -> datasets.Dataset:
+    """Tokenise the rows of `part`, not padded, in memory.
+
+    - causal-lm: a text, with the tokenizer's own special tokens and the end-of-sequence token; a text longer than
+      `task.max_length` gives several samples, cut after every so many tokens. Rows without text are left out.
+    - sft: a prompt, a line break and a completion with the end-of-sequence token, whose tokens are the labels; or a
+      chat by the tokenizer's template, with those of every message of the assistant.
+    - multiple-choice: a prompt, a space and the right choice, whose tokens are the labels.
+
+    Returns:
+        Columns `input_ids`, `labels`, `row` (of the source split); of sft `prompt_length` (tokens before the last
+        completion) and `answer` (its text); of multiple-choice `prompt_length`, `answer` (the right choice's number)
+        and `choices` (each one's tokens, the prompt's with it) with their `choice_prompts`.
+
+    Raises:
+        InputError: a column is missing or of the wrong type, or a row has nothing to learn, does not fit
+            `task.max_length`, or is refused by the chat template; names the row.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"model.path: found a {type(tokenizer).__name__}, which does not say where tokens come from; "
+            f"expected a fast tokenizer (tokenizer.json)"
+        )
+    if kind == "causal-lm":
+        samples = list(_texts(tokenizer, rows, part, task.max_length, columns))
+    elif kind == "multiple-choice":
+        samples = list(_choices(tokenizer, rows, part, task, columns))
+    elif columns.messages is not None:
+        samples = list(_chats(tokenizer, rows, part, task, columns.messages))
+    else:
+        samples = list(_completions(tokenizer, rows, part, task, columns))
+    if not samples:
+        raise InputError(f"task.dataset: {rows.where}: found no text in {len(part.rows)} rows; expected some")
+    arrays: dict[str, pa.Array] = {
+        "input_ids": pa.array([sample.input_ids for sample in samples], _TOKENS),
+        "labels": pa.array([sample.labels for sample in samples], _TOKENS),
+        "row": pa.array([sample.row for sample in samples]),
+    }
+    if kind != "causal-lm":
+        arrays["prompt_length"] = pa.array([sample.prompt_length for sample in samples])
+        arrays["answer"] = pa.array([sample.answer for sample in samples])
+    if kind == "multiple-choice":
+        arrays["choices"] = pa.array([[ids for ids, _ in s.choices] for s in samples], pa.list_(_TOKENS))
+        arrays["choice_prompts"] = pa.array([[prompt for _, prompt in s.choices] for s in samples], _TOKENS)
+    return datasets.Dataset(pa.table(arrays))
+
+
+def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
+    """The texts of `samples` joined, and cut after every `max_length` tokens; what is left at the end is left out.
+
+    Raises:
+        InputError: they are shorter than one such block.
+    """
+    joined = [token for ids in samples["input_ids"] for token in ids]
+    blocks = [joined[i : i + max_length] for i in range(0, len(joined) - max_length + 1, max_length)]
+    if not blocks:
+        raise InputError(
+            f"task.packing: found {len(joined)} tokens of text to train on; expected {max_length} (task.max_length)"
+        )
+    labels = [[IGNORED, *block[1:]] for block in blocks]
+    return datasets.Dataset(pa.table({"input_ids": pa.array(blocks, _TOKENS), "labels": pa.array(labels, _TOKENS)}))
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-sequence token, where there is one."""
+    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, max_length: int, columns: ColumnsConfig
+) -> Iterator[_Sample]:
+    assert columns.text is not None
+    texts, end, empty = rows.texts(columns.text[0], "text"), _ending(tokenizer), 0
+    for start in range(0, len(part.rows), BATCH):
+        chosen = [int(row) for row in part.rows[start : start + BATCH] if texts[row].strip()]
+        empty += min(BATCH, len(part.rows) - start) - len(chosen)
+        encoded = tokenizer([texts[row] for row in chosen], verbose=False)["input_ids"] if chosen else []
+        for row, tokens in zip(chosen, encoded, strict=True):
+            tokens = tokens if tokens[-1:] == end else [*tokens, *end]
+            for place in range(0, len(tokens), max_length):
+                piece = tokens[place : place + max_length]
+                # A last piece of one token has nothing that predicts it.
+                if len(piece) > 1:
+                    yield _Sample(row, piece, [IGNORED, *piece[1:]])
+    if empty:
+        log.info("%s: %d of %d rows hold no text and are left out", rows.where, empty, len(part.rows))
+
+
+def _completions(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
+) -> Iterator[_Sample]:
+    assert columns.prompt is not None
+    assert columns.completion is not None
+    prompts = rows.texts(columns.prompt, "prompt")
+    completions = rows.texts(columns.completion, "completion")
+    for start in range(0, len(part.rows), BATCH):
+        chosen = [int(row) for row in part.rows[start : start + BATCH]]
+        for row in chosen:
+            if not completions[row].strip():
+                raise InputError(
+                    f"task.columns.completion: {rows.where}, row {row}: found no text; expected some, to learn from"
+                )
+        pairs = [(prompts[row], completions[row]) for row in chosen]
+        encoded = _joined(tokenizer, pairs, _JOINTS["sft"], _ending(tokenizer))
+        for row, (tokens, prompt) in zip(chosen, encoded, strict=True):
+            tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
+            yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
+
+
+def _joined(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], joint: str, end: list[int]
+) -> list[tuple[list[int], int]]:
+    """Each pair's tokens, of both texts together, and how many of them begin before the second text."""
+    firsts = [first if first[-1:].isspace() or not first else first + joint for first, _ in pairs]
+    texts = [first + second for first, (_, second) in zip(firsts, pairs, strict=True)]
+    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    found = []
+    for first, tokens, offsets in zip(firsts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # A token counts where it begins, but for spaces before it; special tokens begin nowhere (0, 0).
+        begins = len(first.rstrip(" "))
+        behind = (place for place, (start, stop) in enumerate(offsets) if begins <= start < stop)
+        prompt = next(behind, len(tokens))
+        found.append((tokens if tokens[-1:] == end else [*tokens, *end], prompt))
+    return found
+
+
+def _fitting(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], prompt: int, task: TaskConfig, where: str
+) -> tuple[list[int], int]:
+    """Tokens and prompt length of a sample that fits `task.max_length`, cut from the left where that is asked for."""
+    over = len(tokens) - task.max_length
+    if over <= 0:
+        return tokens, prompt
+    key = "task.columns.prompt"
+    if task.truncate != "left":
+        raise InputError(
+            f"{key}: {where}: found {len(tokens)} tokens with what follows the prompt; expected at most "
+            f"{task.max_length} (task.max_length), or task.truncate=left"
+        )
+    first = int(tokens[0] == tokenizer.bos_token_id)
+    if prompt - over < first + 1:
+        raise InputError(
+            f"{key}: {where}: found {len(tokens) - prompt} tokens behind the prompt; expected at most "
+            f"{task.max_length - first - 1}, so that some of the prompt is left (task.max_length)"
+        )
+    return [*tokens[:first], *tokens[first + over :]], prompt - over
+
+
+def _choices(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
+) -> Iterator[_Sample]:
+    assert columns.prompt is not None
+    assert columns.label is not None
+    prompts = rows.texts(columns.prompt, "prompt")
+    choices = _choice_texts(rows, columns.choices or [])
+    labels = rows.column(columns.label, "label").to_pylist()
+    for row in map(int, part.rows):
+        where, label = f"{rows.where}, row {row}", labels[row]
+        if isinstance(label, str) and label.isdigit():
+            label = int(label)
+        if len(choices[row]) < 2 or not all(choice.strip() for choice in choices[row]):
+            raise InputError(f"task.columns.choices: {where}: found {choices[row]}; expected two texts or more")
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices[row]):
+            raise InputError(
+                f"task.columns.label: {where}: found {label!r}; expected the right choice's number, "
+                f"0 to {len(choices[row]) - 1}"
+            )
+        pairs = [(prompts[row], choice) for choice in choices[row]]
+        encoded = [
+            _fitting(tokenizer, tokens, prompt, task, where)
+            for tokens, prompt in _joined(tokenizer, pairs, _JOINTS["multiple-choice"], [])
+        ]
+        tokens, prompt = encoded[label]
+        yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
+
+
+def _choice_texts(rows: Rows, names: list[str]) -> list[list[str]]:
+    if len(names) > 1:
+        return [list(row) for row in zip(*(rows.texts(name, "choices") for name in names), strict=True)]
+    column = rows.column(names[0], "choices")
+    kind = column.type
+    found: list[Any] = column.to_pylist()
+    if pa.types.is_struct(kind):
+        # As ARC and others keep them: {"text": [..], "label": [..]}.
+        found = [(value or {}).get("text") for value in found]
+    for row, value in enumerate(found):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise InputError(
+                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {_kind(value)}; "
+                f"expected a list of texts (or name several columns)"
+            )
+    return found
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _chats(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, name: str
+) -> Iterator[_Sample]:
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"task.columns.messages: found {name!r}, but the model's tokenizer has no chat template; "
+            f"expected one, or task.columns {{prompt: .., completion: ..}}"
+        )
+    chats = rows.column(name, "messages").to_pylist()
+    for row in map(int, part.rows):
+        where = f"task.columns.messages: {rows.where}: column {name!r}, row {row}"
+        messages = _messages(chats[row], where)
+        tokens, labels, prompt = _chat_tokens(tokenizer, messages, where)
+        tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
+        labels = [IGNORED, *labels[len(labels) - len(tokens) + 1 :]]
+        yield _Sample(row, tokens, labels, prompt, messages[-1]["content"])
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """A chat that ends with a message of the assistant."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: found {_kind(value)}; expected a list of {{role, content}}")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"{where}: message {number}: found {message!r}; expected a role and a content, as text")
+    messages = [{k: v for k, v in message.items() if v is not None} for message in value]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise InputError(f"{where}: found no message of the role assistant; expected one, to learn from")
+    return messages
+
+
+def _chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str
+) -> tuple[list[int], list[int], int]:
+    """A chat's tokens, its labels (the assistant's messages), and how many tokens come before the last of them."""
+    tokens = _templated(tokenizer, messages, False, where)
+    labels, prompt = [IGNORED] * len(tokens), 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _templated(tokenizer, messages[:number], True, where)
+        until = _templated(tokenizer, messages[: number + 1], False, where)
+        if until[: len(before)] != before or tokens[: len(until)] != until or len(until) == len(before):
+            raise InputError(
+                f"{where}: message {number}: the chat template renders it in another way when the chat goes on; "
+                f"expected a template that appends (or chats with one message of the assistant)"
+            )
+        prompt = len(before)
+        labels[prompt : len(until)] = until[prompt:]
+    return tokens, labels, prompt
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], asking: bool, where: str
+) -> list[int]:
+    if not messages:
+        return []
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=asking, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # templates raise what they like, by jinja2's classes
+        raise InputError(f"{where}: the chat template refuses it: {one_line(error)}") from error
+    return [int(token) for token in found]
