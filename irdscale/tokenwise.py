@@ -68,7 +68,7 @@ def headless(model: nn.Module, inputs: dict[str, Any]) -> Headless | None:
     body: Any = getattr(model, "base_model", None)
     outputs: Any = getattr(model, "get_output_embeddings", None)
     head = None if outputs is None else outputs()
-    if not isinstance(body, nn.Module) or body is model or not isinstance(head, nn.Module):
+    if not isinstance(body, nn.Module) or body is model or not isinstance(head, nn.Linear):
         return None
     found = Headless(body, head)
     sample = beginning({key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()})
@@ -208,7 +208,9 @@ def _in_parts(head: nn.Module, work: Callable[[Tensor, Tensor], Tensor], *rows: 
 
 def _part_size(head: nn.Module) -> int:
     """Tokens whose logits are in memory at once."""
-    return max(1, ENTRIES // shape_of(head.weight)[0])  # type: ignore[arg-type]
+    weight_VD = head._parameters["weight"]
+    assert weight_VD is not None
+    return max(1, ENTRIES // shape_of(weight_VD)[0])
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.optimization import get_scheduler
 
 from irdscale.config import RunConfig, TrainConfig
@@ -179,7 +180,7 @@ def fine_tune(
 
 
 def _text_loss(model: nn.Module, task: Task) -> AbstractContextManager[None]:
-    """Inside, the model gives {"loss": the mean loss of the batch's target tokens} without all their logits at once."""
+    """Inside, the model gives the mean loss of the batch's target tokens, without the logits of all at once."""
     to_gpu(model)
     with gathering(model), frozen(model):
         first = {k: v.to(device_of(model)) for k, v in task.collate([task.train[0]]).items() if k != "labels"}
@@ -187,10 +188,10 @@ def _text_loss(model: nn.Module, task: Task) -> AbstractContextManager[None]:
     if parts is None:
         return nullcontext()
 
-    def finish(hidden_BTD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> dict[str, Tensor]:
+    def finish(hidden_BTD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> CausalLMOutput:
         targets_BT = next_tokens(labels)
         count = (targets_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": found_losses(parts.head, hidden_BTD, targets_BT).sum() / count}
+        return CausalLMOutput(loss=found_losses(parts.head, hidden_BTD, targets_BT).sum() / count)
 
     return finishing(model, parts, finish)
 

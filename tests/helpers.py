@@ -79,15 +79,17 @@ def tiny_tokenizer(folder: Path, family: Family = "bert", special: dict[str, str
     return saved
 
 
-def tiny_model(family: Family, folder: Path, *, seed: int = 0, **config: Any) -> Path:
+def tiny_model(family: Family, folder: Path, *, seed: int = 0, causal: bool = False, **config: Any) -> Path:
     """Save a random headless model of `family`, width 16 and 2 layers, with its tokenizer, in `folder`; returns it.
 
     Args:
+        causal: a causal language model, with its head.
         config: overrides of the transformers configuration, under the family's own names.
     """
     import torch
     from transformers import (
         AutoModel,
+        AutoModelForCausalLM,
         BertConfig,
         DistilBertConfig,
         GPT2Config,
@@ -125,5 +127,7 @@ def tiny_model(family: Family, folder: Path, *, seed: int = 0, **config: Any) ->
     kind, sizes = chosen[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        AutoModel.from_config(kind(vocab_size=len(tokenizer), **ids, **{**sizes, **config})).save_pretrained(folder)
+        made = kind(vocab_size=len(tokenizer), **ids, **{**sizes, **config})
+        auto: Any = AutoModelForCausalLM if causal else AutoModel
+        auto.from_config(made).save_pretrained(folder)
     return folder

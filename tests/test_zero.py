@@ -18,6 +18,8 @@ from tests.training_oracle import changed, load, mask_of, oracle, toy
 from tests.training_ranks import Case, around_training, distinct, equal_oracle, go_on, state_of_all_stages
 
 FAMILIES = ("bert", "gpt2", "llama")
+# Language models on texts of unequal lengths, whose tokens count alike wherever they are.
+TEXTS = ("gpt2-text", "llama-text")
 STAGES = (None, 0, 1, 2, 3)
 SHIPPED = sorted((Path(__file__).parents[1] / "configs" / "deepspeed").glob("*.json"))
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for family in FAMILIES:
-        path = toy(folder / family, family)
+    for family in (*FAMILIES, *TEXTS):
+        path = toy(folder / family, family.partition("-")[0], text=family in TEXTS)
         for name, changes in VARIANTS.items():
             if name != "plain" and family != "bert" and (name, family) != ("bfloat16", "llama"):
                 continue
@@ -59,6 +61,7 @@ def cases(world: int) -> list[Case]:
             *one,
             ("bert", "plain", 3, {}),
             ("llama", "plain", 3, {}),
+            *((family, "plain", stage, {}) for family in TEXTS for stage in (None, 2, 3)),
             ("llama", "bfloat16", 3, VARIANTS["bfloat16"]),
         ]
     found: list[Case] = [("bert", "plain", str(path), {}) for path in SHIPPED]
@@ -66,7 +69,9 @@ def cases(world: int) -> list[Case]:
         found += [(family, "plain", stage, {}) for family in FAMILIES]
     for stage in (None, 2, 3):
         found += [("bert", "weight", stage, VARIANTS["weight"]), ("llama", "bfloat16", stage, VARIANTS["bfloat16"])]
-        found.append(("llama", "plain", stage, {"gradient_accumulation": 2, "gradient_checkpointing": True}))
+        often = {"gradient_accumulation": 2, "gradient_checkpointing": True}
+        found += [("llama", "plain", stage, often), ("llama-text", "plain", stage, often)]
+        found += [("gpt2-text", "plain", stage, {}), ("llama-text", "plain", stage, {})]
     both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     found += [("bert", "plain", 2, {"zero": {"offload_optimizer": {"device": "cpu"}}})]
     return [*found, ("gpt2", "plain", 3, {"zero": both}), ("bert", "bfloat16", 1, VARIANTS["bfloat16"])]

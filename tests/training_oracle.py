@@ -28,15 +28,21 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
 TRAIN = {"steps": 20, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5}
 
 
-def toy(folder: Path, family: str) -> Path:
-    """A toy task with a model of this family, whose dropout is off; returns the configuration file."""
+def toy(folder: Path, family: str, text: bool = False) -> Path:
+    """A toy task with a model of this family, whose dropout is off; returns the configuration file.
+
+    Args:
+        text: a causal language model of the texts, instead of a classifier.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
         path = write_config(folder)
         shutil.rmtree(folder / "model")
-        tiny_model(family, folder / "model", initializer_range=0.3, **NO_DROPOUT[family])  # type: ignore[arg-type]
+        tiny_model(family, folder / "model", causal=text, initializer_range=0.3, **NO_DROPOUT[family])  # type: ignore[arg-type]
         config = yaml.safe_load(path.read_text())
         config["train"] = {**TRAIN}
+        if text:
+            config["task"] |= {"kind": "causal-lm", "columns": {"text": ["text"]}, "metric": "perplexity"}
         path.write_text(yaml.safe_dump(config))
     return folder / "toy.yaml"
 

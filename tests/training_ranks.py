@@ -76,13 +76,14 @@ class Losses:
 
     def _see(self, module: nn.Module, _args: Any, output: Any) -> None:
         if module.training and output.loss is not None:
-            self.own.append(output.loss.detach())
+            # A copy, for the Trainer scales it in place.
+            self.own.append(output.loss.detach().clone())
 
-    def of_steps(self, passes: int) -> torch.Tensor:
-        """Mean over the ranks and the passes of each step."""
-        total = torch.stack(self.own).double().view(-1, passes).mean(1)
+    def of_steps(self, passes: int, texts: bool) -> torch.Tensor:
+        """Mean over the ranks and the passes of each step; of texts the sum, for each has its share of all tokens."""
+        total = torch.stack(self.own).double().view(-1, passes).sum(1)
         add_up([total])
-        return total / dist.get_world_size()
+        return total if texts else total / (passes * dist.get_world_size())
 
 
 def train(config: RunConfig, task: Task, share: float = 0.1, **options: Any) -> tuple[Any, torch.Tensor]:
@@ -90,7 +91,7 @@ def train(config: RunConfig, task: Task, share: float = 0.1, **options: Any) -> 
     model = sparse_model(config, task, mask_of(config, task, share), 3)
     losses = Losses(model)
     fine_tune(model, task, config, 3, **options)
-    return model, losses.of_steps(config.train.gradient_accumulation)
+    return model, losses.of_steps(config.train.gradient_accumulation, task.is_language)
 
 
 def check(config: RunConfig, task: Task, expected: Any, what: str) -> None:

@@ -27,8 +27,10 @@ def verdict(result: dict[str, Any]) -> list[str]:
     sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)", sign))
     if "linear_probe" in baseline:
         sentences.append(_against(best, baseline["linear_probe"], "the head alone (linear probe)", sign))
+    elif "base" in baseline:
+        sentences.append(_against(best, baseline["base"], "the model as it came", sign))
     else:
-        sentences.append(_against(best, baseline.get("base"), "the model as it came", sign))
+        sentences.append("The checkpoint holds its head, so there is no linear probe to compare with.")
     return sentences
 
 
