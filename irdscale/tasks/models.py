@@ -14,7 +14,7 @@ from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
 from irdscale.partitioned import shape_of
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
-from irdscale.zero import loading
+from irdscale.zero import loading, zero_stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -134,7 +134,8 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             ZeRO-3 in `train.deepspeed` the weights are loaded straight into partitions, and the call is collective.
 
     Returns:
-        The model, in eval mode on the CPU, and the names of the parameters that the checkpoint does not hold.
+        The model, in eval mode on the CPU (a language model on the GPU, where there is one), and the names of the
+        parameters that the checkpoint does not hold.
 
     Raises:
         InputError: the checkpoint is missing or damaged or does not fit the task, or `task.max_length` or the
@@ -156,7 +157,7 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             # Refused below, with the names and shapes that transformers leaves out of its error.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **({} if language else _head_options(task)),
+            **(_straight_to_gpu(config) if language else _head_options(task)),
         )
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
@@ -165,6 +166,16 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
         part.pad_token_id = task.tokenizer.pad_token_id
     missing = set(info["missing_keys"])
     return model.eval(), [name for name, _ in model.named_parameters() if name in missing]
+
+
+def _straight_to_gpu(config: RunConfig) -> dict[str, Any]:
+    """Have a checkpoint read onto this rank's GPU, where there is one, instead of main memory first.
+
+    Not with a new head, which would be drawn by the GPU's random numbers. ZeRO-3 loads into partitions.
+    """
+    if not torch.cuda.is_available() or zero_stage(config) == 3:
+        return {}
+    return {"device_map": {"": torch.cuda.current_device()}}
 
 
 def _head_options(task: Task) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
-from irdscale.tasks import Task, build_model, load_task
+from irdscale.tasks import Task, build_model, load_task, models
 from irdscale.tasks.models import decoder_linears
 from irdscale.tokenwise import IGNORED
 from tests.helpers import tiny_model
@@ -249,6 +250,16 @@ def test_models_for_texts(model: Path, tmp_path: Path) -> None:
     run = config(headless, tmp_path, [{"text": "good film"}], **TEXTS)
     with pytest.raises(InputError, match=r"the checkpoint lacks 1 pretrained parameters, such as lm_head\.weight"):
         build_model(run, load_task(run), 0)
+
+
+def test_where_a_language_model_is_loaded_to(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(model, tmp_path, [{"text": "good film"}], **TEXTS)
+    assert models._straight_to_gpu(run) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert models._straight_to_gpu(run) == {"device_map": {"": 3}}
+    monkeypatch.setattr(models, "zero_stage", lambda _config: 3)
+    assert models._straight_to_gpu(run) == {}
 
 
 def test_the_shipped_texts(tmp_path: Path) -> None:
