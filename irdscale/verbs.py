@@ -139,7 +139,7 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
     """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
     output = Path(config.output)
     folder, note = output / "mask", output / "fisher" / "mask.json"
-    made_by = digest(config.model_dump(mode="json", exclude={"output", "train"}))
+    made_by = digest(config.model_dump(mode="json", exclude={"output", "train", "distributed"}))
     with failing_together():
         stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
         mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None
