@@ -211,8 +211,10 @@ def test_a_search_on_two_machines_finds_what_one_finds(checkout: Path, tmp_path:
     from irdscale.config import load_config
     from irdscale.search.run import run_search
 
-    config = write_config(tmp_path, search__max_rounds=1, search__seeds=[0], train__steps=4, fisher__dtype="float64")
-    launch = f"bash launch/torchrun_multinode.sh search {config} output={tmp_path}/two --json"
+    # Without dropout, whose streams are a rank's own.
+    config = toy(tmp_path / "bert", "bert")
+    changes = ["fisher.dtype=float64", "search.max_rounds=1", "search.seeds=[0]", "train.steps=6"]
+    launch = f"bash launch/torchrun_multinode.sh search {config} {' '.join(changes)} output={tmp_path}/two --json"
     text = f"""{TWO_NODES}
 export NODES=2 HEAD=10.77.0.1 RANKS=1 WAIT=120
 for node in one two; do
@@ -225,7 +227,7 @@ wait "${{nodes[1]}}"
 """
     done, said = apart(checkout, text)
     assert done.returncode == 0, said
-    expected = run_search(load_config(config, [f"output={tmp_path / 'one'}"]), progress=False)
+    expected = run_search(load_config(config, [*changes, f"output={tmp_path / 'one'}"]), progress=False)
     found = json.loads(done.stdout)
     for name in ("best", "pareto", "sample_gradients", "evaluations"):
         assert essence(found)[name] == essence(expected)[name]
