@@ -150,6 +150,8 @@ def start(at: Meeting, arguments: list[str]) -> int:
     # gloo would take the interface of the host's name, which may be the loopback.
     for interface in interfaces(own):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    # What the first node's end breaks, torch would tell with the addresses of its code.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,8 @@ from irdscale.launched import _meet, joined, launched, versions
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
 from irdscale.verbs import run_fisher, run_train
-from tests.training_oracle import toy
+from tests.helpers import tiny_model
+from tests.training_oracle import NO_DROPOUT, toy
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
@@ -290,18 +292,34 @@ def test_the_group_is_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_ranks_with_other_settings_are_refused(config: Path, tmp_path: Path) -> None:
-    port = free_port()
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("settings", "rank 1 has another train.steps: found 4; expected 3, as on rank 0"),
+        ("model", r"rank 1 has another base: found \w+; expected \w+, as on rank 0"),
+        ("data", r"rank 1 has another training data: found \w+; expected \w+, as on rank 0"),
+    ],
+)
+def test_ranks_with_other_work_are_refused(config: Path, tmp_path: Path, what: str, problem: str) -> None:
+    """A node with a folder of its own, which differs from the other's in one thing."""
+    mask = run_fisher(load_config(config, [f"output={tmp_path / 'fisher'}"]), progress=False)["mask"]
+    other = Path(shutil.copytree(config.parent, tmp_path / "other")) / config.name
+    if what == "model":
+        tiny_model("bert", other.parent / "model", seed=1, initializer_range=0.3, **NO_DROPOUT["bert"])
+    if what == "data":
+        lines = (other.parent / "data/train.jsonl").read_text().splitlines()
+        (other.parent / "data/train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    port, output = free_port(), f"output={tmp_path / 'out'}"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "irdscale", "train", str(config), f"train.steps={steps}", f"output={tmp_path}"],
+            [sys.executable, "-m", "irdscale", "train", str(file), f"mask={mask}", f"train.steps={steps}", output],
             env={**ENVIRONMENT, **place(rank, port), "LOCAL_RANK": "0"},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, steps in enumerate((3, 4))
+        for rank, file, steps in ((0, config, 3), (1, other, 4 if what == "settings" else 3))
     ]
     said = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], said
-    problem = "rank 1 has another train.steps: found 4; expected 3, as on rank 0\n"
-    assert said == [f"irdscale: {problem}", f"irdscale: rank 1: {problem}"]
+    assert re.fullmatch(f"irdscale: {problem}\n", said[0])
+    assert re.fullmatch(f"irdscale: rank 1: {problem}\n", said[1])
