@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from irdscale import __version__
 from irdscale.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 # A rank that has not come for so long never will: it failed before, or its node did.
 MEETING = timedelta(minutes=10)
-SAME_PACKAGES = ("irdscale", "torch", "transformers", "deepspeed")
+SAME_PACKAGES = ("torch", "transformers", "deepspeed")
 _ARRIVED, _READ, _PROBLEM = "irdscale/arrived", "irdscale/read", "irdscale/problem"
 _POLL_S = 0.1
+# Whether this process has met the others, which then fail together.
+_met = False
 
 
 def launched() -> tuple[int, int, int]:
@@ -73,7 +76,7 @@ def versions() -> dict[str, str]:
     """What must be of one version on all ranks -> this process's."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"Python": platform.python_version()}
+    found = {"Python": platform.python_version(), "irdscale": __version__}
     for package in SAME_PACKAGES:
         try:
             found[package] = version(package)
@@ -95,6 +98,7 @@ def joined(settings: DistributedConfig | None = None, always: bool = False) -> I
             reasons not to come (it is named).
         RunError: a rank does not come.
     """
+    global _met
     rank, local_rank, world = launched()
     asked = "auto" if settings is None else settings.backend
     if world == 1 and not always and asked != "nccl":
@@ -125,6 +129,7 @@ def joined(settings: DistributedConfig | None = None, always: bool = False) -> I
     timeout = timedelta(minutes=settings.timeout_minutes)
     store = _store(rank, world, min(MEETING, timeout))
     _meet(store, rank, world, {**versions(), "distributed.backend": backend}, min(MEETING, timeout))
+    _met = True
     store.set_timeout(timeout)
     watch.expect_beats_within(settings.silent_seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -216,12 +221,10 @@ def tell_others(problem: str) -> None:
     rank, _, world = launched()
     # torchrun itself ends the ranks of this node; and without its store there may be nobody to hear it.
     elsewhere = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if not elsewhere or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if _met or not elsewhere or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        return
     with suppress(RunError, dist.DistError):
         _store(rank, world, timedelta(seconds=5)).set(_PROBLEM, f"rank {rank} on {socket.gethostname()}: {problem}")
 

@@ -256,6 +256,7 @@ def test_ranks_that_do_not_come_are_named() -> None:
 
 def test_a_rank_that_cannot_come_tells_the_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchrun whose two nodes have a rank each."""
+    monkeypatch.setattr("irdscale.launched._met", False)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {
         **place(1, store.port),
