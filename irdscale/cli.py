@@ -9,18 +9,20 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from irdscale.errors import InputError, RunError
-from irdscale.launched import alone, joined, launched
+from irdscale.launched import alone, joined, launched, tell_others
 
 if TYPE_CHECKING:
     from irdscale.config import RunConfig
@@ -230,7 +232,13 @@ def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
     world = launched()[2]
     if train:
         micro_batch(settings, world)
-    with joined(always=zero_settings(settings, world if train else None) is not None):
+    zero = zero_settings(settings, world if train else None)
+    with joined(settings.distributed, always=zero is not None):
+        if world > 1:
+            from irdscale.config import settings_of_ranks
+            from irdscale.ranks import same_on_every_rank
+
+            same_on_every_rank(settings_of_ranks(settings, zero))
         yield
 
 
@@ -325,12 +333,14 @@ def _ending(interrupted: str = "") -> Iterator[None]:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with redirect_stdout(sys.stderr), warnings.catch_warnings(), _terminable(bool(interrupted)):
             if not sys.warnoptions:
                 # Meant for those who write libraries; nobody who runs a verb can act on it.
                 warnings.simplefilter("ignore", FutureWarning)
             yield
     except InputError as error:
+        with suppress(InputError):
+            tell_others(str(error))
         raise typer.Exit(_complain(str(error), 2)) from None
     except RunError as error:
         raise typer.Exit(_complain(str(error), 1)) from None
@@ -341,6 +351,19 @@ def _ending(interrupted: str = "") -> Iterator[None]:
             raise
         place = f"{error.filename}: " if error.filename else ""
         raise typer.Exit(_complain(f"{place}{error.strerror}", 1)) from None
+
+
+@contextmanager
+def _terminable(enabled: bool) -> Iterator[None]:
+    """Take SIGTERM, with which schedulers make room, for Ctrl-C."""
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(message: str, code: int) -> int:

@@ -7,7 +7,9 @@ come from the command line. Every error is one line with the file, the line, the
 from __future__ import annotations
 
 import difflib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -283,6 +285,20 @@ class TrainConfig(Section):
         return self
 
 
+class DistributedConfig(Section):
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="What ranks talk with; `auto`: NCCL where there are GPUs, gloo without."
+    )
+    timeout_minutes: float = Field(
+        360.0,
+        gt=0,
+        description="How long a rank waits for the others, such as while one reads data or writes a result.",
+    )
+    silent_seconds: float = Field(
+        60.0, ge=10, description="A rank that stands still for so long is lost, and ends the others."
+    )
+
+
 class RunConfig(Section):
     """Everything a run needs. `load_config` builds it from a file; Python users may build it directly."""
 
@@ -291,6 +307,7 @@ class RunConfig(Section):
     fisher: FisherConfig = Field(default_factory=lambda: FisherConfig())
     search: SearchConfig = Field(default_factory=lambda: SearchConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    distributed: DistributedConfig = Field(default_factory=lambda: DistributedConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
 
     @model_validator(mode="after")
@@ -410,7 +427,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError(f"{path}: cannot read the configuration: {reason}") from error
     values, lines = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, output")
+        raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, distributed, output")
     _resolve_paths(values, path.parent)
     from_command_line: set[str] = set()
     for override in overrides:
@@ -538,7 +555,7 @@ def same_search(config: dict[str, Any]) -> dict[str, Any]:
     """What two dumped configurations must share to be one search: all but where they run and write."""
     search = config.get("search")
     search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
-    return {k: v for k, v in config.items() if k != "output"} | {"search": search}
+    return {k: v for k, v in config.items() if k not in ("output", "distributed")} | {"search": search}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -551,3 +568,23 @@ def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         elif before != after:
             changes.append(f"{prefix}{key}: {before} -> {after}")
     return changes
+
+
+def settings_of_ranks(config: RunConfig, zero: dict[str, Any] | None) -> dict[str, Any]:
+    """section.key -> its value, for all that must be the same on every rank; places may differ by node.
+
+    Args:
+        zero: the contents of `train.deepspeed`.
+    """
+    facts = {**config.model_dump(mode="json", exclude={"output"}), "train.deepspeed": zero}
+    for section, place in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
+        facts[section].pop(place)
+    return {key: json.dumps(value, sort_keys=True) for key, value in _leaves(facts)}
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and "." not in key:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -88,7 +88,7 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1) -> t
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with joined(always=config.train.deepspeed is not None):
+        with joined(config.distributed, always=config.train.deepspeed is not None):
             return _measured(config, ranks)
     finally:
         torch.set_num_threads(before)

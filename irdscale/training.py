@@ -29,10 +29,11 @@ from transformers.optimization import get_scheduler
 
 from irdscale.config import RunConfig, TrainConfig
 from irdscale.errors import InputError, TrainingError
+from irdscale.files import digest
 from irdscale.fisher.capture import frozen
 from irdscale.mask import Mask
 from irdscale.partitioned import device_of, gathering, release_engine, to_gpu
-from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world
+from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world, same_on_every_rank
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
 from irdscale.tokenwise import IGNORED, finishing, found_losses, headless, next_tokens
@@ -141,6 +142,7 @@ def fine_tune(
     settings = zero_settings(config, rank_and_world()[1])
     micro = micro_batch(config, rank_and_world()[1])
     made_by = {"train": train.model_dump(mode="json", exclude=_HOW), "seed": seed, **trained_on(model)}
+    same_on_every_rank({"training": digest(made_by)})
     with failing_together():
         done = 0 if state is None else saved_step(state, made_by)
     done = largest_of([done])[0]

@@ -17,8 +17,8 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
-from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state
+from irdscale.ranks import failing_together, first_says, rank_and_world, same_on_every_rank
+from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state, trained_on
 from irdscale.sparse.hub import adapter_folder
 from irdscale.tasks import build_model, load_task
 from irdscale.training import (
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 EXPORT_FORMATS = ("merged", "shira")
 HUB = "hub:"
+# Of the training data, to notice a rank that has others.
+COMPARED_ROWS = 16
 
 
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
@@ -116,6 +118,8 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     started, state = time.perf_counter(), output / "training"
     with failing_together():
         model = sparse_model(config, task, chosen, seed)
+        work = {**trained_on(model), "training data": _some_rows(task)}
+    same_on_every_rank(work)
     steps = training_steps(config.train, len(task.trained))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
         fine_tune(model, task, config, seed, Control(advance), state)
@@ -135,11 +139,17 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     }
 
 
+def _some_rows(task: Task) -> str:
+    """A hash of some rows of the train split, spread over it, and of their number."""
+    count = len(task.train)
+    return digest([count, *(str(task.train[count * i // COMPARED_ROWS]) for i in range(COMPARED_ROWS))])
+
+
 def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
     """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
     output = Path(config.output)
     folder, note = output / "mask", output / "fisher" / "mask.json"
-    made_by = digest(config.model_dump(mode="json", exclude={"output", "train"}))
+    made_by = digest(config.model_dump(mode="json", exclude={"output", "train", "distributed"}))
     with failing_together():
         stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
         mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None

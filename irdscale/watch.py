@@ -29,6 +29,12 @@ LOST_S = 4.0
 SILENT_S = 60.0
 
 
+def expect_beats_within(seconds: float) -> None:
+    """Take a rank that stands still for so many seconds for lost, instead of `SILENT_S`."""
+    global SILENT_S
+    SILENT_S = seconds
+
+
 class _Watch:
     """This rank's heartbeat, and what it knows of the others'."""
 
@@ -132,7 +138,7 @@ _current: _Watch | None = None
 def watched() -> Iterator[None]:
     """Run collective work: a rank that dies or hangs meanwhile ends the others, which name it.
 
-    A killed rank ends them within about 15 seconds, a silent one within about 65.
+    A killed rank ends them within about 15 seconds, a silent one 5 seconds after `SILENT_S`.
 
     Raises:
         RunError: a rank died; names it.

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irdscale.config import RunConfig, config_changes, dump_config, load_config, nearest
+from irdscale.config import (
+    RunConfig,
+    config_changes,
+    dump_config,
+    load_config,
+    nearest,
+    same_search,
+    settings_of_ranks,
+)
 from irdscale.errors import InputError
 
 MINIMAL = "model:\n  path: ./model\ntask:\n  dataset: glue/rte\n"
@@ -75,7 +83,7 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
     [
         ("search.ratoi=1", 'search.ratoi: unknown key (did you mean "ratio"?)'),
         ("serch.ratio=1", 'serch: unknown key (did you mean "search"?)'),
-        ("foo.bar=1", "foo: unknown key; expected one of model, task, fisher, search, train, output"),
+        ("foo.bar=1", "foo: unknown key; expected one of model, task, fisher, search, train, distributed, output"),
         ("task.limit={trian: 3}", 'task.limit.trian: unknown key (did you mean "train"?)'),
         ("task.columns={txt: [a], label: y}", 'task.columns.txt: unknown key (did you mean "text"?)'),
         ("search={ratio: x, ratoi: 1}", 'search.ratoi: unknown key (did you mean "ratio"?)'),
@@ -202,3 +210,37 @@ def test_no_heavy_imports() -> None:
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_how_ranks_talk_is_no_part_of_a_search(file: Path) -> None:
+    file.write_text(MINIMAL)
+    changed = load_config(
+        file, ["distributed={backend: gloo, timeout_minutes: 5, silent_seconds: 30}", "search.runner=ray"]
+    )
+    before, after = (config.model_dump(mode="json") for config in (load_config(file), changed))
+    assert before["distributed"] == {"backend": "auto", "timeout_minutes": 360.0, "silent_seconds": 60.0}
+    assert same_search(before) == same_search(after)
+    # A search from before there was such a section goes on too.
+    assert same_search({k: v for k, v in before.items() if k != "distributed"}) == same_search(before)
+
+
+def test_bad_ways_to_talk_are_named(file: Path) -> None:
+    file.write_text(MINIMAL)
+    assert message(file, "distributed.backend=mpi").startswith(
+        "command line: distributed.backend: found 'mpi'; expected 'auto'"
+    )
+    assert "distributed.timeout_minutes: found 0; expected greater than 0" in message(
+        file, "distributed.timeout_minutes=0"
+    )
+    assert "distributed.silent_seconds: found 5; expected" in message(file, "distributed.silent_seconds=5")
+
+
+def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
+    file.write_text(MINIMAL)
+    facts = settings_of_ranks(
+        load_config(file, ["task.kind=regression", "output=x"]), {"zero_optimization": {"stage": 2}}
+    )
+    assert facts["task.kind"] == '"regression"'
+    assert facts["train.deepspeed"] == '{"zero_optimization": {"stage": 2}}'
+    assert facts["search.ray.ranks"] == "1"
+    assert not {"output", "model.path", "task.dataset"} & set(facts)

@@ -1,6 +1,8 @@
 import re
 import shutil
+import signal
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 
@@ -9,7 +11,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("**/*.sh")), ROOT / ".ci" / "run"]
+SLURM = sorted((ROOT / "launch").glob("*.sbatch"))
+MANY_NODES = [*SLURM, *(ROOT / "launch" / n for n in ("torchrun_multinode.sh", "slurm_nodes.sh"))]
+MANY_NODES += [ROOT / "launch" / "deepspeed_hostfile" / "run.sh"]
 CONSTRAINTS = ROOT / "launch" / "constraints.txt"
 
 
@@ -41,7 +46,26 @@ def test_script_is_sound(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, CONSTRAINTS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MANY_NODES, ids=lambda path: path.name)
+def test_the_header_says_what_it_does_what_it_needs_and_the_command(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(("#!", "#SBATCH"))]
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("# "))]
+    assert header[0].startswith("# Runs ")
+    assert any(line.startswith("#   ") and f"{path.relative_to(ROOT)} " in line for line in header), "no command"
+    assert any(line.startswith("# Needs ") for line in header)
+    assert max(map(len, path.read_text().splitlines())) <= 122
+
+
+@pytest.mark.parametrize("path", SLURM, ids=lambda path: path.name)
+def test_slurm_scripts_parse_and_ask_for_one_task_a_node(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    options = re.findall(r"^#SBATCH (\S+)$", path.read_text(), re.MULTILINE)
+    assert "--ntasks-per-node=1" in options
+    if "ray" not in path.name:
+        assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append"} <= set(options)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *SLURM, CONSTRAINTS], ids=lambda path: path.name)
 def test_no_machine_paths_and_no_hosts(path):
     text = path.read_text().replace("#!/usr/bin/env bash", "").replace(">/dev/null", "")
     assert not re.search(r"(?<![\w.}\"])/(home|root|work|opt|tmp|usr|mnt|data)\b", text)
@@ -151,6 +175,7 @@ def test_an_install_with_ray_alone_needs_no_tools_of_deepspeed(checkout):
     [
         ("torchrun.sh", "-m torch.distributed.run --standalone --nproc-per-node 3 -m irdscale train my.yaml a=b"),
         ("deepspeed.sh", "--num_gpus 3 --module irdscale train my.yaml a=b"),
+        ("torchrun_multinode.sh", "-m irdscale.nodes train my.yaml a=b"),
     ],
 )
 def test_launchers_start_as_many_ranks_as_are_asked_for(checkout, monkeypatch, script, expected):
@@ -160,6 +185,37 @@ def test_launchers_start_as_many_ranks_as_are_asked_for(checkout, monkeypatch, s
     done, lines = call(checkout, script, "train", "my.yaml", "a=b")
     assert done.returncode == 0, done.stderr
     assert lines[-1] == expected
+
+
+def test_a_job_is_queued_again_before_its_time_is_up_and_ends_as_its_step_does(checkout, tmp_path, monkeypatch):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    # The step ends after the signal has come, with a code of its own.
+    programs = {
+        "hostname": "echo 10.0.0.7 fd00::1",
+        "scontrol": f'echo "$*" >>"{checkout}/requeued"',
+        "srun": f'cd "{checkout}"; echo "$NODES $HEAD $*" >step; until [[ -e requeued ]]; do sleep 0.1; done; exit 7',
+    }
+    for name, code in programs.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{code}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    for name, value in {"JOB_ID": "123456", "JOB_NUM_NODES": "2", "SUBMIT_DIR": str(checkout)}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    job = subprocess.Popen(
+        ["bash", str(checkout / "launch" / "slurm_train.sbatch"), "my.yaml", "a=b"], stderr=subprocess.PIPE, text=True
+    )
+    step, deadline = checkout / "step", time.monotonic() + 60
+    while not (step.exists() and step.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 7, said
+    assert (checkout / "requeued").read_text() == "requeue 123456\n"
+    assert "goes back into the queue" in said
+    assert step.read_text().startswith("2 10.0.0.7:23456 --nodes=2 --ntasks-per-node=1 ")
+    assert step.read_text().endswith("/launch/torchrun_multinode.sh train my.yaml a=b\n")
 
 
 def test_new_versions_are_installed(checkout):

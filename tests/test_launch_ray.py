@@ -2,25 +2,20 @@
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from irdscale.config import load_config
+from tests.hosts import ROOT, TWO_NODES, apart, make_checkout, script
 from tests.search.toy import write_config
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 FILES = [LAUNCH / name for name in ("ray_cluster.yaml", "kuberay_job.yaml", "slurm_search_ray.sbatch", "ray_job.sh")]
-# A host of its own: no process, port, mount or secret of this one is seen or touched, and `ray stop` ends nothing else.
-APART = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--net"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -152,42 +147,14 @@ def test_irdscale_takes_the_entrypoint():
 @pytest.fixture
 def checkout(tmp_path):
     """The code and the launchers, with Ray at hand and nothing to install, and a toy search beside it."""
-    folder = tmp_path / "checkout"
-    for name in ("irdscale", "launch"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "launch" / "install.sh").write_text(f'echo "$*" >>"{folder}/installed"\n')
-    binaries = folder / ".venv" / "bin"
-    binaries.mkdir(parents=True)
-    script(binaries / "ray", f'exec {shlex.quote(sys.executable)} -m ray.scripts.scripts "$@"')
-    script(binaries / "python", f'exec {shlex.quote(sys.executable)} "$@"')
     write_config(tmp_path, search__max_rounds=1, search__seeds=[0], train__steps=4)
-    return folder
+    return make_checkout(tmp_path / "checkout", ray="ray.scripts.scripts")
 
 
-def script(path, text):
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    path.chmod(0o755)
-
-
-def apart(checkout, text, short, timeout=600, **variables):
-    """Run a script as root of a host of its own, with a home and a folder for Ray's sockets."""
+def apart_with_ray(checkout, text, short, timeout=600, **variables):
+    """Run a script as root of a host of its own, with a folder for Ray's sockets; `ray stop` ends nothing else."""
     pytest.importorskip("ray")
-    if subprocess.run([*APART, "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
-        pytest.skip("this machine lets no test make namespaces")
-    home = checkout.parent / "home"
-    home.mkdir()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
-    path = f"{checkout}/.venv/bin:{os.environ['PATH']}"
-    done = subprocess.run(
-        [*APART, "bash", "-euc", f"ip link set lo up\n{text}"],
-        env={**clean, "HOME": str(home), "PATH": path, "HF_HUB_OFFLINE": "1", "RAY_TMPDIR": str(short), **variables},
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        errors="replace",
-    )
-    return done, done.stdout[-6000:] + done.stderr[-6000:]
+    return apart(checkout, text, timeout, RAY_TMPDIR=str(short), **variables)
 
 
 @pytest.fixture
@@ -199,13 +166,6 @@ def short(tmp_path_factory):
         yield Path(folder)
 
 
-TWO_NODES = """
-mount -t tmpfs tmpfs /run
-for node in one two; do ip netns add $node; ip -n $node link set lo up; done
-ip link add net0 netns one type veth peer name net0 netns two
-ip -n one addr add 10.77.0.1/24 dev net0; ip -n one link set net0 up
-ip -n two addr add 10.77.0.2/24 dev net0; ip -n two link set net0 up
-"""
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
 for node in one two; do
@@ -221,7 +181,7 @@ wait "${nodes[0]}"
 def slurm(checkout, short, *arguments):
     script(checkout / ".venv" / "bin" / "srun", SRUN)
     command = f"ip netns exec one bash launch/slurm_search_ray.sbatch {shlex.join(arguments)}"
-    return apart(
+    return apart_with_ray(
         checkout,
         TWO_NODES + command,
         short,
@@ -286,7 +246,7 @@ RAY_AUTH_MODE=token ray start --head --node-ip-address 127.0.0.1 --port 6379 --n
 RAY_ADDRESS=http://127.0.0.1:8265 bash launch/ray_job.sh "{checkout.parent}/toy.yaml" output="{output}" search.seeds=[1]
 find "{short}" -name large
 """
-    done, said = apart(checkout, command, short)
+    done, said = apart_with_ray(checkout, command, short)
     assert done.returncode == 0, said
     assert "shipped code" in done.stdout + done.stderr
     assert json.loads((output / "result.json").read_text())["config"]["search"]["seeds"] == [1]

@@ -5,27 +5,33 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from irdscale import watch
 from irdscale.cli import run
-from irdscale.config import load_config
-from irdscale.errors import InputError
-from irdscale.launched import launched
+from irdscale.config import DistributedConfig, load_config
+from irdscale.errors import InputError, RunError
+from irdscale.launched import _meet, joined, launched, versions
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
 from irdscale.verbs import run_fisher, run_train
-from tests.training_oracle import toy
+from tests.helpers import tiny_model
+from tests.training_oracle import NO_DROPOUT, toy
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
@@ -208,3 +214,113 @@ def test_launchers_variables_are_checked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="WORLD_SIZE: found 'two' in the environment; expected a number"):
         launched()
+
+
+def meet(facts: list[dict[str, str]], world: int | None = None, seconds: float = 30.0) -> list[Exception | None]:
+    """What came of each rank, a thread with facts of its own, that went to the meeting of `world`."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # Rank 0 keeps the store, as under launchers that keep none; it must not leave before all know.
+    stores = [dist.TCPStore("127.0.0.1", port, is_master=r == 0, wait_for_workers=False) for r in range(len(facts))]
+
+    def come(rank: int) -> Exception | None:
+        try:
+            _meet(stores[rank], rank, world or len(facts), facts[rank], timedelta(seconds=seconds))
+        except (InputError, RunError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(facts)) as pool:
+        return list(pool.map(come, range(len(facts))))
+
+
+def test_ranks_with_the_same_software_meet() -> None:
+    assert meet([versions()] * 3) == [None] * 3
+
+
+@pytest.mark.parametrize("package", ["irdscale", "torch", "transformers", "deepspeed", "Python"])
+def test_ranks_with_other_versions_are_refused_on_all(package: str) -> None:
+    own = versions()
+    problems = meet([own, own, {**own, package: "0.0.1"}])
+    host = socket.gethostname()
+    expected = f"rank 2 on {host} has another {package}: found 0.0.1; expected {own[package]}, as rank 0 on {host}"
+    assert [str(problem) for problem in problems] == [expected] * 3
+    assert all(isinstance(problem, InputError) for problem in problems)
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    (problem,) = meet([versions()], world=3, seconds=0.6)
+    assert isinstance(problem, RunError)
+    assert str(problem) == "ranks 1, 2 did not come within 0.01 minutes: ended before, or the node is gone"
+
+
+def test_a_rank_that_cannot_come_tells_the_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun whose two nodes have a rank each."""
+    monkeypatch.setattr("irdscale.launched._met", False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        **place(1, store.port),
+        "LOCAL_WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert run(["train", "no-such.yaml"]) == 2
+    with pytest.raises(InputError, match=r"rank 1 on \S+: no-such.yaml: cannot read the configuration: No such file"):
+        _meet(store, 0, 2, versions(), timedelta(seconds=30))
+
+
+def test_nccl_needs_gpus(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    assert run(["train", str(config), "distributed.backend=nccl", f"output={tmp_path / 'x'}"]) == 2
+    assert capsys.readouterr().err == "irdscale: distributed.backend: found nccl and no GPU; expected auto or gloo\n"
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_group_is_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SILENT_S", watch.SILENT_S)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    settings = DistributedConfig(backend="gloo", timeout_minutes=3.0, silent_seconds=20.0)
+    assert DistributedConfig().silent_seconds == watch.SILENT_S
+    with joined(settings, always=True):
+        assert dist.get_backend() == "gloo"
+        # There is no public way to ask.
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        assert options._timeout == timedelta(minutes=3)
+        assert watch.SILENT_S == 20.0
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("settings", "rank 1 has another train.steps: found 4; expected 3, as on rank 0"),
+        ("model", r"rank 1 has another base: found \w+; expected \w+, as on rank 0"),
+        ("data", r"rank 1 has another training data: found \w+; expected \w+, as on rank 0"),
+    ],
+)
+def test_ranks_with_other_work_are_refused(config: Path, tmp_path: Path, what: str, problem: str) -> None:
+    """A node with a folder of its own, which differs from the other's in one thing."""
+    mask = run_fisher(load_config(config, [f"output={tmp_path / 'fisher'}"]), progress=False)["mask"]
+    other = Path(shutil.copytree(config.parent, tmp_path / "other")) / config.name
+    if what == "model":
+        tiny_model("bert", other.parent / "model", seed=1, initializer_range=0.3, **NO_DROPOUT["bert"])
+    if what == "data":
+        lines = (other.parent / "data/train.jsonl").read_text().splitlines()
+        (other.parent / "data/train.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    port, output = free_port(), f"output={tmp_path / 'out'}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "irdscale", "train", str(file), f"mask={mask}", f"train.steps={steps}", output],
+            env={**ENVIRONMENT, **place(rank, port), "LOCAL_RANK": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, file, steps in ((0, config, 3), (1, other, 4 if what == "settings" else 3))
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert re.fullmatch(f"irdscale: {problem}\n", said[0])
+    assert re.fullmatch(f"irdscale: rank 1: {problem}\n", said[1])

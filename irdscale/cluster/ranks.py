@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from irdscale.launched import free_port, joined
+from irdscale.launched import free_port, interfaces, joined
 from irdscale.progress import told
+
+if TYPE_CHECKING:
+    from irdscale.config import DistributedConfig
 
 # How often a rank says how far it is, and hears whether to make room.
 SAY_S = 0.5
@@ -27,6 +30,7 @@ class Gang:
         cpus, gpus: of each rank; with as many threads.
         spread: on as many nodes as there are, rather than as few.
         grouped: whether one rank has a group too, as DeepSpeed wants it.
+        distributed: what they talk with, and how long they wait; the defaults if None.
     """
 
     size: int = 1
@@ -34,6 +38,7 @@ class Gang:
     gpus: int = 0
     spread: bool = False
     grouped: bool = False
+    distributed: DistributedConfig | None = None
 
     @property
     def fresh(self) -> bool:
@@ -117,7 +122,7 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
         _as_rank(rank, gang, address, ip),
         _logged(desk, name, rank),
         told(lambda *facts: talk.say(progress=facts)),
-        joined(always=gang.grouped),
+        joined(gang.distributed, always=gang.grouped),
     ):
         result = unpacked(work)(talk)
     return packed(result) if rank == 0 else None
@@ -136,7 +141,7 @@ def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
         host, _, port = address.partition(":")
         given |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     # gloo would take the interface of the host's name, which may be the loopback.
-    for interface in _interfaces(ip):
+    for interface in interfaces(ip):
         given["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     before = {name: os.environ.get(name) for name in {*given, "MASTER_ADDR", "MASTER_PORT"}}
     os.environ |= given
@@ -148,13 +153,6 @@ def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _interfaces(ip: str) -> list[str]:
-    """Network interfaces that have this address."""
-    import psutil
-
-    return [name for name, has in psutil.net_if_addrs().items() if any(a.address == ip for a in has)]
 
 
 class _ToDesk(logging.Handler):

@@ -78,7 +78,7 @@ def gang_of(config: RunConfig, ranks: int) -> Gang:
     asked = config.search.ray
     gpus = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
     grouped = config.train.deepspeed is not None
-    return Gang(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped)
+    return Gang(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
 
 
 class RayEngine:
