@@ -38,7 +38,7 @@ RESULT = {
     "reused": 4,
     "seconds": {"total": 125.0},
     "task": {"name": "mrpc", "metric": "f1"},
-    "model": {"parameters": 1000000},
+    "model": {"parameters": 1000000, "head": 770},
 }
 VERBS = ["search", "fisher", "train", "evaluate", "export", "report", "doctor", "bench"]
 
