@@ -145,6 +145,7 @@ def advice(job: Job, layout: Layout) -> list[str]:
 PHASES = {
     "fisher": "the Fisher pass that makes masks",
     "traces": "the Fisher pass that ranks samples",
+    "begin": "the beginning of a training, by copies of the weights",
     "train": "a training step",
     "evaluate": "measuring a metric",
 }

@@ -2,8 +2,8 @@
 
 Numbers are those of the makers' data sheets, without sparsity; links and networks are of one direction, a GPU:
 
-- h100-80gb, h200-141gb: NVIDIA H100 / H200 SXM data sheets (989 TFLOP/s bfloat16, 67 float32, NVLink 900 GB/s both ways);
-  network of a DGX H100 (ConnectX-7, 400 Gb/s a GPU).
+- h100-80gb, h200-141gb: NVIDIA H100 / H200 SXM data sheets (989 TFLOP/s bfloat16, 67 float32, NVLink 900 GB/s both
+  ways); network of a DGX H100 (ConnectX-7, 400 Gb/s a GPU).
 - a100-40gb, a100-80gb: NVIDIA A100 SXM data sheet (312, 19.5, NVLink 600 GB/s); network of a DGX A100 (200 Gb/s a GPU).
 - b200-180gb: NVIDIA HGX B200 data sheet (2250, 75, NVLink 1.8 TB/s); network of a DGX B200 (400 Gb/s a GPU).
 - l40s-48gb: NVIDIA L40S data sheet (362, 91.6, PCIe 4.0 x16: 64 GB/s both ways); a network of 100 Gb/s a GPU.

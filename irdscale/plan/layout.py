@@ -8,7 +8,16 @@ from math import ceil
 
 from irdscale.config import RunConfig
 from irdscale.plan.hardware import Gpu
-from irdscale.plan.memory import F32, Zero, evaluate_items, fisher_items, pass_items, train_items
+from irdscale.plan.memory import (
+    F32,
+    Zero,
+    begin_items,
+    evaluate_items,
+    fisher_items,
+    fisher_zero,
+    pass_items,
+    train_items,
+)
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import SMALL, gradient_traffic, sample_flops, sums_traffic, weight_traffic
 from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
@@ -143,12 +152,14 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
 
     # Ranks share the samples, of which one may have fewer than a batch.
     batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
-    masks = fisher_items(
-        shapes, traced("masks", batch), layout.zero, layout.world, job.item, layout.sharded, layout.offload
-    )
+    zero = fisher_zero(layout.zero)
+    masks = fisher_items(shapes, traced("masks", batch), zero, layout.world, job.item, layout.sharded, layout.offload)
     found = {"fisher": masks}
     if job.traced:
-        found["traces"] = pass_items(shapes, traced("traces", batch), layout.zero, layout.world)
+        found["traces"] = pass_items(shapes, traced("traces", batch), zero, layout.world)
+    begin = begin_items(shapes, train.zero, train.world, job.k)
+    if begin.total:
+        found["begin"] = begin
     found["train"] = train_items(shapes, traced("train", micro_batch(job, layout)), train.zero, train.world, job.k)
     found["evaluate"] = evaluate_items(shapes, traced("evaluate", job.eval_batch), train.zero, train.world, job.k)
     return found

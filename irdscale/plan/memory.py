@@ -15,6 +15,8 @@ from irdscale.plan.sizes import Items, Shapes, Traced
 F32 = 4
 # A mask's index and the place of each entry in its product.
 INDEX = 8
+# Bytes of a bucket in which DistributedDataParallel sends weights as it starts; two are on their way.
+BROADCAST = 250 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Zero:
     def partitioned(self) -> bool:
         """Whether a rank holds its part of the weights alone."""
         return self.stage == 3
+
+
+def fisher_zero(zero: Zero) -> Zero:
+    """How a Fisher pass gathers a partitioned model, without an engine: by DeepSpeed's defaults, whatever the file."""
+    return replace(zero, live=1_000_000_000, prefetch=50_000_000) if zero.partitioned else zero
 
 
 def shipped(stage: int | None) -> Zero:
@@ -86,9 +93,9 @@ def weights(shapes: Shapes, zero: Zero, world: int) -> tuple[int, int]:
     if not zero.partitioned:
         return shapes.parameters * shapes.item, 0
     own = -(-shapes.parameters // world) * shapes.item
-    # A gathering goes through a copy of what is gathered.
-    ahead = min(zero.prefetch, shapes.parameters) + 2 * shapes.largest
-    gathered = min(shapes.parameters, max(zero.live, shapes.largest)) + ahead
+    # What is gathered comes in buffers of their own, of a layer and of what is gathered ahead.
+    arriving = min(zero.prefetch, shapes.parameters) + max(shapes.largest, shapes.layer)
+    gathered = min(shapes.parameters, max(zero.live, shapes.largest)) + arriving
     return (0 if zero.offload_weights else own), gathered * shapes.item
 
 
@@ -134,6 +141,15 @@ def train_items(shapes: Shapes, traced: Traced, zero: Zero, world: int, k: int) 
         values_and_moments=values_and_moments(numbers, zero, world),
         buffers=traced.peak - traced.saved + gathered + mask + gradient_buffers(numbers, zero, world),
     )
+
+
+def begin_items(shapes: Shapes, zero: Zero, world: int, k: int) -> Items:
+    """The moment in which DistributedDataParallel makes all ranks' weights equal, by buckets of copies; or nothing."""
+    if zero.stage is not None or world == 1:
+        return Items()
+    numbers, whole = k + shapes.whole, shapes.parameters * shapes.item
+    buffers = min(whole, 2 * BROADCAST) + k * (INDEX + shapes.item) + F32 * numbers
+    return Items(weights=whole, values_and_moments=F32 * numbers, buffers=buffers)
 
 
 def values_and_moments(numbers: int, zero: Zero, world: int) -> int:

@@ -15,7 +15,7 @@ def split_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The plan's own options, as `run_plan` takes them, and the other arguments.
 
     Raises:
-        InputError: a value is no number of at least 1, a key is given twice, or it is neither the plan's nor of a section.
+        InputError: a value is no number of at least 1, a key is given twice, or it is nobody's.
     """
     given: dict[str, Any] = {}
     rest: list[str] = []

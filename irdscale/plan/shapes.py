@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: it is built on the meta device, where tensors have shapes and no bytes."""
+"""A model's sizes from its configuration alone: it is built on the meta device, where tensors have no bytes."""
 
 from __future__ import annotations
 
@@ -134,6 +134,7 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
         whole=sum(parameters[name].numel() for name in trained_outside(config, model)),
         products=[(out, inside) for out, inside in products],
         largest=max(p.numel() for p in parameters.values()),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
         hidden=hidden,
         layers=len(layer_stack(model)[1]),
         attention=heads * width,

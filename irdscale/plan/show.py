@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 ITEMS = ("weights", "activations", "fisher", "values_and_moments", "buffers", "total")
-PHASES = {"traces": "rank samples", "fisher": "make masks", "train": "train", "evaluate": "measure"}
+PHASES = {"traces": "rank samples", "fisher": "make masks", "begin": "begin", "train": "train", "evaluate": "measure"}
 
 
 def print_plan(result: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def print_plan(result: dict[str, Any]) -> None:
         for layout in result["layouts"]:
             taken = layout["memory_gib"]
             passes = max(taken["fisher"], taken.get("traces", 0.0))
-            training = max(taken["train"], taken["evaluate"])
+            training = max(taken["train"], taken["evaluate"], taken.get("begin", 0.0))
             cells = [layout["stage"], layout["fisher"], f"{passes:.1f}", f"{training:.1f}"]
             cells += [f"{layout['search_hours']:.3g}", "yes" if layout["fits"] else "no"]
             layouts.add_row(*cells, style="bold" if layout["configured"] else None)
@@ -49,10 +49,13 @@ def print_plan(result: dict[str, Any]) -> None:
 
 def _work(result: dict[str, Any]) -> str:
     hours, flops, sent, rate = (result[key] for key in ("hours", "flops", "traffic_gib", "samples_per_second"))
+    parts = [
+        f"Fisher passes {hours['fisher']:.3g} h ({rate['fisher']:.3g} samples/s)",
+        f"one candidate {hours['candidate']:.3g} h ({rate['train']:.3g} samples/s)",
+        f"the search at most {hours['search']:.3g} h ({result['evaluations']} trainings, {flops['search']:.3g} operations)",
+    ]
+    traffic = f"{sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights a step"
     return (
-        f"Fisher passes {hours['fisher']:.3g} h ({rate['fisher']:.3g} samples/s), one candidate {hours['candidate']:.3g} "
-        f"h ({rate['train']:.3g} samples/s), the search at most {hours['search']:.3g} h ({result['evaluations']} "
-        f"trainings, {flops['search']:.3g} operations). A rank sends {sent['sums_a_pass']:.3g} GiB for the sums of a "
-        f"pass and {sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights a "
-        f"step."
+        f"{', '.join(parts)}, without measuring metrics. "
+        f"A rank sends {sent['sums_a_pass']:.3g} GiB for the sums of a pass, and {traffic}."
     )

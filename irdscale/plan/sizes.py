@@ -19,6 +19,7 @@ class Shapes:
         whole: entries trained outside the mask.
         products: [out, in] of every matrix that tokens are multiplied by, a language model's head included.
         largest: entries of the largest parameter.
+        layer: entries of the largest layer.
         hidden: width of the layers.
         layers: of the stack of equal layers.
         attention: heads x width of a head; 0 where there is none.
@@ -32,6 +33,7 @@ class Shapes:
     whole: int
     products: list[tuple[int, int]]
     largest: int
+    layer: int
     hidden: int
     layers: int
     attention: int

@@ -34,7 +34,7 @@ Pass = Literal["train", "masks", "traces", "evaluate"]
 # A language model's logits at a time, as its loss takes them.
 LOGITS = 2**24
 # Layers that are run; the difference of the two is one layer's.
-FEW, MORE = 3, 4
+FEW, MORE = 2, 3
 
 
 def tracer(model: nn.Module, scored: dict[str, nn.Parameter]) -> Callable[[str, Setting], Traced]:
@@ -190,7 +190,7 @@ def _counting(model: Any, before: list[Tensor], setting: Setting) -> Iterator[_L
 
 
 class _Attention(torch.autograd.Function):
-    """What the kernels without a [T, T] matrix keep: their inputs, the mask in their type, their output and its scale."""
+    """What kernels without a [T, T] matrix keep: their inputs, the mask in their type, their output and its scale."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
