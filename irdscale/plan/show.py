@@ -48,11 +48,12 @@ def print_plan(result: dict[str, Any]) -> None:
 
 
 def _work(result: dict[str, Any]) -> str:
-    hours, flops, sent, rate = (result[key] for key in ("hours", "flops", "traffic_gib", "samples_per_second"))
+    hours, sent, rate = (result[key] for key in ("hours", "traffic_gib", "samples_per_second"))
+    flops = result["flops"]["search"]
     parts = [
         f"Fisher passes {hours['fisher']:.3g} h ({rate['fisher']:.3g} samples/s)",
         f"one candidate {hours['candidate']:.3g} h ({rate['train']:.3g} samples/s)",
-        f"the search at most {hours['search']:.3g} h ({result['evaluations']} trainings, {flops['search']:.3g} operations)",
+        f"the search at most {hours['search']:.3g} h ({result['evaluations']} trainings, {flops:.3g} operations)",
     ]
     traffic = f"{sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights a step"
     return (

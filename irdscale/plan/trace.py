@@ -119,8 +119,7 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         if setting.checkpointing:
-            model.gradient_checkpointing_enable()
-            stack.callback(model.gradient_checkpointing_disable)
+            stack.enter_context(_checkpointing(model))
         capture = stack.enter_context(Capture(model, scored))
         live = stack.enter_context(_counting(model, [*totals.values(), traces_B], setting))
         inputs = _inputs(setting)
@@ -141,8 +140,7 @@ def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Tra
         model.train()
         stack.callback(model.eval)
         if setting.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            stack.callback(model.gradient_checkpointing_disable)
+            stack.enter_context(_checkpointing(model, use_reentrant=False))
         # Their sums by rows ask for numbers; but the gradients come as far down, where entries of them are trained.
         for embedding in {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
             stack.callback(embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_()).remove)
@@ -156,6 +154,17 @@ def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Tra
         for parameter in model.parameters():
             parameter.grad = None
     return Traced(saved, live.peak)
+
+
+@contextmanager
+def _checkpointing(model: Any, **options: bool) -> Iterator[None]:
+    model.gradient_checkpointing_enable(options or None)
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        # Set by the former, but not removed by the latter.
+        model.disable_input_require_grads()
 
 
 def _evaluate(model: Any, setting: Setting) -> Traced:

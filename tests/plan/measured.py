@@ -119,10 +119,10 @@ def mask_for(config: RunConfig, task: Task) -> Mask:
 def on_rank(rank: int, world: int, folder: str, family: str, cases: dict[str, tuple[str, list[str]]]) -> None:
     """Measure cases, name -> (`fisher` or `train`, overrides), and have rank 0 write their peaks."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    store = f"file://{folder}/store-{family}-{world}"
     if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        store = f"file://{folder}/store-{family}-{world}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     found = {}
     for name, (what, overrides) in cases.items():
