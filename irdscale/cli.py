@@ -205,7 +205,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example:\n\nirdscale plan configs/llm/llama31_8b_gsm8k.yaml nodes=1 gpus_per_node=8 gpu=h100-80gb")
+@app.command(epilog="Example:\n\nirdscale plan configs/quickstart.yaml gpus_per_node=8 gpu=h100-80gb")
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Say what a run will take: memory a rank, traffic, operations and hours, and which layout fits. Loads no weights.
 
