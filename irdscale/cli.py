@@ -207,6 +207,25 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example:\n\nirdscale plan configs/quickstart.yaml gpus_per_node=8 gpu=h100-80gb")
+def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Say what a run will take: memory a rank, traffic, operations and hours, and which layout fits. Loads no weights.
+
+    For nodes=N gpus_per_node=N gpu=NAME: h100-80gb, h200-141gb, b200-180gb, a100-40gb, a100-80gb, l40s-48gb,
+    rtx4090-24gb, or cpu. tokens=N and train_samples=N stand for what only the data say.
+    """
+    with _ending():
+        alone("plan")
+        from irdscale.plan import run_plan
+        from irdscale.plan.options import split_options
+
+        given, rest = split_options(overrides or [])
+        result = run_plan(_load(config, rest)[0], **given)
+    from irdscale.plan.show import print_plan
+
+    _show(result, as_json, lambda: print_plan(result))
+
+
 @app.command(epilog="Example:\n\nirdscale bench fisher")
 def bench(
     part: Annotated[str, typer.Argument(metavar="PART", help="fisher, train, search, or all.")] = "all",

@@ -36,8 +36,29 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
         world: number of ranks, to check the file's batch sizes with, if known.
 
     Raises:
-        InputError: the file is missing or no JSON object, contradicts the configuration (both values are named), asks
-            for what irdscale does not run, or deepspeed is not installed.
+        InputError: as `zero_file`, or deepspeed is not installed.
+    """
+    settings = zero_file(config, world)
+    if settings is None:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"train.deepspeed: found {config.train.deepspeed}, but deepspeed is not installed; expected it: "
+            f"pip install --no-build-isolation 'irdscale[deepspeed]'"
+        )
+    # The optimizer is torch's AdamW in every case: for k numbers DeepSpeed's own would gain nothing.
+    return {**settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | None:
+    """The contents of `train.deepspeed`, checked; None without such a file.
+
+    Args:
+        world: number of ranks, to check the file's batch sizes with, if known.
+
+    Raises:
+        InputError: the file is missing or no JSON object, contradicts the configuration (both values are named), or
+            asks for what irdscale does not run.
     """
     if config.train.deepspeed is None:
         return None
@@ -60,13 +81,7 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
     _check_offload(file, zero)
     _check_steps(file, settings, config, world)
     _drop_optimizer(file, settings)
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            f"train.deepspeed: found {file}, but deepspeed is not installed; expected it: "
-            f"pip install --no-build-isolation 'irdscale[deepspeed]'"
-        )
-    # The optimizer is torch's AdamW in every case: for k numbers DeepSpeed's own would gain nothing.
-    return {**settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return settings
 
 
 def _found(file: str, key: str, value: Any, expected: str) -> InputError:

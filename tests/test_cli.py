@@ -40,7 +40,7 @@ RESULT = {
     "task": {"name": "mrpc", "metric": "f1"},
     "model": {"parameters": 1000000, "head": 770},
 }
-VERBS = ["search", "fisher", "train", "evaluate", "export", "report", "doctor", "bench"]
+VERBS = ["search", "fisher", "train", "evaluate", "export", "report", "doctor", "plan", "bench"]
 
 
 @pytest.fixture
@@ -87,6 +87,8 @@ def called(monkeypatch):
         for name in names:
             setattr(fake, name, function(name))
         monkeypatch.setitem(sys.modules, module, fake)
+    # A package whose other modules the verb reads.
+    monkeypatch.setattr("irdscale.plan.run_plan", function("run_plan"))
     return calls
 
 

@@ -1,0 +1,151 @@
+"""What to change where a run does not fit its GPUs, and what would be cheaper where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from irdscale.plan.layout import Job, Layout, cost, main_memory, phases
+from irdscale.plan.memory import Zero, shipped
+from irdscale.plan.sizes import GIB, Items
+
+STAGES = (None, 0, 1, 2, 3)
+# GPUs that are tried, a node at a time once one is full.
+MOST_NODES = 256
+
+
+def peak(job: Job, layout: Layout) -> tuple[str, Items]:
+    """The phase that takes the most memory, and its items."""
+    return max(phases(job, layout).items(), key=lambda item: item[1].total)
+
+
+def fits(job: Job, layout: Layout) -> bool:
+    """Whether every phase leaves room in a rank's memory."""
+    return peak(job, layout)[1].total <= job.gpu.room
+
+
+def with_stage(layout: Layout, stage: int | None) -> Layout:
+    """The layout under another ZeRO stage, by the file of it in configs/deepspeed; its own file where that is it."""
+    return layout if layout.zero.stage == stage else replace(layout, zero=shipped(stage))
+
+
+def cheapest(job: Job, layout: Layout, offload: bool = True) -> Layout | None:
+    """The fastest layout on the same GPUs that fits, by this one's batches if any does; None if none fits at all.
+
+    Args:
+        offload: main memory may be used where the GPUs' does not do.
+    """
+    smaller = replace(layout, fisher_batch=1, accumulation=_accumulated(job, layout))
+    for options in (_options(layout), _options(smaller), *([_offloading(smaller)] if offload else [])):
+        fitting = [option for option in options if fits(job, option)]
+        if fitting:
+            return min(fitting, key=lambda option: cost(job, option).seconds["search"])
+    return None
+
+
+def _accumulated(job: Job, layout: Layout) -> int:
+    """Passes of a step with one sample each."""
+    return max(1, job.batch // (job.ray_ranks or layout.world))
+
+
+def _options(layout: Layout) -> Iterator[Layout]:
+    for stage in (None, 2, 3) if layout.world > 1 else (None,):
+        for checkpointing in sorted({layout.checkpointing, True}):
+            for sharded in (False, True) if layout.world > 1 else (False,):
+                for own in {layout.zero, with_stage(layout, stage).zero}:
+                    if own.stage == stage:
+                        yield replace(layout, zero=own, checkpointing=checkpointing, sharded=sharded)
+
+
+def _offloading(layout: Layout) -> Iterator[Layout]:
+    for option in _options(layout):
+        yield replace(option, offload=True, checkpointing=True)
+        zero = Zero(3, overlap=True, offload_optimizer=True, offload_weights=True)
+        yield replace(option, offload=True, checkpointing=True, zero=zero)
+
+
+def fewest(job: Job, layout: Layout) -> Layout | None:
+    """The cheapest layout on the fewest GPUs of the same kind that fits; None if none does."""
+    full = max(8, layout.gpus_per_node)
+    inside = [2**i for i in range(full.bit_length()) if 2**i < full] + [full]
+    counts = [(1, gpus) for gpus in inside] + [(2**i, full) for i in range(1, MOST_NODES.bit_length())]
+    for nodes, gpus in counts:
+        if job.ray_ranks is not None and nodes * gpus < job.ray_ranks:
+            continue
+        tried = replace(layout, nodes=nodes, gpus_per_node=gpus)
+        if _least(job) > tried.world * job.gpu.room:
+            continue
+        if job.batch % (tried.world * tried.accumulation):
+            tried = replace(tried, accumulation=_accumulated(job, tried))
+        found = cheapest(job, tried, offload=False)
+        if found is not None:
+            return found
+    return None
+
+
+def _least(job: Job) -> int:
+    """Bytes of the weights and the sums, which no layout on GPUs alone does without."""
+    return job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
+
+
+def changes(old: Layout, new: Layout) -> str:
+    """How to get from one layout to another, as keys of the configuration and of the plan."""
+    said = []
+    if (new.nodes, new.gpus_per_node) != (old.nodes, old.gpus_per_node):
+        said.append(f"nodes={new.nodes} gpus_per_node={new.gpus_per_node}")
+    if new.zero != old.zero:
+        said.append(f"train.deepspeed={_file(new.zero)}")
+    for key, before, after in (
+        ("fisher.layout", old.sharded, new.sharded),
+        ("train.gradient_checkpointing", old.checkpointing, new.checkpointing),
+        ("fisher.offload", old.offload, new.offload),
+        ("fisher.batch_size", old.fisher_batch, new.fisher_batch),
+        ("train.gradient_accumulation", old.accumulation, new.accumulation),
+    ):
+        if before != after:
+            value = str(after).lower() if key != "fisher.layout" else "sharded" if after else "replicated"
+            said.append(f"{key}={value}")
+    return " ".join(said)
+
+
+def _file(zero: Zero) -> str:
+    if zero.stage is None:
+        return "null"
+    return f"configs/deepspeed/zero{zero.stage}{'_offload' if zero.offload_optimizer else ''}.json"
+
+
+def advice(job: Job, layout: Layout) -> list[str]:
+    """Lines for people: whether it fits and by what, what would, and what is cheaper."""
+    phase, items = peak(job, layout)
+    room = f"{job.gpu.room / GIB:.1f} GiB of {job.gpu.name}"
+    said = f"{items.total / GIB:.1f} GiB a rank at the peak, in {PHASES[phase]}"
+    fitting = items.total <= job.gpu.room
+    lines = [f"Fits: {said}; {room} can be used." if fitting else f"Does not fit: {said}; {room} can be used."]
+    here = cheapest(job, layout)
+    if here is not None and here != layout:
+        old, new = (cost(job, x).seconds["search"] for x in (layout, here))
+        if not fitting:
+            beside = main_memory(job, here) / GIB
+            more = f", and {beside:.0f} GiB of main memory a node" if beside else ""
+            lines.append(f"Fits here with {changes(layout, here)}: {peak(job, here)[1].total / GIB:.1f} GiB{more}.")
+        elif new < 0.95 * old:
+            lines.append(f"Faster here with {changes(layout, here)}: {new / old:.0%} of the time.")
+    least = fewest(job, layout)
+    if least is None:
+        most = f"{MOST_NODES} nodes"
+        lines.append(f"Fits on no number of up to {most}: lower search.ratio or task.max_length, or take larger GPUs.")
+    elif not fitting or least.world < layout.world:
+        taken = f"{peak(job, least)[1].total / GIB:.1f} GiB"
+        lines.append(f"Fewest GPUs that it fits on: {least.world}, with {changes(layout, least)}: {taken}.")
+    if phase == "evaluate" and not fitting:
+        lines.append("Measuring takes the most: a smaller train.eval_batch_size takes less.")
+    return lines
+
+
+PHASES = {
+    "fisher": "the Fisher pass that makes masks",
+    "traces": "the Fisher pass that ranks samples",
+    "begin": "the beginning of a training, by copies of the weights",
+    "train": "a training step",
+    "evaluate": "measuring a metric",
+}

@@ -1,0 +1,93 @@
+"""GPUs by name: what they hold, how fast they multiply, and how fast they talk to each other.
+
+Numbers are those of the makers' data sheets, without sparsity; links and networks are of one direction, a GPU:
+
+- h100-80gb, h200-141gb: NVIDIA H100 / H200 SXM data sheets (989 TFLOP/s bfloat16, 67 float32, NVLink 900 GB/s both
+  ways); network of a DGX H100 (ConnectX-7, 400 Gb/s a GPU).
+- a100-40gb, a100-80gb: NVIDIA A100 SXM data sheet (312, 19.5, NVLink 600 GB/s); network of a DGX A100 (200 Gb/s a GPU).
+- b200-180gb: NVIDIA HGX B200 data sheet (2250, 75, NVLink 1.8 TB/s); network of a DGX B200 (400 Gb/s a GPU).
+- l40s-48gb: NVIDIA L40S data sheet (362, 91.6, PCIe 4.0 x16: 64 GB/s both ways); a network of 100 Gb/s a GPU.
+- rtx4090-24gb: NVIDIA Ada architecture whitepaper (165.2 with float32 sums, 82.6, PCIe 4.0 x16); 25 Gb/s a GPU.
+- cpu: a rank of two threads of AVX2, as the products of `irdscale.sparse.products` were measured; the memory is this
+  machine's, shared by its ranks; a network of 10 Gb/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from irdscale.config import nearest
+from irdscale.errors import InputError
+from irdscale.plan.sizes import GIB
+
+# What training with plain PyTorch reaches of a data sheet's products, and collectives of its links.
+PRODUCTS, LINKS = 0.4, 0.7
+# Of a GPU's memory: its context and the libraries' workspaces, and what lies idle between allocations.
+CONTEXT, IDLE = 2 * GIB, 0.05
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        memory: bytes.
+        bfloat16, float32: floating-point operations a second in matrix products, of the data sheet.
+        link, network: bytes a second that it sends to others of its node, and beyond.
+        reached: share of the operations that is taken to be reached.
+    """
+
+    name: str
+    memory: float
+    bfloat16: float
+    float32: float
+    link: float
+    network: float
+    reached: float = PRODUCTS
+
+    @property
+    def room(self) -> float:
+        """Bytes that tensors may take."""
+        return self.memory if self.name == "cpu" else (1 - IDLE) * self.memory - CONTEXT
+
+    def flops(self, item: int) -> float:
+        """Operations a second that are reached with entries of so many bytes."""
+        return self.reached * (self.bfloat16 if item == 2 else self.float32)
+
+    def bandwidth(self, nodes: int) -> float:
+        """Bytes a second that a rank sends in a collective over so many nodes."""
+        return LINKS * (self.link if nodes == 1 else min(self.link, self.network))
+
+
+def _gpu(name: str, gib: float, bfloat16: float, float32: float, link: float, network: float) -> Gpu:
+    return Gpu(name, gib * GIB, bfloat16 * 1e12, float32 * 1e12, link * 1e9, network * 1e9)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("h100-80gb", 80, 989, 67, 450, 50),
+        _gpu("h200-141gb", 141, 989, 67, 450, 50),
+        _gpu("b200-180gb", 180, 2250, 75, 900, 50),
+        _gpu("a100-40gb", 40, 312, 19.5, 300, 25),
+        _gpu("a100-80gb", 80, 312, 19.5, 300, 25),
+        _gpu("l40s-48gb", 48, 362, 91.6, 32, 12.5),
+        _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 3.1),
+        Gpu("cpu", 0, 150e9, 150e9, 4e9, 1.25e9, reached=1.0),
+    )
+}
+
+
+def find_gpu(name: str, gpus_per_node: int) -> Gpu:
+    """The GPU of this name; `cpu` is a rank of this machine.
+
+    Raises:
+        InputError: there is none; the line names the nearest.
+    """
+    if name not in GPUS:
+        raise InputError(f"gpu: found {name!r}{nearest(name, GPUS)}; expected one of {', '.join(GPUS)}")
+    if name != "cpu":
+        return GPUS[name]
+    import psutil
+
+    return replace(GPUS[name], memory=psutil.virtual_memory().total / gpus_per_node)

@@ -1,0 +1,235 @@
+"""One way to run a configuration on some GPUs, and what it takes: memory by phase, traffic, operations and time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from irdscale.config import RunConfig
+from irdscale.plan.hardware import Gpu
+from irdscale.plan.memory import (
+    F32,
+    Zero,
+    begin_items,
+    evaluate_items,
+    fisher_items,
+    fisher_zero,
+    pass_items,
+    train_items,
+)
+from irdscale.plan.sizes import Items, Setting, Shapes, Traced
+from irdscale.plan.work import SMALL, gradient_traffic, sample_flops, sums_traffic, weight_traffic
+from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
+
+# Kind of pass and setting -> bytes of one batch.
+Trace = Callable[[str, Setting], Traced]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out.
+
+    Attributes:
+        zero: DeepSpeed's settings.
+        sharded, offload: of the Fisher sums.
+        checkpointing: layers run again in the backward pass.
+        fisher_batch: samples a batch of a Fisher pass, at most.
+        accumulation: passes of a step, whose gradients are added up.
+        nodes, gpus_per_node: one rank a GPU.
+    """
+
+    zero: Zero
+    sharded: bool
+    offload: bool
+    checkpointing: bool
+    fisher_batch: int
+    accumulation: int
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a configuration asks for, whatever it runs on.
+
+    Attributes:
+        k: entries of the largest mask.
+        tokens: of the longest sample.
+        samples, batch: of the Fisher passes, and of a training step.
+        steps, eval_batch: of a training, and samples of a batch whose metric is measured.
+        sizes: numbers of samples for which masks are made.
+        evaluations: trainings of a whole search, at most.
+        traced: whether samples are ranked by their traces.
+        item: bytes of an entry of the sums.
+        language: whether samples are texts that a language model goes on with.
+        ray_ranks: ranks that train a candidate, where Ray runs candidates side by side.
+        trace: bytes of a pass.
+    """
+
+    shapes: Shapes
+    gpu: Gpu
+    k: int
+    tokens: int
+    samples: int
+    batch: int
+    steps: int
+    eval_batch: int
+    sizes: int
+    evaluations: int
+    traced: bool
+    item: int
+    language: bool
+    ray_ranks: int | None
+    trace: Trace = field(repr=False)
+
+
+def job_of(
+    config: RunConfig,
+    shapes: Shapes,
+    gpu: Gpu,
+    k: int,
+    minimum: int,
+    tokens: int,
+    steps: int,
+    language: bool,
+    trace: Trace,
+) -> Job:
+    """The job of a configuration.
+
+    Args:
+        minimum: the smallest mask's entries.
+    """
+    search = config.search
+    start, least = Pair(config.fisher.samples, k), Pair(search.min_samples, minimum)
+    rounds = most_rounds(start, least, search.max_rounds)
+    return Job(
+        shapes=shapes,
+        gpu=gpu,
+        k=k,
+        tokens=tokens,
+        samples=config.fisher.samples,
+        batch=config.train.batch_size,
+        steps=steps,
+        eval_batch=config.train.eval_batch_size,
+        sizes=len(lattice(start, least)[0]),
+        evaluations=most_evaluations(rounds, len(search.seeds)),
+        traced=search.direction != "random",
+        item=8 if config.fisher.dtype == "float64" else 4,
+        language=language,
+        ray_ranks=search.ray.ranks if search.runner == "ray" else None,
+        trace=trace,
+    )
+
+
+def micro_batch(job: Job, layout: Layout) -> int:
+    """Samples of one forward pass of a rank in training."""
+    return max(1, job.batch // (_training(job, layout).world * layout.accumulation))
+
+
+def _training(job: Job, layout: Layout) -> Layout:
+    """The layout of one candidate's training: of Ray's ranks where they train side by side."""
+    if job.ray_ranks is None:
+        return layout
+    return replace(
+        layout, nodes=ceil(job.ray_ranks / layout.gpus_per_node), gpus_per_node=min(job.ray_ranks, layout.gpus_per_node)
+    )
+
+
+def phases(job: Job, layout: Layout) -> dict[str, Items]:
+    """What a rank holds at the peak of each phase."""
+    shapes, train = job.shapes, _training(job, layout)
+
+    def traced(kind: str, batch: int) -> Traced:
+        ratio = job.k / max(1, sum(shapes.scored_sizes))
+        on_gpu = job.gpu.name != "cpu"
+        return job.trace(kind, Setting(batch, job.tokens, ratio, layout.checkpointing, on_gpu, job.language))
+
+    # Ranks share the samples, of which one may have fewer than a batch.
+    batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
+    zero = fisher_zero(layout.zero)
+    masks = fisher_items(shapes, traced("masks", batch), zero, layout.world, job.item, layout.sharded, layout.offload)
+    found = {"fisher": masks}
+    if job.traced:
+        found["traces"] = pass_items(shapes, traced("traces", batch), zero, layout.world)
+    begin = begin_items(shapes, train.zero, train.world, job.k)
+    if begin.total:
+        found["begin"] = begin
+    found["train"] = train_items(shapes, traced("train", micro_batch(job, layout)), train.zero, train.world, job.k)
+    found["evaluate"] = evaluate_items(shapes, traced("evaluate", job.eval_batch), train.zero, train.world, job.k)
+    return found
+
+
+def main_memory(job: Job, layout: Layout) -> int:
+    """Bytes of a node's main memory for what is offloaded."""
+    shapes, zero, world = job.shapes, layout.zero, layout.world
+    a_rank = 0
+    if layout.offload:
+        parts = world if layout.sharded else 1
+        a_rank += job.item * sum(-(-n // parts) for n in shapes.scored_sizes)
+    if zero.offload_weights:
+        a_rank += -(-shapes.parameters // world) * shapes.item
+    if zero.offload_optimizer:
+        a_rank += 4 * F32 * -(-(job.k + shapes.whole) // world)
+    return a_rank * layout.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a layout sends (bytes a rank), computes (operations of all ranks) and takes (seconds).
+
+    Attributes:
+        traffic: by collective, of a step or a pass, and `search` of all.
+        flops, seconds: of the Fisher passes, a step, a candidate, and the whole search.
+    """
+
+    traffic: dict[str, float]
+    flops: dict[str, float]
+    seconds: dict[str, float]
+
+
+def cost(job: Job, layout: Layout) -> Cost:
+    """Traffic, operations and time; nothing is taken to be sent while something is computed."""
+    shapes, train, gpu = job.shapes, _training(job, layout), job.gpu
+    one = sample_flops(shapes, job.tokens)
+    again = one.forward if layout.checkpointing else 0.0
+    passed, small = one.forward + one.backward + again, SMALL * one.weights
+    # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
+    ranking = job.samples * (passed + one.traces) if job.traced else 0.0
+    masks = job.samples * (passed + one.weights)
+    step = job.batch * (passed + small)
+    flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
+    flops["search"] = ranking + 2 * masks + job.evaluations * flops["candidate"]
+
+    batches = ceil(job.samples / layout.world / layout.fisher_batch)
+    gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
+    sums = sums_traffic(shapes, layout.sharded, job.item, layout.world, batches, job.sizes)
+    passes = 2 if job.traced else 1
+    micro = layout.accumulation * weight_traffic(shapes, train.zero, train.world)
+    gradients = gradient_traffic(job.k + shapes.whole, train.zero, train.world)
+    traffic = {
+        "gradients_a_step": gradients,
+        "weights_a_step": micro,
+        "sums_a_pass": sums,
+        "weights_a_pass": gathered,
+        "fisher": sums + passes * gathered,
+        "candidate": job.steps * (gradients + micro),
+    }
+    at_once = max(1, layout.world // train.world)
+    rounds = ceil(job.evaluations / at_once)
+    traffic["search"] = traffic["fisher"] + sums + gathered + rounds * traffic["candidate"]
+
+    speed, exact = gpu.flops(shapes.item), gpu.flops(4)
+    band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
+    passing = job.samples * (passed / speed + one.weights / speed) / layout.world + (sums + gathered) / band
+    tracing = job.samples * (passed / speed + one.traces / exact) / layout.world + gathered / band
+    fisher = passing + (tracing if job.traced else 0.0)
+    stepping = step / speed / train.world + (gradients + micro) / own
+    seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
+    seconds["search"] = fisher + passing + rounds * seconds["candidate"]
+    return Cost(traffic, flops, seconds)

@@ -1,0 +1,143 @@
+"""A model's sizes from its configuration alone: it is built on the meta device, where tensors have no bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from irdscale.config import LANGUAGE_KINDS, Kind, RunConfig
+from irdscale.errors import InputError
+from irdscale.fisher.accumulate import scored_parameters
+from irdscale.plan.sizes import Shapes
+from irdscale.sparse import matching_parameters
+from irdscale.tasks.glue import GLUE
+from irdscale.tasks.hub import one_line
+from irdscale.tasks.models import load_model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def task_kind(config: RunConfig) -> Kind:
+    """The kind of task, without its data.
+
+    Raises:
+        InputError: it is not given, and the data set is not of GLUE.
+    """
+    if config.task.kind is not None:
+        return config.task.kind
+    name = config.task.dataset.rstrip("/").rpartition("/")[2]
+    if name in GLUE:
+        return GLUE[name].kind
+    raise InputError("task.kind: found none; expected one, for the data set is not of GLUE")
+
+
+def meta_model(config: RunConfig) -> PreTrainedModel:
+    """The task's model on the meta device, in evaluation mode.
+
+    Raises:
+        InputError: `model.path` names no model, or one that transformers cannot build for this kind of task.
+    """
+    import transformers
+
+    kind, model_config = task_kind(config), load_model_config(config.model)
+    auto: Any = transformers.AutoModelForSequenceClassification
+    if kind in LANGUAGE_KINDS:
+        auto = transformers.AutoModelForCausalLM
+    else:
+        # Of classes only their number is unknown; it changes nothing that counts.
+        model_config.num_labels = 1 if kind == "regression" else 2
+        text = model_config.get_text_config()
+        if text.pad_token_id is None:
+            text.pad_token_id = model_config.pad_token_id = 0
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(
+                model_config,
+                dtype=getattr(torch, config.model.dtype),
+                trust_remote_code=config.model.trust_remote_code,
+            )
+    except Exception as error:  # transformers and remote code raise what they like
+        raise InputError(
+            f"model.path: {config.model.path}: cannot build a model for task.kind {kind!r} from its config.json: "
+            f"{one_line(error)}"
+        ) from error
+    return cast("PreTrainedModel", model.eval())
+
+
+def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of equal layers, and its name: the longest list of modules.
+
+    Raises:
+        InputError: there is none.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: found no list of layers; expected a model of layers")
+    # Of equals the first: the decoder's own, not that of something inside a layer.
+    return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), len(item[1])))
+
+
+def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
+    """Names of the parameters trained whole; `auto` takes a classifier's head for new, and nothing of a language model.
+
+    Raises:
+        InputError: an expression of `train.always_train` matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if config.train.always_train != "auto":
+        return matching_parameters(names, config.train.always_train)
+    if task_kind(config) in LANGUAGE_KINDS:
+        return []
+    return [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
+
+
+def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters that a mask may hold entries of: of a language model the decoder layers' matrices, unless said.
+
+    Raises:
+        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
+    """
+    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in trained_outside(config, model))]
+    include = config.fisher.include
+    if include is None and task_kind(config) in LANGUAGE_KINDS:
+        stack, layers = layer_stack(model)
+        names = [f"{stack}.{name}.weight" for name, module in layers.named_modules() if _is_product(module)]
+        include = [f"^({'|'.join(map(re.escape, names))})$"]
+    return scored_parameters(model, include, exclude)
+
+
+def _is_product(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
+    """The sizes of a model on the meta device.
+
+    Raises:
+        InputError: as `scored_of` and `layer_stack`.
+    """
+    parameters = dict(model.named_parameters())
+    products = [tuple(cast(nn.Parameter, m.weight).shape) for m in model.modules() if _is_product(m)]
+    text = model.config.get_text_config()
+    heads, hidden = getattr(text, "num_attention_heads", 0) or 0, getattr(text, "hidden_size", 0) or 0
+    width = getattr(text, "head_dim", None) or hidden // max(1, heads)
+    return Shapes(
+        parameters=sum(p.numel() for p in parameters.values()),
+        item=getattr(torch, config.model.dtype).itemsize,
+        scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
+        whole=sum(parameters[name].numel() for name in trained_outside(config, model)),
+        products=[(out, inside) for out, inside in products],
+        largest=max(p.numel() for p in parameters.values()),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
+        hidden=hidden,
+        layers=len(layer_stack(model)[1]),
+        attention=heads * width,
+        causal=any(getattr(module, "is_causal", False) for module in model.modules()),
+        positions=getattr(text, "max_position_embeddings", None),
+    )

@@ -1,0 +1,109 @@
+"""Plain numbers that the parts of a plan hand each other. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the arithmetic needs to know of a model and of what is trained of it.
+
+    Attributes:
+        parameters: all entries, tied ones once.
+        item: bytes of one.
+        scored: name -> shape of every parameter that a mask may hold entries of.
+        whole: entries trained outside the mask.
+        products: [out, in] of every matrix that tokens are multiplied by, a language model's head included.
+        largest: entries of the largest parameter.
+        layer: entries of the largest layer.
+        hidden: width of the layers.
+        layers: of the stack of equal layers.
+        attention: heads x width of a head; 0 where there is none.
+        causal: whether a token attends to those before it only.
+        positions: tokens that the model takes; None for any number.
+    """
+
+    parameters: int
+    item: int
+    scored: dict[str, tuple[int, ...]]
+    whole: int
+    products: list[tuple[int, int]]
+    largest: int
+    layer: int
+    hidden: int
+    layers: int
+    attention: int
+    causal: bool
+    positions: int | None
+
+    @property
+    def scored_sizes(self) -> list[int]:
+        """Entries of each scored parameter."""
+        return [prod(shape) for shape in self.scored.values()]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes of a pass beyond what was there before it.
+
+    Attributes:
+        saved: held at the end of the forward pass, for the backward pass.
+        peak: the most at any moment of the pass.
+    """
+
+    saved: int
+    peak: int
+
+    def __sub__(self, other: Traced) -> Traced:
+        return Traced(self.saved - other.saved, self.peak - other.peak)
+
+    def __add__(self, other: Traced) -> Traced:
+        return Traced(self.saved + other.saved, self.peak + other.peak)
+
+    def __mul__(self, times: int) -> Traced:
+        return Traced(times * self.saved, times * self.peak)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a pass is run.
+
+    Attributes:
+        batch, tokens: samples, and tokens of the longest, to which the others are padded.
+        ratio: of the trained entries to all that may be.
+        checkpointing: layers keep their inputs alone.
+        on_gpu: kernels take bfloat16 as it is, and form no sample's gradient.
+        language: the loss is of tokens, by the model's head.
+    """
+
+    batch: int
+    tokens: int
+    ratio: float
+    checkpointing: bool
+    on_gpu: bool
+    language: bool
+
+
+@dataclass(frozen=True)
+class Items:
+    """Bytes of one rank at the peak of a phase, by what they are for."""
+
+    weights: int = 0
+    activations: int = 0
+    fisher: int = 0
+    values_and_moments: int = 0
+    buffers: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.activations + self.fisher + self.values_and_moments + self.buffers
+
+    def gib(self) -> dict[str, float]:
+        """Each item and the total, in GiB."""
+        names = ("weights", "activations", "fisher", "values_and_moments", "buffers", "total")
+        return {name: round(getattr(self, name) / GIB, 4) for name in names}

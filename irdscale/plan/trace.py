@@ -1,0 +1,318 @@
+"""The bytes that a pass keeps and allocates, found by running its own code on the meta device and counting.
+
+Nothing is computed there: a tensor has a shape, and its bytes are counted while it lives. A few layers of the stack are
+run, and the rest is extrapolated, for equal layers keep equal bytes. What cannot run without numbers is put in its
+place: attention kernels, which keep no [T, T] matrix, the sums of an embedding's rows, and a language model's loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, Literal, cast
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from irdscale.fisher import affine
+from irdscale.fisher.capture import Capture, frozen
+from irdscale.fisher.rules import Buffers, Outer, Rows, Term, add_squares, add_traces
+from irdscale.mask import index_dtype
+from irdscale.plan.shapes import layer_stack
+from irdscale.plan.sizes import Setting, Traced
+from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
+from irdscale.sparse.products import Product, Side
+
+Pass = Literal["train", "masks", "traces", "evaluate"]
+# A language model's logits at a time, as its loss takes them.
+LOGITS = 2**24
+# Layers that are run; the difference of the two is one layer's.
+FEW, MORE = 2, 3
+
+
+def tracer(model: nn.Module, scored: dict[str, nn.Parameter]) -> Callable[[str, Setting], Traced]:
+    """`trace_pass` of one model, which runs what was asked for before only once."""
+    return cache(lambda kind, setting: trace_pass(model, scored, kind, setting))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors on the meta device that were made inside and still live."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            # Models ask whether nothing is padded or packed.
+            return args[0].dtype == torch.bool
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._end, key, size).atexit = False
+
+    def _end(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def trace_pass(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass, setting: Setting) -> Traced:
+    """The bytes of a pass over one batch of a model on the meta device, which is left as it was.
+
+    `train`: forward and backward pass of a sparse training step. `masks`: the pass that sums squared gradients.
+    `traces`: the one that takes each sample's squared gradient alone. `evaluate`: predictions, without gradients.
+    """
+    name, layers = layer_stack(model)
+    parent, _, local = name.rpartition(".")
+    owner, every = model.get_submodule(parent), list(layers)
+
+    def of(count: int) -> Traced:
+        owner._modules[local] = nn.ModuleList(every[:count])
+        try:
+            present = {n: p for n, p in model.named_parameters() if n in scored}
+            if kind == "train":
+                return _train(model, present, setting)
+            return _evaluate(model, setting) if kind == "evaluate" else _fisher(model, present, kind, setting)
+        finally:
+            owner._modules[local] = layers
+
+    if len(every) <= MORE:
+        return of(len(every))
+    few = of(FEW)
+    return few + (of(MORE) - few) * (len(every) - FEW)
+
+
+def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Setting) -> Traced:
+    totals = {name: torch.empty(p.shape, dtype=torch.float32, device="meta") for name, p in scored.items()}
+    traces_B = torch.empty(setting.batch, dtype=torch.float64, device="meta")
+    buffers = Buffers()
+
+    def arrive(name: str, terms: list[Term]) -> None:
+        if any(isinstance(term, Rows) for term in terms):
+            _add_rows(next(term for term in terms if isinstance(term, Rows)))
+        elif kind == "traces":
+            add_traces(terms, totals[name].shape, traces_B, buffers)
+        elif not (setting.on_gpu and isinstance(terms[0], Outer)):
+            add_squares(terms, totals[name], None, buffers)
+
+    _know_norms(model)
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        if setting.checkpointing:
+            stack.enter_context(_checkpointing(model))
+        capture = stack.enter_context(Capture(model, scored))
+        live = stack.enter_context(_counting(model, [*totals.values(), traces_B], setting))
+        inputs = _inputs(setting)
+        if setting.language:
+            capture._size, capture._uses = setting.batch, {}
+            losses_B = _text_loss(model, inputs, setting)
+        else:
+            losses_B = _class_loss(capture.forward(inputs, setting.batch).logits)
+        saved = live.live
+        capture.backward(losses_B, arrive)
+        buffers.forget()
+    return Traced(saved, live.peak)
+
+
+def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Traced:
+    with ExitStack() as stack:
+        entries = stack.enter_context(_sparse(model, scored, setting.ratio))
+        model.train()
+        stack.callback(model.eval)
+        if setting.checkpointing:
+            stack.enter_context(_checkpointing(model, use_reentrant=False))
+        # Their sums by rows ask for numbers; but the gradients come as far down, where entries of them are trained.
+        for embedding in {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
+            stack.callback(embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_()).remove)
+        live = stack.enter_context(_counting(model, [t for e in entries for t in (e.index, e.base)], setting))
+        inputs = _inputs(setting)
+        for held in entries:
+            held.patch()
+        loss = _text_loss(model, inputs, setting) if setting.language else _class_loss(model(**inputs).logits)
+        saved = live.live
+        loss.mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return Traced(saved, live.peak)
+
+
+@contextmanager
+def _checkpointing(model: Any, **options: bool) -> Iterator[None]:
+    model.gradient_checkpointing_enable(options or None)
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        # Set by the former, but not removed by the latter.
+        model.disable_input_require_grads()
+
+
+def _evaluate(model: Any, setting: Setting) -> Traced:
+    with _counting(model, [], setting) as live, torch.no_grad():
+        inputs = _inputs(setting)
+        if setting.language:
+            hidden_ND = model.base_model(**inputs)[0].flatten(0, 1)
+            head = model.get_output_embeddings()
+            head(hidden_ND[: _at_once(head)]).float()
+        else:
+            model(**inputs)
+    return Traced(0, live.peak)
+
+
+@contextmanager
+def _counting(model: Any, before: list[Tensor], setting: Setting) -> Iterator[_Live]:
+    live = _Live([*model.parameters(), *model.buffers(), *before])
+    attention = F.scaled_dot_product_attention
+    cached, model.config.use_cache = getattr(model.config, "use_cache", False), False
+
+    def replaced(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if options.get("dropout_p") and not setting.on_gpu:
+            # Kernels of the CPU know no dropout: [T, T] matrices it is.
+            return attention(query, key, value, attn_mask, **options)
+        return cast(Tensor, _Attention.apply(query, key, value, attn_mask))
+
+    try:
+        with mock.patch.object(F, "scaled_dot_product_attention", replaced), torch.enable_grad(), live:
+            yield live
+    finally:
+        model.config.use_cache = cached
+
+
+class _Attention(torch.autograd.Function):
+    """What kernels without a [T, T] matrix keep: their inputs, the mask in their type, their output and its scale."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.to(query.dtype)
+        batch, heads, tokens, _ = query.shape
+        # The kernels write their output as [B, T, H, D].
+        out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Losses [N] of tokens by a frozen head, some at a time, each one's gradient made in passing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module) -> Tensor:
+        size = _at_once(head)
+        losses, gradients = [], []
+        # The third part takes and leaves what the second does; those from there on are one.
+        for start in range(0, min(2 * size, len(hidden_ND)), size):
+            part = hidden_ND[start : start + size].detach().requires_grad_()
+            targets = torch.empty(len(part), dtype=torch.int64, device="meta")
+            with torch.enable_grad():
+                loss = F.cross_entropy(head(part).float(), targets, reduction="none")
+                (gradient,) = torch.autograd.grad(loss.sum(), part)
+            losses.append(loss.detach())
+            gradients.append(gradient)
+        gradients.append(torch.empty_like(hidden_ND[2 * size :]))
+        losses.append(loss.new_empty(len(gradients[-1])))
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * upstream_N.unsqueeze(1).to(gradient_ND.dtype), None
+
+
+def _at_once(head: nn.Module) -> int:
+    return max(1, LOGITS // cast(Tensor, head.weight).shape[0])
+
+
+def _inputs(setting: Setting) -> dict[str, Tensor]:
+    batch, tokens = setting.batch, setting.tokens
+    inputs = {"input_ids": torch.empty(batch, tokens, dtype=torch.int64, device="meta")}
+    if batch > 1:
+        # Made of padding by the model; here already, for that asks for numbers.
+        inputs["attention_mask"] = torch.empty(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    return inputs
+
+
+def _text_loss(model: Any, inputs: dict[str, Tensor], setting: Setting) -> Tensor:
+    hidden_BTD = model.base_model(**inputs)[0]
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).clone()
+    losses_N = cast(Tensor, _HeadLoss.apply(hidden_ND, model.get_output_embeddings()))
+    return losses_N.view(setting.batch, -1).sum(1)
+
+
+def _class_loss(logits_BC: Tensor) -> Tensor:
+    return logits_BC.float().square().sum(1)
+
+
+def _add_rows(rows: Rows) -> None:
+    """What the sums of an embedding's gradients by row take, were all tokens of a batch different."""
+    grad_BTD = rows.grad_BTD.float()
+    rows_ND = torch.empty_like(grad_BTD).flatten(0, 1)
+    rows_ND.index_add_(0, rows.ids_BT.reshape(-1), grad_BTD.flatten(0, 1))
+
+
+def _know_norms(model: nn.Module) -> None:
+    """Have each norm's rule decided by trying it with numbers, as elsewhere; they are small."""
+    for module in model.modules():
+        held = list(module.parameters(recurse=False))
+        if len(held) == 1 and held[0].dim() == 1 and next(module.children(), None) is None:
+            alike = copy.deepcopy(module).to_empty(device="cpu")
+            with torch.no_grad():
+                next(alike.parameters()).fill_(1.0)
+            affine._based[module] = affine._try(alike)
+
+
+@contextmanager
+def _sparse(model: Any, scored: dict[str, nn.Parameter], ratio: float) -> Iterator[list[Entries]]:
+    """The model with trainable entries, spread over the scored parameters alike, but for those of embeddings."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    required = {name for name, p in model.named_parameters() if p.requires_grad}
+    made = {id(p): _entries(name, p, ratio) for name, p in scored.items() if id(p) not in tables}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in list(model.modules()):
+        for local, held in list(module._parameters.items()):
+            if held is not None and id(held) in made:
+                attach(module, local, made[id(held)])
+    try:
+        yield list(made.values())
+    finally:
+        for module in list(model.modules()):
+            if isinstance(module, SparseModule):
+                detach(module)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in required)
+
+
+def _entries(name: str, parameter: nn.Parameter, ratio: float) -> Entries:
+    count, numel = max(1, round(ratio * parameter.numel())), parameter.numel()
+    made = make_entries(name, parameter, torch.empty(count, dtype=index_dtype(numel), device="meta"))
+    if parameter.dim() == 2:
+        # All rows and columns hold entries, at most.
+        made._product = Product("dense", (parameter.shape[0], parameter.shape[1]), Side(), Side())
+    made.patched = True
+    return made

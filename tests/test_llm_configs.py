@@ -1,0 +1,91 @@
+"""The shipped configurations of language models, planned without the hub from the models' published sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from irdscale.cli import app
+from irdscale.config import RunConfig, load_config
+from irdscale.plan import run_plan
+from irdscale.plan.hardware import GPUS
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs" / "llm").glob("*.yaml"))
+MODELS = ROOT / "tests" / "llm"
+VERBS = {command.name or command.callback.__name__ for command in app.registered_commands}
+# From the models' pages.
+PARAMETERS = {
+    "llama31_8b": 8_030_261_248,
+    "llama31_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800,
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+    "qwen25_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "mistral_7b": 7_248_023_552,
+    "gemma3_1b": 999_885_952,
+    "phi4_14b": 14_659_507_200,
+}
+
+
+def model_of(path: Path) -> str:
+    return path.stem.rpartition("_")[0]
+
+
+def planned(path: Path) -> RunConfig:
+    return load_config(path, [f"model.path={MODELS / model_of(path)}"])
+
+
+def needs(path: Path) -> tuple[int, int, str, int]:
+    """Nodes, GPUs a node, their name and GiB a rank, as the header says."""
+    found = re.search(r"^# Needs:  (?:(\d+) nodes of )?(\d+) x (\S+): (\d+) GiB a rank", path.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1] or 1), int(found[2]), found[3], int(found[4])
+
+
+def test_every_family_and_size_is_there():
+    families = {model_of(path).split("_")[0] for path in CONFIGS}
+    assert {"llama31", "llama32", "qwen25", "qwen3", "mistral", "gemma3", "phi4"} <= families
+    ranks = {model_of(path): needs(path)[0] * needs(path)[1] for path in CONFIGS}
+    assert ranks["llama31_8b"] == 1
+    assert ranks["llama31_70b"] == 8
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_fits_the_gpus_of_its_header(path):
+    nodes, gpus, gpu, gib = needs(path)
+    plan = run_plan(planned(path), nodes, gpus, gpu)
+    assert plan["parameters"] == PARAMETERS[model_of(path)]
+    assert plan["fits"], plan["advice"]
+    assert plan["memory_gib"]["total"] <= plan["room_gib"]
+    assert math.ceil(plan["memory_gib"]["total"]) == gib
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_says_what_needs_and_launch(path):
+    text, (nodes, gpus, gpu, _) = path.read_text(), needs(path)
+    assert re.search(r"^# What:   \S", text)
+    assert gpu in GPUS
+    launch = re.search(r"^# Launch: (.*)$", text, re.MULTILINE)
+    assert launch is not None
+    command = re.search(r"(\S+) configs/llm/(\S+)(.*)$", launch[1])
+    assert command is not None
+    assert command[1] in VERBS
+    assert command[2] == path.name
+    if nodes > 1:
+        assert f"NODES={nodes} " in launch[1]
+        assert "launch/torchrun_multinode.sh" in launch[1]
+    elif gpus > 1:
+        assert f"RANKS={gpus} " in launch[1]
+        assert "launch/torchrun.sh" in launch[1]
+    config = load_config(path)
+    assert config.output == f"runs/{path.stem}"
+    assert config.model.dtype == "bfloat16"
+    if config.train.deepspeed is not None:
+        # The launchers install DeepSpeed where they see it.
+        assert Path(config.train.deepspeed) == ROOT / "configs" / "deepspeed" / Path(config.train.deepspeed).name
+        assert command[3] == f" train.deepspeed=configs/deepspeed/{Path(config.train.deepspeed).name}"
