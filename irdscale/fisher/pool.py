@@ -47,7 +47,7 @@ def sample_gradients(
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
     include = config.fisher.include
     if include is None and task.is_language:
-        include = [f"^{re.escape(name)}$" for name in decoder_linears(cast(Any, model))]
+        include = [f"^({'|'.join(map(re.escape, decoder_linears(cast(Any, model))))})$"]
     return SampleGradients(
         model,
         task.train.select(list(places)),

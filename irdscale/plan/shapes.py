@@ -15,7 +15,7 @@ from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
 from irdscale.tasks.hub import one_line
-from irdscale.tasks.models import load_model_config
+from irdscale.tasks.models import decoder_linears, load_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,9 +104,7 @@ def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Paramet
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in trained_outside(config, model))]
     include = config.fisher.include
     if include is None and task_kind(config) in LANGUAGE_KINDS:
-        stack, layers = layer_stack(model)
-        names = [f"{stack}.{name}.weight" for name, module in layers.named_modules() if _is_product(module)]
-        include = [f"^({'|'.join(map(re.escape, names))})$"]
+        include = [f"^({'|'.join(map(re.escape, decoder_linears(model)))})$"]
     return scored_parameters(model, include, exclude)
 
 

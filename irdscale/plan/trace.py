@@ -29,10 +29,9 @@ from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
 from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
 from irdscale.sparse.products import Product, Side
+from irdscale.tokenwise import ENTRIES
 
 Pass = Literal["train", "masks", "traces", "evaluate"]
-# A language model's logits at a time, as its loss takes them.
-LOGITS = 2**24
 # Layers that are run; the difference of the two is one layer's.
 FEW, MORE = 2, 3
 
@@ -245,7 +244,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _at_once(head: nn.Module) -> int:
-    return max(1, LOGITS // cast(Tensor, head.weight).shape[0])
+    return max(1, ENTRIES // cast(Tensor, head.weight).shape[0])
 
 
 def _inputs(setting: Setting) -> dict[str, Tensor]:
