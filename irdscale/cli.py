@@ -23,6 +23,7 @@ import typer
 
 from irdscale.errors import InputError, RunError
 from irdscale.launched import alone, joined, launched, tell_others
+from irdscale.show import leaves, print_bench, print_doctor, print_search, readable
 
 if TYPE_CHECKING:
     from irdscale.config import RunConfig
@@ -92,7 +93,7 @@ def search(config: Config, overrides: Overrides = None, as_json: Json = False) -
             result = run_search(settings, progress=True)
             if launched()[0] == 0:
                 write_report(Path(settings.output))
-    _show(result, as_json, lambda: _print_search(result, Path(settings.output)))
+    _show(result, as_json, lambda: print_search(result, Path(settings.output)))
 
 
 @app.command(epilog="Example:\n\nirdscale fisher configs/quickstart.yaml search.ratio=0.001")
@@ -202,7 +203,7 @@ def doctor(
         from irdscale.doctor import diagnose
 
         result = diagnose(settings)
-    _show(result, as_json, lambda: _print_doctor(result))
+    _show(result, as_json, lambda: print_doctor(result))
     if not result["ok"]:
         raise typer.Exit(1)
 
@@ -240,7 +241,7 @@ def bench(
         from irdscale.bench import run_bench
 
         result = run_bench(part, progress=True)
-    _show(result, as_json, lambda: _print_bench(result))
+    _show(result, as_json, lambda: print_bench(result))
 
 
 @contextmanager
@@ -434,138 +435,6 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | N
     elif summary is not None:
         summary()
     else:
-        for key, value in _leaves(result):
-            print(f"{key:24} {_readable(value)}")
+        for key, value in leaves(result):
+            print(f"{key:24} {readable(value)}")
     sys.stdout.flush()
-
-
-def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inside in value.items():
-        if isinstance(inside, list) and inside and isinstance(inside[0], dict):
-            inside = {str(number): item for number, item in enumerate(inside)}
-        if isinstance(inside, dict):
-            yield from _leaves(inside, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inside
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(_readable(item) for item in value)
-    return str(value)
-
-
-def _print_search(result: dict[str, Any], output: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from irdscale.progress import duration
-
-    task, best, baseline = result["task"], result["best"], result["baseline"]
-    table = Table(
-        title=f"{task['name']}: {task['metric']}, mean over {len(best['seeds'])} seed(s)", title_justify="left"
-    )
-    for column in ("", "samples", "parameters", "selection", "test"):
-        table.add_column(column, justify="right" if column else "left")
-    rows = [("winner", best), ("random samples (FISH)", baseline.get("fish_random"))]
-    rows.append(("head only (linear probe)", baseline.get("linear_probe")))
-    rows.append(("the model as it came", baseline.get("base")))
-    for name, entry in rows:
-        if entry is not None:
-            cells = [entry.get("samples"), entry["params"], entry["metric"], entry["test_metric"]]
-            numbers = [_score(cell) if isinstance(cell, float) else _readable(cell) for cell in cells]
-            table.add_row(name, *numbers, style="bold" if entry is best else None)
-    console = Console()
-    console.print(table)
-    share = 100 * best["params"] / result["model"]["parameters"]
-    seconds = duration(result["seconds"]["total"])
-    lines = [
-        f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters"
-        + (", and the head." if result["model"]["head"] else "."),
-        f"Ended: {result['stop']}; {result['evaluations']} evaluations ({result['reused']} reused) in {seconds}.",
-        f"Adapter: {output.absolute() / best['adapter']}",
-        f"Report:  {output.absolute() / 'report.html'}",
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_bench(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Ratios on {result['threads']} thread(s), torch {result['torch']}", title_justify="left")
-    for column in ("part", "what", "model", "tokens", "ratio", "quartiles", "bar"):
-        table.add_column(column, justify="right" if column in ("tokens", "ratio", "quartiles", "bar") else "left")
-    for row in result["rows"]:
-        quartiles = f"{row['low']:.2f}-{row['high']:.2f}"
-        cells = [row["part"], row["what"], row["model"], str(row["tokens"]), f"{row['ratio']:.2f}", quartiles]
-        table.add_row(*cells, row["bar"], style="red" if row["met"] is False else None)
-    Console().print(table)
-
-
-def _score(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _print_doctor(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console()
-
-    def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
-
-    apart = ("packages", "problems", "ok", "ray", "search")
-    for key, value in _leaves({k: v for k, v in result.items() if k not in apart}):
-        line(f"{key:24} {_readable(value)}")
-    for name, package in result["packages"].items():
-        found = package["found"] or "missing"
-        line(f"{name:24} {found} (needs {package['needs'] or 'any version'})", None if package["ok"] else "red")
-    line(f"{'ray':24} {_readable(result['ray']['version'])}")
-    for text in (*_said_of_cluster(result["ray"]), *_said_of_search(result["search"])):
-        line(text)
-    for problem in result["problems"]:
-        line(f"Cannot {problem['cannot']}: {problem['why']}", "red" if problem["blocks_search"] else "yellow")
-    line("irdscale search can run here." if result["ok"] else "irdscale search cannot run here.", "bold")
-
-
-def _said_of_cluster(ray: dict[str, Any]) -> Iterator[str]:
-    if ray["version"] is None:
-        return
-    found = ray["cluster"]
-    if found is None:
-        yield "No Ray cluster runs here; a search with search.runner=ray starts one of this machine."
-        return
-    has = f"{found['nodes']} node(s), {found['cpus']} CPUs, {found['gpus']} GPUs, {found['memory_gib']} GiB"
-    yield (
-        f"Ray cluster of this machine: {has}"
-        if found.get("started_here")
-        else f"Ray cluster at {found['address']}: {has}"
-    )
-
-
-def _said_of_search(search: dict[str, Any] | None) -> Iterator[str]:
-    from irdscale.progress import duration
-
-    if search is None:
-        return
-    most = search["at_most"]
-    yield (
-        f"The search runs at most {most['evaluations']:,} evaluations of {most['steps']:,} steps, "
-        f"over {most['rounds']} rounds."
-    )
-    for runner in ("local", "ray"):
-        if search[runner] is not None:
-            found, costs = search[runner], search[runner]["costs"]
-            side = "one evaluation after the other" if runner == "local" else f"{found['at_once']} evaluations at once"
-            yield (
-                f"search.runner={runner}: at most about {duration(found['seconds'])}, {side}; "
-                f"{costs['step']:.3g} s a step, {costs['gradient']:.3g} s a sample gradient."
-            )

@@ -127,7 +127,7 @@ def tiny_model(family: Family, folder: Path, *, seed: int = 0, causal: bool = Fa
     kind, sizes = chosen[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = kind(vocab_size=len(tokenizer), **ids, **{**sizes, **config})
+        made = kind(**{"vocab_size": len(tokenizer), **ids, **sizes, **config})
         auto: Any = AutoModelForCausalLM if causal else AutoModel
         auto.from_config(made).save_pretrained(folder)
     return folder

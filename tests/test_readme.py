@@ -40,6 +40,8 @@ def test_every_command_on_a_toy(
     (tmp_path / "configs/quickstart.yaml").write_text(yaml.safe_dump(toy))
     for name in ("model", "data"):
         (tmp_path / "configs" / name).symlink_to(tmp_path / name)
+    (tmp_path / "configs" / "llm").symlink_to(ROOT / "configs" / "llm")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("irdscale.bench.run_bench", lambda part, progress: {"threads": 1, "torch": "", "rows": []})
     ran = []
@@ -55,7 +57,7 @@ def test_every_command_on_a_toy(
             done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, (command, done.stderr)
             assert (tmp_path / "runs/ranks/mask").is_dir()
-    assert set(ran) == {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "bench"}
+    assert set(ran) == {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "plan", "bench"}
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
     assert (tmp_path / "runs/merged/model.safetensors").exists()
 

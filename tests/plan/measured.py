@@ -43,12 +43,18 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_folder(folder: Path, family: Family) -> Path:
-    """A random model of 25 to 30 million parameters, texts of which one in four is short, and a configuration."""
-    tiny_model(family, folder / "model", **SIZES[family])
+# A causal language model whose vocabulary is much of it.
+SIZES["text"] = SIZES["llama"] | {"vocab_size": 16384}
+
+
+def make_folder(folder: Path, family: str) -> Path:
+    """A random model of 25 to 45 million parameters, texts of which one in four is short, and a configuration."""
+    text = family == "text"
+    model: Family = "llama" if text else family  # type: ignore[assignment]
+    tiny_model(model, folder / "model", causal=text, **SIZES[family])
     rows = [{"text": "good film " * (20 if i % 4 == 3 else 60), "label": i % 2} for i in range(80)]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = {
+    config: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder / "model")},
         "task": {
             "dataset": str(folder / "data.jsonl"),
@@ -60,6 +66,8 @@ def make_folder(folder: Path, family: Family) -> Path:
         "search": {"min_samples": SAMPLES},
         "train": {"steps": STEPS, "batch_size": BATCH},
     }
+    if text:
+        config["task"] |= {"kind": "causal-lm", "columns": {"text": ["text"]}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))
     return path

@@ -1,6 +1,7 @@
 """Planned memory against the peaks of real passes on this machine's processors, within 10 %.
 
-Random Llama-like and BERT-like models of 25 to 30 million parameters in float32, texts padded to 64 tokens.
+Random Llama-like and BERT-like classifiers of 25 to 30 million parameters and a Llama-like language model of 45 million,
+in float32, texts padded to 64 tokens.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def check(folder: Path, family: Any, world: int, cases: dict[str, tuple[str, lis
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", "bert", "text"])
 def test_one_process(tmp_path: Path, family: str) -> None:
     check(tmp_path, family, 1, ONE)
 
