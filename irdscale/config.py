@@ -130,7 +130,7 @@ def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
     """Refuse columns that do not make samples of this kind.
 
     Raises:
-        ValueError: begins with the key.
+        ValueError: begins with the whole key.
     """
     found, ways = set(columns.named()), COLUMNS[kind]
     expected = ", or ".join(" and ".join(way) for way in ways)
@@ -141,11 +141,11 @@ def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
         best = max(ways, key=lambda way: len(found & set(way)))
         for key in (*best, *found):
             if key in best and key not in found:
-                raise ValueError(f"columns.{key}: missing; expected {expected}, for kind {kind!r}")
+                raise ValueError(f"task.columns.{key}: missing; expected {expected}, for kind {kind!r}")
             if key not in best:
-                raise ValueError(f"columns.{key}: found with kind {kind!r}; expected {expected}")
+                raise ValueError(f"task.columns.{key}: found with kind {kind!r}; expected {expected}")
     if kind == "causal-lm" and len(columns.text or ()) != 1:
-        raise ValueError(f"columns.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
+        raise ValueError(f"task.columns.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
 
 
 class FisherConfig(Section):

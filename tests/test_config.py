@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -244,3 +245,37 @@ def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
     assert facts["train.deepspeed"] == '{"zero_optimization": {"stage": 2}}'
     assert facts["search.ray.ranks"] == "1"
     assert not {"output", "model.path", "task.dataset"} & set(facts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["task={kind: causal-lm, dataset: a, columns: {label: b}}"], "task.columns.text: missing; expected text"),
+        (["task={kind: causal-lm, dataset: a, columns: {text: [a, b]}}"], "task.columns.text: found ['a', 'b']"),
+        (
+            ["task={kind: sft, dataset: a, columns: {prompt: b}}"],
+            "task.columns.completion: missing; expected prompt and completion, or messages, for kind 'sft'",
+        ),
+        (
+            ["task={kind: sft, dataset: a, columns: {messages: b, label: c}}"],
+            "task.columns.label: found with kind 'sft'; expected prompt and completion, or messages",
+        ),
+        (["task={kind: multiple-choice, dataset: a, columns: {prompt: b}}"], "task.columns.choices: missing"),
+        (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
+        (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),
+        (["task={kind: sft, dataset: a, metric: accuracy}"], "task.metric: found 'accuracy' with kind 'sft'"),
+        (
+            ["task={kind: sft, dataset: a}", "fisher.objective=expected"],
+            "fisher.objective: found 'expected' with task.kind 'sft'; expected 'label' or 'sampled'",
+        ),
+        (
+            ["task={kind: regression, dataset: a}", "fisher.token_reduction=sum"],
+            "fisher.token_reduction: found 'sum' with task.kind 'regression'",
+        ),
+    ],
+)
+def test_language_tasks_that_contradict_themselves(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: a}\ntask: {dataset: b}\n")
+    with pytest.raises(InputError, match=re.escape(expected)):
+        load_config(path, overrides)

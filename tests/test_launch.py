@@ -285,6 +285,12 @@ def test_quickstart_searches_offline_and_passes_changes_on(checkout):
     assert "export HF_HUB_OFFLINE=1" in (checkout / "launch" / "quickstart.sh").read_text()
 
 
+def test_quickstart_takes_another_configuration(checkout):
+    done, lines = call(checkout, "quickstart.sh", "configs/quickstart_llm.yaml", "train.steps=3")
+    assert done.returncode == 0, done.stderr
+    assert lines[-1] == "-m irdscale search configs/quickstart_llm.yaml train.steps=3"
+
+
 def test_quickstart_says_when_it_is_done_already(checkout):
     result = checkout / "runs" / "quickstart" / "result.json"
     result.parent.mkdir(parents=True)

@@ -121,7 +121,7 @@ def find_source(task: TaskConfig) -> Source:
         try:
             check_columns(glue.kind, columns)
         except ValueError as error:
-            raise InputError(f"task.{error}") from None
+            raise InputError(str(error)) from None
         return Source(name, glue.kind, columns, glue, local, hub)
     if task.kind is None:
         raise InputError(f"task.kind: missing; expected one of {', '.join(METRICS)} (only GLUE tasks have their own)")

@@ -1,7 +1,7 @@
 """Planned memory against the peaks of real passes on this machine's processors, within 10 %.
 
-Random Llama-like and BERT-like classifiers of 25 to 30 million parameters and a Llama-like language model of 45 million,
-in float32, texts padded to 64 tokens.
+Random Llama-like and BERT-like classifiers of 25 to 30 million parameters, and a Llama-like language model of 45,
+in float32; texts are padded to 64 tokens.
 """
 
 from __future__ import annotations
