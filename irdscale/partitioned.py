@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Where a model keeps how it is gathered.
+_OPTIONS = "_irdscale_gathering"
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside a DeepSpeed engine or DistributedDataParallel, whose own forward would do more than compute."""
@@ -70,6 +73,11 @@ def whole(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]
         yield
 
 
+def gather_by(model: nn.Module, options: dict[str, int]) -> None:
+    """Set how `gathering` gathers a partitioned model, by DeepSpeed's options."""
+    vars(model)[_OPTIONS] = options
+
+
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
     """Have a partitioned model's modules gather their parameters when they run.
@@ -83,7 +91,8 @@ def gathering(model: nn.Module) -> Iterator[None]:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils.timer import NoopTimer
 
-    offload = DeepSpeedZeRoOffload(model, NoopTimer(), {}, param_persistence_threshold=0)
+    options = vars(model).get(_OPTIONS, {})
+    offload = DeepSpeedZeRoOffload(model, NoopTimer(), {}, param_persistence_threshold=0, **options)
     try:
         yield
         # After an error gatherings may be under way, which cannot be called back.

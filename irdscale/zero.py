@@ -158,6 +158,19 @@ def _drop_optimizer(file: str, settings: dict[str, Any]) -> None:
         raise _found(file, "scheduler", settings["scheduler"], "none: see train.schedule and train.warmup_ratio")
 
 
+def gathering_options(zero: dict[str, Any], hidden: int) -> dict[str, int]:
+    """How ZeRO-3 gathers partitions, as DeepSpeed's options say it; `auto` filled in as the Trainer does.
+
+    Args:
+        zero: the section `zero_optimization` of a DeepSpeed file.
+        hidden: the model's width.
+    """
+    auto = {"prefetch_bucket_size": 0.9 * hidden * hidden}
+    usual = {"prefetch_bucket_size": 5e7, "max_live_parameters": 1e9, "max_reuse_distance": 1e9}
+    found = {key: zero.get(f"stage3_{key}", value) for key, value in usual.items()}
+    return {key: int(auto.get(key, usual[key]) if value == AUTO else value) for key, value in found.items()}
+
+
 @contextmanager
 def loading(config: RunConfig) -> Iterator[None]:
     """Inside, `from_pretrained` loads straight into partitions, where `train.deepspeed` asks for ZeRO-3."""

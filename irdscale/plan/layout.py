@@ -14,7 +14,6 @@ from irdscale.plan.memory import (
     begin_items,
     evaluate_items,
     fisher_items,
-    fisher_zero,
     pass_items,
     train_items,
 )
@@ -152,7 +151,7 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
 
     # Ranks share the samples, of which one may have fewer than a batch.
     batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
-    zero = fisher_zero(layout.zero)
+    zero = layout.zero
     masks = fisher_items(shapes, traced("masks", batch), zero, layout.world, job.item, layout.sharded, layout.offload)
     found = {"fisher": masks}
     if job.traced:

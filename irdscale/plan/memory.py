@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from irdscale.plan.sizes import Items, Shapes, Traced
+from irdscale.zero import gathering_options
 
 F32 = 4
 # A mask's index and the place of each entry in its product.
@@ -46,11 +47,6 @@ class Zero:
         return self.stage == 3
 
 
-def fisher_zero(zero: Zero) -> Zero:
-    """How a Fisher pass gathers a partitioned model, without an engine: by DeepSpeed's defaults, whatever the file."""
-    return replace(zero, live=1_000_000_000, prefetch=50_000_000) if zero.partitioned else zero
-
-
 def shipped(stage: int | None) -> Zero:
     """What the file of this stage in configs/deepspeed says."""
     return Zero(stage, overlap=stage in (2, 3))
@@ -76,13 +72,13 @@ def zero_from(settings: dict[str, Any] | None, hidden: int) -> Zero:
         section = zero.get(key)
         return (section.get("device") if isinstance(section, dict) else section) == "cpu"
 
-    live, reuse = (entries(f"stage3_max_{key}", 1e9, 1e9) for key in ("live_parameters", "reuse_distance"))
+    gathers = gathering_options(zero, hidden)
     return Zero(
         stage,
         bucket=entries("reduce_bucket_size", hidden * hidden, 5e8),
         overlap=bool(zero.get("overlap_comm", stage == 3)),
-        live=min(live, reuse),
-        prefetch=entries("stage3_prefetch_bucket_size", 0.9 * hidden * hidden, 5e7),
+        live=min(gathers["max_live_parameters"], gathers["max_reuse_distance"]),
+        prefetch=gathers["prefetch_bucket_size"],
         offload_optimizer=in_main_memory("offload_optimizer"),
         offload_weights=in_main_memory("offload_param"),
     )

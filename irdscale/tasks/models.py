@@ -12,9 +12,9 @@ import torch
 
 from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
-from irdscale.partitioned import shape_of
+from irdscale.partitioned import gather_by, is_partitioned, shape_of
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
-from irdscale.zero import loading, zero_stage
+from irdscale.zero import gathering_options, loading, zero_settings, zero_stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -162,6 +162,10 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
     _check_vocabulary(config.model.path, task.tokenizer, model)
+    settings = zero_settings(config)
+    if settings is not None and is_partitioned(model):
+        hidden = getattr(model.config.get_text_config(), "hidden_size", 0) or 0
+        gather_by(model, gathering_options(settings["zero_optimization"], hidden))
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = task.tokenizer.pad_token_id
     missing = set(info["missing_keys"])
