@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from irdscale.config import RunConfig, load_config
@@ -80,7 +81,10 @@ def held(model: nn.Module) -> int:
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that are live at once, above those before."""
+    """The most bytes of tensors that are live at once, above those before.
+
+    The profiler does not see what a thread of gloo's frees: a place that is given out again has been freed before.
+    """
     # What an earlier model leaves must not be freed while this one is watched.
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -88,11 +92,26 @@ def peak(work: Callable[[], object]) -> int:
     assert recorded.profiler is not None
     results = recorded.profiler.kineto_results
     assert results is not None
+    held: dict[int, int] = {}
     live = most = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    for fields in _allocations(results.experimental_event_tree()):
+        live -= held.pop(fields.ptr, 0 if fields.alloc_size > 0 else -fields.alloc_size)
+        if fields.alloc_size > 0:
+            held[fields.ptr] = fields.alloc_size
+            live += fields.alloc_size
         most = max(most, live)
     return most
+
+
+def _allocations(events: list[Any]) -> list[Any]:
+    """What is given out and taken back, in order."""
+    found, left = [], list(events)
+    while left:
+        event = left.pop()
+        left += event.children
+        if event.tag == _EventType.Allocation:
+            found.append(event)
+    return [event.extra_fields for event in sorted(found, key=lambda event: event.start_time_ns)]
 
 
 def fisher_peak(config: RunConfig, task: Task) -> int:
