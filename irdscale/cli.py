@@ -23,7 +23,7 @@ import typer
 
 from irdscale.errors import InputError, RunError
 from irdscale.launched import alone, joined, launched, tell_others
-from irdscale.show import leaves, print_bench, print_doctor, print_search, readable
+from irdscale.show import print_bench, print_doctor, print_search, readable
 
 if TYPE_CHECKING:
     from irdscale.config import RunConfig
@@ -435,6 +435,8 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | N
     elif summary is not None:
         summary()
     else:
+        from irdscale.config import leaves
+
         for key, value in leaves(result):
             print(f"{key:24} {readable(value)}")
     sys.stdout.flush()

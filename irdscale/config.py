@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "sft": ("perplexity", "token_accuracy", "exact_match"),
     "multiple-choice": ("accuracy", "accuracy_norm"),
 }
+KNOWN_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 LOWER_IS_BETTER = ("perplexity",)
 # The ways to name a data set's columns, by kind of task.
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -84,9 +86,7 @@ class TaskConfig(Section):
     kind: Kind | None = Field(None, description="Inferred for GLUE tasks, required for others.")
     subset: str | None = Field(None, description="Configuration of a hub data set, or a folder inside a local one.")
     columns: ColumnsConfig | None = Field(None, description="Inferred for GLUE tasks, required for others.")
-    metric: str | None = Field(
-        None, description=f"One of {', '.join(dict.fromkeys(sum(METRICS.values(), ())))}; the task's own if unset."
-    )
+    metric: str | None = Field(None, description=f"One of {', '.join(KNOWN_METRICS)}; the task's own if unset.")
     max_length: int = Field(
         128, ge=4, description="Tokens; longer texts are truncated, of causal-lm cut in pieces, of other kinds refused."
     )
@@ -103,9 +103,9 @@ class TaskConfig(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, value: str | None) -> str | None:
-        known = list(dict.fromkeys(sum(METRICS.values(), ())))
-        if value is not None and value not in known:
-            raise ValueError(f"found {value!r}{nearest(value, known)}; expected one of {', '.join(known)}")
+        if value is not None and value not in KNOWN_METRICS:
+            near = nearest(value, KNOWN_METRICS)
+            raise ValueError(f"found {value!r}{near}; expected one of {', '.join(KNOWN_METRICS)}")
         return value
 
     @model_validator(mode="after")
@@ -283,6 +283,13 @@ class TrainConfig(Section):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("found both steps and epochs; expected one of them")
         return self
+
+
+def training_steps(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of one candidate; one epoch unless `steps` or `epochs` say otherwise."""
+    if config.steps is not None:
+        return config.steps
+    return math.ceil((config.epochs or 1.0) * math.ceil(samples / config.batch_size))
 
 
 class DistributedConfig(Section):
@@ -576,15 +583,19 @@ def settings_of_ranks(config: RunConfig, zero: dict[str, Any] | None) -> dict[st
     Args:
         zero: the contents of `train.deepspeed`.
     """
-    facts = {**config.model_dump(mode="json", exclude={"output"}), "train.deepspeed": zero}
+    facts = config.model_dump(mode="json", exclude={"output"})
     for section, place in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
         facts[section].pop(place)
-    return {key: json.dumps(value, sort_keys=True) for key, value in _leaves(facts)}
+    compared = {**dict(leaves(facts)), "train.deepspeed": zero}
+    return {key: json.dumps(value, sort_keys=True) for key, value in compared.items()}
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and "." not in key:
-            yield from _leaves(value, f"{prefix}{key}.")
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key` and value of all that nested sections, or lists of them, hold."""
+    for key, inside in values.items():
+        if isinstance(inside, list) and inside and isinstance(inside[0], dict):
+            inside = {str(number): item for number, item in enumerate(inside)}
+        if isinstance(inside, dict):
+            yield from leaves(inside, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", inside

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from irdscale.config import RunConfig
+from irdscale.config import RunConfig, training_steps
 from irdscale.evaluation import evaluate_model
 from irdscale.fisher.gradients import SampleGradients
 from irdscale.fisher.lattice import ranked_entries_by_prefix
@@ -22,7 +22,7 @@ from irdscale.partitioned import numel_of
 from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
-from irdscale.training import Control, fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training import Control, fine_tune, sparse_model, trained_whole
 from irdscale.zero import micro_batch
 
 if TYPE_CHECKING:

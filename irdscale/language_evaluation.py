@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from irdscale.batches import shared_batches
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
 from irdscale.partitioned import device_of, gathering, is_partitioned
-from irdscale.progress import bar
 from irdscale.ranks import add_up, rank_and_world
 from irdscale.tasks.tokens import labelled, pad_batch
 from irdscale.tokenwise import (
@@ -91,8 +91,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
     device, table_NC = device_of(model), torch.zeros(len(texts), COLUMNS, dtype=torch.float64)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in texts]
     with gathering(model), frozen(model), torch.no_grad():
-        first = {k: v.to(device) for k, v in pad_batch(rows[:1], pad).items() if k != "labels"}
-        parts = headless(model, first)
+        parts = headless(model, pad_batch(rows[:1], pad))
 
         def measure(places: list[int]) -> None:
             batch = {k: v.to(device) for k, v in pad_batch([rows[i] for i in places or [0]], pad).items()}
@@ -104,7 +103,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
                 found = (loss_BT.double().sum(1), there_BT.sum(1), (right_BT & there_BT).sum(1))
                 table_NC[places] = torch.stack([column.double() for column in found], 1).cpu()
 
-        _shared(model, [len(ids) for ids, _ in texts], batch_size, measure)
+        shared_batches(model, [len(ids) for ids, _ in texts], batch_size, measure)
     add_up([table_NC])
     broken = (~table_NC.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
@@ -127,24 +126,6 @@ def _measured(
     with finishing(model, parts, finish):
         found: tuple[Tensor, Tensor] = model(**inputs)
     return found
-
-
-def _shared(model: nn.Module, lengths: list[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
-    """Call `work` with the places of each batch, those of like lengths together; the ranks share the batches.
-
-    A rank with nothing left of a partitioned model works on no places, for it gathers with the others.
-    """
-    rank, world = rank_and_world()
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    own = batches[rank::world]
-    if is_partitioned(model):
-        own += [[]] * (-(-len(batches) // world) - len(own))
-    # No bar of its own, but who listens from outside hears that it goes on.
-    with bar("Evaluating", len(own), enabled=False) as advance:
-        for places in own:
-            advance()
-            work(places)
 
 
 def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> float:
@@ -172,7 +153,7 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
             right_N[place] = same_answer(text, answers[place])
 
     with gathering(model), frozen(model), torch.no_grad():
-        _shared(model, prompts, batch_size, answer)
+        shared_batches(model, prompts, batch_size, answer)
     add_up([right_N])
     return float(right_N.mean())
 

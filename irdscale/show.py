@@ -7,17 +7,6 @@ from pathlib import Path
 from typing import Any
 
 
-def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.key` and value of all that a result holds."""
-    for key, inside in value.items():
-        if isinstance(inside, list) and inside and isinstance(inside[0], dict):
-            inside = {str(number): item for number, item in enumerate(inside)}
-        if isinstance(inside, dict):
-            yield from leaves(inside, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inside
-
-
 def readable(value: Any) -> str:
     """A value in a few words."""
     if isinstance(value, bool) or value is None:
@@ -89,6 +78,8 @@ def _score(value: float) -> str:
 def print_doctor(result: dict[str, Any]) -> None:
     """What this machine has, and what it can run."""
     from rich.console import Console
+
+    from irdscale.config import leaves
 
     console = Console()
 

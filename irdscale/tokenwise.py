@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irdscale.partitioned import shape_of
+from irdscale.partitioned import device_of, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -48,22 +48,18 @@ class Headless:
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
         """Hidden states [B, T, D], as the head gets them."""
-        return last_hidden(self.body(**inputs))
+        output = self.body(**inputs)
+        found = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        assert isinstance(found, Tensor)
+        return found
 
 
-def last_hidden(output: Any) -> Tensor:
-    """The hidden states [B, T, D] of a body's output."""
-    found = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def headless(model: nn.Module, inputs: dict[str, Any]) -> Headless | None:
+def headless(model: nn.Module, batch: dict[str, Any]) -> Headless | None:
     """The parts of a causal language model whose logits are the head's output over its body's; None of any other.
 
     Some models do more with their logits (soft caps, scales); so losses of both ways are compared, on the beginning of
-    one of the samples of `inputs` (collated, without labels). Takes forward passes; a model in ZeRO-3 partitions must
-    be gathering, and the call is collective then.
+    one of the samples of `batch` (collated). Takes forward passes; a model in ZeRO-3 partitions must be gathering, and
+    the call is collective then.
     """
     body: Any = getattr(model, "base_model", None)
     outputs: Any = getattr(model, "get_output_embeddings", None)
@@ -71,7 +67,9 @@ def headless(model: nn.Module, inputs: dict[str, Any]) -> Headless | None:
     if not isinstance(body, nn.Module) or body is model or not isinstance(head, nn.Linear):
         return None
     found = Headless(body, head)
-    sample = beginning({key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()})
+    device = device_of(model)
+    one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    sample = beginning({key: value for key, value in one.items() if key != "labels"})
     with torch.no_grad(), own_forward(model):
         own_BTV = model(**sample).logits
         hidden_BTD = found.hidden(sample)
@@ -202,11 +200,11 @@ def _losses(head: nn.Module, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
 
 def _in_parts(head: nn.Module, work: Callable[[Tensor, Tensor], Tensor], *rows: Tensor) -> Tensor:
     """What `work` makes of a few tokens at a time, joined."""
-    size = _part_size(head)
+    size = part_size(head)
     return torch.cat([work(*(r[i : i + size] for r in rows)) for i in range(0, len(rows[0]), size)])
 
 
-def _part_size(head: nn.Module) -> int:
+def part_size(head: nn.Module) -> int:
     """Tokens whose logits are in memory at once."""
     weight_VD = head._parameters["weight"]
     assert weight_VD is not None
@@ -219,7 +217,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_KD: Tensor, targets_K: Tensor, head: nn.Module) -> Tensor:
         losses, gradients = [], []
-        size = _part_size(head)
+        size = part_size(head)
         for start in range(0, len(hidden_KD), size):
             part = hidden_KD[start : start + size].detach().requires_grad_()
             with torch.enable_grad():

@@ -27,12 +27,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.optimization import get_scheduler
 
-from irdscale.config import RunConfig, TrainConfig
+from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
 from irdscale.mask import Mask
-from irdscale.partitioned import device_of, gathering, release_engine, to_gpu
+from irdscale.partitioned import gathering, release_engine, to_gpu
 from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world, same_on_every_rank
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
@@ -80,13 +80,6 @@ def trained_whole(config: RunConfig, model: nn.Module, new: list[str]) -> list[s
     if config.train.always_train == "auto":
         return new
     return matching_parameters(dict(model.named_parameters()), config.train.always_train)
-
-
-def training_steps(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps of one candidate; one epoch unless `steps` or `epochs` say otherwise."""
-    if config.steps is not None:
-        return config.steps
-    return math.ceil((config.epochs or 1.0) * math.ceil(samples / config.batch_size))
 
 
 def training_order(samples: int, count: int, seed: int) -> list[int]:
@@ -185,8 +178,7 @@ def _text_loss(model: nn.Module, task: Task) -> AbstractContextManager[None]:
     """Inside, the model gives the mean loss of the batch's target tokens, without the logits of all at once."""
     to_gpu(model)
     with gathering(model), frozen(model):
-        first = {k: v.to(device_of(model)) for k, v in task.collate([task.train[0]]).items() if k != "labels"}
-        parts = headless(model, first)
+        parts = headless(model, task.collate([task.train[0]]))
     if parts is None:
         return nullcontext()
 

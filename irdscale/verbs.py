@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from irdscale.config import RunConfig, nearest
+from irdscale.config import RunConfig, nearest, training_steps
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
 from irdscale.files import digest, read_json, write_folder, write_json
@@ -28,7 +28,6 @@ from irdscale.training import (
     fine_tune,
     sparse_model,
     trained_whole,
-    training_steps,
 )
 from irdscale.training_state import remove_training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any, Literal
@@ -131,3 +132,11 @@ def tiny_model(family: Family, folder: Path, *, seed: int = 0, causal: bool = Fa
         auto: Any = AutoModelForCausalLM if causal else AutoModel
         auto.from_config(made).save_pretrained(folder)
     return folder
+
+
+def step_of(state: Path) -> int:
+    """The step of a saved state; 0 while there is none, or it is being replaced."""
+    try:
+        return int(json.loads(state.read_text())["step"])
+    except (OSError, ValueError):
+        return 0

@@ -30,7 +30,7 @@ from irdscale.launched import _meet, joined, launched, versions
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
 from irdscale.verbs import run_fisher, run_train
-from tests.helpers import tiny_model
+from tests.helpers import step_of, tiny_model
 from tests.training_oracle import NO_DROPOUT, toy
 
 ROOT, BIN = Path(__file__).parents[1], Path(sys.executable).parent
@@ -176,14 +176,6 @@ def test_a_killed_rank_ends_the_other_and_the_training_goes_on(config: Path, tmp
     assert [process.returncode for process in again] == [0, 0], outputs
     files = [tmp_path / name / "adapter/adapter.safetensors" for name in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def step_of(state: Path) -> int:
-    """The step of a saved state; 0 while it is being replaced."""
-    try:
-        return int(json.loads(state.read_text())["step"])
-    except (OSError, ValueError):
-        return 0
 
 
 def test_a_mistake_is_one_line_for_all_ranks(config: Path, tmp_path: Path) -> None:

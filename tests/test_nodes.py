@@ -22,6 +22,7 @@ import pytest
 from irdscale.errors import InputError, RunError
 from irdscale.launched import free_port
 from irdscale.nodes import Meeting, hosts_the_meeting, meeting, own_address, start, wait_for_head
+from tests.helpers import step_of
 from tests.hosts import TWO_NODES, apart, environment, make_checkout, script
 from tests.search.toy import essence, write_config
 from tests.training_oracle import toy
@@ -177,14 +178,6 @@ def test_a_lost_node_ends_the_other_and_the_same_command_goes_on(
         assert codes == [0, 0], errors
         files = [folder / "adapter/adapter.safetensors" for folder in (tmp_path / "whole", output)]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def step_of(state: Path) -> int:
-    """The step of a saved state; 0 while there is none, or it is being replaced."""
-    try:
-        return int(json.loads(state.read_text())["step"])
-    except (OSError, ValueError):
-        return 0
 
 
 @pytest.mark.slow

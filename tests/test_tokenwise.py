@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from irdscale import tokenwise
@@ -24,6 +23,7 @@ from irdscale.tokenwise import (
     token_losses,
 )
 from tests.models import VOCABULARY, collate, samples, tiny
+from tests.plan.measured import peak
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -130,13 +130,5 @@ def test_memory_follows_a_part_of_the_tokens(monkeypatch: pytest.MonkeyPatch) ->
     head = nn.Linear(8, 32768, bias=False).requires_grad_(False)
     hidden_BTD = torch.randn(1, 2048, 8, requires_grad=True)
     targets_BT = torch.zeros(1, 2048, dtype=torch.int64)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        found_losses(head, hidden_BTD, targets_BT).sum().backward()
-    assert recorded.profiler is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
     # Logits, log-softmax and two gradients of a part, 4 MiB each.
-    assert peak < 24 * 2**20
+    assert peak(lambda: found_losses(head, hidden_BTD, targets_BT).sum().backward()) < 24 * 2**20

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from irdscale import Mask, top_k, unload
-from irdscale.config import RunConfig, TrainConfig, load_config
+from irdscale.config import RunConfig, TrainConfig, load_config, training_steps
 from irdscale.errors import InputError, RunError
 from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients
 from irdscale.sparse import entries_of, sparse_state, sparsify
 from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import fine_tune, sparse_model, trained_whole, training_steps
+from irdscale.training import fine_tune, sparse_model, trained_whole
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
 

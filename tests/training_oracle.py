@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor, nn
 
 from irdscale import Mask
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig, load_config, training_steps
 from irdscale.tasks import Task, build_model
-from irdscale.training import trained_whole, training_order, training_steps
+from irdscale.training import trained_whole, training_order
 from tests.helpers import tiny_model
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask

@@ -254,7 +254,7 @@ class SampleGradients:
             and loss_kind(self.model, batch["input_ids"].unsqueeze(2), batch["labels"]) == "causal-lm"
         ):
             with frozen(self.model):
-                parts = headless(self.model, _inputs(batch))
+                parts = headless(self.model, batch)
             scored = {id(p) for p in self.scored.values()}
             # A head that is scored is told what comes back to it for all tokens together.
             if parts is not None and not any(id(p) in scored for p in parts.head.parameters()):

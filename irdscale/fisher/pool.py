@@ -44,20 +44,32 @@ def sample_gradients(
     to_gpu(model)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
-    include = config.fisher.include
-    if include is None and task.is_language:
-        include = [f"^({'|'.join(map(re.escape, decoder_linears(cast(Any, model))))})$"]
     return SampleGradients(
         model,
         task.train.select(list(places)),
         task.collate,
-        scored_parameters(model, include, exclude),
+        scored_of(config, model, whole, task.is_language),
         batch_size=config.fisher.batch_size,
         objective=config.fisher.objective,
         token_reduction=config.fisher.token_reduction,
         seed=config.task.split_seed,
     )
+
+
+def scored_of(config: RunConfig, model: nn.Module, whole: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
+    """The parameters that a mask may hold entries of: of a language model the decoder blocks' matrices, unless said.
+
+    Args:
+        whole: names of the parameters that are trained outside any mask.
+
+    Raises:
+        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
+    """
+    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
+    include = config.fisher.include
+    if include is None and language:
+        include = [f"^({'|'.join(map(re.escape, decoder_linears(cast(Any, model))))})$"]
+    return scored_parameters(model, include, exclude)
 
 
 def scored_by(config: RunConfig, task: Task) -> str:

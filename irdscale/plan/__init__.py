@@ -7,15 +7,15 @@ no bytes, and a few of its layers run there. All the rest is arithmetic.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
-from irdscale.config import LANGUAGE_KINDS, RunConfig
+from irdscale.config import LANGUAGE_KINDS, RunConfig, training_steps
 from irdscale.errors import InputError
 from irdscale.plan.hardware import find_gpu
 from irdscale.plan.layout import Job, Layout, cost, job_of, main_memory, micro_batch, phases
 from irdscale.plan.memory import zero_from
-from irdscale.plan.sizes import GIB, Shapes
+from irdscale.plan.sizes import GIB
+from irdscale.search.ird import Pair
 from irdscale.zero import micro_batch as checked_micro_batch
 from irdscale.zero import zero_file
 
@@ -120,20 +120,22 @@ def _prepared(
     settings = zero_file(config, world)
     steps = _steps(config, train_samples)
 
+    from irdscale.fisher.pool import mask_size
     from irdscale.plan.shapes import meta_model, scored_of, shapes_of, task_kind
     from irdscale.plan.trace import tracer
+    from irdscale.search.masks import smallest_pair
 
     model = meta_model(config)
     shapes = shapes_of(config, model)
-    scored = sum(shapes.scored_sizes)
-    k, minimum = _mask_sizes(config, shapes, scored)
+    start = Pair(config.fisher.samples, mask_size(config, model, sum(shapes.scored_sizes)))
+    minimum = smallest_pair(config, start, shapes.parameters)
     longest = config.task.max_length if tokens is None else tokens
     if shapes.positions is not None and longest > shapes.positions:
         key = "task.max_length" if tokens is None else "tokens"
         raise InputError(f"{key}: found {longest}; expected at most {shapes.positions}, the model's positions")
     language = task_kind(config) in LANGUAGE_KINDS
     trace = tracer(model, scored_of(config, model))
-    job = job_of(config, shapes, card, k, minimum, longest, steps, language, trace)
+    job = job_of(config, shapes, card, start, minimum, longest, steps, language, trace)
     layout = Layout(
         zero=zero_from(settings, shapes.hidden),
         sharded=config.fisher.layout == "sharded",
@@ -147,28 +149,12 @@ def _prepared(
     return job, layout
 
 
-def _mask_sizes(config: RunConfig, shapes: Shapes, scored: int) -> tuple[int, int]:
-    """K and the smallest mask's entries, as `irdscale.fisher.pool.mask_size` and `irdscale.search.masks` have them."""
-    search = config.search
-    k = round(search.ratio * shapes.parameters)
-    if not 1 <= k <= scored:
-        raise InputError(
-            f"search.ratio: found {search.ratio}, which gives {k} of {shapes.parameters} parameters; "
-            f"expected 1 to {scored}, the scored ones"
-        )
-    least = search.min_ratio if search.min_ratio is not None else search.ratio / 8
-    return k, min(k, max(1, round(least * shapes.parameters)))
-
-
 def _steps(config: RunConfig, train_samples: int | None) -> int:
     """Steps of a training; no data set is read."""
-    train = config.train
-    if train.steps is not None:
-        return train.steps
     count = train_samples if train_samples is not None else config.task.limit.train
-    if count is None:
+    if count is None and config.train.steps is None:
         raise InputError(
             "train_samples: missing; expected the size of the train split (train_samples=N), task.limit.train or "
             "train.steps, for a plan reads no data"
         )
-    return ceil((train.epochs or 1.0) * ceil(count / train.batch_size))
+    return training_steps(config.train, count or 0)

@@ -92,8 +92,8 @@ def job_of(
     config: RunConfig,
     shapes: Shapes,
     gpu: Gpu,
-    k: int,
-    minimum: int,
+    start: Pair,
+    minimum: Pair,
     tokens: int,
     steps: int,
     language: bool,
@@ -102,21 +102,20 @@ def job_of(
     """The job of a configuration.
 
     Args:
-        minimum: the smallest mask's entries.
+        start, minimum: the pair that the search starts from, and the one below which no candidate goes.
     """
     search = config.search
-    start, least = Pair(config.fisher.samples, k), Pair(search.min_samples, minimum)
-    rounds = most_rounds(start, least, search.max_rounds)
+    rounds = most_rounds(start, minimum, search.max_rounds)
     return Job(
         shapes=shapes,
         gpu=gpu,
-        k=k,
+        k=start.params,
         tokens=tokens,
-        samples=config.fisher.samples,
+        samples=start.samples,
         batch=config.train.batch_size,
         steps=steps,
         eval_batch=config.train.eval_batch_size,
-        sizes=len(lattice(start, least)[0]),
+        sizes=len(lattice(start, minimum)[0]),
         evaluations=most_evaluations(rounds, len(search.seeds)),
         traced=search.direction != "random",
         item=8 if config.fisher.dtype == "float64" else 4,

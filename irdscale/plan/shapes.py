@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,12 +9,12 @@ from torch import nn
 
 from irdscale.config import LANGUAGE_KINDS, Kind, RunConfig
 from irdscale.errors import InputError
-from irdscale.fisher.accumulate import scored_parameters
+from irdscale.fisher import pool
 from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
 from irdscale.tasks.hub import one_line
-from irdscale.tasks.models import decoder_linears, load_model_config
+from irdscale.tasks.models import load_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,16 +95,12 @@ def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
 
 
 def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters that a mask may hold entries of: of a language model the decoder layers' matrices, unless said.
+    """The parameters that a mask may hold entries of, as a Fisher pass has them.
 
     Raises:
         InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
     """
-    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in trained_outside(config, model))]
-    include = config.fisher.include
-    if include is None and task_kind(config) in LANGUAGE_KINDS:
-        include = [f"^({'|'.join(map(re.escape, decoder_linears(model)))})$"]
-    return scored_parameters(model, include, exclude)
+    return pool.scored_of(config, model, trained_outside(config, model), task_kind(config) in LANGUAGE_KINDS)
 
 
 def _is_product(module: nn.Module) -> bool:

@@ -27,9 +27,9 @@ from irdscale.fisher.rules import Buffers, Outer, Rows, Term, add_squares, add_t
 from irdscale.mask import index_dtype
 from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
-from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
+from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
 from irdscale.sparse.products import Product, Side
-from irdscale.tokenwise import ENTRIES
+from irdscale.tokenwise import part_size
 
 Pass = Literal["train", "masks", "traces", "evaluate"]
 # Layers that are run; the difference of the two is one layer's.
@@ -172,7 +172,7 @@ def _evaluate(model: Any, setting: Setting) -> Traced:
         if setting.language:
             hidden_ND = model.base_model(**inputs)[0].flatten(0, 1)
             head = model.get_output_embeddings()
-            head(hidden_ND[: _at_once(head)]).float()
+            head(hidden_ND[: part_size(head)]).float()
         else:
             model(**inputs)
     return Traced(0, live.peak)
@@ -221,7 +221,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module) -> Tensor:
-        size = _at_once(head)
+        size = part_size(head)
         losses, gradients = [], []
         # The third part takes and leaves what the second does; those from there on are one.
         for start in range(0, min(2 * size, len(hidden_ND)), size):
@@ -241,10 +241,6 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None]:
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * upstream_N.unsqueeze(1).to(gradient_ND.dtype), None
-
-
-def _at_once(head: nn.Module) -> int:
-    return max(1, ENTRIES // cast(Tensor, head.weight).shape[0])
 
 
 def _inputs(setting: Setting) -> dict[str, Tensor]:
@@ -291,20 +287,11 @@ def _sparse(model: Any, scored: dict[str, nn.Parameter], ratio: float) -> Iterat
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     required = {name for name, p in model.named_parameters() if p.requires_grad}
     made = {id(p): _entries(name, p, ratio) for name, p in scored.items() if id(p) not in tables}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for module in list(model.modules()):
-        for local, held in list(module._parameters.items()):
-            if held is not None and id(held) in made:
-                attach(module, local, made[id(held)])
+    attach_all(model, made)
     try:
         yield list(made.values())
     finally:
-        for module in list(model.modules()):
-            if isinstance(module, SparseModule):
-                detach(module)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in required)
+        detach_all(model, required)
 
 
 def _entries(name: str, parameter: nn.Parameter, ratio: float) -> Entries:

@@ -34,14 +34,14 @@ from irdscale.cluster.desk import Job
 from irdscale.cluster.ranks import Gang, Talk, packed, unpacked
 from irdscale.cluster.table import watching
 from irdscale.cluster.trial import JobTrial
-from irdscale.config import RunConfig
+from irdscale.config import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_early
 from irdscale.tasks import load_task
-from irdscale.training import Control, Paused, training_steps
+from irdscale.training import Control, Paused
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from irdscale.cluster import require_ray
-from irdscale.config import RunConfig, config_changes, dump_config, same_search
+from irdscale.config import RunConfig, config_changes, dump_config, same_search, training_steps
 from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
 from irdscale.progress import bar
@@ -27,7 +27,6 @@ from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, s
 from irdscale.search.runner import Engine, Runner
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
-from irdscale.training import training_steps
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -17,7 +17,7 @@ from irdscale.config import nearest
 from irdscale.errors import InputError
 from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.modules import Entries, SparseModule, attach, detach, make_entries
+from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
 
 
 @dataclass
@@ -135,13 +135,7 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
                 name, parameter, torch.arange(numel_of(parameter), dtype=index_dtype(numel_of(parameter)))
             )
             masters[name].make_absolute(True)
-    by_parameter = {id(parameters[name]): e for name, e in (entries | masters).items()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-    for module in list(model.modules()):
-        for local_name, held in list(module._parameters.items()):
-            if held is not None and id(held) in by_parameter:
-                attach(module, local_name, by_parameter[id(held)])
+    attach_all(model, {id(parameters[name]): e for name, e in (entries | masters).items()})
     for name in dense:
         parameters[name].requires_grad_(name not in masters)
     hooks = [model.register_forward_pre_hook(_start_pass), model.register_forward_hook(_end_pass, always_call=True)]
@@ -163,14 +157,11 @@ def _end_pass(model: nn.Module, _args: Any, _output: Any) -> None:
 
 def _strip(model: nn.Module) -> None:
     state = sparse_state(model)
-    for module in list(model.modules()):
-        if isinstance(module, SparseModule):
-            detach(module)
+    detach_all(model, state.required_grad)
     for hook in state.hooks:
         hook.remove()
     del model._irdscale
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in state.required_grad)
+    for parameter in model.parameters():
         parameter.grad = None
 
 

@@ -126,6 +126,25 @@ def detach(module: SparseModule) -> None:
     object.__setattr__(module, "__class__", type(module)._original)
 
 
+def attach_all(model: nn.Module, entries: dict[int, Entries]) -> None:
+    """Freeze `model`, and attach entries, by their parameter's id, to every module that holds the parameter."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in list(model.modules()):
+        for local_name, held in list(module._parameters.items()):
+            if held is not None and id(held) in entries:
+                attach(module, local_name, entries[id(held)])
+
+
+def detach_all(model: nn.Module, required_grad: set[str]) -> None:
+    """Detach all entries, and have the parameters of these names require gradients, and no others."""
+    for module in list(model.modules()):
+        if isinstance(module, SparseModule):
+            detach(module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in required_grad)
+
+
 class SparseModule(nn.Module):
     """What the subclasses share. Reading a masked parameter gives its effective value, differentiable in `values`."""
 

@@ -117,8 +117,6 @@ def _allocations(events: list[Any]) -> list[Any]:
 def fisher_peak(config: RunConfig, task: Task) -> int:
     """Bytes of a rank at the peak of the two passes over samples, the model's included."""
     model, new = build_model(config, task, 0)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     samples = sample_gradients(config, task, model, range(SAMPLES), trained_whole(config, model, new))
     traces = torch.zeros(SAMPLES, dtype=torch.float64)
 
