@@ -167,6 +167,7 @@ class FisherConfig(Section):
     token_reduction: Literal["mean", "sum"] = Field(
         "mean", description="A text's loss: the mean over its target tokens, or their sum."
     )
+    seed: int | None = Field(None, ge=0, description="Seed of the draws of samples; `task.split_seed` if unset.")
     save_minutes: float = Field(
         10.0, ge=0, description="How often a Fisher pass saves its state, from which the same command goes on."
     )

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 
+def draw_seed(config: RunConfig) -> int:
+    """The seed of every draw of samples."""
+    return config.task.split_seed if config.fisher.seed is None else config.fisher.seed
+
+
 def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
-    """Places in the train split of `count` samples, drawn without repetition by `task.split_seed` and the purpose."""
-    generator = random.Random(f"{purpose}/{config.task.split_seed}")
+    """Places in the train split of `count` samples, drawn without repetition by `fisher.seed` and the purpose."""
+    generator = random.Random(f"{purpose}/{draw_seed(config)}")
     return sorted(generator.sample(range(len(task.train)), count))
 
 
@@ -52,7 +57,7 @@ def sample_gradients(
         batch_size=config.fisher.batch_size,
         objective=config.fisher.objective,
         token_reduction=config.fisher.token_reduction,
-        seed=config.task.split_seed,
+        seed=draw_seed(config),
     )
 
 
@@ -92,9 +97,13 @@ def pass_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def saved_pass(config: RunConfig, name: str) -> SavedPass:
-    """Where the state of a pass of this run is kept until its result is."""
-    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes)
+def saved_pass(config: RunConfig, name: str, search: str = "") -> SavedPass:
+    """Where the state of a pass of this run is kept until its result is.
+
+    Args:
+        search: its name, where several have one output folder.
+    """
+    return SavedPass(Path(config.output) / "fisher" / search / f"state-{name}", config.fisher.save_minutes)
 
 
 def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:

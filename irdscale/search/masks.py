@@ -15,6 +15,7 @@ from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
+    draw_seed,
     mask_size,
     pass_options,
     sample_gradients,
@@ -58,13 +59,16 @@ def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
     return Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * parameters))))
 
 
-def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) -> SearchMasks:
+def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:
     """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
+
+    Args:
+        name: of the search, where several have one output folder.
 
     Raises:
         InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
     """
-    earlier = stored_masks(config, output)
+    earlier = stored_masks(config, output, name)
     if earlier is not None:
         return earlier
     started = time.perf_counter()
@@ -81,8 +85,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     traces = torch.zeros(len(pool), dtype=torch.float64)
     shuffled = config.search.direction == "random"
     if not shuffled:
-        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
-    order = rank_samples(traces, config.search.direction, config.task.split_seed)
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces", name))
+    order = rank_samples(traces, config.search.direction, draw_seed(config))
     rankings = ranked_entries_by_prefix(
         samples,
         order,
@@ -90,7 +94,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         start.params,
         traces=traces if shuffled else None,
         progress=progress,
-        saved=saved_pass(config, "masks"),
+        saved=saved_pass(config, "masks", name),
         **pass_options(config),
     )
     names = dict(model.named_parameters())
@@ -108,20 +112,21 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         if rank_and_world()[0] == 0:
             for mask in found.values():
                 keep_mask(mask, output)
-            write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
-            write_json(_index(output), {**_stored(masks), "made_by": _made_by(config)})
-            for name in ("traces", "masks"):
-                saved_pass(config, name).remove()
+            found_traces = {**traces_of(task, pool, traces), "order": order}
+            write_json(output / "fisher" / name / "traces.json", found_traces)
+            write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
+            for of in ("traces", "masks"):
+                saved_pass(config, of, name).remove()
     return masks
 
 
-def stored_masks(config: RunConfig, output: Path) -> SearchMasks | None:
+def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks | None:
     """The masks of an earlier run of this search, on every rank; None where there are none.
 
     Raises:
         InputError: the files are damaged.
     """
-    index = _index(output)
+    index = _index(output, name)
     with failing_together():
         earlier = _read(index, output, _made_by(config)) if index.exists() else None
     if not first_says(earlier is not None):
@@ -131,8 +136,8 @@ def stored_masks(config: RunConfig, output: Path) -> SearchMasks | None:
     return earlier
 
 
-def _index(output: Path) -> Path:
-    return output / "fisher" / "masks.json"
+def _index(output: Path, name: str) -> Path:
+    return output / "fisher" / name / "masks.json"
 
 
 def _made_by(config: RunConfig) -> str:
@@ -172,13 +177,19 @@ def keep_mask(mask: Mask, output: Path) -> str:
     return mask.hash
 
 
-def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool) -> dict[str, Any]:
+def random_draw_mask(
+    config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool, name: str = "", purpose: str = "fish"
+) -> dict[str, Any]:
     """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
+
+    Args:
+        name: of the search, where several have one output folder.
+        purpose: tells this draw from others of the same size.
 
     Returns:
         {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
     """
-    file = output / "fisher" / f"random-{pair.samples}-{pair.params}.json"
+    file = output / "fisher" / name / f"random-{pair.samples}-{pair.params}.json"
     if first_says(file.exists()):
         with failing_together():
             stored = read_json(file, "mask of random samples")
@@ -189,7 +200,7 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
     started = time.perf_counter()
     with failing_together():
         model, new = build_model(config, task, config.search.seeds[0])
-        places = draw_samples(config, task, pair.samples, "fish")
+        places = draw_samples(config, task, pair.samples, purpose)
         samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
     ranking = ranked_entries_by_prefix(
         samples,
@@ -197,7 +208,7 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
         [pair.samples],
         pair.params,
         progress=progress,
-        saved=saved_pass(config, "random"),
+        saved=saved_pass(config, "random", name),
         **pass_options(config),
     )[pair.samples]
     mask = ranking.prefix(pair.params)
@@ -210,5 +221,5 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            saved_pass(config, "random").remove()
+            saved_pass(config, "random", name).remove()
     return stored

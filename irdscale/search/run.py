@@ -24,7 +24,7 @@ from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, mos
 from irdscale.search.ledger import read_ledger
 from irdscale.search.local import LocalEngine
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
-from irdscale.search.runner import Engine, Runner
+from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
 
@@ -276,8 +276,10 @@ def _base(config: RunConfig, selection: float, test: float) -> dict[str, Any]:
 
 def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
     """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
-    seeds: list[dict[str, Any]] = [{"seed": seed, "metric": runner.metric(mask, seed)} for seed in config.search.seeds]
-    errors = [runner.error(mask, entry["seed"]) for entry in seeds if entry["metric"] is None]
+    seeds: list[dict[str, Any]] = [
+        {"seed": seed, "metric": runner.metric(evaluated(mask, seed))} for seed in config.search.seeds
+    ]
+    errors = [runner.error(evaluated(mask, entry["seed"])) for entry in seeds if entry["metric"] is None]
     return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
 
 
@@ -288,7 +290,9 @@ def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lowe
     for mask, entry in scored:
         best = min if lower_is_better else max
         chosen = best(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
-        asked += [(mask, one["seed"], entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]]
+        asked += [
+            (evaluated(mask, one["seed"]), entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]
+        ]
     found = iter(engine.call(score_on_test, asked))
     for _, entry in entries:
         entry["test_metric"] = None
