@@ -286,6 +286,81 @@ class TrainConfig(Section):
         return self
 
 
+# What `irdscale compare` can compare; irdscale/compare/methods.py says what each one is.
+METHODS = (
+    "ird",
+    "reverse",
+    "fish_best",
+    "fish",
+    "fish_small",
+    "top_samples",
+    "bottom_samples",
+    "random_mask",
+    "magnitude_mask",
+    "lora",
+    "bitfit",
+    "linear_probe",
+    "full",
+)
+VARIED_SECTIONS = ("fisher", "search")
+
+
+class CompareConfig(Section):
+    methods: list[str] | None = Field(
+        None, min_length=1, description="Methods, and names of `variants`; all methods that suit the model if unset."
+    )
+    variants: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="Name -> a method and what it changes of fisher and search, such as [ird, search.max_rounds=2].",
+    )
+    reference: str = Field("ird", description="The method whose differences to all others are reported.")
+    learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, min_length=1, description="Every method is tried with each; `train.learning_rate` alone if unset."
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=10**6)]] = Field(
+        default=[0, 1, 2, 3, 4],
+        min_length=1,
+        description="Repetitions of the whole: draws of samples and entries, new heads, and the order of training.",
+    )
+    equal_budget: bool = Field(
+        True,
+        description="Methods without a search draw or start anew as often as IRD evaluates; the best one counts.",
+    )
+    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA matrices, in every linear layer but the head.")
+
+    @field_validator("seeds", "learning_rates", "methods")
+    @classmethod
+    def _distinct(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"found {value}; expected distinct ones")
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> CompareConfig:
+        for name, changed in self.variants.items():
+            if name in METHODS:
+                raise ValueError(f"variants: found {name!r}, a method's name; expected a new name")
+            if not changed or changed[0] not in METHODS:
+                found = changed[0] if changed else "nothing"
+                raise ValueError(
+                    f"variants: {name}: found {found!r}{nearest(found, METHODS)}; expected a method first: "
+                    f"{', '.join(METHODS)}"
+                )
+            for change in changed[1:]:
+                if not re.match(rf"({'|'.join(VARIED_SECTIONS)})\.[a-z_]+=", change):
+                    raise ValueError(
+                        f"variants: {name}: found {change!r}; expected key=value with a key of fisher or search, "
+                        f"such as fisher.samples=64"
+                    )
+        known = (*METHODS, *self.variants)
+        for name in self.methods or ():
+            if name not in known:
+                raise ValueError(f"methods: found {name!r}{nearest(name, known)}; expected of {', '.join(known)}")
+        if self.methods is not None and self.reference not in self.methods:
+            raise ValueError(f"reference: found {self.reference!r}; expected one of methods: {', '.join(self.methods)}")
+        return self
+
+
 def training_steps(config: TrainConfig, samples: int) -> int:
     """Optimizer steps of one candidate; one epoch unless `steps` or `epochs` say otherwise."""
     if config.steps is not None:
@@ -316,6 +391,7 @@ class RunConfig(Section):
     search: SearchConfig = Field(default_factory=lambda: SearchConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     distributed: DistributedConfig = Field(default_factory=lambda: DistributedConfig())
+    compare: CompareConfig = Field(default_factory=lambda: CompareConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
 
     @model_validator(mode="after")
@@ -437,23 +513,37 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(values, dict):
         raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, distributed, output")
     _resolve_paths(values, path.parent)
-    from_command_line: set[str] = set()
+    return _validate(values, str(path), lines, {_override(values, override) for override in overrides})
+
+
+def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunConfig:
+    """`config` with `section.key=value` overrides; `where` names their place in messages.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    values = config.model_dump(mode="json")
     for override in overrides:
-        key, equals, raw = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
-        parsed, _ = _parse_yaml(raw, f"{key}={raw}")
-        branch: dict[str, Any] = {}
-        leaf = branch
-        *parents, last = key.split(".")
-        for parent in parents:
-            leaf[parent] = {}
-            leaf = leaf[parent]
-        leaf[last] = parsed
-        _resolve_paths(branch, Path.cwd())
-        _merge(values, branch, key)
-        from_command_line.add(key)
-    return _validate(values, str(path), lines, from_command_line)
+        _override(values, override)
+    return _validate(values, where, {}, set())
+
+
+def _override(values: dict[str, Any], override: str) -> str:
+    """Set what `section.key=value` says, in place; returns the key."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
+    parsed, _ = _parse_yaml(raw, f"{key}={raw}")
+    branch: dict[str, Any] = {}
+    leaf = branch
+    *parents, last = key.split(".")
+    for parent in parents:
+        leaf[parent] = {}
+        leaf = leaf[parent]
+    leaf[last] = parsed
+    _resolve_paths(branch, Path.cwd())
+    _merge(values, branch, key)
+    return key
 
 
 def _merge(values: dict[str, Any], branch: dict[str, Any], key: str) -> None:
@@ -563,7 +653,7 @@ def same_search(config: dict[str, Any]) -> dict[str, Any]:
     """What two dumped configurations must share to be one search: all but where they run and write."""
     search = config.get("search")
     search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
-    return {k: v for k, v in config.items() if k not in ("output", "distributed")} | {"search": search}
+    return {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")} | {"search": search}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -223,3 +223,29 @@ def random_draw_mask(
             write_json(file, stored)
             saved_pass(config, "random", name).remove()
     return stored
+
+
+def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[str, int]:
+    """Hash and entries of the mask of K entries by a score that reads no samples, from an earlier run if there is one.
+
+    Args:
+        name: of the draw, for its file.
+    """
+    file = output / "fisher" / f"{name}.json"
+    if first_says(file.exists()):
+        with failing_together():
+            stored = read_json(file, "drawn mask")
+            if not isinstance(stored, dict) or not {"mask", "params"} <= set(stored):
+                raise InputError(f"{file}: not a drawn mask; delete it to have it made again")
+            Mask.load(mask_folder(output, stored["mask"]))
+        return stored["mask"], stored["params"]
+    with failing_together():
+        model, new = build_model(config, task, config.search.seeds[0])
+        samples = sample_gradients(config, task, model, [0], trained_whole(config, model, new))
+        k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
+    mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            keep_mask(mask, output)
+            write_json(file, {"mask": mask.hash, "params": k})
+    return mask.hash, k

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -150,6 +150,12 @@ class Runner:
     def drop(self, candidate: Candidate) -> None:
         """Drop the adapter of a finished evaluation; who needs it trains it again."""
         remove_folder(adapter_folder(self._output, candidate.key(self._config)))
+
+    def drop_all_but(self, keys: Collection[str]) -> None:
+        """Drop the adapters of all finished evaluations but these."""
+        for key in self._ledger.finished:
+            if key not in keys:
+                remove_folder(adapter_folder(self._output, key))
 
     def clear(self) -> None:
         """Drop the adapters of all evaluations; the winner's has its own place."""

@@ -1,0 +1,1 @@
+"""Methods against each other: the same learning rates, as many trainings, several seeds, chosen before the test."""
