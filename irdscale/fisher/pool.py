@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
-    """Places in the train split of `count` samples, drawn without repetition by `task.split_seed` and the purpose."""
+    """Places in the population of `count` samples, drawn without repetition by `task.split_seed` and the purpose."""
     generator = random.Random(f"{purpose}/{config.task.split_seed}")
-    return sorted(generator.sample(range(len(task.train)), count))
+    return sorted(generator.sample(range(len(task.population)), count))
 
 
 def sample_gradients(
     config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
 ) -> SampleGradients:
-    """Ready to take gradients of the train split's samples at `places`; moves the model to the GPU where there is one.
+    """Ready to take gradients of the population's samples at `places`; moves the model to the GPU where there is one.
 
     Of a language model, the linear layers of its decoder blocks are scored unless `fisher.include` says otherwise. With
     `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
@@ -46,7 +46,7 @@ def sample_gradients(
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     return SampleGradients(
         model,
-        task.train.select(list(places)),
+        task.population.select(list(places)),
         task.collate,
         scored_of(config, model, whole, task.is_language),
         batch_size=config.fisher.batch_size,
@@ -117,8 +117,11 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
 
 
 def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
-    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens)."""
-    chosen = task.train.select(list(pool))
+    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens).
+
+    Of a population that `task.pool` shapes, also whether it is `altered`.
+    """
+    chosen = task.population.select(list(pool))
     labels = list(chosen["labels"])
     if task.is_language:
         labels = [sum(label != IGNORED for label in sample) for sample in labels]
@@ -127,4 +130,5 @@ def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]
         "trace": traces.tolist(),
         "length": [len(ids) for ids in chosen["input_ids"]],
         "label": labels,
+        **({"altered": list(chosen["altered"])} if "altered" in chosen.column_names else {}),
     }

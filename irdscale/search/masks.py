@@ -173,7 +173,7 @@ def keep_mask(mask: Mask, output: Path) -> str:
 
 
 def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool) -> dict[str, Any]:
-    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
+    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole population.
 
     Returns:
         {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.

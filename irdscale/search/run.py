@@ -191,6 +191,7 @@ def _what_was_searched(config: RunConfig, task: Task, masks: SearchMasks) -> dic
             "selection": len(task.selection),
             "test": len(task.test),
             "origin": task.origin,
+            "pool": task.pool_in_words,
         },
         "model": {
             "path": config.model.path,
