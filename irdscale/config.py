@@ -78,6 +78,81 @@ class LimitConfig(Section):
     test: int | None = Field(None, ge=1, description="Samples kept of the test split.")
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class LabelSkewConfig(Section):
+    label: int | str = Field(description="Number or name of a class.")
+    share: Share = Field(description="Share of the population that is of this class.")
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _number_or_name(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError(f"found {value!r}; expected the number or the name of a class")
+        return value
+
+
+class LengthSkewConfig(Section):
+    keep: Literal["shortest", "longest"] = Field(description="Which quarter of the train split, by length in tokens.")
+    share: Share = Field(description="Share of the population that is of this quarter; the rest is of the others.")
+
+
+class CopiesConfig(Section):
+    of: int = Field(ge=1, description="So many samples of the train split are copied, those with the fewest tokens.")
+    share: Share = Field(
+        description="Share of the population that are additional copies, of each as many to within one."
+    )
+
+
+class MixedWithConfig(Section):
+    dataset: str = Field(
+        min_length=1, description="As `task.dataset`; its train split has samples of the same kind, and classes."
+    )
+    subset: str | None = Field(None, description="As `task.subset`.")
+    columns: ColumnsConfig | None = Field(None, description="As `task.columns`.")
+    share: Share = Field(description="Share of the population that is of the other data set.")
+
+
+class PoolConfig(Section):
+    """The population, shaped in one way: as many samples as the train split (and the other data set) allow."""
+
+    label_skew: LabelSkewConfig | None = Field(None, description="Of sequence-classification: mostly one class.")
+    length_skew: LengthSkewConfig | None = Field(None, description="Mostly short samples, or mostly long ones.")
+    copies: CopiesConfig | None = Field(None, description="The train split and copies of a few short samples.")
+    mixed_with: MixedWithConfig | None = Field(None, description="Samples of another data set among those of train.")
+    label_noise: Share | None = Field(
+        None,
+        description="Of sequence-classification and regression: the train split, so large a share of it with a false "
+        "label: another class, or another sample's number.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PoolConfig:
+        given = [name for name in PoolConfig.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"found {' and '.join(given) or 'none'}; expected one of {', '.join(PoolConfig.model_fields)}"
+            )
+        return self
+
+
+def check_pool(kind: Kind, pool: PoolConfig) -> None:
+    """Refuse a way to shape the population that does not fit samples of this kind.
+
+    Raises:
+        ValueError: begins with the whole key.
+    """
+    labelled = {"label_skew": ("sequence-classification",), "label_noise": ("sequence-classification", "regression")}
+    for name, kinds in labelled.items():
+        if getattr(pool, name) is not None and kind not in kinds:
+            raise ValueError(
+                f"task.pool.{name}: found with kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}"
+            )
+    if pool.mixed_with is not None and pool.mixed_with.columns is not None:
+        check_columns(kind, pool.mixed_with.columns, "task.pool.mixed_with.columns")
+
+
 class TaskConfig(Section):
     dataset: str = Field(
         min_length=1,
@@ -99,6 +174,11 @@ class TaskConfig(Section):
     max_new_tokens: int = Field(256, ge=1, description="Tokens that are generated for exact_match, at most.")
     limit: LimitConfig = Field(default_factory=lambda: LimitConfig())
     split_seed: int = Field(0, ge=0, description="Seed of every split and draw of samples.")
+    pool: PoolConfig | None = Field(
+        None,
+        description="Shapes the population, which all samples that masks are made from are drawn from; the train split "
+        "if unset. What is trained on stays the train split; selection and test stay as they are.",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -123,11 +203,16 @@ class TaskConfig(Section):
             raise ValueError(f"truncate: found {self.truncate!r} with kind {self.kind!r}; expected none")
         if self.columns is not None:
             check_columns(self.kind, self.columns)
+        if self.pool is not None:
+            check_pool(self.kind, self.pool)
         return self
 
 
-def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
+def check_columns(kind: Kind, columns: ColumnsConfig, section: str = "task.columns") -> None:
     """Refuse columns that do not make samples of this kind.
+
+    Args:
+        section: the key that they stand under.
 
     Raises:
         ValueError: begins with the whole key.
@@ -141,15 +226,15 @@ def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
         best = max(ways, key=lambda way: len(found & set(way)))
         for key in (*best, *found):
             if key in best and key not in found:
-                raise ValueError(f"task.columns.{key}: missing; expected {expected}, for kind {kind!r}")
+                raise ValueError(f"{section}.{key}: missing; expected {expected}, for kind {kind!r}")
             if key not in best:
-                raise ValueError(f"task.columns.{key}: found with kind {kind!r}; expected {expected}")
+                raise ValueError(f"{section}.{key}: found with kind {kind!r}; expected {expected}")
     if kind == "causal-lm" and len(columns.text or ()) != 1:
-        raise ValueError(f"task.columns.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
+        raise ValueError(f"{section}.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
 
 
 class FisherConfig(Section):
-    samples: int = Field(256, ge=1, description="N: the samples of the train split that the search starts from.")
+    samples: int = Field(256, ge=1, description="N: the samples of the population that the search starts from.")
     batch_size: int = Field(8, ge=1, description="Samples a pass; changes speed and memory, not the result.")
     objective: Literal["label", "sampled", "expected"] = Field(
         "label", description="Labels of the data, drawn from the model, or the expectation over the model's classes."
@@ -489,11 +574,23 @@ def _local(value: Any, folder: Path) -> Any:
     return value
 
 
-def _resolve_paths(values: Any, folder: Path) -> None:
+_PLACES = (("model", "path"), ("task", "dataset"), ("task", "pool", "mixed_with", "dataset"), ("train", "deepspeed"))
+
+
+def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The sections of `values` that name a place, with the key that does."""
+    for *sections, key in _PLACES:
+        inside: Any = values
+        for section in sections:
+            inside = inside.get(section) if isinstance(inside, dict) else None
+        if isinstance(inside, dict) and key in inside:
+            yield inside, key
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the explicit relative paths of `values` absolute, in place."""
-    for section, key in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
-        if isinstance(values.get(section), dict) and key in values[section]:
-            values[section][key] = _local(values[section][key], folder)
+    for section, key in _places(values):
+        section[key] = _local(section[key], folder)
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -675,8 +772,8 @@ def settings_of_ranks(config: RunConfig, zero: dict[str, Any] | None) -> dict[st
         zero: the contents of `train.deepspeed`.
     """
     facts = config.model_dump(mode="json", exclude={"output"})
-    for section, place in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
-        facts[section].pop(place)
+    for section, key in _places(facts):
+        del section[key]
     compared = {**dict(leaves(facts)), "train.deepspeed": zero}
     return {key: json.dumps(value, sort_keys=True) for key, value in compared.items()}
 

@@ -30,15 +30,15 @@ def draw_seed(config: RunConfig) -> int:
 
 
 def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
-    """Places in the train split of `count` samples, drawn without repetition by `fisher.seed` and the purpose."""
+    """Places in the population of `count` samples, drawn without repetition by `fisher.seed` and the purpose."""
     generator = random.Random(f"{purpose}/{draw_seed(config)}")
-    return sorted(generator.sample(range(len(task.train)), count))
+    return sorted(generator.sample(range(len(task.population)), count))
 
 
 def sample_gradients(
     config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
 ) -> SampleGradients:
-    """Ready to take gradients of the train split's samples at `places`; moves the model to the GPU where there is one.
+    """Ready to take gradients of the population's samples at `places`; moves the model to the GPU where there is one.
 
     Of a language model, the linear layers of its decoder blocks are scored unless `fisher.include` says otherwise. With
     `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
@@ -51,7 +51,7 @@ def sample_gradients(
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     return SampleGradients(
         model,
-        task.train.select(list(places)),
+        task.population.select(list(places)),
         task.collate,
         scored_of(config, model, whole, task.is_language),
         batch_size=config.fisher.batch_size,
@@ -126,8 +126,11 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
 
 
 def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
-    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens)."""
-    chosen = task.train.select(list(pool))
+    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens).
+
+    Of a population that `task.pool` shapes, also whether it is `altered`.
+    """
+    chosen = task.population.select(list(pool))
     labels = list(chosen["labels"])
     if task.is_language:
         labels = [sum(label != IGNORED for label in sample) for sample in labels]
@@ -136,4 +139,5 @@ def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]
         "trace": traces.tolist(),
         "length": [len(ids) for ids in chosen["input_ids"]],
         "label": labels,
+        **({"altered": list(chosen["altered"])} if "altered" in chosen.column_names else {}),
     }

@@ -180,7 +180,7 @@ def keep_mask(mask: Mask, output: Path) -> str:
 def random_draw_mask(
     config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool, name: str = "", purpose: str = "fish"
 ) -> dict[str, Any]:
-    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
+    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole population.
 
     Args:
         name: of the search, where several have one output folder.

@@ -178,6 +178,7 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
             "selection": len(task.selection),
             "test": len(task.test),
             "origin": task.origin,
+            "pool": task.pool_in_words,
         },
         "model": {
             "path": config.model.path,
