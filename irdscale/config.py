@@ -21,6 +21,7 @@ from irdscale.errors import InputError
 
 Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
 Direction = Literal["ird", "reverse", "random"]
+RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 # Whose samples are texts that a language model goes on with.
 LANGUAGE_KINDS = ("causal-lm", "sft", "multiple-choice")
@@ -219,6 +220,16 @@ class SearchConfig(Section):
     direction: Direction = Field(
         "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
     )
+    rank_by: RankBy = Field(
+        "trace",
+        description="Rank by trace, trace x tokens (the trace of a mean falls with them), or trace / loss (residuals cancel).",
+    )
+    balance: bool = Field(
+        False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
+    )
+    drop_top: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that no half keeps: outliers."
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )
@@ -238,6 +249,17 @@ class SearchConfig(Section):
     def _ratios(self) -> SearchConfig:
         if self.min_ratio is not None and self.min_ratio > self.ratio:
             raise ValueError(f"min_ratio: found {self.min_ratio}; expected at most ratio ({self.ratio})")
+        return self
+
+    @model_validator(mode="after")
+    def _ranked(self) -> SearchConfig:
+        for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
+            found, default = getattr(self, key), type(self).model_fields[key].default
+            if found != default:
+                raise ValueError(
+                    f"{key}: found {str(found).lower()} with direction 'random'; expected {str(default).lower()}: "
+                    f"a shuffle ranks nothing"
+                )
         return self
 
 
@@ -329,6 +351,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"fisher.token_reduction: found {self.fisher.token_reduction!r} with task.kind {kind!r}; "
                 f"expected 'mean': only texts have target tokens"
+            )
+        if kind in LANGUAGE_KINDS and self.search.balance:
+            raise ValueError(
+                f"search.balance: found true with task.kind {kind!r}; expected false: texts have no classes"
+            )
+        if self.search.rank_by == "loss" and self.fisher.objective == "expected":
+            raise ValueError(
+                "search.rank_by: found 'loss' with fisher.objective 'expected', which has no loss of a sample; "
+                "expected objective 'label' or 'sampled'"
             )
         return self
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from irdscale.batches import shared_batches
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
@@ -176,6 +177,31 @@ class SampleGradients:
         with watched():
             sink = _TraceSink(self.shapes, self._buffers)
             self._run(order, sink, None, traces, (), None, progress, "Sample traces", saved)
+
+    def losses(self, order: Sequence[int]) -> Tensor:
+        """The loss of each ordered sample in its entry of float64 [N]: a forward pass without gradients; collective.
+
+        Of the objective `label` or `sampled`, which take one loss of a sample.
+
+        Raises:
+            InputError: a loss is not finite (named), or what `prepare` refuses.
+        """
+        self.prepare(order)
+        found = torch.zeros(len(self.dataset), dtype=torch.float64)
+
+        def take(places: list[int]) -> None:
+            indices = [order[place] for place in places or [0]]
+            (loss_B,) = self._losses(lambda inputs: self.model(**inputs), self._batch(indices), indices)
+            if places:
+                found[indices] = loss_B.double().cpu()
+
+        # Ranks cut the same batches, though memory may have halved those of some.
+        size = -largest_of([-self.fitting])[0]
+        agreeing = nullcontext() if self._partitioned else failing_together()
+        with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
+            shared_batches(self.model, [0] * len(order), size, take)
+        add_up([found])
+        return found
 
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""

@@ -15,6 +15,7 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.lattice import quarters, rank_samples
 from irdscale.fisher.resume import SavedPass
 from irdscale.partitioned import numel_of, to_gpu
 from irdscale.tasks.models import decoder_linears
@@ -54,6 +55,35 @@ def sample_gradients(
         token_reduction=config.fisher.token_reduction,
         seed=config.task.split_seed,
     )
+
+
+def ranked_samples(config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor) -> list[int]:
+    """Places of the samples in the order in which halving keeps them, by what `search` says of it; collective.
+
+    Args:
+        traces: float64 [N], of all samples, unless `search.direction` is random.
+    """
+    search, rows, values = config.search, cast(Any, samples.dataset), traces
+    if search.rank_by == "length":
+        tokens = torch.tensor(_tokens(task, rows), dtype=torch.float64)
+        # The gradient of a sum is as many times that of the mean, its square that many times squared.
+        summed = task.is_language and config.fisher.token_reduction == "sum"
+        values = traces / tokens if summed else traces * tokens
+    elif search.rank_by == "loss":
+        losses = samples.losses(range(len(traces)))
+        values = torch.where(losses > 0, traces / losses, 0.0)
+    classes = None
+    if search.balance:
+        labels = list(rows["labels"])
+        classes = quarters(labels) if task.kind == "regression" else labels
+    return rank_samples(values, search.direction, config.task.split_seed, classes=classes, drop_top=search.drop_top)
+
+
+def _tokens(task: Task, rows: Any) -> list[int]:
+    """Tokens of each sample over which its loss is a mean: of a text those that it predicts, of others all."""
+    if task.is_language:
+        return [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
+    return [len(ids) for ids in rows["input_ids"]]
 
 
 def scored_of(config: RunConfig, model: nn.Module, whole: Sequence[str], language: bool) -> dict[str, nn.Parameter]:

@@ -12,11 +12,12 @@ import torch
 from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
-from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
     mask_size,
     pass_options,
+    ranked_samples,
     sample_gradients,
     saved_pass,
     scored_by,
@@ -82,7 +83,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     shuffled = config.search.direction == "random"
     if not shuffled:
         samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
-    order = rank_samples(traces, config.search.direction, config.task.split_seed)
+    order = ranked_samples(config, task, samples, traces)
     rankings = ranked_entries_by_prefix(
         samples,
         order,

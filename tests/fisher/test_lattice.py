@@ -7,7 +7,7 @@ import torch
 
 from irdscale import accumulate_fisher, top_k
 from irdscale.fisher import SampleGradients, scored_parameters
-from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.lattice import quarters, rank_samples, ranked_entries_by_prefix
 from tests.models import collate, samples, tiny
 
 
@@ -37,6 +37,53 @@ def test_order_of_samples() -> None:
     assert sorted(shuffled) == list(range(50))
     assert shuffled == rank_samples(torch.ones(50), "random", 1)
     assert shuffled != rank_samples(torch.ones(50), "random", 2)
+
+
+def slowly(values: list[float], direction: str, classes: list[int] | None, drop: int) -> list[int]:
+    """The ranking one choice at a time: those that lead so far decide whose turn it is."""
+    sign = -1 if direction == "ird" else 1
+    best_first = sorted(range(len(values)), key=lambda i: (sign * values[i], i))
+    by_size = best_first if direction == "ird" else best_first[::-1]
+    left, order = [i for i in best_first if i not in by_size[:drop]], []
+    while left:
+        taken = [0 if classes is None else sum(classes[j] == classes[i] for j in order) for i in left]
+        order.append(left.pop(taken.index(min(taken))))
+    return order + [i for i in best_first if i in by_size[:drop]]
+
+
+@pytest.mark.parametrize("direction", ["ird", "reverse"])
+@pytest.mark.parametrize("drop", [0, 7])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_order_with_turns_and_without_the_top(direction: str, drop: int, balanced: bool) -> None:
+    generator = torch.Generator().manual_seed(drop)
+    # Few values, so that there are ties, and a class that ends early.
+    values = torch.randint(0, 9, (30,), generator=generator).double()
+    classes = [2 if i in (3, 11) else i % 2 for i in range(30)] if balanced else None
+    order = rank_samples(values, direction, 0, classes=classes, drop_top=drop / 30)
+    assert order == slowly(values.tolist(), direction, classes, drop)
+    assert sorted(order) == list(range(30))
+    top = sorted(values.tolist())[-7:]
+    assert drop == 0 or sorted(values[order[-7:]].tolist()) == top
+    if classes is not None:
+        lasting = 2 * min([classes[i] for i in order[: 30 - drop]].count(c) for c in (0, 1))
+        assert lasting >= 18
+        for size in range(1, lasting):
+            counts = [[classes[i] for i in order[:size]].count(c) for c in (0, 1)]
+            assert abs(counts[0] - counts[1]) <= 1
+    assert drop or balanced or order == rank_samples(values, direction, 0)
+
+
+def test_largest_never_are_in_the_half_that_is_kept() -> None:
+    for count in range(1, 40):
+        values = torch.arange(count).double()
+        order = rank_samples(values, "ird", 0, drop_top=0.49)
+        dropped = round(0.49 * count)
+        assert not set(order[: count // 2]) & set(range(count - dropped, count)), count
+
+
+def test_quarters_of_labels() -> None:
+    assert quarters([5.0, 1.0, 1.0, 4.0, 3.0, 1.0, 0.0, 9.0]) == [3, 0, 1, 2, 2, 1, 0, 3]
+    assert quarters([1.0, 0.0]) == [2, 0]
 
 
 def test_random_shuffle_gives_traces_in_the_accumulation_pass() -> None:
