@@ -158,6 +158,9 @@ class FisherConfig(Section):
     score: Score = Field(
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
     )
+    equal_samples: bool = Field(
+        False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
+    )
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
@@ -178,6 +181,10 @@ class FisherConfig(Section):
             raise ValueError(
                 f"score: found {self.score!r} with objective 'expected', whose mean gradient is 0; "
                 f"expected objective 'label' or 'sampled'"
+            )
+        if self.equal_samples and self.score != "fisher":
+            raise ValueError(
+                f"equal_samples: found true with score {self.score!r}; expected false: only 'fisher' adds up squares"
             )
         return self
 
@@ -222,7 +229,7 @@ class SearchConfig(Section):
     )
     rank_by: RankBy = Field(
         "trace",
-        description="Rank by trace, trace x tokens (the trace of a mean falls with them), or trace / loss (residuals cancel).",
+        description="Rank by trace, trace x tokens (a longer mean's is smaller), or trace / loss (residuals cancel).",
     )
     balance: bool = Field(
         False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
@@ -338,6 +345,11 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     distributed: DistributedConfig = Field(default_factory=lambda: DistributedConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
+
+    @property
+    def traced(self) -> bool:
+        """Whether a search begins with a pass for the samples' traces."""
+        return self.search.direction != "random" or self.fisher.equal_samples
 
     @model_validator(mode="after")
     def _language(self) -> RunConfig:

@@ -12,8 +12,7 @@ from irdscale.config import RunConfig, nearest, training_steps
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
 from irdscale.files import digest, read_json, write_folder, write_json
-from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
+from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, remove_saved, sample_gradients, traces_of
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
@@ -51,17 +50,8 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
         k = mask_size(config, model, scored)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     size = len(pool)
-    ranking = ranked_entries_by_prefix(
-        samples,
-        range(size),
-        [size],
-        k,
-        traces=traces,
-        progress=progress,
-        saved=saved_pass(config, "mask"),
-        **pass_options(config),
-    )[size]
-    mask = ranking.prefix(k)
+    rankings = ranked_entries(config, samples, range(size), [size], k, "mask", traces=traces, progress=progress)
+    mask = rankings[size].prefix(k)
     facts = {
         "params": k,
         "parameters": sum(map(numel_of, model.parameters())),
@@ -92,7 +82,7 @@ def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         if rank_and_world()[0] == 0:
             mask.save(output / "mask")
             write_json(output / "traces.json", traces)
-            saved_pass(config, "mask").remove()
+            remove_saved(config, "mask")
     return {"mask": str(output / "mask"), "hash": mask.hash, **facts}
 
 
@@ -162,7 +152,7 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
         if rank_and_world()[0] == 0:
             mask.save(folder)
             write_json(note, {"made_by": made_by, "hash": mask.hash})
-            saved_pass(config, "mask").remove()
+            remove_saved(config, "mask")
     return mask
 
 

@@ -79,6 +79,7 @@ def ranked_entries_by_prefix(
     layout: Layout = "replicated",
     offload: bool = False,
     traces: Tensor | None = None,
+    weights: Tensor | None = None,
     progress: bool = False,
     saved: SavedPass | None = None,
 ) -> dict[int, Ranking]:
@@ -91,6 +92,7 @@ def ranked_entries_by_prefix(
     Args:
         layout, offload: of the sums, as in `accumulate_fisher`.
         traces: float64 [N], filled with each visited sample's trace where given.
+        weights: float64 [N], by which the samples' losses are multiplied; not with `traces`.
         saved: keeps the state of the pass, and the rankings that it has passed.
     """
     add = summed(score)
@@ -113,6 +115,7 @@ def ranked_entries_by_prefix(
         order[: max(sizes)],
         sums,
         traces,
+        weights=weights,
         boundaries=sizes,
         at_boundary=snapshot,
         progress=progress,
@@ -125,6 +128,11 @@ def ranked_entries_by_prefix(
             kept = saved.kept(f"ranking-{size}")
             rankings[size] = Ranking(kept["parameter"], kept["index"], samples.shapes)
     return rankings
+
+
+def equal_weights(traces: Tensor) -> Tensor:
+    """What to multiply samples' losses by for squared gradients that sum to 1 each: [N]; 0 for a trace of 0."""
+    return torch.where(traces > 0, traces.rsqrt(), 0.0)
 
 
 def _ranking(samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int) -> Ranking:

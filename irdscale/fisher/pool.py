@@ -15,8 +15,9 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
-from irdscale.fisher.lattice import quarters, rank_samples
+from irdscale.fisher.lattice import equal_weights, quarters, rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.resume import SavedPass
+from irdscale.mask import Ranking
 from irdscale.partitioned import numel_of, to_gpu
 from irdscale.tasks.models import decoder_linears
 from irdscale.tokenwise import IGNORED
@@ -122,9 +123,59 @@ def pass_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def ranked_entries(
+    config: RunConfig,
+    samples: SampleGradients,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    k: int,
+    name: str,
+    *,
+    traces: Tensor | None = None,
+    known: bool = False,
+    progress: bool = False,
+) -> dict[int, Ranking]:
+    """`ranked_entries_by_prefix` as a configuration says: with `fisher.equal_samples` after a pass for the traces.
+
+    Args:
+        name: of the state that is kept of the passes.
+        traces: float64 [N]; filled unless `known`.
+    """
+    weights = None
+    if config.fisher.equal_samples:
+        if traces is None:
+            traces = torch.zeros(len(samples.dataset), dtype=torch.float64)
+        if not known:
+            saved = saved_pass(config, traces_before(name))
+            samples.add_traces(order[: max(sizes)], traces, progress=progress, saved=saved)
+        weights, known = equal_weights(traces), True
+    return ranked_entries_by_prefix(
+        samples,
+        order,
+        sizes,
+        k,
+        traces=None if known else traces,
+        weights=weights,
+        progress=progress,
+        saved=saved_pass(config, name),
+        **pass_options(config),
+    )
+
+
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
     """Where the state of a pass of this run is kept until its result is."""
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes)
+
+
+def traces_before(name: str) -> str:
+    """The name of the state of a pass for the traces that the pass of this name needs."""
+    return f"{name}-traces"
+
+
+def remove_saved(config: RunConfig, name: str) -> None:
+    """The masks of the pass of this name, and of the one for its traces, are kept elsewhere."""
+    for each in (name, traces_before(name)):
+        saved_pass(config, each).remove()
 
 
 def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:

@@ -12,15 +12,16 @@ import torch
 from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
-from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
     mask_size,
-    pass_options,
+    ranked_entries,
     ranked_samples,
+    remove_saved,
     sample_gradients,
     saved_pass,
     scored_by,
+    traces_before,
     traces_of,
 )
 from irdscale.mask import Mask
@@ -80,19 +81,12 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     minimum = smallest_pair(config, start, total)
     sizes, ks = lattice(start, minimum)
     traces = torch.zeros(len(pool), dtype=torch.float64)
-    shuffled = config.search.direction == "random"
-    if not shuffled:
-        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
+    if config.traced:
+        saved = saved_pass(config, traces_before("masks"))
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
     order = ranked_samples(config, task, samples, traces)
-    rankings = ranked_entries_by_prefix(
-        samples,
-        order,
-        sizes,
-        start.params,
-        traces=traces if shuffled else None,
-        progress=progress,
-        saved=saved_pass(config, "masks"),
-        **pass_options(config),
+    rankings = ranked_entries(
+        config, samples, order, sizes, start.params, "masks", traces=traces, known=config.traced, progress=progress
     )
     names = dict(model.named_parameters())
     found = {Pair(s, p): rankings[s].prefix(p) for s in sizes for p in ks}
@@ -111,8 +105,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
                 keep_mask(mask, output)
             write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
             write_json(_index(output), {**_stored(masks), "made_by": _made_by(config)})
-            for name in ("traces", "masks"):
-                saved_pass(config, name).remove()
+            remove_saved(config, "masks")
     return masks
 
 
@@ -192,16 +185,9 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
         model, new = build_model(config, task, config.search.seeds[0])
         places = draw_samples(config, task, pair.samples, "fish")
         samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
-    ranking = ranked_entries_by_prefix(
-        samples,
-        range(len(places)),
-        [pair.samples],
-        pair.params,
-        progress=progress,
-        saved=saved_pass(config, "random"),
-        **pass_options(config),
-    )[pair.samples]
-    mask = ranking.prefix(pair.params)
+    sizes = [pair.samples]
+    rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, "random", progress=progress)
+    mask = rankings[pair.samples].prefix(pair.params)
     stored = {
         "mask": mask.hash,
         "sample_gradients": samples.taken,
@@ -211,5 +197,5 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            saved_pass(config, "random").remove()
+            remove_saved(config, "random")
     return stored
