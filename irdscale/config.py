@@ -161,6 +161,11 @@ class FisherConfig(Section):
     equal_samples: bool = Field(
         False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
     )
+    head_warmup: int = Field(
+        0,
+        ge=0,
+        description="Steps of a new head alone before the passes; by an untrained head traces are labels in disguise.",
+    )
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
@@ -367,6 +372,11 @@ class RunConfig(Section):
         if kind in LANGUAGE_KINDS and self.search.balance:
             raise ValueError(
                 f"search.balance: found true with task.kind {kind!r}; expected false: texts have no classes"
+            )
+        if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
+            raise ValueError(
+                f"fisher.head_warmup: found {self.fisher.head_warmup} with task.kind {kind!r}; "
+                f"expected 0: a language model has no new head"
             )
         if self.search.rank_by == "loss" and self.fisher.objective == "expected":
             raise ValueError(

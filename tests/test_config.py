@@ -280,6 +280,10 @@ def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
             "search.balance: found true with task.kind 'sft'; expected false: texts have no classes",
         ),
         (
+            ["task={kind: sft, dataset: a}", "fisher.head_warmup=5"],
+            "fisher.head_warmup: found 5 with task.kind 'sft'; expected 0: a language model has no new head",
+        ),
+        (
             ["fisher.objective=expected", "search.rank_by=loss"],
             "search.rank_by: found 'loss' with fisher.objective 'expected', which has no loss of a sample; expected",
         ),

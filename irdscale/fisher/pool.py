@@ -163,8 +163,14 @@ def ranked_entries(
 
 
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
-    """Where the state of a pass of this run is kept until its result is."""
-    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes)
+    """Where the state of a pass of this run is kept until its result is; one of another head is not used."""
+    steps = config.fisher.head_warmup
+    head = {
+        "seed": config.search.seeds[0],
+        "steps": steps,
+        "by": config.train.model_dump(mode="json") if steps else None,
+    }
+    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, head)
 
 
 def traces_before(name: str) -> str:

@@ -28,8 +28,7 @@ from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair, lattice
-from irdscale.tasks import build_model
-from irdscale.training import trained_whole
+from irdscale.warmup import model_to_score
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -70,9 +69,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     if earlier is not None:
         return earlier
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
-        whole = trained_whole(config, model, new)
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, whole)
         scored = sum(map(numel_of, samples.scored.values()))
@@ -181,10 +179,10 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
             Mask.load(mask_folder(output, stored["mask"]))
         return stored
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
         places = draw_samples(config, task, pair.samples, "fish")
-        samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
+        samples = sample_gradients(config, task, model, places, whole)
     sizes = [pair.samples]
     rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, "random", progress=progress)
     mask = rankings[pair.samples].prefix(pair.params)
