@@ -21,6 +21,7 @@ from irdscale.errors import InputError
 
 Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
 Direction = Literal["ird", "reverse", "random"]
+RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 # Whose samples are texts that a language model goes on with.
 LANGUAGE_KINDS = ("causal-lm", "sft", "multiple-choice")
@@ -242,6 +243,14 @@ class FisherConfig(Section):
     score: Score = Field(
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
     )
+    equal_samples: bool = Field(
+        False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
+    )
+    head_warmup: int = Field(
+        0,
+        ge=0,
+        description="Steps of a new head alone before the passes; by an untrained head traces are labels in disguise.",
+    )
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
@@ -263,6 +272,10 @@ class FisherConfig(Section):
             raise ValueError(
                 f"score: found {self.score!r} with objective 'expected', whose mean gradient is 0; "
                 f"expected objective 'label' or 'sampled'"
+            )
+        if self.equal_samples and self.score != "fisher":
+            raise ValueError(
+                f"equal_samples: found true with score {self.score!r}; expected false: only 'fisher' adds up squares"
             )
         return self
 
@@ -305,6 +318,16 @@ class SearchConfig(Section):
     direction: Direction = Field(
         "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
     )
+    rank_by: RankBy = Field(
+        "trace",
+        description="Rank by trace, trace x tokens (a longer mean's is smaller), or trace / loss (residuals cancel).",
+    )
+    balance: bool = Field(
+        False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
+    )
+    drop_top: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that no half keeps: outliers."
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )
@@ -324,6 +347,17 @@ class SearchConfig(Section):
     def _ratios(self) -> SearchConfig:
         if self.min_ratio is not None and self.min_ratio > self.ratio:
             raise ValueError(f"min_ratio: found {self.min_ratio}; expected at most ratio ({self.ratio})")
+        return self
+
+    @model_validator(mode="after")
+    def _ranked(self) -> SearchConfig:
+        for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
+            found, default = getattr(self, key), type(self).model_fields[key].default
+            if found != default:
+                raise ValueError(
+                    f"{key}: found {str(found).lower()} with direction 'random'; expected {str(default).lower()}: "
+                    f"a shuffle ranks nothing"
+                )
         return self
 
 
@@ -479,6 +513,11 @@ class RunConfig(Section):
     compare: CompareConfig = Field(default_factory=lambda: CompareConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
 
+    @property
+    def traced(self) -> bool:
+        """Whether a search begins with a pass for the samples' traces."""
+        return self.search.direction != "random" or self.fisher.equal_samples
+
     @model_validator(mode="after")
     def _language(self) -> RunConfig:
         kind = self.task.kind
@@ -491,6 +530,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"fisher.token_reduction: found {self.fisher.token_reduction!r} with task.kind {kind!r}; "
                 f"expected 'mean': only texts have target tokens"
+            )
+        if kind in LANGUAGE_KINDS and self.search.balance:
+            raise ValueError(
+                f"search.balance: found true with task.kind {kind!r}; expected false: texts have no classes"
+            )
+        if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
+            raise ValueError(
+                f"fisher.head_warmup: found {self.fisher.head_warmup} with task.kind {kind!r}; "
+                f"expected 0: a language model has no new head"
+            )
+        if self.search.rank_by == "loss" and self.fisher.objective == "expected":
+            raise ValueError(
+                "search.rank_by: found 'loss' with fisher.objective 'expected', which has no loss of a sample; "
+                "expected objective 'label' or 'sampled'"
             )
         return self
 

@@ -12,15 +12,16 @@ import torch
 from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
-from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
-    draw_seed,
     mask_size,
-    pass_options,
+    ranked_entries,
+    ranked_samples,
+    remove_saved,
     sample_gradients,
     saved_pass,
     scored_by,
+    traces_before,
     traces_of,
 )
 from irdscale.mask import Mask
@@ -29,6 +30,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair, lattice
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
+from irdscale.warmup import model_to_score
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -72,9 +74,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     if earlier is not None:
         return earlier
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
-        whole = trained_whole(config, model, new)
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, whole)
         scored = sum(map(numel_of, samples.scored.values()))
@@ -83,19 +84,20 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     minimum = smallest_pair(config, start, total)
     sizes, ks = lattice(start, minimum)
     traces = torch.zeros(len(pool), dtype=torch.float64)
-    shuffled = config.search.direction == "random"
-    if not shuffled:
-        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces", name))
-    order = rank_samples(traces, config.search.direction, draw_seed(config))
-    rankings = ranked_entries_by_prefix(
+    if config.traced:
+        saved = saved_pass(config, traces_before(_state("masks", name)))
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
+    order = ranked_samples(config, task, samples, traces)
+    rankings = ranked_entries(
+        config,
         samples,
         order,
         sizes,
         start.params,
-        traces=traces if shuffled else None,
+        _state("masks", name),
+        traces=traces,
+        known=config.traced,
         progress=progress,
-        saved=saved_pass(config, "masks", name),
-        **pass_options(config),
     )
     names = dict(model.named_parameters())
     found = {Pair(s, p): rankings[s].prefix(p) for s in sizes for p in ks}
@@ -115,8 +117,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
             found_traces = {**traces_of(task, pool, traces), "order": order}
             write_json(output / "fisher" / name / "traces.json", found_traces)
             write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
-            for of in ("traces", "masks"):
-                saved_pass(config, of, name).remove()
+            remove_saved(config, _state("masks", name))
     return masks
 
 
@@ -134,6 +135,11 @@ def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks
     if earlier is None:
         raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
     return earlier
+
+
+def _state(of: str, name: str) -> str:
+    """Where the state of a pass is kept, of the search of this name."""
+    return f"{name}-{of}" if name else of
 
 
 def _index(output: Path, name: str) -> Path:
@@ -198,20 +204,15 @@ def random_draw_mask(
             Mask.load(mask_folder(output, stored["mask"]))
         return stored
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
         places = draw_samples(config, task, pair.samples, purpose)
-        samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
-    ranking = ranked_entries_by_prefix(
-        samples,
-        range(len(places)),
-        [pair.samples],
-        pair.params,
-        progress=progress,
-        saved=saved_pass(config, "random", name),
-        **pass_options(config),
-    )[pair.samples]
-    mask = ranking.prefix(pair.params)
+        samples = sample_gradients(config, task, model, places, whole)
+    sizes = [pair.samples]
+    rankings = ranked_entries(
+        config, samples, range(len(places)), sizes, pair.params, _state("random", name), progress=progress
+    )
+    mask = rankings[pair.samples].prefix(pair.params)
     stored = {
         "mask": mask.hash,
         "sample_gradients": samples.taken,
@@ -221,7 +222,7 @@ def random_draw_mask(
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            saved_pass(config, "random", name).remove()
+            remove_saved(config, _state("random", name))
     return stored
 
 
