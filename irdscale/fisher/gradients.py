@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from irdscale.batches import shared_batches
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
@@ -176,6 +177,38 @@ class SampleGradients:
         with watched():
             sink = _TraceSink(self.shapes, self._buffers)
             self._run(order, sink, None, traces, (), None, progress, "Sample traces", saved)
+
+    def label_losses(self, lengths: Sequence[int]) -> Tensor:
+        """The loss of every sample by its own label, float64 [N], whatever the objective; forward passes alone.
+
+        With several ranks each takes its share of the batches, and all get every loss.
+
+        Args:
+            lengths: of the samples; those of like lengths share a batch.
+
+        Raises:
+            InputError: what `prepare` refuses, or a sample's loss is not finite (named).
+        """
+        self.prepare(range(len(self.dataset)))
+        by_label = replace(self, objective="label")
+        losses_N = torch.zeros(len(self.dataset), dtype=torch.float64)
+
+        def measure(places: list[int]) -> None:
+            taken = places or [0]
+            with self._agree():
+                batch = by_label._batch(taken)
+            (loss_B,) = by_label._losses(lambda inputs: self.model(**inputs), batch, taken)
+            if places:
+                losses_N[places] = loss_B.double().cpu()
+
+        # Ranks whose batches were halved have smaller ones; all must cut the samples alike.
+        fitting = -largest_of([-self.fitting])[0]
+        with watched(), gathering(self.model), frozen(self.model), torch.no_grad():
+            # Ranks of a partitioned model agree inside a pass.
+            with nullcontext() if self._partitioned else failing_together():
+                shared_batches(self.model, lengths, fitting, measure)
+            add_up([losses_N])
+        return losses_N
 
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""

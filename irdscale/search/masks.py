@@ -61,6 +61,8 @@ def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) -> SearchMasks:
     """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
 
+    The samples' losses, which say what their traces follow, take a forward pass.
+
     Raises:
         InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
     """
@@ -82,6 +84,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     shuffled = config.search.direction == "random"
     if not shuffled:
         samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
+    losses = samples.label_losses([len(ids) for ids in task.train.select(pool)["input_ids"]])
     order = rank_samples(traces, config.search.direction, config.task.split_seed)
     rankings = ranked_entries_by_prefix(
         samples,
@@ -108,7 +111,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         if rank_and_world()[0] == 0:
             for mask in found.values():
                 keep_mask(mask, output)
-            write_json(output / "fisher" / "traces.json", {**traces_of(task, pool, traces), "order": order})
+            told = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
+            write_json(output / "fisher" / "traces.json", told)
             write_json(_index(output), {**_stored(masks), "made_by": _made_by(config)})
             for name in ("traces", "masks"):
                 saved_pass(config, name).remove()
