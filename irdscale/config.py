@@ -540,10 +540,10 @@ class RunConfig(Section):
                 f"fisher.head_warmup: found {self.fisher.head_warmup} with task.kind {kind!r}; "
                 f"expected 0: a language model has no new head"
             )
-        if self.search.rank_by == "loss" and self.fisher.objective == "expected":
+        if self.search.rank_by == "loss" and self.fisher.objective != "label":
             raise ValueError(
-                "search.rank_by: found 'loss' with fisher.objective 'expected', which has no loss of a sample; "
-                "expected objective 'label' or 'sampled'"
+                f"search.rank_by: found 'loss' with fisher.objective {self.fisher.objective!r}; expected objective "
+                f"'label': traces are divided by the losses of the labels"
             )
         return self
 

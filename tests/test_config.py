@@ -285,7 +285,7 @@ def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
         ),
         (
             ["fisher.objective=expected", "search.rank_by=loss"],
-            "search.rank_by: found 'loss' with fisher.objective 'expected', which has no loss of a sample; expected",
+            "search.rank_by: found 'loss' with fisher.objective 'expected'; expected objective 'label'",
         ),
         (
             ["task={kind: sft, dataset: a}", "fisher.objective=expected"],

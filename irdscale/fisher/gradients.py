@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -186,30 +186,37 @@ class SampleGradients:
             sink = _TraceSink(self.shapes, self._buffers)
             self._run(order, sink, None, traces, (), None, progress, "Sample traces", saved)
 
-    def losses(self, order: Sequence[int]) -> Tensor:
-        """The loss of each ordered sample in its entry of float64 [N]: a forward pass without gradients; collective.
+    def label_losses(self, lengths: Sequence[int]) -> Tensor:
+        """The loss of every sample by its own label, float64 [N], whatever the objective; forward passes alone.
 
-        Of the objective `label` or `sampled`, which take one loss of a sample.
+        With several ranks each takes its share of the batches, and all get every loss.
+
+        Args:
+            lengths: of the samples; those of like lengths share a batch.
 
         Raises:
-            InputError: a loss is not finite (named), or what `prepare` refuses.
+            InputError: what `prepare` refuses, or a sample's loss is not finite (named).
         """
-        self.prepare(order)
-        found = torch.zeros(len(self.dataset), dtype=torch.float64)
+        self.prepare(range(len(self.dataset)))
+        by_label = replace(self, objective="label")
+        losses_N = torch.zeros(len(self.dataset), dtype=torch.float64)
 
-        def take(places: list[int]) -> None:
-            indices = [order[place] for place in places or [0]]
-            (loss_B,) = self._losses(lambda inputs: self.model(**inputs), self._batch(indices), indices)
+        def measure(places: list[int]) -> None:
+            taken = places or [0]
+            with self._agree():
+                batch = by_label._batch(taken)
+            (loss_B,) = by_label._losses(lambda inputs: self.model(**inputs), batch, taken)
             if places:
-                found[indices] = loss_B.double().cpu()
+                losses_N[places] = loss_B.double().cpu()
 
-        # Ranks cut the same batches, though memory may have halved those of some.
-        size = -largest_of([-self.fitting])[0]
-        agreeing = nullcontext() if self._partitioned else failing_together()
-        with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
-            shared_batches(self.model, [0] * len(order), size, take)
-        add_up([found])
-        return found
+        # Ranks whose batches were halved have smaller ones; all must cut the samples alike.
+        fitting = -largest_of([-self.fitting])[0]
+        with watched(), gathering(self.model), frozen(self.model), torch.no_grad():
+            # Ranks of a partitioned model agree inside a pass.
+            with nullcontext() if self._partitioned else failing_together():
+                shared_batches(self.model, lengths, fitting, measure)
+            add_up([losses_N])
+        return losses_N
 
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""

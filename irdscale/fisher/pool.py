@@ -63,11 +63,14 @@ def sample_gradients(
     )
 
 
-def ranked_samples(config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor) -> list[int]:
-    """Places of the samples in the order in which halving keeps them, by what `search` says of it; collective.
+def ranked_samples(
+    config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor, losses: Tensor
+) -> list[int]:
+    """Places of the samples in the order in which halving keeps them, by what `search` says of it.
 
     Args:
         traces: float64 [N], of all samples, unless `search.direction` is random.
+        losses: float64 [N], by the samples' labels.
     """
     search, rows, values = config.search, cast(Any, samples.dataset), traces
     if search.rank_by == "length":
@@ -76,13 +79,12 @@ def ranked_samples(config: RunConfig, task: Task, samples: SampleGradients, trac
         summed = task.is_language and config.fisher.token_reduction == "sum"
         values = traces / tokens if summed else traces * tokens
     elif search.rank_by == "loss":
-        losses = samples.losses(range(len(traces)))
         values = torch.where(losses > 0, traces / losses, 0.0)
     classes = None
     if search.balance:
         labels = list(rows["labels"])
         classes = quarters(labels) if task.kind == "regression" else labels
-    return rank_samples(values, search.direction, config.task.split_seed, classes=classes, drop_top=search.drop_top)
+    return rank_samples(values, search.direction, draw_seed(config), classes=classes, drop_top=search.drop_top)
 
 
 def _tokens(task: Task, rows: Any) -> list[int]:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from irdscale.config import LANGUAGE_KINDS
 from irdscale.files import write_atomic
 from irdscale.progress import duration
+from irdscale.report.analysis import Relation
 from irdscale.report.facts import gather
 from irdscale.report.figures import draw_all
 from irdscale.report.verdict import percent, verdict
@@ -20,6 +21,8 @@ CAPTIONS = {
     "path": "The way through the rounds. Each square is a pair that was evaluated; orange is the path and the winner.",
     "density": "Where the winner's entries lie: per cent of each module's weights and biases, by layer.",
     "traces": "Fisher trace of every sample of the pool, the largest first, and the ones that chose the winner's mask.",
+    "overlap": "Entries that the masks of two sample sets have in common, in per cent; random masks: {chance}.",
+    "drift": "What each layer gains and loses of the mask's entries as samples are dropped; orange: the smallest set.",
     "cost": "Seconds by phase.",
 }
 
@@ -36,13 +39,15 @@ def write_files(output: Path) -> dict[str, Any]:
         lstrip_blocks=True,
     )
     environment.filters |= {"score": _score, "percent": percent, "duration": duration, "cell": _markdown_cell}
+    environment.filters |= {"number": _number, "chance": _chance}
     task = facts.result["task"]
     better = "smaller" if task.get("lower_is_better") else "larger"
+    chance = percent(facts.analysis.overlap.chance) if facts.analysis.overlap else ""
     values = {
         "facts": facts,
         "result": facts.result,
         "verdict": verdict(facts.result),
-        "captions": {name: caption.format(better=better) for name, caption in CAPTIONS.items()},
+        "captions": {name: caption.format(better=better, chance=chance) for name, caption in CAPTIONS.items()},
         "auto": "AutoModelForCausalLM" if task["kind"] in LANGUAGE_KINDS else "AutoModelForSequenceClassification",
         "output": str(output),
         "seeds": facts.result["config"]["search"]["seeds"],
@@ -61,6 +66,21 @@ def write_files(output: Path) -> dict[str, Any]:
 
 def _score(value: float | None) -> str:
     return "failed" if value is None else f"{value:.4f}"
+
+
+def _number(value: object) -> str:
+    """A label, length, loss or trace; a dash where it is not known."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _chance(relation: Relation) -> str:
+    """Where 95 % of the values of an unrelated property lie."""
+    low, high = relation.chance
+    if relation.measure == "Spearman":
+        return f"±{high:.2f}"
+    return f"below {high:.2f}" if relation.measure == "eta squared" else f"{low:.2f} to {high:.2f}"
 
 
 def _markdown_cell(value: object) -> str:

@@ -12,9 +12,11 @@ import torch
 from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
+from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
     mask_size,
+    pass_options,
     ranked_entries,
     ranked_samples,
     remove_saved,
@@ -64,6 +66,8 @@ def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:
     """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
 
+    The samples' losses, which say what their traces follow, take a forward pass.
+
     Args:
         name: of the search, where several have one output folder.
 
@@ -87,7 +91,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     if config.traced:
         saved = saved_pass(config, traces_before(_state("masks", name)))
         samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
-    order = ranked_samples(config, task, samples, traces)
+    losses = samples.label_losses([len(ids) for ids in task.population.select(pool)["input_ids"]])
+    order = ranked_samples(config, task, samples, traces, losses)
     rankings = ranked_entries(
         config,
         samples,
@@ -114,7 +119,7 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
         if rank_and_world()[0] == 0:
             for mask in found.values():
                 keep_mask(mask, output)
-            found_traces = {**traces_of(task, pool, traces), "order": order}
+            found_traces = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
             write_json(output / "fisher" / name / "traces.json", found_traces)
             write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
             remove_saved(config, _state("masks", name))
