@@ -69,7 +69,8 @@ def test_of_squared_errors_the_residual_cancels() -> None:
 
 def test_a_loss_of_zero_counts_as_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients, _ = gradients_of("regression", 3)
-    monkeypatch.setattr(gradients, "losses", lambda order: torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64))
+    losses = torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
+    monkeypatch.setattr(gradients, "label_losses", lambda lengths: losses)
     assert ranked("regression", gradients, torch.tensor([1.0, 0.0, 2.0]).double(), rank_by="loss") == [0, 2, 1]
 
 
