@@ -209,7 +209,7 @@ def _other_train(
     segments: bool,
 ) -> tuple[str, Dataset]:
     """The name of the other data set, and its whole train split as samples of this task."""
-    place = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns}
+    place = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns or task.columns}
     task = task.model_copy(update={**place, "kind": kind, "pool": None})
     source = find_source(task)
     if kind in LANGUAGE_KINDS:
