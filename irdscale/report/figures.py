@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from irdscale.report.facts import Facts
+if TYPE_CHECKING:
+    from irdscale.report.facts import Facts
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b91c1c"
 
@@ -25,16 +26,18 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         "cost": cost,
     }
     drawn = {name: draw(facts) for name, draw in made.items()}
-    return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, the same bytes for the same figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
     return stream.getvalue()
 
 
-def _axes(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
+def canvas(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
+    """A figure of so many inches and its only axes, with a faint grid."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -43,8 +46,10 @@ def _axes(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _plain_ticks(axis: Any, values: list[int]) -> None:
-    axis.set_ticks(sorted(set(values)), labels=[f"{v:,}" for v in sorted(set(values))])
+def plain_ticks(axis: Any, values: Iterable[float]) -> None:
+    """Ticks at these values alone, written in full."""
+    values = sorted(set(values))
+    axis.set_ticks(values, labels=[f"{v:,}" for v in values])
     axis.set_minor_locator(_no_ticks())
 
 
@@ -56,7 +61,7 @@ def _no_ticks() -> Any:
 
 def metric_by_parameters(facts: Facts) -> Figure:
     """Selection metric against trainable parameters: candidates, the best at each p, and the baselines."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     result = facts.result
     for number, candidate in enumerate(facts.rounds):
         points = [m for m in candidate.metrics.values() if m is not None]
@@ -87,7 +92,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
         if entry and entry["metric"] is not None:
             axes.axhline(entry["metric"], color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
+    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
     axes.set(xlabel="trainable parameters of the mask", ylabel=f"{result['task']['metric']} on the selection split")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -95,7 +100,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
 
 def path_of_rounds(facts: Facts) -> Figure:
     """Samples against parameters: every evaluated pair with its mean, and the way that the search took."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     means = {(c.params, c.samples): c.mean for c in facts.rounds if c.mean is not None}
     xs, ys, colors = [p for p, _ in means], [s for _, s in means], list(means.values())
     points = axes.scatter(xs, ys, c=colors, s=1300, marker="s", cmap="Blues", edgecolors="white", zorder=2)
@@ -127,8 +132,8 @@ def path_of_rounds(facts: Facts) -> Figure:
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    _plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
-    _plain_ticks(axes.yaxis, [c.samples for c in facts.rounds])
+    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
+    plain_ticks(axes.yaxis, [c.samples for c in facts.rounds])
     axes.margins(0.18)
     axes.set(xlabel="trainable parameters p", ylabel="samples s")
     figure.colorbar(points, ax=axes, label=f"mean {facts.result['task']['metric']} on selection")
@@ -140,7 +145,7 @@ def mask_density(facts: Facts) -> Figure | None:
     modules = list(dict.fromkeys(module for row in facts.layers.values() for module in row))
     if not modules:
         return None
-    figure, axes = _axes(1.7 + 0.95 * len(modules), 1.9 + 0.34 * len(facts.layers))
+    figure, axes = canvas(1.7 + 0.95 * len(modules), 1.9 + 0.34 * len(facts.layers))
     axes.grid(visible=False)
     grid = [[100 * row.get(module, float("nan")) for module in modules] for row in facts.layers.values()]
     shown = [value for row in grid for value in row if value > 0]
@@ -163,7 +168,7 @@ def mask_density(facts: Facts) -> Figure | None:
 
 def trace_distribution(facts: Facts) -> Figure:
     """Each pool sample's Fisher trace by rank, and which of them the winner's mask comes from."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     for kept, color, label in ((True, BLUE, "kept by the winner"), (False, GREY, "dropped")):
         ranks = [rank for rank, (_, inside) in enumerate(facts.traces, start=1) if inside is kept]
         values = [value for value, inside in facts.traces if inside is kept]
@@ -178,7 +183,7 @@ def trace_distribution(facts: Facts) -> Figure:
 
 def cost(facts: Facts) -> Figure:
     """Seconds by phase."""
-    figure, axes = _axes(height=2.4)
+    figure, axes = canvas(height=2.4)
     names = {
         "fisher": "Fisher passes and masks",
         "train": "candidates",
