@@ -31,7 +31,6 @@ def write_files(output: Path) -> dict[str, Any]:
     values = {
         "result": study,
         "methods": study["methods"],
-        "pool": study["task"].get("pool"),
         "columns": columns(study),
         "rows": rows(study),
         "main": cost_and_gain(study),

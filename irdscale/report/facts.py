@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 from irdscale.errors import InputError
 from irdscale.files import read_json
 from irdscale.mask import Mask, density
+from irdscale.report.analysis import LAYER, Analysis, analyse
 from irdscale.search.ird import Pair, candidates
 from irdscale.search.ledger import read_ledger
-
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,33 @@ class Facts:
         rounds: the candidates of every round, in order.
         failures: "samples, parameters, seed: error" of each evaluation that failed and never succeeded.
         traces: each pool sample's Fisher trace, largest first, and whether the winner's mask saw it.
-        correlation: Spearman correlation of trace and length in tokens; None for constant lengths.
         layers: layer -> module -> share of its entries in the winner's mask.
         others: name, entries in the mask, size, share: of the parameters outside the numbered layers.
+        analysis: what the ranking of the samples follows, and how the masks follow it.
     """
 
     result: dict[str, Any]
     rounds: list[Candidate]
     failures: list[str]
     traces: list[tuple[float, bool]]
-    correlation: float | None
     layers: dict[int, dict[str, float]]
     others: list[tuple[str, int, int, float]]
+    analysis: Analysis
+
+
+def finished(output: Path) -> dict[str, Any]:
+    """The result of a finished search.
+
+    Raises:
+        InputError: there is none in the folder, or it is damaged.
+    """
+    if not (output / "result.json").exists():
+        records = read_ledger(output / "ledger.jsonl")
+        done = sum(record["status"] == "ok" for record in records)
+        found = f"a search with {done} evaluations done" if records else "no search"
+        raise InputError(f"{output}: found {found}; expected a finished one: run irdscale search")
+    result: dict[str, Any] = read_json(output / "result.json", "result of a search")
+    return result
 
 
 def gather(output: Path) -> Facts:
@@ -65,12 +78,8 @@ def gather(output: Path) -> Facts:
     Raises:
         InputError: there is no finished search in the folder, or its files are damaged.
     """
+    result = finished(output)
     records = read_ledger(output / "ledger.jsonl")
-    if not (output / "result.json").exists():
-        done = sum(record["status"] == "ok" for record in records)
-        found = f"a search with {done} evaluations done" if records else "no search"
-        raise InputError(f"{output}: found {found}; expected a finished one: run irdscale search")
-    result = read_json(output / "result.json", "result of a search")
     try:
         stored = read_json(output / "fisher/masks.json", "list of masks")
         masks = {Pair(s, p): mask for s, p, mask in stored["masks"]}
@@ -84,9 +93,9 @@ def gather(output: Path) -> Facts:
             _rounds(result, records, masks, Pair(*stored["minimum"])),
             _failures(records),
             ranked,
-            _correlation(traces["trace"], traces["length"]),
             layers,
             others,
+            analyse(output, result, traces, masks),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
@@ -130,14 +139,6 @@ def _failures(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _correlation(traces: list[float], lengths: list[int]) -> float | None:
-    from scipy.stats import spearmanr
-
-    if len(set(lengths)) < 2 or len(set(traces)) < 2:
-        return None
-    return float(spearmanr(traces, lengths).statistic)
-
-
 def _density(mask: Mask) -> tuple[dict[int, dict[str, float]], list[tuple[str, int, int, float]]]:
     entries: dict[tuple[int, str], list[int]] = {}
     others = []
@@ -146,7 +147,7 @@ def _density(mask: Mask) -> tuple[dict[int, dict[str, float]], list[tuple[str, i
         for length in mask.shapes[name]:
             size *= length
         held = round(share * size)
-        layered = _LAYER.match(name)
+        layered = LAYER.match(name)
         if layered:
             module = layered[3].rsplit(".", 1)[0] if "." in layered[3] else layered[3]
             cell = entries.setdefault((int(layered[2]), module), [0, 0])

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -23,6 +24,8 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         "path": path_of_rounds,
         "density": mask_density,
         "traces": trace_distribution,
+        "overlap": mask_overlap,
+        "drift": layer_drift,
         "cost": cost,
     }
     drawn = {name: draw(facts) for name, draw in made.items()}
@@ -178,6 +181,49 @@ def trace_distribution(facts: Facts) -> Figure:
         axes.set_yscale("log")
     axes.set(xlabel="sample, by rank", ylabel="Fisher trace (sum of squared gradients)")
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def mask_overlap(facts: Facts) -> Figure | None:
+    """Sample sets by sample sets: the share of the entries that two masks of the largest p have in common."""
+    overlap = facts.analysis.overlap
+    if overlap is None:
+        return None
+    count = len(overlap.names)
+    figure, axes = canvas(2.6 + 0.62 * count, 1.6 + 0.5 * count)
+    axes.grid(visible=False)
+    grid = [[100 * share for share in row] for row in overlap.shares]
+    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            color = "white" if value > 60 else "#334155"
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(count), overlap.names, fontsize=8)
+    axes.set_yticks(range(count), overlap.names, fontsize=8)
+    axes.set(xlabel="samples s", ylabel="samples s")
+    figure.colorbar(image, ax=axes, label="% of the entries in common")
+    return figure
+
+
+def layer_drift(facts: Facts) -> Figure | None:
+    """Layers against what they gain and lose of the mask, a line for each sample set but the largest."""
+    layers, sizes = facts.analysis.layers, facts.analysis.sizes
+    if len(layers) < 2:
+        return None
+    figure, axes = canvas(max(7.6, 2.5 + 0.22 * len(layers)))
+    axes.axhline(0, color=GREY, linewidth=1)
+    shades = colormaps["Blues"]
+    for i, size in enumerate(sizes[1:], start=1):
+        color = ORANGE if i == len(sizes) - 1 else shades(0.3 + 0.6 * i / len(sizes))
+        values = [100 * (layer.shares[i] - layer.shares[0]) for layer in layers]
+        axes.plot(range(len(layers)), values, marker="o", markersize=3.5, linewidth=1.3, color=color, label=f"{size:,}")
+    step = -(-len(layers) // 32)
+    ticks = sorted({*range(0, len(layers), step), len(layers) - 1})
+    axes.set_xticks(ticks, [layers[i].name for i in ticks], fontsize=8)
+    axes.set(xlabel="layer", ylabel=f"% of the mask, more than of {sizes[0]:,} samples")
+    axes.legend(
+        frameon=False, fontsize=8, title="samples s", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     return figure
 
 

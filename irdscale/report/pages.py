@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from irdscale.report.verdict import percent
 
 
 def write_pages(
-    output: Path, package: str, name: str, values: dict[str, Any], figures: dict[str, bytes]
+    output: Path,
+    package: str,
+    name: str,
+    values: dict[str, Any],
+    figures: dict[str, bytes],
+    filters: dict[str, Callable[[Any], str]] | None = None,
 ) -> dict[str, Any]:
     """Write figures/*.png, `name`.md and `name`.html into `output`.
 
@@ -23,6 +29,7 @@ def write_pages(
             irdscale.report can be included in them.
         values: what the templates name, besides the `figures`, which they get in base64.
         figures: name -> PNG.
+        filters: name -> what the templates call beside `score`, `percent`, `duration` and `cell`.
 
     Returns:
         {"markdown", "html", "figures"}: paths.
@@ -35,6 +42,7 @@ def write_pages(
         lstrip_blocks=True,
     )
     environment.filters |= {"score": score, "percent": percent, "duration": duration, "cell": _markdown_cell}
+    environment.filters |= filters or {}
     values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}
     pages = {page: environment.get_template(f"{page}.jinja").render(values) for page in (f"{name}.md", f"{name}.html")}
     for figure, data in figures.items():

@@ -20,6 +20,7 @@ from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.sums import ShardedSums, WholeSums
+from irdscale.partitioned import unwrapped
 from tests.models import collate, samples, tiny
 
 # Family, head, and which parameters: of a language model's blocks alone, the head runs a few tokens at a time.
@@ -62,8 +63,12 @@ def partitioned(folder: str) -> Any:
     return model
 
 
+def gradients_of(model: Any, rows: list[dict[str, Any]], include: str | None = None) -> SampleGradients:
+    return SampleGradients(model, rows, collate, scored_parameters(model, include), batch_size=2)
+
+
 def hashes(model: Any, rows: list[dict[str, Any]], score: Any, layout: Any) -> list[str]:
-    gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=2)
+    gradients = gradients_of(model, rows)
     options: dict[str, Any] = {"score": score, "layout": layout, "dtype": torch.float64}
     rankings = ranked_entries_by_prefix(gradients, range(len(rows)), SIZES, 200, **options)
     return [rankings[s].prefix(p).hash for s in SIZES for p in (200, 100)]
@@ -90,6 +95,7 @@ def check(rank: int, folder: str, family: str, head: str, include: str | None) -
         rows = samples(head, count=7)[:count]
         options: dict[str, Any] = {"collate_fn": collate, "batch_size": 2, "dtype": torch.float64, "include": include}
         expected = accumulate_fisher(whole, rows, **options)
+        losses = gradients_of(whole, rows, include).label_losses(range(count))
         for layout in ("replicated", "sharded"):
             for checkpointing in (False, True) if family in ("llama", "gpt2") else (False,):
                 model = partitioned(place)
@@ -102,6 +108,8 @@ def check(rank: int, folder: str, family: str, head: str, include: str | None) -
                     close(fisher.gather(), expected.diagonal)
                     torch.testing.assert_close(fisher.sample_trace, expected.sample_trace, rtol=1e-5, atol=0)
                     assert fisher.sample_gradients == count
+                    found = gradients_of(unwrapped(given), rows, include).label_losses(range(count))
+                    torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
                     assert top_k(fisher, 99).k == 99
                     # An engine keeps some of what runs twice until its next step; the head apart does.
                     twice = checkpointing or family == "albert" or include is not None

@@ -62,6 +62,7 @@ def work(layout: Any) -> dict[str, Any]:
         gradients.add_traces(range(7), traces)
         order = traces.sort(descending=True, stable=True).indices.tolist()
         hashes = lattice(gradients, order, layout=layout)
+        found[f"{family} losses"] = {"loss": gradients.label_losses([i % 3 for i in range(7)])}
         found[f"{family} lattice"] = {"trace": traces, "taken": torch.tensor(gradients.taken), "hashes": hashes}
     model = tiny("bert")
     for score in SCORES:
@@ -69,6 +70,8 @@ def work(layout: Any) -> dict[str, Any]:
     for objective in ("expected", "sampled"):
         gradients = gradients_of(model, objective=objective)
         found[objective] = {"hashes": lattice(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
+    weights = torch.linspace(0, 2, 7, dtype=torch.float64)
+    found["weights"] = {"hashes": lattice(gradients_of(model), weights=weights, layout=layout)}
     found["offload"] = {"hashes": lattice(gradients_of(model), layout=layout, offload=True)}
     found["float32"] = {"masks": float32_masks(layout)}
     return found
@@ -109,9 +112,12 @@ def one_error_for_all(rank: int, world: int) -> list[str]:
     attempt(rows, dtype=torch.float32 if rank == 0 else torch.float64)
     with pytest.raises(InputError, match=r"rank 1 has another order of samples"):
         lattice(gradients_of(tiny("bert")), range(7) if rank == 0 else [1, 0, *range(2, 7)])
+    broken = [rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]]
+    with pytest.raises(InputError, match=r"sample 1 \(row 1 of its split\): found a loss of nan"):
+        SampleGradients(model, broken, collate, scored_parameters(model), batch_size=1).label_losses(range(7))
     for layout in LAYOUTS:
         # Sample 1 falls to rank 1 alone.
-        attempt([rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]], layout=layout)
+        attempt(broken, layout=layout)
         attempt(rows, model=Failing(model, rank == world - 1), layout=layout)
     try:
         with failing_together():
