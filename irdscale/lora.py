@@ -28,7 +28,7 @@ def insert_lora(model: nn.Module, rank: int, seed: int, whole: Collection[str]) 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"lora: needs the package peft (pip install peft): {error}") from error
+        raise InputError(f"lora: needs the package peft (pip install irdscale[compare]): {error}") from error
     if is_partitioned(model):
         raise InputError("lora: found a model in ZeRO-3 partitions; expected ZeRO 0-2, or none")
     head = cast(Any, model).get_output_embeddings()

@@ -36,14 +36,15 @@ from irdscale.compare.methods import (
 )
 from irdscale.compare.statistics import interval, paired
 from irdscale.config import RunConfig, dump_config, training_steps
+from irdscale.errors import InputError
 from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, rounds, together
-from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks
+from irdscale.search.ird import Pair, Wanted, most_rounds, rounds, together
+from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Engine, Runner
 from irdscale.search.shared import SharedLedger
@@ -124,6 +125,10 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         RunError: a method's masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
+    if config.search.runner == "ray" and config.search.ray.early_stopping:
+        raise InputError(
+            "search.ray.early_stopping: found true; expected false: a comparison evaluates every candidate in full"
+        )
     with failing_together():
         refuse_changes(config, output)
     stored = output / RESULT
@@ -147,7 +152,7 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             if ledger.finished:
                 log.info("going on: %d evaluations are done", len(ledger.finished))
             first = rank_and_world()[0] == 0
-            with bar("Evaluations", 0, enabled=progress and first) as advance:
+            with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
                 runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
                 steps = training_steps(config.train, len(task.trained))
                 study = _Study(config, task, engine, runner, output, progress, facts, methods, steps)
@@ -162,6 +167,20 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
 def _kinds(config: RunConfig) -> list[str]:
     names = config.compare.methods
     return ["lora"] if names is None else [config.compare.variants.get(name, [name])[0] for name in names]
+
+
+def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
+    """Upper bound of the evaluations, for the progress bar."""
+    parameters, most = facts.model["parameters"], 0
+    rates = len(config.compare.learning_rates or [config.train.learning_rate])
+    for method in methods:
+        search = method.config.search
+        start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
+        halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
+        searching = method.kind in (*SEARCHES, "fish_best")
+        anew = config.compare.equal_budget and method.kind not in RANKINGS
+        most += rates + (3 * halvings if searching or anew else 0)
+    return most * len(config.compare.seeds)
 
 
 def _compared(study: _Study) -> dict[str, Any]:
@@ -405,7 +424,8 @@ def _entry(
         )
     ended = [one for one in seeds if one["test"] is not None]
     per_training = study.config.train.batch_size * study.steps
-    gradients = _mean([_gradients(study, method, seed) for seed in study.seeds])
+    warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
+    gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
     spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
     return {
         **described(method),
