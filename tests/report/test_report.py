@@ -107,6 +107,16 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "<script>" not in markdown
 
 
+def test_a_shaped_population_is_said(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["task"]["pool"] = "90 % of class <b> (9 of 10 samples)"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_report(tmp_path)
+    assert r"as it is: 90 % of class \<b\> (9 of 10 samples)." in (tmp_path / "report.md").read_text()
+    assert "as it is: 90 % of class &lt;b&gt; (9 of 10 samples)." in (tmp_path / "report.html").read_text()
+
+
 def test_a_failed_baseline(tmp_path: Path) -> None:
     write_output(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
