@@ -168,13 +168,11 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
         at_once: evaluations that run side by side; those of a round wait for its last one.
     """
     seeds = len(config.search.seeds)
-    # The pass over the ranked samples, and the one for as many random ones that the winner is compared with.
+    # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
     traces = config.traced + config.fisher.equal_samples
     both = config.search.direction == "both"
     masks = 1 + both * (size.rankings - 1) / 2
-    passes = size.samples * (traces * costs.trace + (masks + 1) * costs.gradient) / fisher_ranks
-    if config.search.rank_by == "loss":
-        passes += size.samples * costs.prediction / fisher_ranks
+    passes = size.samples * (traces * costs.trace + costs.prediction + (masks + 1) * costs.gradient) / fisher_ranks
     if config.fisher.head_warmup:
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
