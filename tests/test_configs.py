@@ -1,13 +1,16 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from irdscale import cli
 from irdscale.cli import app
 from irdscale.config import load_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + STUDIES
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands}
 
 
@@ -24,13 +27,14 @@ def test_header_says_what_needs_and_launch(path):
     launch = re.search(r"^# Launch: +irdscale (\S+) (\S+)", header[0], re.MULTILINE)
     assert launch is not None
     assert launch[1] in VERBS
-    assert launch[2] == f"configs/{path.name}"
+    assert launch[2] == str(path.relative_to(ROOT))
+    assert launch[1] == ("compare" if path in STUDIES else "search")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_loads_with_its_own_output_folder_and_shipped_data(path):
     config = load_config(path)
-    assert config.output == f"runs/{path.stem}"
+    assert config.output == f"runs/{path.relative_to(ROOT / 'configs').with_suffix('')}"
     if config.task.dataset.startswith("/"):
         assert Path(config.task.dataset).is_relative_to(ROOT / "configs")
         assert Path(config.task.dataset).exists()
@@ -42,3 +46,29 @@ def test_the_quickstart_has_rounds_and_seeds_and_needs_no_hub():
     assert len(config.search.seeds) >= 2
     assert config.model.path.startswith("package:")
     assert Path(config.task.dataset).is_absolute()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] if "lm_" not in p.stem else []) for p in STUDIES],
+    ids=lambda p: p.stem,
+)
+def test_a_study_runs_to_its_report(path, tmp_path, capsys):
+    """Cut down to a step and a seed, its variants left out but for what they change."""
+    config = load_config(path)
+    if not config.model.path.startswith(("package:", "/")):
+        pytest.skip(f"{config.model.path} comes from the hub")
+    methods = ["ird", "fish", *config.compare.variants]
+    changes = ["compare.seeds=[0]", "compare.learning_rates=[1e-3]", "train.steps=1", "search.max_rounds=1"]
+    small = [
+        f"compare.methods={json.dumps(methods)}",
+        "fisher.samples=8",
+        "search.min_samples=4",
+        "search.min_ratio=null",
+    ]
+    limit = "task.limit={train: 64, selection: 16, test: 16}"
+    assert cli.run(["compare", str(path), *changes, *small, limit, f"output={tmp_path}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in result["methods"]] == methods
+    assert all(entry["test"]["n"] == 1 for entry in result["methods"])
+    assert (tmp_path / "compare.html").exists()

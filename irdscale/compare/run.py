@@ -43,7 +43,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_rounds, rounds, together
+from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, together
 from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Engine, Runner
@@ -179,7 +179,7 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
         halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
         searching = method.kind in (*SEARCHES, "fish_best")
         anew = config.compare.equal_budget and method.kind not in RANKINGS
-        most += rates + (3 * halvings if searching or anew else 0)
+        most += rates + (most_candidates(search.direction == "both") * halvings if searching or anew else 0)
     return most * len(config.compare.seeds)
 
 
@@ -318,6 +318,7 @@ def _search(study: _Study) -> None:
                 search.max_rounds,
                 search.patience,
                 study.task.lower_is_better,
+                search.direction == "both",
             )
         )
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from irdscale.config import RunConfig, config_changes, same_search
 from irdscale.errors import InputError
@@ -27,6 +29,9 @@ def refuse_changes(config: RunConfig, output: Path) -> None:
         before = yaml.safe_load(stored.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{stored}: cannot read the configuration of the earlier search: {error}") from error
+    with suppress(ValidationError):
+        # What a newer version can be told has its default in an older folder.
+        before = RunConfig.model_validate(before).model_dump(mode="json")
     changes = (
         config_changes(same_search(before), same_search(config.model_dump(mode="json")))
         if isinstance(before, dict)
