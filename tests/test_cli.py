@@ -220,11 +220,11 @@ def test_report_takes_a_configuration_or_a_folder(config, called, tmp_path, caps
     (tmp_path / "other").mkdir()
     assert cli.run(["report", config]) == 0
     assert cli.run(["report", config, f"output={tmp_path}/other"]) == 0
-    assert cli.run(["report", str(tmp_path / "other")]) == 0
-    assert [args for _, args, _ in called.list] == [
-        (tmp_path / "out",),
-        (tmp_path / "other",),
-        (tmp_path / "other",),
+    assert cli.run(["report", str(tmp_path / "other"), "--samples"]) == 0
+    assert [(args, kwargs["samples"]) for _, args, kwargs in called.list] == [
+        ((tmp_path / "out",), False),
+        ((tmp_path / "other",), False),
+        ((tmp_path / "other",), True),
     ]
 
 

@@ -12,7 +12,7 @@ from irdscale.config import LANGUAGE_KINDS
 from irdscale.files import write_atomic
 from irdscale.progress import duration
 from irdscale.report.analysis import Relation
-from irdscale.report.facts import gather
+from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.verdict import percent, verdict
 
@@ -27,8 +27,12 @@ CAPTIONS = {
 }
 
 
-def write_files(output: Path) -> dict[str, Any]:
+def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     """See `irdscale.report.write_report`."""
+    if samples:
+        from irdscale.search.drivers import write_drivers
+
+        write_drivers(output, finished(output), progress)
     facts = gather(output)
     figures = draw_all(facts)
     environment = Environment(
