@@ -160,6 +160,29 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
     _show(result, as_json)
 
 
+@app.command(epilog="Example:\n\nirdscale compare configs/studies/lm_mixed.yaml")
+def compare(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Compare ways to fine-tune, over seeds: IRD, FISH, other masks, LoRA, BitFit, full fine-tuning; write the report.
+
+    Every method has the same learning rates and number of trainings; choices are made on the selection split, and what
+    was chosen is measured on the test split. Interrupted, the same command goes on from there; so it does with more
+    methods, seeds or learning rates.
+    """
+    with _ending(interrupted="the same command goes on from there"):
+        settings, _ = _load(config, overrides)
+        check_writable(settings.output, "output")
+        with _ranks(settings) if settings.search.runner == "local" else _cluster(settings):
+            from irdscale.compare import write_comparison
+            from irdscale.compare.run import run_compare
+
+            result = run_compare(settings, progress=True)
+            if launched()[0] == 0:
+                write_comparison(Path(settings.output))
+    from irdscale.compare.show import print_comparison
+
+    _show(result, as_json, lambda: print_comparison(result, Path(settings.output)))
+
+
 @app.command(epilog="Example:\n\nirdscale report runs/quickstart")
 def report(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the output folder of a search.")],
@@ -174,7 +197,7 @@ def report(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the report of a search again, from what is in its output folder."""
+    """Write the report of a search or a comparison again, from what is in its output folder."""
     with _ending():
         if samples:
             alone("report --samples")
@@ -185,11 +208,18 @@ def report(
         else:
             output = Path(_load(config, overrides)[0].output)
         if not output.is_dir():
-            raise InputError(f"{output}: no such folder; expected the output of irdscale search")
+            raise InputError(f"{output}: no such folder; expected the output of irdscale search or compare")
         check_writable(output, "output")
-        from irdscale.report import write_report
+        if (output / "compare.json").exists():
+            if samples:
+                raise InputError(f"--samples: {output}: found a comparison; expected the output of a search")
+            from irdscale.compare import write_comparison
 
-        result = write_report(output, samples=samples, progress=True)
+            result = write_comparison(output)
+        else:
+            from irdscale.report import write_report
+
+            result = write_report(output, samples=samples, progress=True)
     _show(result, as_json)
 
 

@@ -21,6 +21,7 @@ from irdscale.errors import InputError
 
 Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
 Direction = Literal["ird", "reverse", "random"]
+RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 # Whose samples are texts that a language model goes on with.
 LANGUAGE_KINDS = ("causal-lm", "sft", "multiple-choice")
@@ -78,6 +79,81 @@ class LimitConfig(Section):
     test: int | None = Field(None, ge=1, description="Samples kept of the test split.")
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class LabelSkewConfig(Section):
+    label: int | str = Field(description="Number or name of a class.")
+    share: Share = Field(description="Share of the population that is of this class.")
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _number_or_name(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError(f"found {value!r}; expected the number or the name of a class")
+        return value
+
+
+class LengthSkewConfig(Section):
+    keep: Literal["shortest", "longest"] = Field(description="Which quarter of the train split, by length in tokens.")
+    share: Share = Field(description="Share of the population that is of this quarter; the rest is of the others.")
+
+
+class CopiesConfig(Section):
+    of: int = Field(ge=1, description="So many samples of the train split are copied, those with the fewest tokens.")
+    share: Share = Field(
+        description="Share of the population that are additional copies, of each as many to within one."
+    )
+
+
+class MixedWithConfig(Section):
+    dataset: str = Field(
+        min_length=1, description="As `task.dataset`; its train split has samples of the same kind, and classes."
+    )
+    subset: str | None = Field(None, description="As `task.subset`.")
+    columns: ColumnsConfig | None = Field(None, description="Those of `task.columns` if unset.")
+    share: Share = Field(description="Share of the population that is of the other data set.")
+
+
+class PoolConfig(Section):
+    """The population, shaped in one way: as many samples as the train split (and the other data set) allow."""
+
+    label_skew: LabelSkewConfig | None = Field(None, description="Of sequence-classification: mostly one class.")
+    length_skew: LengthSkewConfig | None = Field(None, description="Mostly short samples, or mostly long ones.")
+    copies: CopiesConfig | None = Field(None, description="The train split and copies of a few short samples.")
+    mixed_with: MixedWithConfig | None = Field(None, description="Samples of another data set among those of train.")
+    label_noise: Share | None = Field(
+        None,
+        description="Of sequence-classification and regression: the train split, so large a share of it with a false "
+        "label: another class, or another sample's number.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PoolConfig:
+        given = [name for name in PoolConfig.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"found {' and '.join(given) or 'none'}; expected one of {', '.join(PoolConfig.model_fields)}"
+            )
+        return self
+
+
+def check_pool(kind: Kind, pool: PoolConfig) -> None:
+    """Refuse a way to shape the population that does not fit samples of this kind.
+
+    Raises:
+        ValueError: begins with the whole key.
+    """
+    labelled = {"label_skew": ("sequence-classification",), "label_noise": ("sequence-classification", "regression")}
+    for name, kinds in labelled.items():
+        if getattr(pool, name) is not None and kind not in kinds:
+            raise ValueError(
+                f"task.pool.{name}: found with kind {kind!r}; expected kind {' or '.join(map(repr, kinds))}"
+            )
+    if pool.mixed_with is not None and pool.mixed_with.columns is not None:
+        check_columns(kind, pool.mixed_with.columns, "task.pool.mixed_with.columns")
+
+
 class TaskConfig(Section):
     dataset: str = Field(
         min_length=1,
@@ -99,6 +175,11 @@ class TaskConfig(Section):
     max_new_tokens: int = Field(256, ge=1, description="Tokens that are generated for exact_match, at most.")
     limit: LimitConfig = Field(default_factory=lambda: LimitConfig())
     split_seed: int = Field(0, ge=0, description="Seed of every split and draw of samples.")
+    pool: PoolConfig | None = Field(
+        None,
+        description="Shapes the population, which all samples that masks are made from are drawn from; the train split "
+        "if unset. What is trained on stays the train split; selection and test stay as they are.",
+    )
 
     @field_validator("metric")
     @classmethod
@@ -123,11 +204,16 @@ class TaskConfig(Section):
             raise ValueError(f"truncate: found {self.truncate!r} with kind {self.kind!r}; expected none")
         if self.columns is not None:
             check_columns(self.kind, self.columns)
+        if self.pool is not None:
+            check_pool(self.kind, self.pool)
         return self
 
 
-def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
+def check_columns(kind: Kind, columns: ColumnsConfig, section: str = "task.columns") -> None:
     """Refuse columns that do not make samples of this kind.
+
+    Args:
+        section: the key that they stand under.
 
     Raises:
         ValueError: begins with the whole key.
@@ -141,21 +227,29 @@ def check_columns(kind: Kind, columns: ColumnsConfig) -> None:
         best = max(ways, key=lambda way: len(found & set(way)))
         for key in (*best, *found):
             if key in best and key not in found:
-                raise ValueError(f"task.columns.{key}: missing; expected {expected}, for kind {kind!r}")
+                raise ValueError(f"{section}.{key}: missing; expected {expected}, for kind {kind!r}")
             if key not in best:
-                raise ValueError(f"task.columns.{key}: found with kind {kind!r}; expected {expected}")
+                raise ValueError(f"{section}.{key}: found with kind {kind!r}; expected {expected}")
     if kind == "causal-lm" and len(columns.text or ()) != 1:
-        raise ValueError(f"task.columns.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
+        raise ValueError(f"{section}.text: found {columns.text}; expected 1 column, for kind 'causal-lm'")
 
 
 class FisherConfig(Section):
-    samples: int = Field(256, ge=1, description="N: the samples of the train split that the search starts from.")
+    samples: int = Field(256, ge=1, description="N: the samples of the population that the search starts from.")
     batch_size: int = Field(8, ge=1, description="Samples a pass; changes speed and memory, not the result.")
     objective: Literal["label", "sampled", "expected"] = Field(
         "label", description="Labels of the data, drawn from the model, or the expectation over the model's classes."
     )
     score: Score = Field(
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
+    )
+    equal_samples: bool = Field(
+        False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
+    )
+    head_warmup: int = Field(
+        0,
+        ge=0,
+        description="Steps of a new head alone before the passes; by an untrained head traces are labels in disguise.",
     )
     include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
     exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
@@ -167,6 +261,7 @@ class FisherConfig(Section):
     token_reduction: Literal["mean", "sum"] = Field(
         "mean", description="A text's loss: the mean over its target tokens, or their sum."
     )
+    seed: int | None = Field(None, ge=0, description="Seed of the draws of samples; `task.split_seed` if unset.")
     save_minutes: float = Field(
         10.0, ge=0, description="How often a Fisher pass saves its state, from which the same command goes on."
     )
@@ -177,6 +272,10 @@ class FisherConfig(Section):
             raise ValueError(
                 f"score: found {self.score!r} with objective 'expected', whose mean gradient is 0; "
                 f"expected objective 'label' or 'sampled'"
+            )
+        if self.equal_samples and self.score != "fisher":
+            raise ValueError(
+                f"equal_samples: found true with score {self.score!r}; expected false: only 'fisher' adds up squares"
             )
         return self
 
@@ -219,6 +318,16 @@ class SearchConfig(Section):
     direction: Direction = Field(
         "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
     )
+    rank_by: RankBy = Field(
+        "trace",
+        description="Rank by trace, trace x tokens (a longer mean's is smaller), or trace / loss (residuals cancel).",
+    )
+    balance: bool = Field(
+        False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
+    )
+    drop_top: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that no half keeps: outliers."
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )
@@ -238,6 +347,17 @@ class SearchConfig(Section):
     def _ratios(self) -> SearchConfig:
         if self.min_ratio is not None and self.min_ratio > self.ratio:
             raise ValueError(f"min_ratio: found {self.min_ratio}; expected at most ratio ({self.ratio})")
+        return self
+
+    @model_validator(mode="after")
+    def _ranked(self) -> SearchConfig:
+        for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
+            found, default = getattr(self, key), type(self).model_fields[key].default
+            if found != default:
+                raise ValueError(
+                    f"{key}: found {str(found).lower()} with direction 'random'; expected {str(default).lower()}: "
+                    f"a shuffle ranks nothing"
+                )
         return self
 
 
@@ -285,6 +405,81 @@ class TrainConfig(Section):
         return self
 
 
+# What `irdscale compare` can compare; irdscale/compare/methods.py says what each one is.
+METHODS = (
+    "ird",
+    "reverse",
+    "fish_best",
+    "fish",
+    "fish_small",
+    "top_samples",
+    "bottom_samples",
+    "random_mask",
+    "magnitude_mask",
+    "lora",
+    "bitfit",
+    "linear_probe",
+    "full",
+)
+VARIED_SECTIONS = ("fisher", "search")
+
+
+class CompareConfig(Section):
+    methods: list[str] | None = Field(
+        None, min_length=1, description="Methods, and names of `variants`; all methods that suit the model if unset."
+    )
+    variants: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="Name -> a method and what it changes of fisher and search, such as [ird, search.max_rounds=2].",
+    )
+    reference: str = Field("ird", description="The method whose differences to all others are reported.")
+    learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, min_length=1, description="Every method is tried with each; `train.learning_rate` alone if unset."
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=10**6)]] = Field(
+        default=[0, 1, 2, 3, 4],
+        min_length=1,
+        description="Repetitions of the whole: draws of samples and entries, new heads, and the order of training.",
+    )
+    equal_budget: bool = Field(
+        True,
+        description="Methods without a search draw or start anew as often as IRD evaluates; the best one counts.",
+    )
+    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA matrices, in every linear layer but the head.")
+
+    @field_validator("seeds", "learning_rates", "methods")
+    @classmethod
+    def _distinct(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"found {value}; expected distinct ones")
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> CompareConfig:
+        for name, changed in self.variants.items():
+            if name in METHODS:
+                raise ValueError(f"variants: found {name!r}, a method's name; expected a new name")
+            if not changed or changed[0] not in METHODS:
+                found = changed[0] if changed else "nothing"
+                raise ValueError(
+                    f"variants: {name}: found {found!r}{nearest(found, METHODS)}; expected a method first: "
+                    f"{', '.join(METHODS)}"
+                )
+            for change in changed[1:]:
+                if not re.match(rf"({'|'.join(VARIED_SECTIONS)})\.[a-z_]+=", change):
+                    raise ValueError(
+                        f"variants: {name}: found {change!r}; expected key=value with a key of fisher or search, "
+                        f"such as fisher.samples=64"
+                    )
+        known = (*METHODS, *self.variants)
+        for name in self.methods or ():
+            if name not in known:
+                raise ValueError(f"methods: found {name!r}{nearest(name, known)}; expected of {', '.join(known)}")
+        if self.methods is not None and self.reference not in self.methods:
+            raise ValueError(f"reference: found {self.reference!r}; expected one of methods: {', '.join(self.methods)}")
+        return self
+
+
 def training_steps(config: TrainConfig, samples: int) -> int:
     """Optimizer steps of one candidate; one epoch unless `steps` or `epochs` say otherwise."""
     if config.steps is not None:
@@ -315,7 +510,13 @@ class RunConfig(Section):
     search: SearchConfig = Field(default_factory=lambda: SearchConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     distributed: DistributedConfig = Field(default_factory=lambda: DistributedConfig())
+    compare: CompareConfig = Field(default_factory=lambda: CompareConfig())
     output: str = Field("runs/irdscale", min_length=1, description="Folder for everything the run writes.")
+
+    @property
+    def traced(self) -> bool:
+        """Whether a search begins with a pass for the samples' traces."""
+        return self.search.direction != "random" or self.fisher.equal_samples
 
     @model_validator(mode="after")
     def _language(self) -> RunConfig:
@@ -329,6 +530,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"fisher.token_reduction: found {self.fisher.token_reduction!r} with task.kind {kind!r}; "
                 f"expected 'mean': only texts have target tokens"
+            )
+        if kind in LANGUAGE_KINDS and self.search.balance:
+            raise ValueError(
+                f"search.balance: found true with task.kind {kind!r}; expected false: texts have no classes"
+            )
+        if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
+            raise ValueError(
+                f"fisher.head_warmup: found {self.fisher.head_warmup} with task.kind {kind!r}; "
+                f"expected 0: a language model has no new head"
+            )
+        if self.search.rank_by == "loss" and self.fisher.objective != "label":
+            raise ValueError(
+                f"search.rank_by: found 'loss' with fisher.objective {self.fisher.objective!r}; expected objective "
+                f"'label': traces are divided by the losses of the labels"
             )
         return self
 
@@ -412,11 +627,23 @@ def _local(value: Any, folder: Path) -> Any:
     return value
 
 
-def _resolve_paths(values: Any, folder: Path) -> None:
+_PLACES = (("model", "path"), ("task", "dataset"), ("task", "pool", "mixed_with", "dataset"), ("train", "deepspeed"))
+
+
+def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The sections of `values` that name a place, with the key that does."""
+    for *sections, key in _PLACES:
+        inside: Any = values
+        for section in sections:
+            inside = inside.get(section) if isinstance(inside, dict) else None
+        if isinstance(inside, dict) and key in inside:
+            yield inside, key
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the explicit relative paths of `values` absolute, in place."""
-    for section, key in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
-        if isinstance(values.get(section), dict) and key in values[section]:
-            values[section][key] = _local(values[section][key], folder)
+    for section, key in _places(values):
+        section[key] = _local(section[key], folder)
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -436,23 +663,37 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(values, dict):
         raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, distributed, output")
     _resolve_paths(values, path.parent)
-    from_command_line: set[str] = set()
+    return _validate(values, str(path), lines, {_override(values, override) for override in overrides})
+
+
+def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunConfig:
+    """`config` with `section.key=value` overrides; `where` names their place in messages.
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    values = config.model_dump(mode="json")
     for override in overrides:
-        key, equals, raw = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
-        parsed, _ = _parse_yaml(raw, f"{key}={raw}")
-        branch: dict[str, Any] = {}
-        leaf = branch
-        *parents, last = key.split(".")
-        for parent in parents:
-            leaf[parent] = {}
-            leaf = leaf[parent]
-        leaf[last] = parsed
-        _resolve_paths(branch, Path.cwd())
-        _merge(values, branch, key)
-        from_command_line.add(key)
-    return _validate(values, str(path), lines, from_command_line)
+        _override(values, override)
+    return _validate(values, where, {}, set())
+
+
+def _override(values: dict[str, Any], override: str) -> str:
+    """Set what `section.key=value` says, in place; returns the key."""
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
+    parsed, _ = _parse_yaml(raw, f"{key}={raw}")
+    branch: dict[str, Any] = {}
+    leaf = branch
+    *parents, last = key.split(".")
+    for parent in parents:
+        leaf[parent] = {}
+        leaf = leaf[parent]
+    leaf[last] = parsed
+    _resolve_paths(branch, Path.cwd())
+    _merge(values, branch, key)
+    return key
 
 
 def check_config(values: dict[str, Any], where: str) -> RunConfig:
@@ -571,7 +812,7 @@ def same_search(config: dict[str, Any]) -> dict[str, Any]:
     """What two dumped configurations must share to be one search: all but where they run and write."""
     search = config.get("search")
     search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
-    return {k: v for k, v in config.items() if k not in ("output", "distributed")} | {"search": search}
+    return {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")} | {"search": search}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -593,8 +834,8 @@ def settings_of_ranks(config: RunConfig, zero: dict[str, Any] | None) -> dict[st
         zero: the contents of `train.deepspeed`.
     """
     facts = config.model_dump(mode="json", exclude={"output"})
-    for section, place in (("model", "path"), ("task", "dataset"), ("train", "deepspeed")):
-        facts[section].pop(place)
+    for section, key in _places(facts):
+        del section[key]
     compared = {**dict(leaves(facts)), "train.deepspeed": zero}
     return {key: json.dumps(value, sort_keys=True) for key, value in compared.items()}
 

@@ -168,9 +168,13 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
         at_once: evaluations that run side by side; those of a round wait for its last one.
     """
     seeds = len(config.search.seeds)
-    traced = config.search.direction != "random"
     # The pass over the ranked samples, and the one for as many random ones that the winner is compared with.
-    passes = size.samples * (traced * costs.trace + 2 * costs.gradient) / fisher_ranks
+    traces = config.traced + config.fisher.equal_samples
+    passes = size.samples * (traces * costs.trace + 2 * costs.gradient) / fisher_ranks
+    if config.search.rank_by == "loss":
+        passes += size.samples * costs.prediction / fisher_ranks
+    if config.fisher.head_warmup:
+        passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
     waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[3] * size.rounds, 2))
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)

@@ -31,6 +31,7 @@ from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
+from irdscale.lora import insert_lora
 from irdscale.mask import Mask
 from irdscale.partitioned import gathering, release_engine, to_gpu
 from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world, same_on_every_rank
@@ -94,14 +95,32 @@ def training_order(samples: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def sparse_model(config: RunConfig, task: Task, mask: Mask | None, seed: int) -> nn.Module:
+def model_with_lora(config: RunConfig, task: Task, seed: int, rank: int | None) -> tuple[nn.Module, list[str]]:
+    """The task's model, with LoRA matrices of this rank in its linear layers (none for None), initialised by `seed`.
+
+    Returns:
+        The model, and the names of the parameters that are trained outside a mask: these matrices and the head.
+
+    Raises:
+        InputError: as `build_model`, `trained_whole` and `irdscale.lora.insert_lora`.
+    """
+    model, new = build_model(config, task, seed)
+    whole = trained_whole(config, model, new)
+    return model, whole if rank is None else [*whole, *insert_lora(model, rank, seed, whole)]
+
+
+def sparse_model(
+    config: RunConfig, task: Task, mask: Mask | None, seed: int, lora_rank: int | None = None
+) -> nn.Module:
     """The task's model with the mask's entries trainable (none for no mask), and its head, initialised by `seed`.
+
+    Args:
+        lora_rank: of LoRA matrices to train, in place of a mask.
 
     Raises:
         InputError: the mask does not fit the model, or there is nothing to train.
     """
-    model, new = build_model(config, task, seed)
-    whole = trained_whole(config, model, new)
+    model, whole = model_with_lora(config, task, seed, lora_rank)
     mask = mask if mask is not None else Mask({}, {})
     if mask.k == 0 and not whole:
         raise InputError("train.always_train: found no parameter and an empty mask; expected something to train")

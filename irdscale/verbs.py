@@ -12,8 +12,7 @@ from irdscale.config import RunConfig, nearest, training_steps
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
 from irdscale.files import digest, read_json, write_folder, write_json
-from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients, saved_pass, traces_of
+from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, remove_saved, sample_gradients, traces_of
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
@@ -27,9 +26,9 @@ from irdscale.training import (
     adapter_dtype,
     fine_tune,
     sparse_model,
-    trained_whole,
 )
 from irdscale.training_state import remove_training
+from irdscale.warmup import model_to_score
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -43,25 +42,16 @@ COMPARED_ROWS = 16
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
     """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
         pool = draw_samples(config, task, config.fisher.samples, "pool")
-        samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
+        samples = sample_gradients(config, task, model, pool, whole)
         scored = sum(map(numel_of, samples.scored.values()))
         k = mask_size(config, model, scored)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     size = len(pool)
-    ranking = ranked_entries_by_prefix(
-        samples,
-        range(size),
-        [size],
-        k,
-        traces=traces,
-        progress=progress,
-        saved=saved_pass(config, "mask"),
-        **pass_options(config),
-    )[size]
-    mask = ranking.prefix(k)
+    rankings = ranked_entries(config, samples, range(size), [size], k, "mask", traces=traces, progress=progress)
+    mask = rankings[size].prefix(k)
     facts = {
         "params": k,
         "parameters": sum(map(numel_of, model.parameters())),
@@ -92,7 +82,7 @@ def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         if rank_and_world()[0] == 0:
             mask.save(output / "mask")
             write_json(output / "traces.json", traces)
-            saved_pass(config, "mask").remove()
+            remove_saved(config, "mask")
     return {"mask": str(output / "mask"), "hash": mask.hash, **facts}
 
 
@@ -148,7 +138,9 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
     """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
     output = Path(config.output)
     folder, note = output / "mask", output / "fisher" / "mask.json"
-    made_by = digest(config.model_dump(mode="json", exclude={"output", "train", "distributed"}))
+    # How the model is trained is no part of its mask, unless its head was trained for that.
+    others = {"output", "distributed"} if config.fisher.head_warmup else {"output", "distributed", "train"}
+    made_by = digest(config.model_dump(mode="json", exclude=others))
     with failing_together():
         stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
         mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None
@@ -162,7 +154,7 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
         if rank_and_world()[0] == 0:
             mask.save(folder)
             write_json(note, {"made_by": made_by, "hash": mask.hash})
-            saved_pass(config, "mask").remove()
+            remove_saved(config, "mask")
     return mask
 
 

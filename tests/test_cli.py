@@ -235,6 +235,9 @@ def test_report_refuses_what_is_not_there_and_changes_to_a_folder(config, called
     )
     assert cli.run(["report", str(tmp_path), "output=x"]) == 2
     assert "expected the folder alone" in capsys.readouterr().err
+    (tmp_path / "compare.json").touch()
+    assert cli.run(["report", str(tmp_path), "--samples"]) == 2
+    assert "found a comparison; expected the output of a search" in capsys.readouterr().err
     assert called.list == []
 
 

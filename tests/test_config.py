@@ -112,6 +112,17 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         ("search.min_samples=1000", "search.min_samples: found 1000; expected at most fisher.samples (256)"),
         ("fisher.samples=1e3", "fisher.samples: found 1000.0; expected a valid integer"),
         ("fisher.samples=true", "fisher.samples: found True; expected a valid integer"),
+        (
+            "search={direction: random, rank_by: loss}",
+            "search.rank_by: found loss with direction 'random'; expected trace",
+        ),
+        ("search={direction: random, balance: true}", "search.balance: found true with direction 'random'; expected"),
+        (
+            "search={direction: random, drop_top: 0.1}",
+            "search.drop_top: found 0.1 with direction 'random'; expected 0.0",
+        ),
+        ("fisher={score: saliency, equal_samples: true}", "fisher.equal_samples: found true with score 'saliency'"),
+        ("search.drop_top=0.5", "search.drop_top: found 0.5; expected less than 0.5"),
         ("fisher.objective=labl", "fisher.objective: found 'labl' (did you mean \"label\"?); expected 'label'"),
         ("fisher.score=fihser", "fisher.score: found 'fihser' (did you mean \"fisher\"?); expected 'fisher'"),
         (
@@ -264,6 +275,18 @@ def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
         (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),
         (["task={kind: sft, dataset: a, metric: accuracy}"], "task.metric: found 'accuracy' with kind 'sft'"),
+        (
+            ["task={kind: sft, dataset: a}", "search.balance=true"],
+            "search.balance: found true with task.kind 'sft'; expected false: texts have no classes",
+        ),
+        (
+            ["task={kind: sft, dataset: a}", "fisher.head_warmup=5"],
+            "fisher.head_warmup: found 5 with task.kind 'sft'; expected 0: a language model has no new head",
+        ),
+        (
+            ["fisher.objective=expected", "search.rank_by=loss"],
+            "search.rank_by: found 'loss' with fisher.objective 'expected'; expected objective 'label'",
+        ),
         (
             ["task={kind: sft, dataset: a}", "fisher.objective=expected"],
             "fisher.objective: found 'expected' with task.kind 'sft'; expected 'label' or 'sampled'",

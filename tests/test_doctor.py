@@ -247,6 +247,9 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
         assert total == pytest.approx(sum(only.values()), rel=1e-12)
     shuffled = toy.model_copy(update={"search": toy.search.model_copy(update={"direction": "random"})})
     assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
+    only_traces = Costs(trace=1.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=0.0)
+    equal = toy.model_copy(update={"fisher": toy.fisher.model_copy(update={"equal_samples": True})})
+    assert search_seconds(equal, only_traces, size) == 2 * search_seconds(toy, only_traces, size) == 200
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(toy):

@@ -134,6 +134,7 @@ class SampleGradients:
     _arriving: bool = False
     _partitioned: bool = False
     _capture: Capture | None = None
+    _weights: Tensor | None = None
     _buffers: Buffers = field(default_factory=Buffers)
 
     @property
@@ -152,6 +153,7 @@ class SampleGradients:
         sums: Sums,
         traces: Tensor | None = None,
         *,
+        weights: Tensor | None = None,
         boundaries: Collection[int] = (),
         at_boundary: Callable[[int], None] | None = None,
         progress: bool = False,
@@ -164,11 +166,17 @@ class SampleGradients:
         several ranks each takes its share of the samples, and all end with the sums complete.
 
         Args:
+            weights: float64 [N], by which the samples' losses are multiplied; not with `traces`, which know none.
             saved: keeps the state of the pass now and then; one that was interrupted goes on from there.
         """
+        assert weights is None or traces is None
         sink = _SumsSink(sums, traces is not None)
-        with watched():
-            self._run(order, sink, sums, traces, boundaries, at_boundary, progress, description, saved)
+        self._weights = weights
+        try:
+            with watched():
+                self._run(order, sink, sums, traces, boundaries, at_boundary, progress, description, saved)
+        finally:
+            self._weights = None
 
     def add_traces(
         self, order: Sequence[int], traces: Tensor, *, progress: bool = False, saved: SavedPass | None = None
@@ -310,6 +318,8 @@ class SampleGradients:
     ) -> None:
         work = self.prepare(order)
         asked = {"order of samples": digest(list(order)), "sizes of sample sets": sorted(boundaries)}
+        if self._weights is not None:
+            asked["weights of samples"] = digest(self._weights.tolist())
         same_on_every_rank({**asked, "wish for traces": traces is not None, "pass": description})
         own_traces = torch.zeros(0 if traces is None else len(traces), dtype=torch.float64)
         state = PassState(own_traces, {} if sums is None else sums.tensors)
@@ -463,7 +473,7 @@ class SampleGradients:
         capture = self._capture
         assert capture is not None
         losses = self._losses(lambda inputs: capture.forward(inputs, batch_size(batch)), batch, indices)
-        for i, loss_B in enumerate(losses):
+        for i, loss_B in enumerate(self._weighted(losses, indices)):
             capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
             end()
 
@@ -485,7 +495,7 @@ class SampleGradients:
                 handle = parameter.register_post_accumulate_grad_hook(partial(deliver, name))
                 cleaning.callback(handle.remove)
             losses = self._losses(lambda inputs: self.model(**inputs), batch, [index])
-            for i, loss_1 in enumerate(losses):
+            for i, loss_1 in enumerate(self._weighted(losses, [index])):
                 if loss_1.requires_grad:
                     loss_1.sum().backward(retain_graph=i + 1 < len(losses))
                 end()
@@ -520,6 +530,12 @@ class SampleGradients:
         if self.objective == "sampled":
             labels = drawn_tokens(parts.head, hidden_BTD, labels, indices, self.seed)
         return reduced(found_losses(parts.head, hidden_BTD, next_tokens(labels)), labels, self.token_reduction)
+
+    def _weighted(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
+        if self._weights is None:
+            return losses
+        weight_B = self._weights[list(indices)]
+        return [loss_B * weight_B.to(loss_B.device, loss_B.dtype) for loss_B in losses]
 
     def _finite(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
         for loss_B in losses:

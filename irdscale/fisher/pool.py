@@ -15,7 +15,9 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.lattice import equal_weights, quarters, rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.resume import SavedPass
+from irdscale.mask import Ranking
 from irdscale.partitioned import numel_of, to_gpu
 from irdscale.tasks.models import decoder_linears
 from irdscale.tokenwise import IGNORED
@@ -24,16 +26,21 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 
+def draw_seed(config: RunConfig) -> int:
+    """The seed of every draw of samples."""
+    return config.task.split_seed if config.fisher.seed is None else config.fisher.seed
+
+
 def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
-    """Places in the train split of `count` samples, drawn without repetition by `task.split_seed` and the purpose."""
-    generator = random.Random(f"{purpose}/{config.task.split_seed}")
-    return sorted(generator.sample(range(len(task.train)), count))
+    """Places in the population of `count` samples, drawn without repetition by `fisher.seed` and the purpose."""
+    generator = random.Random(f"{purpose}/{draw_seed(config)}")
+    return sorted(generator.sample(range(len(task.population)), count))
 
 
 def sample_gradients(
     config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
 ) -> SampleGradients:
-    """Ready to take gradients of the train split's samples at `places`; moves the model to the GPU where there is one.
+    """Ready to take gradients of the population's samples at `places`; moves the model to the GPU where there is one.
 
     Of a language model, the linear layers of its decoder blocks are scored unless `fisher.include` says otherwise. With
     `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
@@ -46,14 +53,45 @@ def sample_gradients(
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     return SampleGradients(
         model,
-        task.train.select(list(places)),
+        task.population.select(list(places)),
         task.collate,
         scored_of(config, model, whole, task.is_language),
         batch_size=config.fisher.batch_size,
         objective=config.fisher.objective,
         token_reduction=config.fisher.token_reduction,
-        seed=config.task.split_seed,
+        seed=draw_seed(config),
     )
+
+
+def ranked_samples(
+    config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor, losses: Tensor
+) -> list[int]:
+    """Places of the samples in the order in which halving keeps them, by what `search` says of it.
+
+    Args:
+        traces: float64 [N], of all samples, unless `search.direction` is random.
+        losses: float64 [N], by the samples' labels.
+    """
+    search, rows, values = config.search, cast(Any, samples.dataset), traces
+    if search.rank_by == "length":
+        tokens = torch.tensor(_tokens(task, rows), dtype=torch.float64)
+        # The gradient of a sum is as many times that of the mean, its square that many times squared.
+        summed = task.is_language and config.fisher.token_reduction == "sum"
+        values = traces / tokens if summed else traces * tokens
+    elif search.rank_by == "loss":
+        values = torch.where(losses > 0, traces / losses, 0.0)
+    classes = None
+    if search.balance:
+        labels = list(rows["labels"])
+        classes = quarters(labels) if task.kind == "regression" else labels
+    return rank_samples(values, search.direction, draw_seed(config), classes=classes, drop_top=search.drop_top)
+
+
+def _tokens(task: Task, rows: Any) -> list[int]:
+    """Tokens of each sample over which its loss is a mean: of a text those that it predicts, of others all."""
+    if task.is_language:
+        return [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
+    return [len(ids) for ids in rows["input_ids"]]
 
 
 def scored_of(config: RunConfig, model: nn.Module, whole: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
@@ -92,9 +130,65 @@ def pass_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def ranked_entries(
+    config: RunConfig,
+    samples: SampleGradients,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    k: int,
+    name: str,
+    *,
+    traces: Tensor | None = None,
+    known: bool = False,
+    progress: bool = False,
+) -> dict[int, Ranking]:
+    """`ranked_entries_by_prefix` as a configuration says: with `fisher.equal_samples` after a pass for the traces.
+
+    Args:
+        name: of the state that is kept of the passes.
+        traces: float64 [N]; filled unless `known`.
+    """
+    weights = None
+    if config.fisher.equal_samples:
+        if traces is None:
+            traces = torch.zeros(len(samples.dataset), dtype=torch.float64)
+        if not known:
+            saved = saved_pass(config, traces_before(name))
+            samples.add_traces(order[: max(sizes)], traces, progress=progress, saved=saved)
+        weights, known = equal_weights(traces), True
+    return ranked_entries_by_prefix(
+        samples,
+        order,
+        sizes,
+        k,
+        traces=None if known else traces,
+        weights=weights,
+        progress=progress,
+        saved=saved_pass(config, name),
+        **pass_options(config),
+    )
+
+
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
-    """Where the state of a pass of this run is kept until its result is."""
-    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes)
+    """Where the state of a pass of this run is kept until its result is; one of another head is not used."""
+    steps = config.fisher.head_warmup
+    head = {
+        "seed": config.search.seeds[0],
+        "steps": steps,
+        "by": config.train.model_dump(mode="json") if steps else None,
+    }
+    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, head)
+
+
+def traces_before(name: str) -> str:
+    """The name of the state of a pass for the traces that the pass of this name needs."""
+    return f"{name}-traces"
+
+
+def remove_saved(config: RunConfig, name: str) -> None:
+    """The masks of the pass of this name, and of the one for its traces, are kept elsewhere."""
+    for each in (name, traces_before(name)):
+        saved_pass(config, each).remove()
 
 
 def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
@@ -117,8 +211,11 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
 
 
 def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
-    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens)."""
-    chosen = task.train.select(list(pool))
+    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens).
+
+    Of a population that `task.pool` shapes, also whether it is `altered`.
+    """
+    chosen = task.population.select(list(pool))
     labels = list(chosen["labels"])
     if task.is_language:
         labels = [sum(label != IGNORED for label in sample) for sample in labels]
@@ -127,4 +224,5 @@ def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]
         "trace": traces.tolist(),
         "length": [len(ids) for ids in chosen["input_ids"]],
         "label": labels,
+        **({"altered": list(chosen["altered"])} if "altered" in chosen.column_names else {}),
     }

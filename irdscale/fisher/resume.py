@@ -54,10 +54,14 @@ class PassState:
 
 
 class SavedPass:
-    """Keeps one pass's state in `folder`, which all ranks share, every so many minutes."""
+    """Keeps one pass's state in `folder`, which all ranks share, every so many minutes.
 
-    def __init__(self, folder: Path, minutes: float) -> None:
-        self._folder, self._minutes = folder, minutes
+    Args:
+        also: what tells the pass from others beside its work.
+    """
+
+    def __init__(self, folder: Path, minutes: float, also: Mapping[str, Any] | None = None) -> None:
+        self._folder, self._minutes, self._also = folder, minutes, dict(also or {})
         self._made_by = ""
         self._layout: Layout = "replicated"
         self._set = 0
@@ -75,7 +79,7 @@ class SavedPass:
             InputError: a rank's file is missing or damaged.
         """
         rank, _ = rank_and_world()
-        self._made_by, self._layout = digest(dict(work)), layout
+        self._made_by, self._layout = digest({**work, "also": self._also}), layout
         with failing_together():
             found = self._meta() if rank == 0 else None
         meta = json.loads(gather_texts(json.dumps(found))[0])

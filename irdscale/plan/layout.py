@@ -64,7 +64,8 @@ class Job:
         steps, eval_batch: of a training, and samples of a batch whose metric is measured.
         sizes: numbers of samples for which masks are made.
         evaluations: trainings of a whole search, at most.
-        traced: whether samples are ranked by their traces.
+        traced: whether the masks of the search come after a pass for the samples' traces.
+        drawn_traced: whether the mask of the random samples that it is compared with does so, too.
         item: bytes of an entry of the sums.
         language: whether samples are texts that a language model goes on with.
         ray_ranks: ranks that train a candidate, where Ray runs candidates side by side.
@@ -82,6 +83,7 @@ class Job:
     sizes: int
     evaluations: int
     traced: bool
+    drawn_traced: bool
     item: int
     language: bool
     ray_ranks: int | None
@@ -117,7 +119,8 @@ def job_of(
         eval_batch=config.train.eval_batch_size,
         sizes=len(lattice(start, minimum)[0]),
         evaluations=most_evaluations(rounds, len(search.seeds)),
-        traced=search.direction != "random",
+        traced=config.traced,
+        drawn_traced=config.fisher.equal_samples,
         item=8 if config.fisher.dtype == "float64" else 4,
         language=language,
         ray_ranks=search.ray.ranks if search.runner == "ray" else None,
@@ -198,11 +201,12 @@ def cost(job: Job, layout: Layout) -> Cost:
     again = one.forward if layout.checkpointing else 0.0
     passed, small = one.forward + one.backward + again, SMALL * one.weights
     # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
-    ranking = job.samples * (passed + one.traces) if job.traced else 0.0
+    one_ranking = job.samples * (passed + one.traces)
+    ranking, drawn = job.traced * one_ranking, job.drawn_traced * one_ranking
     masks = job.samples * (passed + one.weights)
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
-    flops["search"] = ranking + 2 * masks + job.evaluations * flops["candidate"]
+    flops["search"] = ranking + drawn + 2 * masks + job.evaluations * flops["candidate"]
 
     batches = ceil(job.samples / layout.world / layout.fisher_batch)
     gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
@@ -220,14 +224,14 @@ def cost(job: Job, layout: Layout) -> Cost:
     }
     at_once = max(1, layout.world // train.world)
     rounds = ceil(job.evaluations / at_once)
-    traffic["search"] = traffic["fisher"] + sums + gathered + rounds * traffic["candidate"]
+    traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + rounds * traffic["candidate"]
 
     speed, exact = gpu.flops(shapes.item), gpu.flops(4)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
     passing = job.samples * (passed / speed + one.weights / speed) / layout.world + (sums + gathered) / band
     tracing = job.samples * (passed / speed + one.traces / exact) / layout.world + gathered / band
-    fisher = passing + (tracing if job.traced else 0.0)
+    fisher = passing + job.traced * tracing
     stepping = step / speed / train.world + (gradients + micro) / own
     seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
-    seconds["search"] = fisher + passing + rounds * seconds["candidate"]
+    seconds["search"] = fisher + passing + job.drawn_traced * tracing + rounds * seconds["candidate"]
     return Cost(traffic, flops, seconds)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from irdscale.report.facts import Facts
+if TYPE_CHECKING:
+    from irdscale.report.facts import Facts
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b91c1c"
 
@@ -28,16 +29,18 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         "cost": cost,
     }
     drawn = {name: draw(facts) for name, draw in made.items()}
-    return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, the same bytes for the same figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
     return stream.getvalue()
 
 
-def _axes(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
+def canvas(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
+    """A figure of so many inches and its only axes, with a faint grid."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -46,8 +49,10 @@ def _axes(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _plain_ticks(axis: Any, values: list[int]) -> None:
-    axis.set_ticks(sorted(set(values)), labels=[f"{v:,}" for v in sorted(set(values))])
+def plain_ticks(axis: Any, values: Iterable[float]) -> None:
+    """Ticks at these values alone, written in full."""
+    values = sorted(set(values))
+    axis.set_ticks(values, labels=[f"{v:,}" for v in values])
     axis.set_minor_locator(_no_ticks())
 
 
@@ -59,7 +64,7 @@ def _no_ticks() -> Any:
 
 def metric_by_parameters(facts: Facts) -> Figure:
     """Selection metric against trainable parameters: candidates, the best at each p, and the baselines."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     result = facts.result
     for number, candidate in enumerate(facts.rounds):
         points = [m for m in candidate.metrics.values() if m is not None]
@@ -90,7 +95,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
         if entry and entry["metric"] is not None:
             axes.axhline(entry["metric"], color=RED, linewidth=1.2, linestyle="--", label=label)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
+    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
     axes.set(xlabel="trainable parameters of the mask", ylabel=f"{result['task']['metric']} on the selection split")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -98,7 +103,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
 
 def path_of_rounds(facts: Facts) -> Figure:
     """Samples against parameters: every evaluated pair with its mean, and the way that the search took."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     means = {(c.params, c.samples): c.mean for c in facts.rounds if c.mean is not None}
     xs, ys, colors = [p for p, _ in means], [s for _, s in means], list(means.values())
     points = axes.scatter(xs, ys, c=colors, s=1300, marker="s", cmap="Blues", edgecolors="white", zorder=2)
@@ -130,8 +135,8 @@ def path_of_rounds(facts: Facts) -> Figure:
     )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    _plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
-    _plain_ticks(axes.yaxis, [c.samples for c in facts.rounds])
+    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
+    plain_ticks(axes.yaxis, [c.samples for c in facts.rounds])
     axes.margins(0.18)
     axes.set(xlabel="trainable parameters p", ylabel="samples s")
     figure.colorbar(points, ax=axes, label=f"mean {facts.result['task']['metric']} on selection")
@@ -143,7 +148,7 @@ def mask_density(facts: Facts) -> Figure | None:
     modules = list(dict.fromkeys(module for row in facts.layers.values() for module in row))
     if not modules:
         return None
-    figure, axes = _axes(1.7 + 0.95 * len(modules), 1.9 + 0.34 * len(facts.layers))
+    figure, axes = canvas(1.7 + 0.95 * len(modules), 1.9 + 0.34 * len(facts.layers))
     axes.grid(visible=False)
     grid = [[100 * row.get(module, float("nan")) for module in modules] for row in facts.layers.values()]
     shown = [value for row in grid for value in row if value > 0]
@@ -166,7 +171,7 @@ def mask_density(facts: Facts) -> Figure | None:
 
 def trace_distribution(facts: Facts) -> Figure:
     """Each pool sample's Fisher trace by rank, and which of them the winner's mask comes from."""
-    figure, axes = _axes()
+    figure, axes = canvas()
     for kept, color, label in ((True, BLUE, "kept by the winner"), (False, GREY, "dropped")):
         ranks = [rank for rank, (_, inside) in enumerate(facts.traces, start=1) if inside is kept]
         values = [value for value, inside in facts.traces if inside is kept]
@@ -185,7 +190,7 @@ def mask_overlap(facts: Facts) -> Figure | None:
     if overlap is None:
         return None
     count = len(overlap.names)
-    figure, axes = _axes(2.6 + 0.62 * count, 1.6 + 0.5 * count)
+    figure, axes = canvas(2.6 + 0.62 * count, 1.6 + 0.5 * count)
     axes.grid(visible=False)
     grid = [[100 * share for share in row] for row in overlap.shares]
     image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=100, aspect="auto")
@@ -205,7 +210,7 @@ def layer_drift(facts: Facts) -> Figure | None:
     layers, sizes = facts.analysis.layers, facts.analysis.sizes
     if len(layers) < 2:
         return None
-    figure, axes = _axes(max(7.6, 2.5 + 0.22 * len(layers)))
+    figure, axes = canvas(max(7.6, 2.5 + 0.22 * len(layers)))
     axes.axhline(0, color=GREY, linewidth=1)
     shades = colormaps["Blues"]
     for i, size in enumerate(sizes[1:], start=1):
@@ -224,7 +229,7 @@ def layer_drift(facts: Facts) -> Figure | None:
 
 def cost(facts: Facts) -> Figure:
     """Seconds by phase."""
-    figure, axes = _axes(height=2.4)
+    figure, axes = canvas(height=2.4)
     names = {
         "fisher": "Fisher passes and masks",
         "train": "candidates",

@@ -1,19 +1,15 @@
-"""Fill the templates and write the files."""
+"""What a report's templates are filled with."""
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from irdscale.config import LANGUAGE_KINDS
-from irdscale.files import write_atomic
-from irdscale.progress import duration
 from irdscale.report.analysis import Relation
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
+from irdscale.report.pages import write_pages
 from irdscale.report.verdict import percent, verdict
 
 CAPTIONS = {
@@ -34,16 +30,6 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
 
         write_drivers(output, finished(output), progress)
     facts = gather(output)
-    figures = draw_all(facts)
-    environment = Environment(
-        loader=PackageLoader("irdscale.report", "."),
-        autoescape=lambda name: bool(name and "html" in name),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"score": _score, "percent": percent, "duration": duration, "cell": _markdown_cell}
-    environment.filters |= {"number": _number, "chance": _chance}
     task = facts.result["task"]
     better = "smaller" if task.get("lower_is_better") else "larger"
     chance = percent(facts.analysis.overlap.chance) if facts.analysis.overlap else ""
@@ -55,21 +41,9 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         "auto": "AutoModelForCausalLM" if task["kind"] in LANGUAGE_KINDS else "AutoModelForSequenceClassification",
         "output": str(output),
         "seeds": facts.result["config"]["search"]["seeds"],
-        "figures": {name: base64.b64encode(data).decode() for name, data in figures.items()},
     }
-    for name, data in figures.items():
-        write_atomic(output / "figures" / f"{name}.png", data)
-    for name in ("report.md", "report.html"):
-        write_atomic(output / name, environment.get_template(f"{name}.jinja").render(values))
-    return {
-        "markdown": str(output / "report.md"),
-        "html": str(output / "report.html"),
-        "figures": [str(output / "figures" / f"{name}.png") for name in figures],
-    }
-
-
-def _score(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.4f}"
+    filters = {"number": _number, "chance": _chance}
+    return write_pages(output, "irdscale.report", "report", values, draw_all(facts), filters)
 
 
 def _number(value: object) -> str:
@@ -85,11 +59,3 @@ def _chance(relation: Relation) -> str:
     if relation.measure == "Spearman":
         return f"±{high:.2f}"
     return f"below {high:.2f}" if relation.measure == "eta squared" else f"{low:.2f} to {high:.2f}"
-
-
-def _markdown_cell(value: object) -> str:
-    """Text that cannot leave its table cell or turn into markup."""
-    text = " ".join(str(value).split())
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, f"\\{mark}")
-    return text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.config import RunConfig
+from irdscale.config import RunConfig, TrainConfig
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.evaluation import evaluate_model
 from irdscale.mask import Mask
@@ -23,7 +23,15 @@ from irdscale.search.ledger import evaluation_key
 from irdscale.search.masks import mask_folder
 from irdscale.sparse import load_adapter, save_adapter
 from irdscale.tasks import build_model
-from irdscale.training import Control, Paused, adapter_config, adapter_dtype, fine_tune, sparse_model
+from irdscale.training import (
+    Control,
+    Paused,
+    adapter_config,
+    adapter_dtype,
+    fine_tune,
+    model_with_lora,
+    sparse_model,
+)
 from irdscale.training_state import remove_training
 
 if TYPE_CHECKING:
@@ -35,12 +43,14 @@ NO_MASK = "none"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pair's mask and a seed, to be evaluated.
+    """A pair's mask and a seed, to be evaluated; or another way to fine-tune, to be compared with.
 
     Attributes:
-        mask: the mask's hash; None for the head alone.
+        mask: the mask's hash; None for what `train.always_train` names alone, such as the head.
         round: of the search; None for what the winner is compared with.
         direction: how the samples were chosen.
+        train: how it is trained, where not as the run's configuration says.
+        lora_rank: of the LoRA matrices that are trained in place of a mask.
     """
 
     mask: str | None
@@ -48,10 +58,17 @@ class Candidate:
     seed: int
     round: int | None
     direction: str
+    train: TrainConfig | None = None
+    lora_rank: int | None = None
+
+    def config(self, config: RunConfig) -> RunConfig:
+        """The run's configuration with this candidate's training."""
+        return config if self.train is None else config.model_copy(update={"train": self.train})
 
     def key(self, config: RunConfig) -> str:
         """What tells this evaluation from others."""
-        return evaluation_key(self.mask or NO_MASK, config.train.model_dump(mode="json"), self.seed)
+        trained = self.mask or (NO_MASK if self.lora_rank is None else f"lora-{self.lora_rank}")
+        return evaluation_key(trained, self.config(config).train.model_dump(mode="json"), self.seed)
 
     def record(self, config: RunConfig) -> dict[str, Any]:
         """The ledger's record of it, as of one that failed for a reason yet to be said."""
@@ -102,7 +119,7 @@ def run_candidate(
         Exception: one rank of several failed alone.
     """
     started, key = time.perf_counter(), candidate.key(config)
-    record = candidate.record(config)
+    record, config = candidate.record(config), candidate.config(config)
     model: nn.Module | None = None
 
     def measure() -> float:
@@ -116,7 +133,7 @@ def run_candidate(
     if report is not None:
         control = replace(control, at_rung=lambda step: report(step, measure()))
     try:
-        model = _untrained(config, task, output, candidate.mask, candidate.seed)
+        model = _untrained(config, task, output, candidate)
         fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
         record |= {"metric": measure(), "status": "ok"}
     except Paused:
@@ -136,30 +153,28 @@ def run_candidate(
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def score_on_test(
-    config: RunConfig, task: Task, output: Path, asked: list[tuple[str | None, int, bool]]
-) -> list[float]:
+def score_on_test(config: RunConfig, task: Task, output: Path, asked: list[tuple[Candidate, bool]]) -> list[float]:
     """The metrics on the test split of finished evaluations; collective.
 
     Each one's adapter is loaded, or trained again where it was dropped.
 
     Args:
-        asked: mask, seed, and whether the adapter is the winner's, to be saved in OUTPUT/adapter for good.
+        asked: candidates, and whether each one's adapter is the winner's, to be saved in OUTPUT/adapter for good.
     """
     metrics = []
-    for mask, seed, keep in asked:
-        key = evaluation_key(mask or NO_MASK, config.train.model_dump(mode="json"), seed)
+    for candidate, keep in asked:
+        key, own, seed = candidate.key(config), candidate.config(config), candidate.seed
         folder = adapter_folder(output, key)
         if first_says(folder.exists()):
-            model = load_adapter(build_model(config, task, seed)[0], folder)
+            model = load_adapter(model_with_lora(own, task, seed, candidate.lora_rank)[0], folder)
         else:
-            model = _untrained(config, task, output, mask, seed)
-            fine_tune(model, task, config, seed, state=state_folder(output, key))
-            save_adapter(model, folder, config=adapter_config(config, seed))
+            model = _untrained(own, task, output, candidate)
+            fine_tune(model, task, own, seed, state=state_folder(output, key))
+            save_adapter(model, folder, config=adapter_config(own, seed))
             remove_training(state_folder(output, key))
-        metrics.append(evaluate_model(model, task, task.test, config.train.eval_batch_size)[task.metric])
+        metrics.append(evaluate_model(model, task, task.test, own.train.eval_batch_size)[task.metric])
         if keep:
-            save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
+            save_adapter(model, output / "adapter", adapter_config(own, seed), adapter_dtype(own))
     return metrics
 
 
@@ -177,5 +192,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _untrained(config: RunConfig, task: Task, output: Path, mask: str | None, seed: int) -> nn.Module:
-    return sparse_model(config, task, None if mask is None else Mask.load(mask_folder(output, mask)), seed)
+def _untrained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> nn.Module:
+    mask = None if candidate.mask is None else Mask.load(mask_folder(output, candidate.mask))
+    return sparse_model(config, task, mask, candidate.seed, candidate.lora_rank)

@@ -15,11 +15,12 @@ from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, write_json
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.lattice import equal_weights
 from irdscale.fisher.pool import draw_samples, sample_gradients
 from irdscale.fisher.scores import summed
 from irdscale.mask import Mask
-from irdscale.tasks import build_model, load_task
-from irdscale.training import trained_whole
+from irdscale.tasks import load_task
+from irdscale.warmup import model_to_score
 
 
 def masked_traces(
@@ -27,6 +28,7 @@ def masked_traces(
     order: Sequence[int],
     mask: Mask,
     *,
+    weights: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
     progress: bool = False,
@@ -36,6 +38,7 @@ def masked_traces(
     One backward pass a sample, through the parameters that the mask has entries of.
 
     Args:
+        weights: float64 [N], by which the samples' losses are multiplied.
         dtype, offload: of the sums, as in `accumulate_fisher`.
 
     Raises:
@@ -57,9 +60,14 @@ def masked_traces(
             # What is outside the mask goes on growing, unread.
             flat[places[name]] = 0
 
-    boundaries = range(1, len(order) + 1)
     inside.accumulate(
-        order, sums, boundaries=boundaries, at_boundary=read, progress=progress, description="Samples of the mask"
+        order,
+        sums,
+        weights=weights,
+        boundaries=range(1, len(order) + 1),
+        at_boundary=read,
+        progress=progress,
+        description="Samples of the mask",
     )
     return found_N
 
@@ -89,13 +97,23 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
     mask = Mask.load(output / result["best"]["mask"])
     task = load_task(config)
     pool = draw_samples(config, task, config.fisher.samples, "pool")
-    if list(task.train.select(pool)["row"]) != traces["row"]:
+    if list(task.population.select(pool)["row"]) != traces["row"]:
         raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")
-    model, new = build_model(config, task, config.search.seeds[0])
-    samples = sample_gradients(config, task, model, pool, trained_whole(config, model, new))
-    kept = traces["order"][: result["best"]["samples"]]
-    dtype = torch.float64 if config.fisher.dtype == "float64" else torch.float32
-    found_N = masked_traces(samples, kept, mask, dtype=dtype, offload=config.fisher.offload, progress=progress)
+    model, outside = model_to_score(config, task, progress)
+    samples = sample_gradients(config, task, model, pool, outside)
+    begin = result["best"].get("begin", 0)
+    kept = traces["order"][begin : begin + result["best"]["samples"]]
+    found_N = masked_traces(
+        samples,
+        kept,
+        mask,
+        weights=equal_weights(torch.tensor(traces["trace"], dtype=torch.float64))
+        if config.fisher.equal_samples
+        else None,
+        dtype=torch.float64 if config.fisher.dtype == "float64" else torch.float32,
+        offload=config.fisher.offload,
+        progress=progress,
+    )
     total = float(found_N.sum())
     if total == 0:
         raise RunError(f"{output}: no sample has a gradient inside the winner's mask")

@@ -19,7 +19,7 @@ to fewer parameters, then fewer samples. Which samples and parameters the halves
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from irdscale.errors import RunError
@@ -71,7 +71,9 @@ class Outcome:
     all_failed: bool = False
 
 
-Evaluate = Callable[[int, list[tuple[Pair, int]]], list[float | None]]
+Wanted = list[tuple[Pair, int]]
+Metrics = list[float | None]
+Evaluate = Callable[[int, Wanted], Metrics]
 
 
 def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
@@ -148,6 +150,44 @@ def ird(
         StartError: the start could not be evaluated.
         ValueError: a size is below 1, or the start below the minimum.
     """
+    return together(
+        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better)],
+        lambda asked: [evaluate(*of_one) for of_one in asked if of_one is not None],
+    )[0]
+
+
+Rounds = Generator[tuple[int, Wanted], Metrics, Outcome]
+
+
+def together(
+    searches: Sequence[Rounds], evaluate: Callable[[list[tuple[int, Wanted] | None]], list[Metrics]]
+) -> list[Outcome]:
+    """Run several searches round by round, so that what all of them ask for can be evaluated at once.
+
+    Args:
+        evaluate: given for each search its round and what it wants, None for one that has ended, returns the metrics
+            of those that have not, in order.
+    """
+    outcomes: list[Outcome | None] = [None] * len(searches)
+    asked: list[tuple[int, Wanted] | None] = [None] * len(searches)
+    answers: list[Metrics | None] = [None] * len(searches)
+    while None in outcomes:
+        for place, search in enumerate(searches):
+            if outcomes[place] is None:
+                answer = answers[place]
+                try:
+                    asked[place] = next(search) if answer is None else search.send(answer)
+                except StopIteration as ended:
+                    outcomes[place], asked[place] = ended.value, None
+        found = iter(evaluate(asked) if any(asked) else [])
+        answers = [None if wanted is None else next(found) for wanted in asked]
+    return [outcome for outcome in outcomes if outcome is not None]
+
+
+def rounds(
+    start: Pair, minimum: Pair, seeds: Sequence[int], max_rounds: int, patience: int, lower_is_better: bool = False
+) -> Rounds:
+    """The search of `ird` as a generator: yields a round and what it wants evaluated, is sent the metrics."""
     if min(minimum.samples, minimum.params) < 1:
         raise ValueError(f"found minimum {minimum}; expected at least 1 each")
     if start.samples < minimum.samples or start.params < minimum.params:
@@ -155,11 +195,12 @@ def ird(
     results: dict[Pair, list[float | None]] = {}
     means: dict[Pair, float] = {}
 
-    def evaluate_all(round_number: int, pairs: list[Pair]) -> dict[Pair, float]:
-        """Evaluate what is new among `pairs`; the means of those that did not fail."""
+    def evaluate_all(round_number: int, pairs: list[Pair]) -> Generator[tuple[int, Wanted], Metrics, dict[Pair, float]]:
+        """Have what is new among `pairs` evaluated; the means of those that did not fail."""
         wanted = [(pair, seed) for pair in pairs if pair not in results for seed in seeds]
         if wanted:
-            for (pair, _), metric in zip(wanted, evaluate(round_number, wanted), strict=True):
+            metrics = yield round_number, wanted
+            for (pair, _), metric in zip(wanted, metrics, strict=True):
                 results.setdefault(pair, []).append(metric)
         for pair in pairs:
             ended = [metric for metric in results[pair] if metric is not None]
@@ -167,7 +208,7 @@ def ird(
                 means[pair] = sum(ended) / len(ended)
         return {pair: means[pair] for pair in pairs if pair in means}
 
-    if not evaluate_all(0, [start]):
+    if not (yield from evaluate_all(0, [start])):
         raise StartError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
     state, best, since_best = start, start, 0
     path = [Step(0, start, means[start])]
@@ -177,7 +218,7 @@ def ird(
         if not next_pairs:
             stop = f"no half of {state.samples} samples or {state.params} parameters is above the minima"
             break
-        scored = evaluate_all(round_number, next_pairs)
+        scored = yield from evaluate_all(round_number, next_pairs)
         if not scored:
             stop, all_failed = f"every candidate of round {round_number} failed", True
             break

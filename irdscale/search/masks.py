@@ -12,14 +12,18 @@ import torch
 from irdscale.config import RunConfig, same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
-from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
     mask_size,
     pass_options,
+    ranked_entries,
+    ranked_samples,
+    remove_saved,
     sample_gradients,
     saved_pass,
     scored_by,
+    traces_before,
     traces_of,
 )
 from irdscale.mask import Mask
@@ -28,6 +32,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair, lattice
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
+from irdscale.warmup import model_to_score
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -58,21 +63,23 @@ def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
     return Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * parameters))))
 
 
-def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) -> SearchMasks:
+def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:
     """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
 
     The samples' losses, which say what their traces follow, take a forward pass.
 
+    Args:
+        name: of the search, where several have one output folder.
+
     Raises:
         InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
     """
-    earlier = stored_masks(config, output)
+    earlier = stored_masks(config, output, name)
     if earlier is not None:
         return earlier
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
-        whole = trained_whole(config, model, new)
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, whole)
         scored = sum(map(numel_of, samples.scored.values()))
@@ -81,20 +88,21 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
     minimum = smallest_pair(config, start, total)
     sizes, ks = lattice(start, minimum)
     traces = torch.zeros(len(pool), dtype=torch.float64)
-    shuffled = config.search.direction == "random"
-    if not shuffled:
-        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_pass(config, "traces"))
-    losses = samples.label_losses([len(ids) for ids in task.train.select(pool)["input_ids"]])
-    order = rank_samples(traces, config.search.direction, config.task.split_seed)
-    rankings = ranked_entries_by_prefix(
+    if config.traced:
+        saved = saved_pass(config, traces_before(_state("masks", name)))
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
+    losses = samples.label_losses([len(ids) for ids in task.population.select(pool)["input_ids"]])
+    order = ranked_samples(config, task, samples, traces, losses)
+    rankings = ranked_entries(
+        config,
         samples,
         order,
         sizes,
         start.params,
-        traces=traces if shuffled else None,
+        _state("masks", name),
+        traces=traces,
+        known=config.traced,
         progress=progress,
-        saved=saved_pass(config, "masks"),
-        **pass_options(config),
     )
     names = dict(model.named_parameters())
     found = {Pair(s, p): rankings[s].prefix(p) for s in sizes for p in ks}
@@ -111,21 +119,20 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool) ->
         if rank_and_world()[0] == 0:
             for mask in found.values():
                 keep_mask(mask, output)
-            told = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
-            write_json(output / "fisher" / "traces.json", told)
-            write_json(_index(output), {**_stored(masks), "made_by": _made_by(config)})
-            for name in ("traces", "masks"):
-                saved_pass(config, name).remove()
+            found_traces = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
+            write_json(output / "fisher" / name / "traces.json", found_traces)
+            write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
+            remove_saved(config, _state("masks", name))
     return masks
 
 
-def stored_masks(config: RunConfig, output: Path) -> SearchMasks | None:
+def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks | None:
     """The masks of an earlier run of this search, on every rank; None where there are none.
 
     Raises:
         InputError: the files are damaged.
     """
-    index = _index(output)
+    index = _index(output, name)
     with failing_together():
         earlier = _read(index, output, _made_by(config)) if index.exists() else None
     if not first_says(earlier is not None):
@@ -135,8 +142,13 @@ def stored_masks(config: RunConfig, output: Path) -> SearchMasks | None:
     return earlier
 
 
-def _index(output: Path) -> Path:
-    return output / "fisher" / "masks.json"
+def _state(of: str, name: str) -> str:
+    """Where the state of a pass is kept, of the search of this name."""
+    return f"{name}-{of}" if name else of
+
+
+def _index(output: Path, name: str) -> Path:
+    return output / "fisher" / name / "masks.json"
 
 
 def _made_by(config: RunConfig) -> str:
@@ -176,13 +188,19 @@ def keep_mask(mask: Mask, output: Path) -> str:
     return mask.hash
 
 
-def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool) -> dict[str, Any]:
-    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole train split.
+def random_draw_mask(
+    config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool, name: str = "", purpose: str = "fish"
+) -> dict[str, Any]:
+    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole population.
+
+    Args:
+        name: of the search, where several have one output folder.
+        purpose: tells this draw from others of the same size.
 
     Returns:
         {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
     """
-    file = output / "fisher" / f"random-{pair.samples}-{pair.params}.json"
+    file = output / "fisher" / name / f"random-{pair.samples}-{pair.params}.json"
     if first_says(file.exists()):
         with failing_together():
             stored = read_json(file, "mask of random samples")
@@ -191,20 +209,15 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
             Mask.load(mask_folder(output, stored["mask"]))
         return stored
     started = time.perf_counter()
+    model, whole = model_to_score(config, task, progress)
     with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
-        places = draw_samples(config, task, pair.samples, "fish")
-        samples = sample_gradients(config, task, model, places, trained_whole(config, model, new))
-    ranking = ranked_entries_by_prefix(
-        samples,
-        range(len(places)),
-        [pair.samples],
-        pair.params,
-        progress=progress,
-        saved=saved_pass(config, "random"),
-        **pass_options(config),
-    )[pair.samples]
-    mask = ranking.prefix(pair.params)
+        places = draw_samples(config, task, pair.samples, purpose)
+        samples = sample_gradients(config, task, model, places, whole)
+    sizes = [pair.samples]
+    rankings = ranked_entries(
+        config, samples, range(len(places)), sizes, pair.params, _state("random", name), progress=progress
+    )
+    mask = rankings[pair.samples].prefix(pair.params)
     stored = {
         "mask": mask.hash,
         "sample_gradients": samples.taken,
@@ -214,5 +227,31 @@ def random_draw_mask(config: RunConfig, task: Task, output: Path, pair: Pair, pr
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            saved_pass(config, "random").remove()
+            remove_saved(config, _state("random", name))
     return stored
+
+
+def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[str, int]:
+    """Hash and entries of the mask of K entries by a score that reads no samples, from an earlier run if there is one.
+
+    Args:
+        name: of the draw, for its file.
+    """
+    file = output / "fisher" / f"{name}.json"
+    if first_says(file.exists()):
+        with failing_together():
+            stored = read_json(file, "drawn mask")
+            if not isinstance(stored, dict) or not {"mask", "params"} <= set(stored):
+                raise InputError(f"{file}: not a drawn mask; delete it to have it made again")
+            Mask.load(mask_folder(output, stored["mask"]))
+        return stored["mask"], stored["params"]
+    with failing_together():
+        model, new = build_model(config, task, config.search.seeds[0])
+        samples = sample_gradients(config, task, model, [0], trained_whole(config, model, new))
+        k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
+    mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            keep_mask(mask, output)
+            write_json(file, {"mask": mask.hash, "params": k})
+    return mask.hash, k

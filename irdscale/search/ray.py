@@ -305,7 +305,7 @@ def _evaluated(
 ) -> dict[str, Any] | None:
     """The record of a candidate; None where it made room."""
     task, done = _task(config.model_dump_json()), 0
-    steps = training_steps(config.train, len(task.trained))
+    steps = training_steps(candidate.config(config).train, len(task.trained))
 
     def advance(n: int = 1) -> None:
         nonlocal done

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from irdscale.cluster import require_ray
-from irdscale.config import RunConfig, config_changes, dump_config, same_search, training_steps
-from irdscale.errors import InputError, RunError
-from irdscale.files import read_json, remove_temporaries, write_atomic, write_json
+from irdscale.config import RunConfig, dump_config, training_steps
+from irdscale.errors import RunError
+from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
+from irdscale.search.engines import running
+from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_evaluations, most_rounds
-from irdscale.search.ledger import read_ledger
-from irdscale.search.local import LocalEngine
 from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
-from irdscale.search.runner import Engine, Runner
+from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
 
@@ -54,7 +49,7 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     """
     output = Path(config.output)
     with failing_together():
-        _refuse_changes(config, output)
+        refuse_changes(config, output)
     result_file = output / "result.json"
     if first_says(result_file.exists()):
         log.info("%s holds this search, finished; delete the folder to run it again", output)
@@ -62,7 +57,7 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         return result
     with failing_together():
         task = load_task(config)
-    with _engine(config, task, output, progress) as engine:
+    with running(config, task, output, progress) as engine:
         return _search(config, task, engine, output, progress)
 
 
@@ -73,7 +68,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         with failing_together():
             if first:
                 write_atomic(output / "config.yaml", dump_config(config))
-                _clean(output)
+                clean(output)
         if ledger.finished:
             log.info("going on: %d evaluations are done", len(ledger.finished))
         with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
@@ -107,26 +102,13 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             "reused": reused,
             "training_steps": runner.training_steps(training_steps(config.train, len(task.trained))),
             "seconds": seconds,
-            **_what_was_searched(config, task, masks),
+            **what_was_searched(config, task, masks.facts),
         }
         with failing_together():
             if first:
                 write_json(output / "result.json", result)
         runner.clear()
     return result
-
-
-@contextmanager
-def _engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
-    """Where `search.runner` says that the work is done."""
-    if config.search.runner == "local":
-        yield LocalEngine(config, task, output)
-        return
-    require_ray()
-    from irdscale.search.ray import ray_engine
-
-    with ray_engine(config, task, output, progress) as engine:
-        yield engine
 
 
 def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_better: bool) -> Outcome:
@@ -179,7 +161,12 @@ def _what_was_found(
     }
 
 
-def _what_was_searched(config: RunConfig, task: Task, masks: SearchMasks) -> dict[str, Any]:
+def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its task, model and configuration.
+
+    Args:
+        model: number of parameters, of the head's and of the scored ones, and which these are.
+    """
     return {
         "task": {
             "name": task.name,
@@ -191,48 +178,16 @@ def _what_was_searched(config: RunConfig, task: Task, masks: SearchMasks) -> dic
             "selection": len(task.selection),
             "test": len(task.test),
             "origin": task.origin,
+            "pool": task.pool_in_words,
         },
         "model": {
             "path": config.model.path,
-            **{k: masks.facts[k] for k in ("parameters", "scored", "head", "scored_by")},
+            **{k: model[k] for k in ("parameters", "scored", "head", "scored_by")},
         },
         "direction": config.search.direction,
         "config": config.model_dump(mode="json"),
         "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
     }
-
-
-def _refuse_changes(config: RunConfig, output: Path) -> None:
-    """A search goes on only with the configuration that it began with.
-
-    Raises:
-        InputError: the folder holds another search; names what changed.
-    """
-    stored = output / "config.yaml"
-    if not stored.exists():
-        if read_ledger(output / "ledger.jsonl"):
-            raise InputError(f"output: {output} holds a ledger but no config.yaml; expected a new folder")
-        return
-    try:
-        before = yaml.safe_load(stored.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{stored}: cannot read the configuration of the earlier search: {error}") from error
-    changes = (
-        config_changes(same_search(before), same_search(config.model_dump(mode="json")))
-        if isinstance(before, dict)
-        else []
-    )
-    if not isinstance(before, dict) or changes:
-        found = "; ".join(changes) or "no configuration"
-        raise InputError(f"output: {output} holds a search with another configuration ({found}); expected a new folder")
-
-
-def _clean(output: Path) -> None:
-    """Remove what a killed run left half-written; only names that a search writes."""
-    for folder in ("masks", "candidates", "fisher"):
-        remove_temporaries(output / folder)
-    for name in ("config.yaml", "adapter", "result.json"):
-        remove_temporaries(output, name)
 
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
@@ -276,8 +231,10 @@ def _base(config: RunConfig, selection: float, test: float) -> dict[str, Any]:
 
 def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
     """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
-    seeds: list[dict[str, Any]] = [{"seed": seed, "metric": runner.metric(mask, seed)} for seed in config.search.seeds]
-    errors = [runner.error(mask, entry["seed"]) for entry in seeds if entry["metric"] is None]
+    seeds: list[dict[str, Any]] = [
+        {"seed": seed, "metric": runner.metric(evaluated(mask, seed))} for seed in config.search.seeds
+    ]
+    errors = [runner.error(evaluated(mask, entry["seed"])) for entry in seeds if entry["metric"] is None]
     return {"metric": None if errors else _mean(seeds, "metric"), "seeds": seeds, "error": (errors or [None])[0]}
 
 
@@ -288,7 +245,9 @@ def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lowe
     for mask, entry in scored:
         best = min if lower_is_better else max
         chosen = best(entry["seeds"], key=lambda seed: seed["metric"])["seed"]
-        asked += [(mask, one["seed"], entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]]
+        asked += [
+            (evaluated(mask, one["seed"]), entry is entries[0][1] and one["seed"] == chosen) for one in entry["seeds"]
+        ]
     found = iter(engine.call(score_on_test, asked))
     for _, entry in entries:
         entry["test_metric"] = None

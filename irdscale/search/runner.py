@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +13,11 @@ from irdscale.search.ledger import stopped_at
 from irdscale.search.shared import SharedLedger
 
 T = TypeVar("T")
+
+
+def evaluated(mask: str | None, seed: int) -> Candidate:
+    """The candidate that names an evaluation of a search, whichever pair asked for it."""
+    return Candidate(mask, Pair(0, 0), seed, None, "")
 
 
 class Engine(Protocol):
@@ -108,16 +113,16 @@ class Runner:
 
         if missing:
             self._engine.evaluate(list(missing.values()), ended, list(perhaps.values()))
-        return [self.metric(candidate.mask, candidate.seed) for candidate in wanted]
+        return [self.metric(candidate) for candidate in wanted]
 
-    def metric(self, mask: str | None, seed: int) -> float | None:
+    def metric(self, candidate: Candidate) -> float | None:
         """The selection metric of a finished evaluation; None if it is not among them."""
-        record = self._ledger.finished.get(self._key(mask, seed))
+        record = self._ledger.finished.get(candidate.key(self._config))
         return None if record is None else record["metric"]
 
-    def error(self, mask: str | None, seed: int) -> str | None:
+    def error(self, candidate: Candidate) -> str | None:
         """What the last failed try of an evaluation died of."""
-        key = self._key(mask, seed)
+        key = candidate.key(self._config)
         failed = [record["error"] for record in self._ledger.records if record["key"] == key]
         return failed[-1] if failed else None
 
@@ -142,12 +147,19 @@ class Runner:
         """Seconds that the asked evaluations took, in whichever process."""
         return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)
 
+    def drop(self, candidate: Candidate) -> None:
+        """Drop the adapter of a finished evaluation; who needs it trains it again."""
+        remove_folder(adapter_folder(self._output, candidate.key(self._config)))
+
+    def drop_all_but(self, keys: Collection[str]) -> None:
+        """Drop the adapters of all finished evaluations but these."""
+        for key in self._ledger.finished:
+            if key not in keys:
+                remove_folder(adapter_folder(self._output, key))
+
     def clear(self) -> None:
         """Drop the adapters of all evaluations; the winner's has its own place."""
         remove_folder(self._output / "candidates")
-
-    def _key(self, mask: str | None, seed: int) -> str:
-        return Candidate(mask, Pair(0, 0), seed, None, "").key(self._config)
 
     def _drop_followers(self, masks: dict[Pair, str]) -> None:
         seeds = self._config.search.seeds
@@ -159,8 +171,6 @@ class Runner:
         if not means:
             return
         leader = best_of(means, self._lower_is_better)
-        kept = {self._key(masks[leader], seed) for seed in seeds}
         for pair, seed in self.metrics:
-            key = self._key(masks[pair], seed)
-            if key not in kept:
-                remove_folder(adapter_folder(self._output, key))
+            if masks[pair] != masks[leader]:
+                self.drop(evaluated(masks[pair], seed))

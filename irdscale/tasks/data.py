@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from irdscale.config import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, nearest
+from irdscale.config import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, check_pool, nearest
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line
@@ -120,6 +120,8 @@ def find_source(task: TaskConfig) -> Source:
         columns = task.columns or ColumnsConfig(text=list(glue.text), label=glue.label)
         try:
             check_columns(glue.kind, columns)
+            if task.pool is not None:
+                check_pool(glue.kind, task.pool)
         except ValueError as error:
             raise InputError(str(error)) from None
         return Source(name, glue.kind, columns, glue, local, hub)

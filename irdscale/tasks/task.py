@@ -16,6 +16,7 @@ from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.models import load_model_config, load_tokenizer
+from irdscale.tasks.pool import shaped_pool
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
 
@@ -30,6 +31,7 @@ class Task:
     `train`, `selection` (which the search reads) and `test` (which it does not) hold `input_ids`, `attention_mask`,
     `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split; those of
     language models what `irdscale.tasks.language` says. `origin` says, for people, where each of the three comes from.
+    `pool` is the population that `task.pool` shapes, as `irdscale.tasks.pool` says, and `pool_in_words` what it is.
     `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
     instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated.
     """
@@ -47,6 +49,8 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     blocks: Dataset | None = None
     max_new_tokens: int = 0
+    pool: Dataset | None = None
+    pool_in_words: str | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -62,6 +66,11 @@ class Task:
     def trained(self) -> Dataset:
         """What is trained on: the samples of the train split, or the blocks that they were packed into."""
         return self.train if self.blocks is None else self.blocks
+
+    @property
+    def population(self) -> Dataset:
+        """What samples for masks are drawn from: the train split, or what `task.pool` makes of it."""
+        return self.train if self.pool is None else self.pool
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad samples on the right to the longest: token tensors [B, T], labels [B] or [B, T]; drops other columns."""
@@ -122,6 +131,7 @@ def load_task(config: RunConfig) -> Task:
         )
         for name, part in parts.items()
     }
+    pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, label_names, segments)
     return Task(
         name=source.name,
         kind=source.kind,
@@ -132,6 +142,8 @@ def load_task(config: RunConfig) -> Task:
         metric=metrics[0],
         metrics=metrics,
         tokenizer=tokenizer,
+        pool=pool,
+        pool_in_words=pool_in_words,
     )
 
 
@@ -151,7 +163,8 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         name: language_samples(source.kind, tokenizer, splits[part.split], part, config.task, source.columns)
         for name, part in parts.items()
     }
-    if config.fisher.samples > len(samples["train"]):
+    pool, pool_in_words = shaped_pool(config, source.kind, samples["train"], tokenizer)
+    if pool is None and config.fisher.samples > len(samples["train"]):
         raise InputError(
             f"fisher.samples: found {config.fisher.samples}; expected at most {len(samples['train'])}, the samples of "
             f"the train split ({parts['train'].origin})"
@@ -168,6 +181,8 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         tokenizer=tokenizer,
         blocks=packed(samples["train"], config.task.max_length) if config.task.packing else None,
         max_new_tokens=config.task.max_new_tokens,
+        pool=pool,
+        pool_in_words=pool_in_words,
     )
 
 
@@ -198,7 +213,8 @@ def _parts(labels: dict[str, np.ndarray], stratify: bool, config: RunConfig) -> 
         if wanted is not None and wanted < size:
             parts[name] = draw(parts[name], wanted, seed)
     size = len(parts["train"].rows)
-    if config.fisher.samples > size:
+    # A shaped population may hold more samples than the train split.
+    if config.task.pool is None and config.fisher.samples > size:
         raise InputError(
             f"fisher.samples: found {config.fisher.samples}; expected at most {size}, the size of the train split "
             f"({parts['train'].origin})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,35 +13,13 @@ from irdscale.report import write_report
 from irdscale.report.facts import gather
 from irdscale.report.verdict import verdict
 from irdscale.search.ird import Pair
+from tests.pages import Cells
 from tests.report.fake import write_output
 
 
 def report(folder: Path, **changes: object) -> tuple[str, str]:
     write_report(write_output(folder, **changes))  # type: ignore[arg-type]
     return (folder / "report.md").read_text(), (folder / "report.html").read_text()
-
-
-class Cells(HTMLParser):
-    """Rows of cell texts of every table, the tags seen, and what the page would load."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self.rows and self.rows[-1] and self.tags[-1] in ("td", "th"):
-            self.rows[-1][-1] += data.strip()
 
 
 def test_tables_hold_the_figures_of_the_files(tmp_path: Path) -> None:
@@ -128,6 +105,16 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "script" not in Cells(html).tags
     assert "&lt;script&gt;" in html
     assert "<script>" not in markdown
+
+
+def test_a_shaped_population_is_said(tmp_path: Path) -> None:
+    write_output(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["task"]["pool"] = "90 % of class <b> (9 of 10 samples)"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_report(tmp_path)
+    assert r"as it is: 90 % of class \<b\> (9 of 10 samples)." in (tmp_path / "report.md").read_text()
+    assert "as it is: 90 % of class &lt;b&gt; (9 of 10 samples)." in (tmp_path / "report.html").read_text()
 
 
 def test_a_failed_baseline(tmp_path: Path) -> None:

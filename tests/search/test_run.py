@@ -19,7 +19,7 @@ from irdscale import Mask, load_adapter
 from irdscale.config import load_config
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
-from irdscale.search import candidates, run
+from irdscale.search import candidates, masks, run
 from irdscale.search.ird import Pair, lattice
 from irdscale.search.ledger import Ledger, read_ledger
 from irdscale.search.masks import search_masks
@@ -214,6 +214,31 @@ def test_masks_of_a_run_that_died_before_it_began_are_not_taken_for_others(folde
     assert masks.start.samples == 16
     assert again.start.samples == 8
     assert search_masks(other, load_task(other), output, progress=False) == again
+
+
+def test_samples_for_masks_are_of_the_population(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, wanted = folder / "shaped", "task.pool={copies: {of: 2, share: 0.9}}"
+    config = load_config(write_config(folder), [f"output={output}", wanted])
+    task = load_task(config)
+    scored = []
+    real = masks.sample_gradients
+
+    def watch(*args: Any) -> Any:
+        scored.append(real(*args))
+        return scored[-1]
+
+    monkeypatch.setattr(masks, "sample_gradients", watch)
+    search_masks(config, task, output, progress=False)
+    masks.random_draw_mask(config, task, output, Pair(16, 40), progress=False)
+    pool, fish = (samples.dataset[:] for samples in scored)
+    assert pool["row"] != fish["row"]
+    for drawn in (pool, fish):
+        # Nine of ten samples of the population are copies of the same two.
+        assert sum(drawn["altered"]) >= 8
+        assert len({row for row, copy in zip(drawn["row"], drawn["altered"]) if copy}) == 2
+    traces = json.loads((output / "fisher/traces.json").read_text())
+    assert traces["altered"] == pool["altered"]
+    assert traces["row"] == pool["row"]
 
 
 KILLED = """

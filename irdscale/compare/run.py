@@ -1,0 +1,455 @@
+"""`irdscale compare`: every method with every learning rate and seed, then searches and equal budgets, then the test.
+
+    1. masks: for each seed its own draw of samples, their traces and the masks of every search, and drawn masks
+    2. learning rates: every method's first candidate with each rate of the grid and each seed; per method the rate with
+       the best mean on the selection split is kept
+    3. budgets: IRD and its reverse search at that rate, seed by seed; then FISH draws, random masks and new starts, as
+       many as IRD evaluated candidates at that seed
+    4. test: per method and seed the candidate that is best on the selection split is measured on the test split, once
+
+Nothing reads the test split before 4. All evaluations are in one ledger, by what they train, so that methods share them
+and a comparison that was killed, or got more methods or seeds, goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from irdscale.compare.methods import (
+    DRAWN,
+    FEW,
+    RANKINGS,
+    RESTART,
+    SEARCHES,
+    Method,
+    ModelFacts,
+    dense_candidate,
+    described,
+    fitting_methods,
+    model_facts,
+    trained,
+)
+from irdscale.compare.statistics import interval, paired
+from irdscale.config import RunConfig, dump_config, training_steps
+from irdscale.errors import InputError
+from irdscale.files import read_json, write_atomic, write_json
+from irdscale.progress import bar
+from irdscale.ranks import failing_together, first_says, rank_and_world
+from irdscale.search.candidates import Candidate, score_base, score_on_test
+from irdscale.search.engines import running
+from irdscale.search.folder import clean, refuse_changes
+from irdscale.search.ird import Pair, Wanted, most_rounds, rounds, together
+from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks, smallest_pair
+from irdscale.search.run import what_was_searched
+from irdscale.search.runner import Engine, Runner
+from irdscale.search.shared import SharedLedger
+from irdscale.tasks import load_task
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+RESULT = "compare.json"
+
+
+@dataclass
+class _Study:
+    """A comparison under way.
+
+    Attributes:
+        steps: of one training.
+        lattices: (method, seed) -> the masks of its ranking's sample sets.
+        drawn: name -> hash and entries of a mask that no sample was read for.
+        rates: method -> the learning rate kept; None where every training failed.
+        grids: method -> each learning rate and its mean on the selection split.
+        tried: (method, seed) -> its candidates at the rate kept, the first one first.
+        spent: (method, seed) -> how many of them were evaluated, where more than the first.
+        gradients: (method, seed) -> sample gradients of FISH's draws.
+    """
+
+    config: RunConfig
+    task: Task
+    engine: Engine
+    runner: Runner
+    output: Path
+    progress: bool
+    facts: ModelFacts
+    methods: list[Method]
+    steps: int
+    lattices: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
+    drawn: dict[str, tuple[str, int]] = field(default_factory=dict)
+    rates: dict[str, float | None] = field(default_factory=dict)
+    grids: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
+    tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
+    spent: dict[tuple[str, int], int] = field(default_factory=dict)
+    gradients: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> list[float]:
+        return self.config.compare.learning_rates or [self.config.train.learning_rate]
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.config.compare.seeds
+
+    def better(self, metric: float) -> float:
+        """A number that is larger for better metrics."""
+        return -metric if self.task.lower_is_better else metric
+
+    def call(self, config: RunConfig, work: Callable[..., T], *args: Any) -> T:
+        """Run `work(config, task, output, *args)` where Fisher passes run."""
+        return self.engine.call(_instead, config, work, *args)
+
+
+def _instead(_: RunConfig, task: Task, output: Path, config: RunConfig, work: Callable[..., T], *args: Any) -> T:
+    return work(config, task, output, *args)
+
+
+def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+    """Compare methods, or go on with a comparison that was interrupted or got more methods, seeds or rates.
+
+    Writes config.yaml, fisher/, masks/, ledger.jsonl and compare.json into `config.output`. Collective where
+    torch.distributed is initialised, as `irdscale.search.run.run_search` is.
+
+    Returns:
+        What compare.json holds.
+
+    Raises:
+        InputError: the configuration does not fit the data or the model, or the output folder holds another run.
+        RunError: a method's masks could not be made, or the output cannot be written.
+    """
+    output = Path(config.output)
+    if config.search.runner == "ray" and config.search.ray.early_stopping:
+        raise InputError(
+            "search.ray.early_stopping: found true; expected false: a comparison evaluates every candidate in full"
+        )
+    with failing_together():
+        refuse_changes(config, output)
+    stored = output / RESULT
+    if first_says(stored.exists()):
+        result: dict[str, Any] = read_json(stored, "result of a comparison")
+        asked = config.compare.model_dump(mode="json")
+        if isinstance(result, dict) and result.get("config", {}).get("compare") == asked:
+            log.info("%s holds this comparison, finished; delete the folder to run it again", output)
+            return result
+    with failing_together():
+        task = load_task(config)
+    with running(config, task, output, progress) as engine:
+        facts = engine.call(model_facts, "lora" in _kinds(config))
+        with failing_together():
+            methods = fitting_methods(config, facts)
+        with SharedLedger(output / "ledger.jsonl") as ledger:
+            with failing_together():
+                if rank_and_world()[0] == 0:
+                    write_atomic(output / "config.yaml", dump_config(config))
+                    clean(output)
+            if ledger.finished:
+                log.info("going on: %d evaluations are done", len(ledger.finished))
+            first = rank_and_world()[0] == 0
+            with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
+                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
+                steps = training_steps(config.train, len(task.trained))
+                study = _Study(config, task, engine, runner, output, progress, facts, methods, steps)
+                result = _compared(study)
+            with failing_together():
+                if first:
+                    write_json(stored, result)
+            runner.clear()
+    return result
+
+
+def _kinds(config: RunConfig) -> list[str]:
+    names = config.compare.methods
+    return ["lora"] if names is None else [config.compare.variants.get(name, [name])[0] for name in names]
+
+
+def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
+    """Upper bound of the evaluations, for the progress bar."""
+    parameters, most = facts.model["parameters"], 0
+    rates = len(config.compare.learning_rates or [config.train.learning_rate])
+    for method in methods:
+        search = method.config.search
+        start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
+        halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
+        searching = method.kind in (*SEARCHES, "fish_best")
+        anew = config.compare.equal_budget and method.kind not in RANKINGS
+        most += rates + (3 * halvings if searching or anew else 0)
+    return most * len(config.compare.seeds)
+
+
+def _compared(study: _Study) -> dict[str, Any]:
+    started = time.perf_counter()
+    _make_masks(study)
+    masked = time.perf_counter()
+    _choose_rates(study)
+    _search(study)
+    _spend_budgets(study)
+    trained = time.perf_counter()
+    chosen = {of: _best(study, tried) for of, tried in study.tried.items()}
+    tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
+    base = None
+    if not study.facts.head:
+        base = dict(zip(("selection", "test"), study.engine.call(score_base), strict=True))
+    ended = time.perf_counter()
+    seconds = {"masks": masked - started, "train": trained - masked, "test": ended - trained, "total": ended - started}
+    return {
+        **what_was_searched(study.config, study.task, study.facts.model),
+        "reference": study.config.compare.reference,
+        "seeds": study.seeds,
+        "learning_rates": study.grid,
+        "methods": _table(study, chosen, tests),
+        "base": base,
+        "evaluations": len(study.runner.asked),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+
+
+def _make_masks(study: _Study) -> None:
+    """The masks of all rankings, and the first drawn ones."""
+    for method in study.methods:
+        for seed in study.seeds:
+            if method.kind in RANKINGS:
+                study.lattices[method.name, seed] = _lattice(study, method, seed)
+            elif method.kind in DRAWN:
+                _draw(study, method, seed, 0)
+
+
+def _lattice(study: _Study, method: Method, seed: int) -> SearchMasks:
+    """The masks of a method's ranking; methods with the same ranking share them."""
+    own = method.of_seed(seed)
+    owner = next(m for m in study.methods if m.kind in RANKINGS and m.of_seed(seed) == own)
+    earlier = study.lattices.get((owner.name, seed))
+    return earlier or study.call(own, search_masks, study.progress, f"{_slug(owner.name)}-{seed}")
+
+
+def _draw(study: _Study, method: Method, seed: int, draw: int) -> Candidate:
+    """A drawn mask's candidate, yet without a learning rate."""
+    own, name = method.of_seed(seed + RESTART * draw), f"{_slug(method.name)}-{seed}-{draw}"
+    if name not in study.drawn:
+        study.drawn[name] = study.call(own, drawn_mask, name)
+    mask, params = study.drawn[name]
+    return Candidate(mask, Pair(0, params), seed, None, method.name)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _smallest(lattice: SearchMasks) -> Pair:
+    """The fewest samples of a search, with its most parameters."""
+    return Pair(min(pair.samples for pair in lattice.masks), lattice.start.params)
+
+
+def _first(study: _Study, method: Method, seed: int, rate: float) -> Candidate:
+    """What a method tries a learning rate with."""
+    if method.kind in RANKINGS:
+        lattice = study.lattices[method.name, seed]
+        pair = _smallest(lattice) if method.kind in FEW else lattice.start
+        return trained(method, Candidate(lattice.masks[pair], pair, seed, None, method.name), rate)
+    if method.kind in DRAWN:
+        return trained(method, _draw(study, method, seed, 0), rate)
+    return dense_candidate(method, study.facts, rate, seed)
+
+
+def _choose_rates(study: _Study) -> None:
+    """Keep each method's best learning rate, by the mean over the seeds on the selection split."""
+    firsts = {
+        (method.name, rate): [_first(study, method, seed, rate) for seed in study.seeds]
+        for method in study.methods
+        for rate in study.grid
+    }
+    study.runner.evaluate([candidate for of_rate in firsts.values() for candidate in of_rate])
+    for method in study.methods:
+        means = {}
+        for rate in study.grid:
+            found = [study.runner.metric(candidate) for candidate in firsts[method.name, rate]]
+            ended = [metric for metric in found if metric is not None]
+            study.grids.setdefault(method.name, []).append(
+                {"learning_rate": rate, "selection": sum(ended) / len(ended) if len(ended) == len(found) else None}
+            )
+            if ended:
+                means[rate] = len(ended), study.better(sum(ended) / len(ended))
+        # A rate with which some seeds fail is worse than any with which none does.
+        study.rates[method.name] = max(means, key=lambda rate: means[rate]) if means else None
+        kept = study.rates[method.name] or study.grid[0]
+        for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
+            study.tried[method.name, seed] = [candidate]
+    _drop_all_but(study, [candidate for tried in study.tried.values() for candidate in tried])
+
+
+def _search(study: _Study) -> None:
+    """All searches, round by round, each at its method's learning rate and with one seed."""
+    started = [
+        (method, seed)
+        for method in study.methods
+        for seed in study.seeds
+        if method.kind in SEARCHES and study.runner.metric(study.tried[method.name, seed][0]) is not None
+    ]
+
+    def candidate(method: Method, seed: int, pair: Pair) -> Candidate:
+        mask = study.lattices[method.name, seed].masks[pair]
+        rate = study.rates[method.name]
+        assert rate is not None
+        return trained(method, Candidate(mask, pair, seed, None, method.name), rate)
+
+    def evaluate(asked: list[tuple[int, Wanted] | None]) -> list[list[float | None]]:
+        wanted = [
+            [candidate(method, seed, pair) for pair, _ in of_one[1]]
+            for (method, seed), of_one in zip(started, asked, strict=True)
+            if of_one is not None
+        ]
+        study.runner.evaluate([one for of_one in wanted for one in of_one])
+        return [[study.runner.metric(one) for one in of_one] for of_one in wanted]
+
+    searches = []
+    for method, seed in started:
+        lattice, search = study.lattices[method.name, seed], method.config.search
+        searches.append(
+            rounds(
+                lattice.start,
+                lattice.minimum,
+                [seed],
+                search.max_rounds,
+                search.patience,
+                study.task.lower_is_better,
+            )
+        )
+    for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
+        study.tried[method.name, seed] += [candidate(method, seed, pair) for pair in list(outcome.means)[1:]]
+        study.spent[method.name, seed] = outcome.evaluations
+
+
+def _spend_budgets(study: _Study) -> None:
+    """FISH draws, random masks and new starts, as many as IRD evaluated candidates with the same seed."""
+    further: dict[tuple[str, int], list[Candidate]] = {}
+    for method in study.methods:
+        rate = study.rates[method.name]
+        for seed in study.seeds:
+            if rate is not None and ("ird", seed) in study.spent:
+                candidates = _further(study, method, seed)
+                further[method.name, seed] = [trained(method, candidate, rate) for candidate in candidates]
+    study.runner.evaluate([candidate for of_one in further.values() for candidate in of_one])
+    for of, candidates in further.items():
+        study.tried[of] += candidates
+        study.spent.setdefault(of, len(study.tried[of]))
+
+
+def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
+    """What a method without a search of its own tries beyond its first candidate."""
+    if method.kind == "fish_best":
+        pairs = [candidate.pair for candidate in study.tried["ird", seed][1:]]
+        name = f"{_slug(method.name)}-{seed}"
+        draws = [
+            study.call(
+                method.of_seed(seed), random_draw_mask, pair, study.progress, name, f"fish-{pair.samples}-{pair.params}"
+            )
+            for pair in pairs
+        ]
+        study.gradients[method.name, seed] = sum(draw["sample_gradients"] for draw in draws)
+        return [Candidate(draw["mask"], pair, seed, None, method.name) for draw, pair in zip(draws, pairs, strict=True)]
+    if method.kind in RANKINGS or not study.config.compare.equal_budget:
+        return []
+    again = range(1, study.spent["ird", seed])
+    if method.kind == "random_mask":
+        return [_draw(study, method, seed, draw) for draw in again]
+    return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
+
+
+def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:
+    """The candidate that is best on the selection split; ties go to the one tried first."""
+    ended = [
+        (study.better(metric), candidate)
+        for candidate in tried
+        if (metric := study.runner.metric(candidate)) is not None
+    ]
+    return max(ended, key=lambda scored: scored[0])[1] if ended else None
+
+
+def _drop_all_but(study: _Study, kept: Sequence[Candidate]) -> None:
+    keys = {candidate.key(study.config) for candidate in kept}
+    study.runner.drop_all_but(keys)
+
+
+def _test(study: _Study, chosen: Sequence[Candidate]) -> dict[str, float]:
+    """key -> test metric of the chosen candidates; each is kept on disk as soon as it is known."""
+    _drop_all_but(study, chosen)
+    by_key = {candidate.key(study.config): candidate for candidate in chosen}
+    file = study.output / "test_scores.json"
+    with failing_together():
+        stored = read_json(file, "list of test scores") if file.exists() else {}
+    known = {key: float(stored[key]) for key in by_key if key in stored}
+    for key, candidate in by_key.items():
+        if key not in known:
+            (known[key],) = study.engine.call(score_on_test, [(candidate, False)])
+            with failing_together():
+                if rank_and_world()[0] == 0:
+                    write_json(file, stored | known)
+    return known
+
+
+def _table(
+    study: _Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
+) -> list[dict[str, Any]]:
+    entries = [_entry(study, method, chosen, tests) for method in study.methods]
+    reference = next(entry for entry in entries if entry["name"] == study.config.compare.reference)
+    for entry in entries:
+        ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, entry))
+        entry["difference"] = None if entry is reference else paired(ours, others, study.task.lower_is_better)
+    return entries
+
+
+def _entry(
+    study: _Study, method: Method, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
+) -> dict[str, Any]:
+    seeds: list[dict[str, Any]] = []
+    for seed in study.seeds:
+        tried, best = study.tried[method.name, seed], chosen[method.name, seed]
+        seeds.append(
+            {
+                "seed": seed,
+                "selection": None if best is None else study.runner.metric(best),
+                "test": None if best is None else tests[best.key(study.config)],
+                "samples": None if best is None or not best.pair.samples else best.pair.samples,
+                "params": None if best is None else best.pair.params,
+                "mask": None if best is None else best.mask,
+                "evaluations": len(study.grid) + study.spent.get((method.name, seed), 1) - 1,
+                "error": study.runner.error(tried[0]) if best is None else None,
+            }
+        )
+    ended = [one for one in seeds if one["test"] is not None]
+    per_training = study.config.train.batch_size * study.steps
+    warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
+    gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
+    spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
+    return {
+        **described(method),
+        "learning_rate": study.rates[method.name],
+        "grid": study.grids[method.name],
+        "evaluations": _mean([one["evaluations"] for one in seeds]),
+        "fine_tunings": round(spent + gradients / per_training, 3),
+        "params": _mean([one["params"] for one in ended]) if ended else None,
+        "seeds": seeds,
+        "test": interval([one["test"] for one in ended]),
+        "selection": interval([one["selection"] for one in ended]),
+    }
+
+
+def _gradients(study: _Study, method: Method, seed: int) -> int:
+    """Sample gradients that the masks of a method take by themselves, whoever shares them."""
+    if method.kind not in RANKINGS:
+        return 0
+    lattice = study.lattices[method.name, seed]
+    if method.kind == "fish_best":
+        return lattice.start.samples + study.gradients.get((method.name, seed), 0)
+    alone = {"fish": lattice.start.samples, "fish_small": _smallest(lattice).samples}
+    return alone.get(method.kind, int(lattice.facts["sample_gradients"]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,121 @@
+"""compare.json, the result of a finished comparison, read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from irdscale.errors import InputError
+from irdscale.files import read_json
+
+FILE = "compare.json"
+
+
+class _Interval(TypedDict):
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class _Paired(_Interval):
+    wins: int
+    losses: int
+    ties: int
+    p: float | None
+
+
+class _Point(TypedDict):
+    learning_rate: float
+    selection: float | None
+
+
+class _Seed(TypedDict):
+    seed: int
+    selection: float | None
+    test: float | None
+    samples: int | None
+    params: int | None
+    error: str | None
+
+
+class _Method(TypedDict):
+    name: str
+    label: str
+    what: str
+    learning_rate: float | None
+    grid: list[_Point]
+    evaluations: float | None
+    fine_tunings: float | None
+    params: float | None
+    seeds: list[_Seed]
+    test: _Interval
+    selection: _Interval
+    difference: _Paired | None
+
+
+class _Task(TypedDict):
+    name: str
+    metric: str
+    lower_is_better: bool
+    train: int
+    selection: int
+    test: int
+    origin: dict[str, Any]
+    pool: NotRequired[str | None]
+
+
+class _Model(TypedDict):
+    path: str
+    parameters: int
+    head: int
+
+
+class _Base(TypedDict):
+    selection: float | None
+    test: float | None
+
+
+class _Seconds(TypedDict):
+    total: float
+
+
+class _Study(TypedDict):
+    task: _Task
+    model: _Model
+    reference: str
+    seeds: list[int]
+    learning_rates: list[float]
+    methods: list[_Method]
+    base: _Base | None
+    evaluations: int
+    seconds: _Seconds
+    versions: dict[str, str | None]
+
+
+def read_study(output: Path) -> dict[str, Any]:
+    """The compare.json of an output folder.
+
+    Raises:
+        InputError: there is none, or it is not what a finished comparison writes.
+    """
+    path = output / FILE
+    if not path.exists():
+        raise InputError(f"{output}: found no {FILE}; expected a finished comparison: run irdscale compare")
+    study = read_json(path, "result of a comparison")
+    try:
+        TypeAdapter(_Study).validate_python(study)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        found = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise InputError(f"{path}: not the result of a comparison: {key}: found {found}; {message}") from error
+    names = [method["name"] for method in study["methods"]]
+    if study["reference"] not in names:
+        known = ", ".join(names) or "none"
+        raise InputError(f"{path}: reference: found {study['reference']!r}; expected one of its methods: {known}")
+    return dict(study)

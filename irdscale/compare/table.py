@@ -1,0 +1,69 @@
+"""The table of a comparison, the same in all that people read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irdscale.compare.verdict import reference_of
+
+
+def columns(study: dict[str, Any]) -> list[str]:
+    """The heads of the columns, those of names first."""
+    return [
+        "method",
+        "seeds",
+        "test",
+        "95 % interval",
+        f"{reference_of(study)['label']} minus it",
+        "95 % interval",
+        "wins, losses, ties",
+        "p",
+        "selection",
+        "learning rate",
+        "parameters",
+        "trainings",
+        "cost",
+    ]
+
+
+def rows(study: dict[str, Any]) -> list[list[str]]:
+    """The cells of every method's row."""
+    return [_row(method) for method in study["methods"]]
+
+
+def _row(method: dict[str, Any]) -> list[str]:
+    test, difference, rate = method["test"], method["difference"], method["learning_rate"]
+    apart = ["", "", "", ""]
+    if difference is not None and difference["mean"] is not None:
+        apart = [
+            f"{difference['mean']:+.4f}",
+            _limits(difference, "+.4f"),
+            f"{difference['wins']}-{difference['losses']}-{difference['ties']}",
+            _probability(difference["p"]),
+        ]
+    return [
+        method["label"],
+        str(test["n"]),
+        _or_failed(test["mean"]),
+        _limits(test, ".4f"),
+        *apart,
+        _or_failed(method["selection"]["mean"]),
+        "-" if rate is None else f"{rate:g}",
+        "-" if method["params"] is None else f"{round(method['params']):,}",
+        "-" if method["evaluations"] is None else f"{method['evaluations']:.3g}",
+        "-" if method["fine_tunings"] is None else f"{method['fine_tunings']:.3g}",
+    ]
+
+
+def _or_failed(mean: float | None) -> str:
+    return "failed" if mean is None else f"{mean:.4f}"
+
+
+def _limits(found: dict[str, Any], form: str) -> str:
+    return "-" if found["low"] is None else f"{found['low']:{form}} to {found['high']:{form}}"
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

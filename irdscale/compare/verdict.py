@@ -1,0 +1,213 @@
+"""What a comparison shows, in words that claim no more than its intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ENOUGH_SEEDS = 5
+
+
+def method_named(study: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The method of this name, None where the study has none."""
+    return next((method for method in study["methods"] if method["name"] == name), None)
+
+
+def reference_of(study: dict[str, Any]) -> dict[str, Any]:
+    """The method that all others are compared with."""
+    return next(method for method in study["methods"] if method["name"] == study["reference"])
+
+
+def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How much better the reference is than a method on the test split, by seed, positive where it is better.
+
+    Returns:
+        {"mean", "low", "high", "n"}, None where no seed has both.
+    """
+    difference = method["difference"] if method else None
+    if difference is None or difference["mean"] is None:
+        return None
+    mean, low, high = difference["mean"], difference["low"], difference["high"]
+    if study["task"]["lower_is_better"]:
+        mean, low, high = -mean, None if high is None else -high, None if low is None else -low
+    return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
+
+
+def side(found: dict[str, Any] | None) -> int:
+    """1 where the whole interval of a gain is above zero, -1 where it is below, 0 where neither can be said."""
+    if found is None or found["low"] is None:
+        return 0
+    return int(found["low"] > 0) - int(found["high"] < 0)
+
+
+def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
+    """One sentence: how a method compares with the reference on the test split."""
+    reference = reference_of(study)
+    label, against = method["label"], reference["label"]
+    if method["test"]["mean"] is None:
+        return f"{label}: no test metric, every seed failed."
+    figures = f"{label}: {study['task']['metric']} {with_interval(method['test'])}"
+    if method is reference:
+        return f"{figures}, the reference."
+    found = gain(study, method)
+    if found is None:
+        return f"{figures}; no seed has both it and {against}."
+    difference = method["difference"]
+    shown = f"difference {signed_interval(difference)}"
+    if found["n"] == 1:
+        return f"{figures}; {shown}, and one seed cannot tell a difference from chance."
+    where = side(found)
+    if where == 0:
+        return f"{figures}; it cannot be told apart from {against} ({shown})."
+    count = difference["wins"] if where > 0 else difference["losses"]
+    seeds = f"for {count} of {found['n']} seeds"
+    return f"{figures}; {against} is {'better' if where > 0 else 'worse'} {seeds} ({shown})."
+
+
+def cost_and_gain(study: dict[str, Any]) -> str:
+    """The paragraph on what the search cost and what it gained over one FISH mask and over as many random ones."""
+    reference = reference_of(study)
+    fish, best = (method_named(study, name) for name in ("fish", "fish_best"))
+    if reference["test"]["mean"] is None:
+        return f"{reference['label']} failed for every seed, so there is nothing to compare with."
+    sentences = [_cost(reference, fish)]
+    over = [
+        _over(study, method, name)
+        for method, name in ((fish, "one FISH mask"), (best, "the best of as many random masks (equal budget)"))
+        if method is not None and method is not reference
+    ]
+    if over:
+        sentences += ["Gains are on the test split, positive where it is better.", *over]
+        sentences.append(_judged(study, fish, best))
+    return " ".join(sentences)
+
+
+def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
+    if reference["fine_tunings"] is None:
+        return f"What {reference['label']} cost is not known."
+    one = ""
+    if fish is not None and fish is not reference and fish["fine_tunings"] is not None:
+        anew = (fish["evaluations"] or 0) > len(fish["grid"])
+        one = f", one FISH mask {_number(fish['fine_tunings'])}"
+        one += " (trained anew for the same budget, the best start kept)" if anew else ""
+    return (
+        f"A seed of {reference['label']} cost {_number(reference['fine_tunings'])} fine-tunings{one}. "
+        "One training of one candidate is 1; Fisher passes count, the learning-rate grid does not."
+    )
+
+
+def _over(study: dict[str, Any], method: dict[str, Any], name: str) -> str:
+    found = gain(study, method)
+    if found is None:
+        return f"There is no gain over {name} to state: no seed has both."
+    return f"The gain over {name} is {signed_interval(found)}."
+
+
+def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, Any] | None) -> str:
+    reference = reference_of(study)
+    label, gains = reference["label"], {"fish": gain(study, fish), "fish_best": gain(study, best)}
+    known = [found["n"] for found in gains.values() if found is not None]
+    if not known:
+        return "So whether it pays is not known."
+    seeds = min(known)
+    if seeds == 1:
+        return "One seed cannot tell a gain from chance."
+    one, many = side(gains["fish"]), side(gains["fish_best"])
+    if one > 0 and many > 0:
+        text = f"So here {label} pays: it is better than one FISH mask and than as many random ones"
+    elif one > 0 and gains["fish_best"] is None:
+        text = (
+            "It is better than one FISH mask, but without the baseline of equal budget nobody can tell whether "
+            "that comes from ranking samples or from choosing among several masks"
+        )
+    elif one > 0:
+        text = "Most of the gain comes from choosing among several masks, not from ranking samples"
+        text += (
+            ": with the same budget random draws are better"
+            if many < 0
+            else f": over random draws with the same budget there is no gain that {seeds} seeds can show"
+        )
+    elif one < 0:
+        text = "It does not pay: one FISH mask is better"
+    elif gains["fish"] is None and many > 0:
+        text = "It is better than random draws with the same budget; what it gains over one FISH mask is not known"
+    elif many > 0:
+        text = (
+            "It is better than random draws with the same budget, but it does not pay: over one FISH mask there is "
+            f"no gain that {seeds} seeds can show"
+        )
+    else:
+        text = f"There is no gain that {seeds} seeds can show"
+    return f"{text}.{_hint(seeds)}"
+
+
+def _hint(seeds: int) -> str:
+    return f" With {seeds} seeds that is a hint, not a proof." if seeds < ENOUGH_SEEDS else ""
+
+
+def notes(study: dict[str, Any]) -> list[str]:
+    """What a reader of the table has to know: how it was made, and where the grid may have been too narrow."""
+    reference, seeds = reference_of(study), len(study["seeds"])
+    others = len(study["methods"]) - 1
+    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
+    said = [
+        f"Learning rate of each method: the best mean on the selection split of {rates}."
+        if len(study["learning_rates"]) > 1
+        else f"One learning rate for all methods: {rates}.",
+        f"Differences are {reference['label']} minus the method, seed by seed on the test split; "
+        f"{'lower' if study['task']['lower_is_better'] else 'higher'} is better. "
+        "Wins are seeds where the reference is better. p is of the two-sided paired t-test.",
+        "Trainings are those of one seed, the learning rates included. Cost is what one seed takes in trainings: "
+        "those after the learning rate is chosen, and the Fisher passes.",
+        f"The 95 % t intervals and p are not corrected for the number of comparisons ({others}): "
+        "of twenty differences that are none, one is expected to look like one.",
+    ]
+    if seeds < ENOUGH_SEEDS:
+        count = "One seed gives no intervals" if seeds == 1 else f"{seeds} seeds give wide intervals"
+        said.append(f"{count}: what is seen here is a hint, not a proof; use {ENOUGH_SEEDS} or more.")
+    base = study["base"]
+    if base and base["test"] is not None:
+        said.append(f"The model as it came: {study['task']['metric']} {base['test']:.4f} on the test split.")
+    return said + _edges(study)
+
+
+def _edges(study: dict[str, Any]) -> list[str]:
+    said = []
+    for word, extreme in (("smallest", min), ("largest", max)):
+        at_end = [
+            method["label"]
+            for method in study["methods"]
+            if len(rates := {point["learning_rate"] for point in method["grid"]}) > 1
+            and method["learning_rate"] == extreme(rates)
+        ]
+        if at_end:
+            said.append(
+                f"The {word} learning rate of the grid was chosen for {', '.join(at_end)}: the grid may be too narrow."
+            )
+    return said
+
+
+def failures(study: dict[str, Any]) -> list[str]:
+    """One line for each seed of each method that failed."""
+    return [
+        f"{method['label']}, seed {one['seed']}: {one['error'] or 'no test metric'}"
+        for method in study["methods"]
+        for one in method["seeds"]
+        if one["error"] is not None or one["test"] is None
+    ]
+
+
+def with_interval(found: dict[str, Any]) -> str:
+    """A mean with its interval, in text: 0.6900 (0.6800 to 0.7000, 5 seeds)."""
+    seeds = "1 seed" if found["n"] == 1 else f"{found['n']} seeds"
+    limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}, "
+    return f"{found['mean']:.4f} ({limits}{seeds})"
+
+
+def signed_interval(found: dict[str, Any]) -> str:
+    """A difference with its interval, in text: +0.0100, 95 % interval +0.0020 to +0.0180."""
+    limits = "" if found["low"] is None else f", 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
+    return f"{found['mean']:+.4f}{limits}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

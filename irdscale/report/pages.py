@@ -1,0 +1,69 @@
+"""Fill the templates of a report and write its pages: Markdown beside its figures, and HTML that holds them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+from irdscale.files import write_atomic
+from irdscale.progress import duration
+from irdscale.report.verdict import percent
+
+
+def write_pages(
+    output: Path,
+    package: str,
+    name: str,
+    values: dict[str, Any],
+    figures: dict[str, bytes],
+    filters: dict[str, Callable[[Any], str]] | None = None,
+) -> dict[str, Any]:
+    """Write figures/*.png, `name`.md and `name`.html into `output`.
+
+    Args:
+        package: the package that holds the templates `name`.md.jinja and `name`.html.jinja; those of
+            irdscale.report can be included in them.
+        values: what the templates name, besides the `figures`, which they get in base64.
+        figures: name -> PNG.
+        filters: name -> what the templates call beside `score`, `percent`, `duration` and `cell`.
+
+    Returns:
+        {"markdown", "html", "figures"}: paths.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("irdscale.report", ".")]),
+        autoescape=lambda name: bool(name and "html" in name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"score": score, "percent": percent, "duration": duration, "cell": _markdown_cell}
+    environment.filters |= filters or {}
+    values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}
+    pages = {page: environment.get_template(f"{page}.jinja").render(values) for page in (f"{name}.md", f"{name}.html")}
+    for figure, data in figures.items():
+        write_atomic(output / "figures" / f"{figure}.png", data)
+    for page, text in pages.items():
+        write_atomic(output / page, text)
+    return {
+        "markdown": str(output / f"{name}.md"),
+        "html": str(output / f"{name}.html"),
+        "figures": [str(output / "figures" / f"{figure}.png") for figure in figures],
+    }
+
+
+def score(value: float | None) -> str:
+    """A metric with four decimals."""
+    return "failed" if value is None else f"{value:.4f}"
+
+
+def _markdown_cell(value: object) -> str:
+    """Text that cannot leave its table cell or turn into markup."""
+    text = " ".join(str(value).split())
+    for mark in "\\`*_[]<>|#":
+        text = text.replace(mark, f"\\{mark}")
+    return text

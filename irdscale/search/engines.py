@@ -1,0 +1,29 @@
+"""Where a search, or a comparison, runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from irdscale.cluster import require_ray
+from irdscale.config import RunConfig
+from irdscale.search.local import LocalEngine
+from irdscale.search.runner import Engine
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+@contextmanager
+def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
+    """Where `search.runner` says that the work is done."""
+    if config.search.runner == "local":
+        yield LocalEngine(config, task, output)
+        return
+    require_ray()
+    from irdscale.search.ray import ray_engine
+
+    with ray_engine(config, task, output, progress) as engine:
+        yield engine

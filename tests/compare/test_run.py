@@ -1,0 +1,296 @@
+"""What a comparison asks for, by an engine that makes its metrics up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from irdscale.compare import run
+from irdscale.compare.methods import RESTART, ModelFacts
+from irdscale.compare.study import read_study
+from irdscale.config import RunConfig
+from irdscale.errors import InputError
+from irdscale.search.candidates import Candidate
+from irdscale.search.ird import Pair, ird, lattice
+from irdscale.search.ledger import read_ledger
+from irdscale.search.masks import SearchMasks
+
+START, MINIMUM = Pair(16, 40), Pair(4, 10)
+METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
+DENSE = ["magnitude_mask", "lora", "bitfit", "linear_probe", "full"]
+FACTS = ModelFacts(
+    ["head.weight"],
+    ["a.bias"],
+    {"lora": 64, "bitfit": 3, "linear_probe": 0, "full": 400},
+    {"parameters": 400, "head": 2, "scored": 400, "scored_by": "all"},
+)
+
+
+def number(text: str) -> float:
+    """Between 0 and 1, the same for the same text."""
+    return int.from_bytes(text.encode()[-64:], "big") % 9973 / 9973
+
+
+def metric_of(candidate: Candidate) -> float:
+    assert candidate.train is not None
+    of = f"{candidate.mask}{candidate.lora_rank}{candidate.train.always_train}{candidate.seed}"
+    # The best learning rate of all is 0.02; on the test split it would be 0.03.
+    return round(number(of) / 10 - 40 * abs(candidate.train.learning_rate - 0.02), 6)
+
+
+def test_of(candidate: Candidate) -> float:
+    assert candidate.train is not None
+    return candidate.train.learning_rate + candidate.seed % RESTART
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+class Engine:
+    """Remembers what it was asked for; may be killed after some evaluations."""
+
+    def __init__(self, config: RunConfig, task: Any, output: Path, metric: Callable[[Candidate], Any]) -> None:
+        self.given, self.metric = (config, task, output), metric
+        self.asked: list[Candidate] = []
+        self.tested: list[Candidate] = []
+        self.left = 10**6
+
+    def call(self, work: Callable[..., Any], *args: Any) -> Any:
+        return work(*self.given, *args)
+
+    def evaluate(
+        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
+    ) -> None:
+        assert not self.tested, "nothing may be chosen after the test split was read"
+        for candidate in candidates:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.asked.append(candidate)
+            found = self.metric(candidate)
+            ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
+            ended(candidate.record(self.given[0]) | {"seconds": 1.0} | ok)
+
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], Engine]]:
+    engine: Engine
+    lower = False
+
+    def masks(config: RunConfig, task: Any, output: Path, progress: bool, name: str) -> SearchMasks:
+        how = f"{config.search.direction}-{config.search.rank_by}-{config.fisher.seed}"
+        sizes, ks = lattice(START, MINIMUM)
+        found = {
+            Pair(s, p): f"all-{config.fisher.seed}-{p}" if s == 16 else f"{how}-{s}-{p}" for s in sizes for p in ks
+        }
+        return SearchMasks(START, MINIMUM, found, {"sample_gradients": 32})
+
+    def draw(
+        config: RunConfig, task: Any, output: Path, pair: Pair, progress: bool, name: str, purpose: str
+    ) -> dict[str, Any]:
+        return {"mask": f"{purpose}-{config.fisher.seed}", "sample_gradients": pair.samples, "seconds": 0.0}
+
+    def tested(config: RunConfig, task: Any, output: Path, asked: list[tuple[Candidate, bool]]) -> list[float]:
+        engine.tested += [candidate for candidate, _ in asked]
+        return [test_of(candidate) for candidate, _ in asked]
+
+    @contextmanager
+    def running(config: RunConfig, task: Any, output: Path, progress: bool) -> Any:
+        yield engine
+
+    def task_of(config: RunConfig) -> Any:
+        splits = {name: range(8) for name in ("train", "selection", "test", "trained")}
+        named = {"name": "toy", "kind": "sequence-classification", "metric": "accuracy", "num_labels": 2, "origin": {}}
+        return SimpleNamespace(**splits, **named, lower_is_better=lower, pool=None, pool_in_words=None)
+
+    monkeypatch.setattr(run, "load_task", task_of)
+    monkeypatch.setattr(run, "running", running)
+    monkeypatch.setattr(run, "model_facts", lambda config, task, output, lora: FACTS)
+    monkeypatch.setattr(run, "search_masks", masks)
+    monkeypatch.setattr(run, "random_draw_mask", draw)
+    monkeypatch.setattr(
+        run, "drawn_mask", lambda config, task, output, name: (f"{config.fisher.score}-{config.fisher.seed}", 40)
+    )
+    monkeypatch.setattr(run, "score_on_test", tested)
+
+    def compared(
+        metric: Callable[[Candidate], Any] = metric_of, left: int = 10**6, smaller: bool = False, **changes: Any
+    ) -> tuple[dict[str, Any], Engine]:
+        nonlocal engine, lower
+        lower = smaller
+        settings = {"methods": METHODS + DENSE, "learning_rates": [0.01, 0.02, 0.03], "seeds": [0, 1, 2], **changes}
+        config = RunConfig.model_validate(
+            {
+                "model": {"path": "m"},
+                "task": {"dataset": "glue/rte"},
+                "fisher": {"samples": 16},
+                "search": {"ratio": 0.1, "min_samples": 4, "max_rounds": 3},
+                "train": {"steps": 4, "batch_size": 8},
+                "compare": settings,
+                "output": str(tmp_path / "out"),
+            }
+        )
+        engine = Engine(config, None, tmp_path / "out", metric)
+        engine.given = config, task_of(config), tmp_path / "out"
+        engine.left = left
+        return run.run_compare(config, progress=False), engine
+
+    return compared
+
+
+def entries(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in result["methods"]}
+
+
+def test_all_have_the_same_rates_and_as_many_evaluations(compare: Any) -> None:
+    result, engine = compare()
+    found = entries(result)
+    assert [entry["name"] for entry in result["methods"]] == METHODS + DENSE
+    searched = [one["evaluations"] for one in found["ird"]["seeds"]]
+    assert all(count > 3 for count in searched)
+    for name in ("fish_best", "random_mask", *DENSE):
+        assert [one["evaluations"] for one in found[name]["seeds"]] == searched, name
+    for name in ("fish", "fish_small", "top_samples", "bottom_samples"):
+        assert [one["evaluations"] for one in found[name]["seeds"]] == [3, 3, 3], name
+    assert all(entry["learning_rate"] == 0.02 for entry in result["methods"])
+    assert all([of["learning_rate"] for of in entry["grid"]] == [0.01, 0.02, 0.03] for entry in result["methods"])
+    keys = [candidate.key(engine.given[0]) for candidate in engine.asked]
+    assert len(set(keys)) == len(keys) == result["evaluations"], "nothing is trained twice"
+
+
+def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
+    result, engine = compare()
+    for name, direction in (("ird", "ird"), ("reverse", "reverse")):
+        for one in entries(result)[name]["seeds"]:
+            seed = one["seed"]
+
+            def alone(_: int, wanted: Any, how: str = direction) -> list[float | None]:
+                return [score(pair, seed, how) for pair, seed in wanted]
+
+            def score(pair: Pair, seed: int, how: str) -> float:
+                of = f"all-{seed}" if pair.samples == 16 else f"{how}-trace-{seed}-{pair.samples}"
+                train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
+                return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
+
+            outcome = ird(START, MINIMUM, [seed], 3, 2, alone)
+            assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
+            assert one["selection"] == outcome.mean
+            assert one["evaluations"] == 3 + outcome.evaluations - 1
+
+
+def test_draws_have_the_sizes_that_ird_evaluated(compare: Any) -> None:
+    _, engine = compare(methods=["ird", "fish_best", "full"], equal_budget=False)
+    for seed in (0, 1, 2):
+        sizes: dict[str, list[Pair]] = {"ird": [], "fish_best": []}
+        for candidate in engine.asked:
+            if candidate.seed == seed and candidate.direction in sizes and candidate.train.learning_rate == 0.02:
+                sizes[candidate.direction].append(candidate.pair)
+        # The start is a draw of all samples, for both.
+        assert sizes["fish_best"] == [pair for pair in sizes["ird"] if pair != START]
+    assert {c.direction for c in engine.asked if c.seed >= RESTART} == set()
+
+
+def test_new_starts_and_draws_are_new(compare: Any) -> None:
+    _, engine = compare()
+    for name in (*DENSE, "random_mask"):
+        keys = {(c.mask, c.seed) for c in engine.asked if c.direction == name and c.train.learning_rate == 0.02}
+        assert len(keys) == sum(c.direction == name and c.train.learning_rate == 0.02 for c in engine.asked)
+        assert len({mask for mask, _ in keys}) == {"random_mask": len(keys), "magnitude_mask": 3}.get(name, 1)
+
+
+def test_what_is_chosen_is_best_on_selection_and_the_test_comes_last(compare: Any) -> None:
+    result, engine = compare(smaller=True)
+    found = entries(result)
+    # Smaller is better: the rates farthest from 0.02 win, and each seed's smallest metric.
+    assert found["full"]["learning_rate"] != 0.02
+    for one in found["random_mask"]["seeds"]:
+        own = [
+            metric_of(c)
+            for c in engine.asked
+            if c.direction == "random_mask"
+            and c.seed == one["seed"]
+            and c.train.learning_rate == found["random_mask"]["learning_rate"]
+        ]
+        assert one["selection"] == min(own)
+    tested = [candidate.key(engine.given[0]) for candidate in engine.tested]
+    assert len(tested) == len(set(tested)), "each is measured on the test split once"
+    assert len(tested) <= 3 * len(METHODS + DENSE)
+    for entry in result["methods"]:
+        rate = entry["learning_rate"]
+        assert [one["test"] for one in entry["seeds"]] == [rate + one["seed"] for one in entry["seeds"]]
+    assert found["ird"]["difference"] is None
+    assert found["fish"]["difference"]["n"] == 3
+
+
+def test_a_rate_that_fails_is_not_kept_and_a_method_that_fails_is_told(compare: Any) -> None:
+    def failing(candidate: Candidate) -> Any:
+        assert candidate.train is not None
+        if candidate.direction == "lora" or (candidate.direction == "full" and candidate.train.learning_rate == 0.02):
+            return "TrainingError: the loss is nan"
+        return metric_of(candidate)
+
+    result, _ = compare(failing)
+    found = entries(result)
+    assert found["full"]["learning_rate"] in (0.01, 0.03)
+    assert {of["learning_rate"]: of["selection"] for of in found["full"]["grid"]}[0.02] is None
+    lora = found["lora"]
+    assert lora["learning_rate"] is None
+    assert lora["test"] == {"mean": None, "low": None, "high": None, "n": 0}
+    assert {one["error"] for one in lora["seeds"]} == {"TrainingError: the loss is nan"}
+    assert found["bitfit"]["test"]["n"] == 3
+
+
+def test_killed_it_goes_on_and_more_methods_and_seeds_are_added(compare: Any, tmp_path: Path) -> None:
+    whole, engine = compare()
+    everything = [candidate.key(engine.given[0]) for candidate in engine.asked]
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    made: list[str] = []
+    for left in (0, 7, 40, 1000):
+        try:
+            result, engine = compare(left=left)
+        except KeyboardInterrupt:
+            engine = None
+        records = read_ledger(tmp_path / "out" / "ledger.jsonl")
+        made = [record["key"] for record in records]
+    assert sorted(made) == sorted(everything), "nothing is lost, nothing done twice"
+    assert without_seconds(result) == without_seconds(whole)
+    again, engine = compare()
+    assert again == result
+    assert not engine.asked
+    more, engine = compare(seeds=[0, 1, 2, 3], methods=["ird", "fish", "again"], variants={"again": ["ird"]})
+    assert {candidate.seed for candidate in engine.asked} == {3}
+    assert entries(more)["again"]["seeds"] == entries(more)["ird"]["seeds"]
+    assert entries(more)["ird"]["seeds"][:3] == entries(whole)["ird"]["seeds"]
+
+
+def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("seconds", "config")}
+
+
+def test_the_report_reads_what_was_written(compare: Any, tmp_path: Path) -> None:
+    result, _ = compare()
+    assert json.loads(json.dumps(read_study(tmp_path / "out"))) == json.loads(json.dumps(result))
+
+
+def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
+    result, _ = compare(equal_budget=False)
+    found = entries(result)
+    # A training sees 4 x 8 samples; IRD's masks take 32 gradients, FISH's 16.
+    searched = sum(one["evaluations"] - 2 for one in found["ird"]["seeds"]) / 3
+    assert found["ird"]["fine_tunings"] == pytest.approx(searched + 32 / 32, abs=1e-3)
+    assert found["fish"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
+    assert found["fish_small"]["fine_tunings"] == pytest.approx(1 + 4 / 32)
+    assert found["full"]["fine_tunings"] == 1
+
+
+def test_early_stopping_is_refused() -> None:
+    asked = {"runner": "ray", "ray": {"early_stopping": True}}
+    config = RunConfig.model_validate({"model": {"path": "m"}, "task": {"dataset": "glue/rte"}, "search": asked})
+    with pytest.raises(InputError, match=r"search\.ray\.early_stopping: found true; expected false"):
+        run.run_compare(config)

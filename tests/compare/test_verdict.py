@@ -1,0 +1,155 @@
+"""The words of a comparison claim what its intervals show, and no more."""
+
+from __future__ import annotations
+
+import pytest
+
+from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of, side
+from tests.compare.fake import around, study
+
+# Differences to IRD at turns 0 and 1 vary by seed, so that intervals have a width: 0.0054 on each side.
+IRD = around(0.70)
+FAR, NEAR = around(0.65, turn=1), around(0.699, turn=1)
+PAYS, MOSTLY, NONE = "IRD pays", "Most of the gain comes from choosing among several masks", "There is no gain that"
+
+
+@pytest.mark.parametrize(
+    ("fish", "best", "expected"),
+    [
+        (FAR, FAR, "So here IRD pays: it is better than one FISH mask and than as many random ones."),
+        (FAR, NEAR, f"{MOSTLY}, not from ranking samples: over random draws with the same budget there is no gain"),
+        (FAR, around(0.75, turn=1), f"{MOSTLY}, not from ranking samples: with the same budget random draws are"),
+        (NEAR, NEAR, f"{NONE} 5 seeds can show."),
+        (NEAR, FAR, "but it does not pay: over one FISH mask there is no gain that 5 seeds can show."),
+        (around(0.75, turn=1), FAR, "It does not pay: one FISH mask is better."),
+        (FAR, None, "It is better than one FISH mask, but without the baseline of equal budget nobody can tell"),
+        (NEAR, None, f"{NONE} 5 seeds can show."),
+        (None, FAR, "It is better than random draws with the same budget; what it gains over one FISH mask is not"),
+        (None, NEAR, f"{NONE} 5 seeds can show."),
+        (FAR, [None] * 5, "without the baseline of equal budget"),
+        ([None] * 5, [None] * 5, "So whether it pays is not known."),
+    ],
+)
+def test_whether_it_pays(fish: list[float] | None, best: list[float] | None, expected: str) -> None:
+    tests = {"ird": IRD, "fish_best": best, "fish": fish}
+    text = cost_and_gain(study({name: values for name, values in tests.items() if values is not None}))
+    assert expected in text
+    assert (PAYS in text) == (fish is FAR and best is FAR)
+    assert "hint" not in text
+    if fish is None:
+        assert "The gain over one FISH mask" not in text
+    if best is None:
+        assert "random masks" not in text
+
+
+def test_a_lower_loss_is_a_gain() -> None:
+    lower = study({"ird": around(3.38), "fish_best": around(3.42, turn=1), "fish": around(3.45, turn=2)}, True)
+    text = cost_and_gain(lower)
+    assert PAYS in text
+    assert "The gain over one FISH mask is +0.0700, 95 % interval +0.0" in text
+    assert "IRD is better for 5 of 5 seeds (difference -0.0700, 95 % interval -0.0" in said_of(
+        lower, lower["methods"][2]
+    )
+    assert any("lower is better" in note for note in notes(lower))
+    higher = study({"ird": around(3.38), "fish_best": around(3.42, turn=1), "fish": around(3.45, turn=2)})
+    assert "It does not pay: one FISH mask is better." in cost_and_gain(higher)
+    assert "IRD is worse for 5 of 5 seeds" in said_of(higher, higher["methods"][2])
+
+
+def test_the_cost() -> None:
+    changes = {"ird": {"fine_tunings": 7.4}, "fish": {"fine_tunings": 1.12, "evaluations": 3.0}}
+    text = cost_and_gain(study({"ird": IRD, "fish": FAR}, changes=changes))
+    assert text.startswith(
+        "A seed of IRD cost 7.4 fine-tunings, one FISH mask 1.12. One training of one candidate is 1"
+    )
+    changes["fish"]["evaluations"] = 9.0
+    text = cost_and_gain(study({"ird": IRD, "fish": FAR}, changes=changes))
+    assert "one FISH mask 1.12 (trained anew for the same budget, the best start kept)." in text
+    alone = cost_and_gain(study({"ird": IRD, "full": FAR}, changes={"ird": {"fine_tunings": 7.4}}))
+    assert "FISH" not in alone
+    assert "gain" not in alone.lower()
+
+
+def test_few_seeds_are_a_hint() -> None:
+    three = study({"ird": IRD[:3], "fish_best": FAR[:3], "fish": FAR[:3]})
+    assert "IRD pays: it is better than one FISH mask and than as many random ones. With 3 seeds that is a hint" in (
+        cost_and_gain(three)
+    )
+    assert "3 seeds give wide intervals: what is seen here is a hint, not a proof; use 5 or more." in notes(three)
+    assert not any("hint" in note for note in notes(study({"ird": IRD, "fish": FAR})))
+
+
+def test_one_seed_says_nothing() -> None:
+    one = study({"ird": [0.7], "fish_best": [0.6], "fish": [0.6]})
+    assert cost_and_gain(one).endswith("One seed cannot tell a gain from chance.")
+    assert said_of(one, one["methods"][1]) == (
+        "FISH, best of draws: accuracy 0.6000 (1 seed); difference +0.1000, and one seed cannot tell a difference "
+        "from chance."
+    )
+    assert any(note.startswith("One seed gives no intervals") for note in notes(one))
+
+
+def test_sentences() -> None:
+    found = study({"ird": IRD, "reverse": NEAR, "full": FAR})
+    ird, reverse, full = (said_of(found, method) for method in found["methods"])
+    assert ird == "IRD: accuracy 0.7000 (0.6954 to 0.7046, 5 seeds), the reference."
+    assert "it cannot be told apart from IRD (difference +0.0010, 95 % interval -0.00" in reverse
+    assert "IRD is better for 5 of 5 seeds (difference +0.0500, 95 % interval +0.04" in full
+
+
+def test_failures_are_told() -> None:
+    found = study({"ird": [0.7, None, 0.71], "fish": [0.6, 0.61, 0.6], "full": [None] * 3})
+    assert failures(found) == [
+        "IRD, seed 1: TrainingError: the loss is nan <b>",
+        *(f"full fine-tuning, seed {seed}: TrainingError: the loss is nan <b>" for seed in range(3)),
+    ]
+    assert said_of(found, found["methods"][2]) == "full fine-tuning: no test metric, every seed failed."
+    assert "for 2 of 2 seeds" in said_of(found, found["methods"][1])
+    assert "With 2 seeds that is a hint" in cost_and_gain(found)
+
+
+def test_a_reference_that_failed() -> None:
+    found = study({"ird": [None] * 5, "fish": FAR})
+    assert cost_and_gain(found) == "IRD failed for every seed, so there is nothing to compare with."
+    assert said_of(found, found["methods"][1]).endswith("; no seed has both it and IRD.")
+
+
+def test_another_reference() -> None:
+    text = cost_and_gain(study({"ird": IRD, "fish_best": NEAR, "fish": FAR}, reference="fish"))
+    assert text.startswith("A seed of FISH cost 8.4 fine-tunings. ")
+    assert "The gain over one FISH mask" not in text
+    assert PAYS.replace("IRD", "FISH") not in text
+
+
+def test_rates_at_the_ends_of_the_grid() -> None:
+    changes = {"ird": {"learning_rate": 0.01}, "fish": {"learning_rate": 0.001}, "full": {"learning_rate": 0.01}}
+    found = notes(study({"ird": IRD, "fish": FAR, "full": FAR, "lora": FAR}, changes=changes))
+    assert (
+        "The largest learning rate of the grid was chosen for IRD, full fine-tuning: the grid may be too narrow."
+        in (found)
+    )
+    assert "The smallest learning rate of the grid was chosen for FISH: the grid may be too narrow." in found
+    one = {"learning_rate": 0.01, "grid": [{"learning_rate": 0.01, "selection": 0.7}]}
+    single = study({"ird": IRD, "fish": FAR}, changes={"ird": one, "fish": one})
+    single["learning_rates"] = [0.01]
+    assert not any("narrow" in note for note in notes(single))
+    assert "One learning rate for all methods: 0.01." in notes(single)
+
+
+def test_intervals_are_not_corrected_and_the_reader_knows() -> None:
+    assert any(
+        "not corrected for the number of comparisons (2)" in n
+        for n in notes(study(dict.fromkeys(("ird", "fish", "full"), IRD)))
+    )
+
+
+def test_the_model_as_it_came() -> None:
+    found = study({"ird": IRD, "fish": FAR}) | {"base": {"selection": 0.52, "test": 0.5123}}
+    assert "The model as it came: accuracy 0.5123 on the test split." in notes(found)
+    assert not any("as it came" in note for note in notes(study({"ird": IRD})))
+
+
+def test_sides() -> None:
+    assert side({"mean": 1, "low": 0.5, "high": 1.5, "n": 5}) == 1
+    assert side({"mean": -1, "low": -1.5, "high": -0.5, "n": 5}) == -1
+    assert side({"mean": 0, "low": 0, "high": 0, "n": 5}) == side({"mean": 1, "low": None, "high": None, "n": 1}) == 0

@@ -1,0 +1,105 @@
+"""The masks of a search, and of the random samples that it is compared with, by slower ways to the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from irdscale import Fisher, Mask, accumulate_fisher, top_k
+from irdscale.config import RunConfig, load_config
+from irdscale.fisher.lattice import rank_samples
+from irdscale.fisher.pool import draw_samples
+from irdscale.search.ird import Pair
+from irdscale.search.masks import mask_folder, random_draw_mask, search_masks
+from irdscale.tasks import build_model, load_task
+from irdscale.verbs import run_fisher
+from tests.search.toy import write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("masks")
+
+
+def configured(folder: Path, output: Path, *overrides: str) -> RunConfig:
+    return load_config(write_config(folder), [f"output={output}", "fisher.dtype=float64", *overrides])
+
+
+class Slow:
+    """The samples of a purpose one by one."""
+
+    def __init__(self, config: RunConfig, count: int, purpose: str = "pool") -> None:
+        self.task = load_task(config)
+        self.model, self.new = build_model(config, self.task, 0)
+        self.rows = [self.task.train[i] for i in draw_samples(config, self.task, count, purpose)]
+
+    def fisher(self, places: Any) -> Fisher:
+        rows, exclude = [self.rows[i] for i in places], [f"^{name}$" for name in self.new]
+        options: dict[str, Any] = {"batch_size": 4, "exclude": exclude, "dtype": torch.float64}
+        return accumulate_fisher(self.model, rows, collate_fn=self.task.collate, **options)
+
+    def unit(self, places: Any) -> dict[str, Tensor]:
+        """The sum of each sample's squared gradient over its own trace."""
+        singles = [self.fisher([i]) for i in places]
+        names = singles[0].diagonal
+        return {name: sum(one.diagonal[name] / one.sample_trace[0] for one in singles) for name in names}
+
+
+def assert_nearly(mask: Mask, scores: dict[str, Tensor]) -> None:
+    wanted = top_k(Fisher(scores, torch.zeros(0, dtype=torch.float64)), mask.k)
+    entries = [{(n, i) for n, index in m.indices.items() for i in index.tolist()} for m in (mask, wanted)]
+    assert len(entries[0] & entries[1]) >= 0.99 * mask.k, "but for the rounding of near ties"
+
+
+def test_without_options_masks_are_the_ones_of_the_paper(folder: Path, tmp_path: Path) -> None:
+    config = configured(folder, tmp_path)
+    slow = Slow(config, 16)
+    masks = search_masks(config, slow.task, tmp_path, progress=False)
+    traces = slow.fisher(range(16)).sample_trace.tolist()
+    order = sorted(range(16), key=lambda i: -traces[i])
+    assert json.loads((tmp_path / "fisher/traces.json").read_text())["order"] == order
+    assert {pair.samples for pair in masks.masks} == {16, 8, 4}
+    for pair, mask in masks.masks.items():
+        # Batches of 4 are the same ones, so that not even rounding differs.
+        assert top_k(slow.fisher(order[: pair.samples]), pair.params).hash == mask, pair
+    assert masks.facts["sample_gradients"] == 32
+
+
+@pytest.mark.parametrize("direction", ["ird", "random"])
+def test_equal_samples_everywhere(folder: Path, tmp_path: Path, direction: str) -> None:
+    config = configured(folder, tmp_path, "fisher.equal_samples=true", f"search.direction={direction}")
+    slow = Slow(config, 16)
+    masks = search_masks(config, slow.task, tmp_path, progress=False)
+    stored = json.loads((tmp_path / "fisher/traces.json").read_text())
+    assert stored["trace"] == pytest.approx(slow.fisher(range(16)).sample_trace.tolist(), rel=1e-4)
+    for s in (16, 4):
+        mask = Mask.load(mask_folder(tmp_path, masks.masks[Pair(s, masks.start.params)]))
+        assert_nearly(mask, slow.unit(stored["order"][:s]))
+    assert masks.facts["sample_gradients"] == 32
+    if direction == "ird":
+        drawn = random_draw_mask(config, slow.task, tmp_path, Pair(6, 200), progress=False)
+        assert_nearly(Mask.load(mask_folder(tmp_path, drawn["mask"])), Slow(config, 6, "fish").unit(range(6)))
+        assert drawn["sample_gradients"] == 12
+        found = run_fisher(config, progress=False)
+        assert_nearly(Mask.load(found["mask"]), slow.unit(range(16)))
+        written = json.loads((tmp_path / "traces.json").read_text())["trace"]
+        assert written == pytest.approx(stored["trace"], rel=1e-4)
+    assert not list((tmp_path / "fisher").glob("state-*")), "what was kept of the passes is removed"
+
+
+def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:
+    config = configured(folder, tmp_path, "search={rank_by: loss, balance: true, drop_top: 0.2, ratio: 0.05}")
+    slow = Slow(config, 16)
+    search_masks(config, slow.task, tmp_path, progress=False)
+    with torch.no_grad():
+        losses = [slow.model(**slow.task.collate([row])).loss.double() for row in slow.rows]
+    values = slow.fisher(range(16)).sample_trace / torch.stack(losses)
+    labels = [row["labels"] for row in slow.rows]
+    order = json.loads((tmp_path / "fisher/traces.json").read_text())["order"]
+    assert order == rank_samples(values, "ird", 0, classes=labels, drop_top=0.2)
+    assert {labels[i] for i in order[:2]} == {0, 1}
