@@ -78,6 +78,22 @@ def test_the_state_of_other_work_is_not_used(tmp_path: Path) -> None:
     assert fisher.sample_gradients == ROWS
 
 
+def test_the_state_of_a_pass_with_another_head_is_not_used(tmp_path: Path) -> None:
+    model, rows = tiny("bert").float(), samples(count=ROWS)
+
+    def visited(saved: SavedPass, collate_fn: Collate) -> int:
+        gradients = SampleGradients(model, rows, collate_fn, scored_parameters(model), batch_size=1)
+        gradients.add_traces(range(ROWS), torch.zeros(ROWS, dtype=torch.float64), saved=saved)
+        return collate_fn.rows
+
+    with pytest.raises(Interrupted):
+        visited(SavedPass(tmp_path, 0, {"seed": 0}), Collate(40))
+    assert visited(SavedPass(tmp_path, 0, {"seed": 1}), Collate(1000)) >= ROWS
+    with pytest.raises(Interrupted):
+        visited(SavedPass(tmp_path / "again", 0, {"seed": 0}), Collate(40))
+    assert visited(SavedPass(tmp_path / "again", 0, {"seed": 0}), Collate(1000)) < ROWS
+
+
 def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
     model, rows = tiny("bert").float(), samples(count=ROWS)
     options: dict[str, Any] = {"batch_size": 1, "save_to": tmp_path / "state", "save_minutes": 0}
