@@ -231,7 +231,8 @@ def test_report_takes_a_configuration_or_a_folder(config, called, tmp_path, caps
 def test_report_refuses_what_is_not_there_and_changes_to_a_folder(config, called, tmp_path, capsys):
     assert cli.run(["report", config]) == 2
     assert (
-        capsys.readouterr().err == f"irdscale: {tmp_path}/out: no such folder; expected the output of irdscale search\n"
+        capsys.readouterr().err
+        == f"irdscale: {tmp_path}/out: no such folder; expected the output of irdscale search or compare\n"
     )
     assert cli.run(["report", str(tmp_path), "output=x"]) == 2
     assert "expected the folder alone" in capsys.readouterr().err
