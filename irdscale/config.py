@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from irdscale.errors import InputError
 
 Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
-Direction = Literal["ird", "reverse", "random"]
+Direction = Literal["ird", "reverse", "random", "both"]
 RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 # Whose samples are texts that a language model goes on with.
@@ -316,7 +316,9 @@ class SearchConfig(Section):
     max_rounds: int = Field(8, ge=1, description="Rounds of halving after the start.")
     patience: int = Field(2, ge=1, description="Stop after so many rounds without a new best.")
     direction: Direction = Field(
-        "ird", description="Keep the samples with the larger traces, the smaller, or a seeded shuffle."
+        "ird",
+        description="Keep the samples with the larger traces, the smaller, or a seeded shuffle; `both`: evaluation "
+        "chooses the half (5 candidates a round, not 3; masks take half a pass over the samples more a halving).",
     )
     rank_by: RankBy = Field(
         "trace",
@@ -351,6 +353,10 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _ranked(self) -> SearchConfig:
+        if self.direction == "both" and self.drop_top:
+            raise ValueError(
+                f"drop_top: found {self.drop_top} with direction 'both'; expected 0.0: the smaller half would hold them"
+            )
         for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
             found, default = getattr(self, key), type(self).model_fields[key].default
             if found != default:

@@ -19,7 +19,7 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
+from irdscale.search.ird import Pair, lattice, most_candidates, most_evaluations, most_rounds
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model, trained_whole
@@ -106,7 +106,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     rounds, seeds = most_rounds(start, minimum, config.search.max_rounds), len(config.search.seeds)
     size = Size(
         rounds=rounds,
-        evaluations=most_evaluations(rounds, seeds),
+        evaluations=most_evaluations(rounds, seeds, config.search.direction == "both"),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
         rankings=len(lattice(start, minimum)[0]),
@@ -168,14 +168,15 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
         at_once: evaluations that run side by side; those of a round wait for its last one.
     """
     seeds = len(config.search.seeds)
-    # The pass over the ranked samples, and the one for as many random ones that the winner is compared with.
+    # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
     traces = config.traced + config.fisher.equal_samples
-    passes = size.samples * (traces * costs.trace + 2 * costs.gradient) / fisher_ranks
-    if config.search.rank_by == "loss":
-        passes += size.samples * costs.prediction / fisher_ranks
+    both = config.search.direction == "both"
+    masks = 1 + both * (size.rankings - 1) / 2
+    passes = size.samples * (traces * costs.trace + costs.prediction + (masks + 1) * costs.gradient) / fisher_ranks
     if config.fisher.head_warmup:
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
-    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[3] * size.rounds, 2))
+    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(both)] * size.rounds, 2))
+    rankings = 2**size.rankings - 1 if both else size.rankings
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests
+    return passes + (rankings + 1) * costs.ranking + waves * evaluation + tests

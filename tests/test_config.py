@@ -122,6 +122,7 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
             "search.drop_top: found 0.1 with direction 'random'; expected 0.0",
         ),
         ("fisher={score: saliency, equal_samples: true}", "fisher.equal_samples: found true with score 'saliency'"),
+        ("search={direction: both, drop_top: 0.1}", "search.drop_top: found 0.1 with direction 'both'; expected 0.0"),
         ("search.drop_top=0.5", "search.drop_top: found 0.5; expected less than 0.5"),
         ("fisher.objective=labl", "fisher.objective: found 'labl' (did you mean \"label\"?); expected 'label'"),
         ("fisher.score=fihser", "fisher.score: found 'fihser' (did you mean \"fisher\"?); expected 'fisher'"),

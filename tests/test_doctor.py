@@ -237,7 +237,7 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
             "ranking": 4e4,
             "begin": (waves + 6) * 1e6,
             "step": waves * 10 * 1e9,
-            "prediction": (waves * 20 + 6 * 30) * 1e13,
+            "prediction": (100 / ranks + waves * 20 + 6 * 30) * 1e13,
         }
         for name, expected in only.items():
             zero = {field.name: 0.0 for field in dataclasses.fields(costs)}

@@ -29,8 +29,8 @@ def rank_samples(
 ) -> list[int]:
     """Places 0..N-1 in the order in which halving keeps them: the first s are the s-sample set.
 
-    `ird` puts the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded shuffle,
-    which is how FISH draws its samples.
+    `ird` and `both` put the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded
+    shuffle, which is how FISH draws its samples.
 
     Args:
         values: [N], such as the samples' traces.
@@ -41,9 +41,9 @@ def rank_samples(
         order = list(range(len(values)))
         random.Random(seed).shuffle(order)
         return order
-    order = values.sort(descending=direction == "ird", stable=True).indices.tolist()
+    order = values.sort(descending=direction != "reverse", stable=True).indices.tolist()
     count = round(drop_top * len(order))
-    if direction == "ird":
+    if direction != "reverse":
         top, kept = order[:count], order[count:]
     else:
         kept, top = order[: len(order) - count], order[len(order) - count :]

@@ -19,7 +19,7 @@ from irdscale.plan.memory import (
 )
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import SMALL, gradient_traffic, sample_flops, sums_traffic, weight_traffic
-from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds
+from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds, sample_sets
 
 # Kind of pass and setting -> bytes of one batch.
 Trace = Callable[[str, Setting], Traced]
@@ -65,6 +65,7 @@ class Job:
         sizes: numbers of samples for which masks are made.
         evaluations: trainings of a whole search, at most.
         traced: whether the masks of the search come after a pass for the samples' traces.
+        mask_passes: over all samples, for the masks of the search.
         drawn_traced: whether the mask of the random samples that it is compared with does so, too.
         item: bytes of an entry of the sums.
         language: whether samples are texts that a language model goes on with.
@@ -83,6 +84,7 @@ class Job:
     sizes: int
     evaluations: int
     traced: bool
+    mask_passes: float
     drawn_traced: bool
     item: int
     language: bool
@@ -107,7 +109,8 @@ def job_of(
         start, minimum: the pair that the search starts from, and the one below which no candidate goes.
     """
     search = config.search
-    rounds = most_rounds(start, minimum, search.max_rounds)
+    rounds, both = most_rounds(start, minimum, search.max_rounds), search.direction == "both"
+    gradients = sum(sizes[0] for _, sizes in sample_sets(start.samples, minimum.samples, both))
     return Job(
         shapes=shapes,
         gpu=gpu,
@@ -118,8 +121,9 @@ def job_of(
         steps=steps,
         eval_batch=config.train.eval_batch_size,
         sizes=len(lattice(start, minimum)[0]),
-        evaluations=most_evaluations(rounds, len(search.seeds)),
+        evaluations=most_evaluations(rounds, len(search.seeds), both),
         traced=config.traced,
+        mask_passes=gradients / start.samples,
         drawn_traced=config.fisher.equal_samples,
         item=8 if config.fisher.dtype == "float64" else 4,
         language=language,
@@ -203,15 +207,16 @@ def cost(job: Job, layout: Layout) -> Cost:
     # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
     one_ranking = job.samples * (passed + one.traces)
     ranking, drawn = job.traced * one_ranking, job.drawn_traced * one_ranking
-    masks = job.samples * (passed + one.weights)
+    drawn_masks = job.samples * (passed + one.weights)
+    masks = job.mask_passes * drawn_masks
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
-    flops["search"] = ranking + drawn + 2 * masks + job.evaluations * flops["candidate"]
+    flops["search"] = ranking + drawn + masks + drawn_masks + job.evaluations * flops["candidate"]
 
     batches = ceil(job.samples / layout.world / layout.fisher_batch)
     gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
     sums = sums_traffic(shapes, layout.sharded, job.item, layout.world, batches, job.sizes)
-    passes = 2 if job.traced else 1
+    passes = job.traced + job.mask_passes
     micro = layout.accumulation * weight_traffic(shapes, train.zero, train.world)
     gradients = gradient_traffic(job.k + shapes.whole, train.zero, train.world)
     traffic = {
@@ -219,7 +224,7 @@ def cost(job: Job, layout: Layout) -> Cost:
         "weights_a_step": micro,
         "sums_a_pass": sums,
         "weights_a_pass": gathered,
-        "fisher": sums + passes * gathered,
+        "fisher": job.mask_passes * sums + passes * gathered,
         "candidate": job.steps * (gradients + micro),
     }
     at_once = max(1, layout.world // train.world)
@@ -230,7 +235,7 @@ def cost(job: Job, layout: Layout) -> Cost:
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
     passing = job.samples * (passed / speed + one.weights / speed) / layout.world + (sums + gathered) / band
     tracing = job.samples * (passed / speed + one.traces / exact) / layout.world + gathered / band
-    fisher = passing + job.traced * tracing
+    fisher = job.mask_passes * passing + job.traced * tracing
     stepping = step / speed / train.world + (gradients + micro) / own
     seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
     seconds["search"] = fisher + passing + job.drawn_traced * tracing + rounds * seconds["candidate"]

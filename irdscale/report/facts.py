@@ -23,6 +23,7 @@ class Candidate:
         mean: over the seeds; None if one failed.
         chosen: whether the search moved to it.
         shared: whether it has the same mask as a pair evaluated before, and so its metrics.
+        begin: place of the ranking at which its samples begin.
     """
 
     round: int
@@ -32,6 +33,7 @@ class Candidate:
     mean: float | None
     chosen: bool
     shared: bool
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def gather(output: Path) -> Facts:
     records = read_ledger(output / "ledger.jsonl")
     try:
         stored = read_json(output / "fisher/masks.json", "list of masks")
-        masks = {Pair(s, p): mask for s, p, mask in stored["masks"]}
+        masks = {Pair(s, p, *begin): mask for s, p, mask, *begin in stored["masks"]}
         traces = read_json(output / "fisher/traces.json", "list of traces")
-        kept = set(traces["order"][: result["best"]["samples"]])
+        begin = result["best"].get("begin", 0)
+        kept = set(traces["order"][begin : begin + result["best"]["samples"]])
         ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
         mask = Mask.load(output / result["best"]["mask"])
         layers, others = _density(mask)
@@ -108,12 +111,12 @@ def _rounds(
 ) -> list[Candidate]:
     seeds = result["config"]["search"]["seeds"]
     metrics = {(r["mask"], r["seed"]): r["metric"] for r in records if r["status"] == "ok"}
-    recorded = {(r["samples"], r["params"]) for r in records if r["round"] is not None}
-    path = [Pair(step["samples"], step["params"]) for step in result["path"]]
+    recorded = {(r["samples"], r["params"], r["mask"]) for r in records if r["round"] is not None}
+    path = [Pair(step["samples"], step["params"], step.get("begin", 0)) for step in result["path"]]
     last = max(r["round"] for r in records if r["round"] is not None)
     listed = []
     for number in range(max(last, len(path) - 1) + 1):
-        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum)
+        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum, result["direction"] == "both")
         for pair in pairs:
             found = {seed: metrics.get((masks[pair], seed)) for seed in seeds}
             values = [value for value in found.values() if value is not None]
@@ -125,7 +128,8 @@ def _rounds(
                     found,
                     sum(values) / len(values) if len(values) == len(seeds) else None,
                     number < len(path) and path[number] == pair,
-                    (pair.samples, pair.params) not in recorded,
+                    (pair.samples, pair.params, masks[pair]) not in recorded,
+                    pair.begin,
                 )
             )
     return listed

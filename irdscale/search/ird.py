@@ -31,10 +31,15 @@ class StartError(RunError):
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """A candidate: s samples, whose Fisher information chooses p trainable parameters."""
+    """A candidate: s samples, whose Fisher information chooses p trainable parameters.
+
+    Attributes:
+        begin: place of the ranking at which the samples begin; above 0 only where both halves are candidates.
+    """
 
     samples: int
     params: int
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,37 +81,50 @@ Metrics = list[float | None]
 Evaluate = Callable[[int, Wanted], Metrics]
 
 
-def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
-    """The pairs one round may move to: halves of the samples, of the parameters, and of both."""
-    half = Pair(pair.samples // 2, pair.params // 2)
-    fewer_samples, fewer_params = half.samples >= minimum.samples, half.params >= minimum.params
-    return [
-        candidate
-        for candidate, allowed in (
-            (Pair(half.samples, pair.params), fewer_samples),
-            (Pair(pair.samples, half.params), fewer_params),
-            (half, fewer_samples and fewer_params),
-        )
-        if allowed
-    ]
+def candidates(pair: Pair, minimum: Pair, both: bool = False) -> list[Pair]:
+    """The pairs one round may move to: halves of the samples, of the parameters, and of both.
+
+    Args:
+        both: the later half of the samples is a candidate beside the earlier one.
+    """
+    samples, params = pair.samples // 2, pair.params // 2
+    begins = [pair.begin, pair.begin + pair.samples - samples] if both else [pair.begin]
+    halves = begins if samples >= minimum.samples else []
+    found = [Pair(samples, pair.params, begin) for begin in halves]
+    if params >= minimum.params:
+        found.append(Pair(pair.samples, params, pair.begin))
+        found += [Pair(samples, params, begin) for begin in halves]
+    return found
 
 
-def likely_next(pairs: Sequence[Pair], minimum: Pair) -> list[Pair]:
+def likely_next(pairs: Sequence[Pair], minimum: Pair, both: bool = False) -> list[Pair]:
     """Pairs that the round after one over `pairs` may ask for; those first to which most of the pairs lead."""
-    leads = Counter(half for pair in dict.fromkeys(pairs) for half in candidates(pair, minimum))
+    leads = Counter(half for pair in dict.fromkeys(pairs) for half in candidates(pair, minimum, both))
     return sorted((half for half in leads if half not in pairs), key=lambda half: -leads[half])
 
 
 def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
     """Every s and every p that a search from `start` can reach, the largest first."""
+    return _halvings(start.samples, minimum.samples), _halvings(start.params, minimum.params)
 
-    def halvings(value: int, least: int) -> list[int]:
-        values = [value]
-        while values[-1] // 2 >= least:
-            values.append(values[-1] // 2)
-        return values
 
-    return halvings(start.samples, minimum.samples), halvings(start.params, minimum.params)
+def _halvings(value: int, least: int) -> list[int]:
+    values = [value]
+    while values[-1] // 2 >= least:
+        values.append(values[-1] // 2)
+    return values
+
+
+def sample_sets(samples: int, least: int, both: bool = False) -> list[tuple[int, list[int]]]:
+    """Where in the ranking the sample sets of a search begin, and the sizes of those that begin there.
+
+    One pass over the first and largest set of a beginning makes the masks of all that begin there.
+    """
+    found = [(0, _halvings(samples, least))]
+    for begin, sizes in found if both else ():
+        # What is found here is looked at in turn.
+        found += [(begin + size - size // 2, _halvings(size // 2, least)) for size in sizes[:-1]]
+    return found
 
 
 def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
@@ -118,15 +136,20 @@ def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
     return rounds
 
 
-def most_evaluations(rounds: int, seeds: int) -> int:
+def most_candidates(both: bool) -> int:
+    """How many candidates a round can have."""
+    return 5 if both else 3
+
+
+def most_evaluations(rounds: int, seeds: int, both: bool = False) -> int:
     """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take."""
-    return (1 + 3 * rounds + 2) * seeds
+    return (1 + most_candidates(both) * rounds + 2) * seeds
 
 
 def best_of(means: dict[Pair, float], lower_is_better: bool = False) -> Pair:
-    """The pair with the largest mean, or the smallest; ties go to fewer parameters, then fewer samples."""
+    """The pair with the largest mean, or the smallest; ties go to fewer parameters, fewer samples, the earlier half."""
     sign = -1 if lower_is_better else 1
-    return max(means, key=lambda pair: (sign * means[pair], -pair.params, -pair.samples))
+    return max(means, key=lambda pair: (sign * means[pair], -pair.params, -pair.samples, -pair.begin))
 
 
 def ird(
@@ -137,6 +160,7 @@ def ird(
     patience: int,
     evaluate: Evaluate,
     lower_is_better: bool = False,
+    both: bool = False,
 ) -> Outcome:
     """Run the search.
 
@@ -145,13 +169,14 @@ def ird(
         evaluate: given the round and all its new (pair, seed), in order, returns their metrics, None for a failure. It
             is never asked for the same one twice. A pair with a failure cannot be chosen.
         lower_is_better: of the metrics.
+        both: halves of either end of the ranking are candidates.
 
     Raises:
         StartError: the start could not be evaluated.
         ValueError: a size is below 1, or the start below the minimum.
     """
     return together(
-        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better)],
+        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better, both)],
         lambda asked: [evaluate(*of_one) for of_one in asked if of_one is not None],
     )[0]
 
@@ -185,7 +210,13 @@ def together(
 
 
 def rounds(
-    start: Pair, minimum: Pair, seeds: Sequence[int], max_rounds: int, patience: int, lower_is_better: bool = False
+    start: Pair,
+    minimum: Pair,
+    seeds: Sequence[int],
+    max_rounds: int,
+    patience: int,
+    lower_is_better: bool = False,
+    both: bool = False,
 ) -> Rounds:
     """The search of `ird` as a generator: yields a round and what it wants evaluated, is sent the metrics."""
     if min(minimum.samples, minimum.params) < 1:
@@ -214,7 +245,7 @@ def rounds(
     path = [Step(0, start, means[start])]
     stop, all_failed = f"max_rounds = {max_rounds} reached", False
     for round_number in range(1, max_rounds + 1):
-        next_pairs = candidates(state, minimum)
+        next_pairs = candidates(state, minimum, both)
         if not next_pairs:
             stop = f"no half of {state.samples} samples or {state.params} parameters is above the minima"
             break

@@ -29,7 +29,7 @@ from irdscale.fisher.pool import (
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.search.ird import Pair, lattice
+from irdscale.search.ird import Pair, lattice, sample_sets
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
 from irdscale.warmup import model_to_score
@@ -86,26 +86,34 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
         total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
     minimum = smallest_pair(config, start, total)
-    sizes, ks = lattice(start, minimum)
+    ks = lattice(start, minimum)[1]
+    sets = sample_sets(start.samples, minimum.samples, config.search.direction == "both")
     traces = torch.zeros(len(pool), dtype=torch.float64)
     if config.traced:
         saved = saved_pass(config, traces_before(_state("masks", name)))
         samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
     losses = samples.label_losses([len(ids) for ids in task.population.select(pool)["input_ids"]])
     order = ranked_samples(config, task, samples, traces, losses)
-    rankings = ranked_entries(
-        config,
-        samples,
-        order,
-        sizes,
-        start.params,
-        _state("masks", name),
-        traces=traces,
-        known=config.traced,
-        progress=progress,
-    )
+    hashes: dict[Pair, str] = {}
+    for begin, sizes in sets:
+        rankings = ranked_entries(
+            config,
+            samples,
+            order[begin:],
+            sizes,
+            start.params,
+            _state("masks", name, begin),
+            traces=traces,
+            known=config.traced,
+            progress=progress,
+        )
+        found = {Pair(s, p, begin): rankings[s].prefix(p) for s in sizes for p in ks}
+        hashes |= {pair: mask.hash for pair, mask in found.items()}
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                for mask in found.values():
+                    keep_mask(mask, output)
     names = dict(model.named_parameters())
-    found = {Pair(s, p): rankings[s].prefix(p) for s in sizes for p in ks}
     facts = {
         "parameters": total,
         "scored": scored,
@@ -114,15 +122,14 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
     }
-    masks = SearchMasks(start, minimum, {pair: mask.hash for pair, mask in found.items()}, facts)
+    masks = SearchMasks(start, minimum, hashes, facts)
     with failing_together():
         if rank_and_world()[0] == 0:
-            for mask in found.values():
-                keep_mask(mask, output)
             found_traces = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
             write_json(output / "fisher" / name / "traces.json", found_traces)
             write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
-            remove_saved(config, _state("masks", name))
+            for begin, _ in sets:
+                remove_saved(config, _state("masks", name, begin))
     return masks
 
 
@@ -142,9 +149,9 @@ def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks
     return earlier
 
 
-def _state(of: str, name: str) -> str:
-    """Where the state of a pass is kept, of the search of this name."""
-    return f"{name}-{of}" if name else of
+def _state(of: str, name: str, begin: int = 0) -> str:
+    """Where the state of a pass is kept, of the search of this name, over the samples from a place on."""
+    return "-".join([*([name] if name else ()), of, *([str(begin)] if begin else ())])
 
 
 def _index(output: Path, name: str) -> Path:
@@ -159,7 +166,10 @@ def _stored(masks: SearchMasks) -> dict[str, Any]:
     return {
         "start": [masks.start.samples, masks.start.params],
         "minimum": [masks.minimum.samples, masks.minimum.params],
-        "masks": [[pair.samples, pair.params, mask] for pair, mask in masks.masks.items()],
+        "masks": [
+            [pair.samples, pair.params, mask, *([pair.begin] if pair.begin else ())]
+            for pair, mask in masks.masks.items()
+        ],
         "facts": masks.facts,
     }
 
@@ -170,7 +180,7 @@ def _read(index: Path, output: Path, made_by: str) -> SearchMasks | None:
     try:
         if stored["made_by"] != made_by:
             return None
-        masks = {Pair(s, p): str(mask) for s, p, mask in stored["masks"]}
+        masks = {Pair(s, p, *begin): str(mask) for s, p, mask, *begin in stored["masks"]}
         read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{index}: not a list of masks: no valid {error}; delete the folder to start anew") from error

@@ -79,8 +79,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         started = time.perf_counter()
         best_mask, fish = masks.masks[outcome.best], baselines["fish_random"]
         best = {
-            "samples": outcome.best.samples,
-            "params": outcome.best.params,
+            **_place(outcome.best),
             "mask": f"masks/{best_mask}",
             "adapter": "adapter",
             **_selection(config, runner, best_mask),
@@ -117,6 +116,7 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     Raises:
         RunError: the start failed; says what of.
     """
+    both = config.search.direction == "both"
     try:
         outcome = ird(
             masks.start,
@@ -125,15 +125,21 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
             config.search.max_rounds,
             config.search.patience,
             lambda round_number, wanted: runner.evaluate_round(
-                round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum)
+                round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum, both)
             ),
             lower_is_better,
+            both,
         )
     except StartError as error:
         raise RunError(f"{error}: {runner.last_error()}") from None
     if outcome.all_failed:
         return replace(outcome, stop=f"{outcome.stop}: {runner.last_error()}")
     return outcome
+
+
+def _place(pair: Pair) -> dict[str, int]:
+    """A pair as results tell it; `begin` only where its samples are not the first of the ranking."""
+    return {"samples": pair.samples, "params": pair.params, **({"begin": pair.begin} if pair.begin else {})}
 
 
 def _what_was_found(
@@ -143,17 +149,13 @@ def _what_was_found(
         "best": best,
         "pareto": [
             {
-                "samples": pair.samples,
-                "params": pair.params,
+                **_place(pair),
                 "metric": outcome.means[pair],
                 "mask": f"masks/{masks.masks[pair]}",
             }
             for pair in outcome.pareto
         ],
-        "path": [
-            {"round": s.round, "samples": s.pair.samples, "params": s.pair.params, "metric": s.mean}
-            for s in outcome.path
-        ],
+        "path": [{"round": s.round, **_place(s.pair), "metric": s.mean} for s in outcome.path],
         "stop": outcome.stop,
         "baseline": baselines,
         "sample_gradients": masks.facts["sample_gradients"],
@@ -193,7 +195,7 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
     rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds)
-    return most_evaluations(rounds, len(config.search.seeds))
+    return most_evaluations(rounds, len(config.search.seeds), config.search.direction == "both")
 
 
 def _run_baselines(

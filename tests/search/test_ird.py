@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irdscale.errors import RunError
-from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird, lattice, likely_next
+from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird, lattice, likely_next, sample_sets
 
 SIZES = st.integers(1, 300)
 SEEDS = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
@@ -138,6 +138,48 @@ def test_odd_sizes_and_minima() -> None:
     assert candidates(Pair(7, 5), Pair(4, 2)) == [Pair(7, 2)]
     assert candidates(Pair(7, 5), Pair(4, 3)) == []
     assert lattice(Pair(7, 5), Pair(1, 2)) == ([7, 3, 1], [5, 2])
+
+
+def test_both_halves() -> None:
+    assert candidates(Pair(7, 5, 2), Pair(3, 2), both=True) == [
+        Pair(3, 5, 2),
+        Pair(3, 5, 6),
+        Pair(7, 2, 2),
+        Pair(3, 2, 2),
+        Pair(3, 2, 6),
+    ]
+    assert best_of({Pair(4, 4, 4): 1.0, Pair(4, 4): 1.0}) == Pair(4, 4)
+    start, minimum = Pair(16, 8), Pair(2, 4)
+    # The planted set is reached by taking the later half, the earlier one, and the later one again.
+    planted = Pair(2, 8, 10)
+
+    def score(pair: Pair, seed: int) -> float:
+        shared = len(set(range(pair.begin, pair.begin + pair.samples)) & {10, 11})
+        return shared / pair.samples + pair.params / 1000
+
+    outcome = ird(start, minimum, [0], 9, 9, Scores(score), both=True)
+    assert outcome.best == planted
+    assert [step.pair.begin for step in outcome.path[:4]] == [0, 8, 8, 10]
+    assert ird(start, minimum, [0], 9, 9, Scores(score)).best == start
+
+
+@given(SIZES, SIZES)
+def test_sample_sets_hold_every_set_that_a_search_can_reach(samples: int, least: int) -> None:
+    least = min(samples, least)
+    for both in (False, True):
+        reached, waiting = set(), [Pair(samples, 1)]
+        while waiting:
+            pair = waiting.pop()
+            reached.add((pair.begin, pair.samples))
+            waiting += candidates(pair, Pair(least, 1), both)
+        sets = sample_sets(samples, least, both)
+        listed = [(begin, size) for begin, sizes in sets for size in sizes]
+        assert len(listed) == len(set(listed))
+        assert set(listed) == reached
+        assert len({begin for begin, _ in sets}) == len(sets)
+        assert all(begin + sizes[0] <= samples for begin, sizes in sets)
+        halvings = len(sets[0][1]) - 1
+        assert sum(sizes[0] for _, sizes in sets) <= samples * (1 + both * halvings / 2)
 
 
 def test_is_pure_python() -> None:

@@ -14,8 +14,11 @@ from irdscale import Fisher, Mask, accumulate_fisher, top_k
 from irdscale.config import RunConfig, load_config
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
+from irdscale.report import write_report
 from irdscale.search.ird import Pair
+from irdscale.search.ledger import read_ledger
 from irdscale.search.masks import mask_folder, random_draw_mask, search_masks
+from irdscale.search.run import run_search
 from irdscale.tasks import build_model, load_task
 from irdscale.verbs import run_fisher
 from tests.search.toy import write_config
@@ -90,6 +93,37 @@ def test_equal_samples_everywhere(folder: Path, tmp_path: Path, direction: str) 
         written = json.loads((tmp_path / "traces.json").read_text())["trace"]
         assert written == pytest.approx(stored["trace"], rel=1e-4)
     assert not list((tmp_path / "fisher").glob("state-*")), "what was kept of the passes is removed"
+
+
+def test_both_halves_are_candidates_at_every_size(folder: Path, tmp_path: Path) -> None:
+    config = configured(
+        folder, tmp_path, "search.direction=both", "search.max_rounds=2", "search.seeds=[0]", "train.steps=4"
+    )
+    result = run_search(config, progress=False)
+    slow = Slow(config, 16)
+    order = json.loads((tmp_path / "fisher/traces.json").read_text())["order"]
+    traces = slow.fisher(range(16)).sample_trace.tolist()
+    assert order == sorted(range(16), key=lambda i: -traces[i])
+    stored = json.loads((tmp_path / "fisher/masks.json").read_text())["masks"]
+    masks = {Pair(s, p, *begin): mask for s, p, mask, *begin in stored}
+    sets = {(pair.begin, pair.samples) for pair in masks}
+    assert sets == {(0, 16), (0, 8), (8, 8), (0, 4), (4, 4), (8, 4), (12, 4)}
+    for pair, mask in masks.items():
+        chosen = order[pair.begin : pair.begin + pair.samples]
+        assert top_k(slow.fisher(chosen), pair.params).hash == mask, pair
+    assert result["sample_gradients"] == 16 + 16 * (1 + 2 / 2)
+    records = [r for r in read_ledger(tmp_path / "ledger.jsonl") if r["round"] == 1]
+    assert {r["direction"] for r in records} == {"both"}
+    assert [r["samples"] for r in records] == [8, 8, 16, 8, 8]
+    assert len({r["mask"] for r in records}) == 5
+    best = result["best"]
+    begin = best.get("begin", 0)
+    assert Path(best["mask"]).name == masks[Pair(best["samples"], best["params"], begin)]
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| 8 from place 8 |" in text
+    assert search_masks(config, slow.task, tmp_path, progress=False).masks == masks
+    assert not list((tmp_path / "fisher").glob("state-*"))
 
 
 def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:
