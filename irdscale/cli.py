@@ -187,10 +187,20 @@ def compare(config: Config, overrides: Overrides = None, as_json: Json = False) 
 def report(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the output folder of a search.")],
     overrides: Overrides = None,
+    samples: Annotated[
+        bool,
+        typer.Option(
+            "--samples",
+            help="Also measure which samples drive the winner's mask: one backward pass for each of its samples; "
+            "loads the model.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the report of a search or a comparison again, from what is in its output folder."""
     with _ending():
+        if samples:
+            alone("report --samples")
         if Path(config).is_dir():
             if overrides:
                 raise InputError(f"{overrides[0]}: found a folder and a key=value; expected the folder alone")
@@ -201,13 +211,15 @@ def report(
             raise InputError(f"{output}: no such folder; expected the output of irdscale search or compare")
         check_writable(output, "output")
         if (output / "compare.json").exists():
+            if samples:
+                raise InputError(f"--samples: {output}: found a comparison; expected the output of a search")
             from irdscale.compare import write_comparison
 
             result = write_comparison(output)
         else:
             from irdscale.report import write_report
 
-            result = write_report(output)
+            result = write_report(output, samples=samples, progress=True)
     _show(result, as_json)
 
 

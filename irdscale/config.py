@@ -702,6 +702,15 @@ def _override(values: dict[str, Any], override: str) -> str:
     return key
 
 
+def check_config(values: dict[str, Any], where: str) -> RunConfig:
+    """The configuration that a search dumped into the file `where`.
+
+    Raises:
+        InputError: it is none that this version knows.
+    """
+    return _validate(values, where, {}, set())
+
+
 def _merge(values: dict[str, Any], branch: dict[str, Any], key: str) -> None:
     for name, value in branch.items():
         inside = values.get(name)

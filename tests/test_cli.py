@@ -220,21 +220,25 @@ def test_report_takes_a_configuration_or_a_folder(config, called, tmp_path, caps
     (tmp_path / "other").mkdir()
     assert cli.run(["report", config]) == 0
     assert cli.run(["report", config, f"output={tmp_path}/other"]) == 0
-    assert cli.run(["report", str(tmp_path / "other")]) == 0
-    assert [args for _, args, _ in called.list] == [
-        (tmp_path / "out",),
-        (tmp_path / "other",),
-        (tmp_path / "other",),
+    assert cli.run(["report", str(tmp_path / "other"), "--samples"]) == 0
+    assert [(args, kwargs["samples"]) for _, args, kwargs in called.list] == [
+        ((tmp_path / "out",), False),
+        ((tmp_path / "other",), False),
+        ((tmp_path / "other",), True),
     ]
 
 
 def test_report_refuses_what_is_not_there_and_changes_to_a_folder(config, called, tmp_path, capsys):
     assert cli.run(["report", config]) == 2
     assert (
-        capsys.readouterr().err == f"irdscale: {tmp_path}/out: no such folder; expected the output of irdscale search\n"
+        capsys.readouterr().err
+        == f"irdscale: {tmp_path}/out: no such folder; expected the output of irdscale search or compare\n"
     )
     assert cli.run(["report", str(tmp_path), "output=x"]) == 2
     assert "expected the folder alone" in capsys.readouterr().err
+    (tmp_path / "compare.json").touch()
+    assert cli.run(["report", str(tmp_path), "--samples"]) == 2
+    assert "found a comparison; expected the output of a search" in capsys.readouterr().err
     assert called.list == []
 
 

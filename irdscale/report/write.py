@@ -7,7 +7,7 @@ from typing import Any
 
 from irdscale.config import LANGUAGE_KINDS
 from irdscale.report.analysis import Relation
-from irdscale.report.facts import gather
+from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.pages import write_pages
 from irdscale.report.verdict import percent, verdict
@@ -23,8 +23,12 @@ CAPTIONS = {
 }
 
 
-def write_files(output: Path) -> dict[str, Any]:
+def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     """See `irdscale.report.write_report`."""
+    if samples:
+        from irdscale.search.drivers import write_drivers
+
+        write_drivers(output, finished(output), progress)
     facts = gather(output)
     task = facts.result["task"]
     better = "smaller" if task.get("lower_is_better") else "larger"

@@ -26,8 +26,8 @@ from irdscale.report.analysis import (
     spearman,
 )
 from irdscale.report.facts import gather
+from tests.pages import Cells
 from tests.report.fake import write_output
-from tests.report.test_report import Cells
 
 SHAPES = {"wte.weight": (40,), "h.0.w": (30,), "h.0.b": (10,), "h.11.w": (20,)}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from irdscale import Mask, load_adapter
 from irdscale.config import load_config
@@ -76,6 +77,12 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -
     ranked = [traces["trace"][i] for i in traces["order"]]
     assert ranked == sorted(ranked, reverse=True)
     assert len(set(traces["row"])) == 16
+    task = load_task(config)
+    model = build_model(config, task, 0)[0]
+    chosen = [task.train[i] for i in range(len(task.train)) if task.train[i]["row"] in traces["row"]]
+    with torch.no_grad():
+        losses = {row["row"]: float(model(**task.collate([row])).loss) for row in chosen}
+    assert traces["loss"] == pytest.approx([losses[row] for row in traces["row"]], rel=1e-5)
 
 
 def _visited(result: dict[str, Any], ok: list[dict[str, Any]]) -> set[tuple[int, int]]:

@@ -1,0 +1,122 @@
+"""Which samples the winner's mask comes from: each one's share of the Fisher information inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irdscale.config import check_config
+from irdscale.errors import InputError, RunError
+from irdscale.files import read_json, write_json
+from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.lattice import equal_weights
+from irdscale.fisher.pool import draw_samples, sample_gradients
+from irdscale.fisher.scores import summed
+from irdscale.mask import Mask
+from irdscale.tasks import load_task
+from irdscale.warmup import model_to_score
+
+
+def masked_traces(
+    samples: SampleGradients,
+    order: Sequence[int],
+    mask: Mask,
+    *,
+    weights: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Of each ordered sample, the sum of its squared gradients at the mask's entries, float64 [len(order)].
+
+    One backward pass a sample, through the parameters that the mask has entries of.
+
+    Args:
+        weights: float64 [N], by which the samples' losses are multiplied.
+        dtype, offload: of the sums, as in `accumulate_fisher`.
+
+    Raises:
+        InputError: the mask has entries of a parameter that is not scored, or has another shape (named).
+    """
+    for name in mask.indices:
+        found = samples.shapes.get(name)
+        if found != mask.shapes[name]:
+            raise InputError(f"mask: {name}: found shape {found} in the model; expected {mask.shapes[name]}")
+    inside = replace(samples, scored={name: p for name, p in samples.scored.items() if name in mask.indices})
+    sums = new_sums(inside, order, dtype=dtype, offload=offload)
+    places = {name: mask.indices[name].long().to(total.device) for name, total in sums.tensors.items()}
+    found_N = torch.zeros(len(order), dtype=torch.float64)
+
+    def read(size: int) -> None:
+        for name, total in sums.tensors.items():
+            flat = total.view(-1)
+            found_N[size - 1] += flat[places[name]].double().sum().cpu()
+            # What is outside the mask goes on growing, unread.
+            flat[places[name]] = 0
+
+    inside.accumulate(
+        order,
+        sums,
+        weights=weights,
+        boundaries=range(1, len(order) + 1),
+        at_boundary=read,
+        progress=progress,
+        description="Samples of the mask",
+    )
+    return found_N
+
+
+def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -> Path:
+    """Measure each of the winner's samples, and write OUTPUT/fisher/drivers.json; returns its path.
+
+    Loads the search's data and model as they were, by the configuration in `result`, into this one process.
+
+    Args:
+        output: the folder of a finished search.
+        result: its result.json.
+
+    Raises:
+        InputError: the masks came from no samples, or the data or the model is not what the search had.
+        RunError: the file cannot be written.
+    """
+    config = check_config(result["config"], str(output / "result.json"))
+    if summed(config.fisher.score) is None:
+        raise InputError(
+            f"fisher.score: found {config.fisher.score}, whose masks no samples drive; "
+            f"expected fisher, gradient or saliency"
+        )
+    # Partitions over ranks would change no gradient.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
+    traces = read_json(output / "fisher" / "traces.json", "list of traces")
+    mask = Mask.load(output / result["best"]["mask"])
+    task = load_task(config)
+    pool = draw_samples(config, task, config.fisher.samples, "pool")
+    if list(task.population.select(pool)["row"]) != traces["row"]:
+        raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")
+    model, outside = model_to_score(config, task, progress)
+    samples = sample_gradients(config, task, model, pool, outside)
+    begin = result["best"].get("begin", 0)
+    kept = traces["order"][begin : begin + result["best"]["samples"]]
+    found_N = masked_traces(
+        samples,
+        kept,
+        mask,
+        weights=equal_weights(torch.tensor(traces["trace"], dtype=torch.float64))
+        if config.fisher.equal_samples
+        else None,
+        dtype=torch.float64 if config.fisher.dtype == "float64" else torch.float32,
+        offload=config.fisher.offload,
+        progress=progress,
+    )
+    total = float(found_N.sum())
+    if total == 0:
+        raise RunError(f"{output}: no sample has a gradient inside the winner's mask")
+    file = output / "fisher" / "drivers.json"
+    write_json(file, {"mask": mask.hash, "place": kept, "share": (found_N / total).tolist()})
+    return file
