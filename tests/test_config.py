@@ -84,7 +84,10 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
     [
         ("search.ratoi=1", 'search.ratoi: unknown key (did you mean "ratio"?)'),
         ("serch.ratio=1", 'serch: unknown key (did you mean "search"?)'),
-        ("foo.bar=1", "foo: unknown key; expected one of model, task, fisher, search, train, distributed, compare, output"),
+        (
+            "foo.bar=1",
+            "foo: unknown key; expected one of model, task, fisher, search, train, distributed, compare, output",
+        ),
         ("task.limit={trian: 3}", 'task.limit.trian: unknown key (did you mean "train"?)'),
         ("task.columns={txt: [a], label: y}", 'task.columns.txt: unknown key (did you mean "text"?)'),
         ("search={ratio: x, ratoi: 1}", 'search.ratoi: unknown key (did you mean "ratio"?)'),
