@@ -438,7 +438,9 @@ class CompareConfig(Section):
         default_factory=dict,
         description="Name -> a method and what it changes of fisher and search, such as [ird, search.max_rounds=2].",
     )
-    reference: str = Field("ird", description="The method whose differences to all others are reported.")
+    reference: str | None = Field(
+        None, description="The method whose differences to all others are reported; the first if unset."
+    )
     learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
         None, min_length=1, description="Every method is tried with each; `train.learning_rate` alone if unset."
     )
@@ -481,7 +483,7 @@ class CompareConfig(Section):
         for name in self.methods or ():
             if name not in known:
                 raise ValueError(f"methods: found {name!r}{nearest(name, known)}; expected of {', '.join(known)}")
-        if self.methods is not None and self.reference not in self.methods:
+        if self.methods is not None and self.reference is not None and self.reference not in self.methods:
             raise ValueError(f"reference: found {self.reference!r}; expected one of methods: {', '.join(self.methods)}")
         return self
 
@@ -667,9 +669,16 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError(f"{path}: cannot read the configuration: {reason}") from error
     values, lines = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: found no sections; expected model, task, fisher, search, train, distributed, output")
+        raise InputError(
+            f"{path}: found no sections; expected model, task, fisher, search, train, distributed, compare, output"
+        )
     _resolve_paths(values, path.parent)
-    return _validate(values, str(path), lines, {_override(values, override) for override in overrides})
+    overridden = {_override(values, override) for override in overrides}
+    config = _validate(values, str(path), lines, overridden)
+    place = "command line" if any(key.startswith("compare.variants") for key in overridden) else str(path)
+    for name, changed in config.compare.variants.items():
+        changed_config(config, changed[1:], f"{place}: compare.variants.{name}")
+    return config
 
 
 def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunConfig:

@@ -88,6 +88,22 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
             "foo.bar=1",
             "foo: unknown key; expected one of model, task, fisher, search, train, distributed, compare, output",
         ),
+        (
+            "compare.variants={x: [ird, search.rank_bi=loss]}",
+            'compare.variants.x: search.rank_bi: unknown key (did you mean "rank_by"?)',
+        ),
+        (
+            "compare.variants={x: [irt]}",
+            "x: found 'irt' (did you mean \"ird\"?); expected a method first: ird, reverse",
+        ),
+        ("compare.variants={ird: [ird]}", "found 'ird', a method's name; expected a new name"),
+        (
+            "compare.variants={x: [ird, train.steps=3]}",
+            "x: found 'train.steps=3'; expected key=value with a key of fisher",
+        ),
+        ("compare.methods=[ird, lorra]", "compare.methods: found 'lorra' (did you mean \"lora\"?); expected of ird"),
+        ("compare={methods: [fish], reference: ird}", "compare.reference: found 'ird'; expected one of methods: fish"),
+        ("compare.seeds=[1, 1]", "compare.seeds: found [1, 1]; expected distinct ones"),
         ("task.limit={trian: 3}", 'task.limit.trian: unknown key (did you mean "train"?)'),
         ("task.columns={txt: [a], label: y}", 'task.columns.txt: unknown key (did you mean "text"?)'),
         ("search={ratio: x, ratoi: 1}", 'search.ratoi: unknown key (did you mean "ratio"?)'),

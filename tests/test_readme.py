@@ -57,7 +57,8 @@ def test_every_command_on_a_toy(
             done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, (command, done.stderr)
             assert (tmp_path / "runs/ranks/mask").is_dir()
-    assert set(ran) == {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "plan", "bench"}
+    verbs = {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "plan", "bench", "compare"}
+    assert set(ran) == verbs
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
     assert (tmp_path / "runs/merged/model.safetensors").exists()
 

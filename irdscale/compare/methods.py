@@ -178,7 +178,7 @@ def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
             raise InputError(
                 f"compare.methods: found {method.name} without ird; expected both: it draws as often as ird evaluates"
             )
-    if config.compare.reference not in names:
+    if config.compare.reference not in (None, *names):
         raise InputError(
             f"compare.reference: found {config.compare.reference!r}; expected one of the methods: {', '.join(names)}"
         )

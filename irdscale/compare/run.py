@@ -95,6 +95,10 @@ class _Study:
         return self.config.compare.learning_rates or [self.config.train.learning_rate]
 
     @property
+    def reference(self) -> str:
+        return self.config.compare.reference or self.methods[0].name
+
+    @property
     def seeds(self) -> list[int]:
         return self.config.compare.seeds
 
@@ -200,7 +204,7 @@ def _compared(study: _Study) -> dict[str, Any]:
     seconds = {"masks": masked - started, "train": trained - masked, "test": ended - trained, "total": ended - started}
     return {
         **what_was_searched(study.config, study.task, study.facts.model),
-        "reference": study.config.compare.reference,
+        "reference": study.reference,
         "seeds": study.seeds,
         "learning_rates": study.grid,
         "methods": _table(study, chosen, tests),
@@ -398,7 +402,7 @@ def _table(
     study: _Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
 ) -> list[dict[str, Any]]:
     entries = [_entry(study, method, chosen, tests) for method in study.methods]
-    reference = next(entry for entry in entries if entry["name"] == study.config.compare.reference)
+    reference = next(entry for entry in entries if entry["name"] == study.reference)
     for entry in entries:
         ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, entry))
         entry["difference"] = None if entry is reference else paired(ours, others, study.task.lower_is_better)
