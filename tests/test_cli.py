@@ -40,7 +40,7 @@ RESULT = {
     "task": {"name": "mrpc", "metric": "f1"},
     "model": {"parameters": 1000000, "head": 770},
 }
-VERBS = ["search", "fisher", "train", "evaluate", "export", "report", "doctor", "plan", "bench"]
+VERBS = ["search", "compare", "fisher", "train", "evaluate", "export", "report", "doctor", "plan", "bench"]
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def called(monkeypatch):
 
     for module, names in {
         "irdscale.search.run": ["run_search"],
+        "irdscale.compare.run": ["run_compare"],
         "irdscale.verbs": ["run_fisher", "run_train", "run_evaluate", "run_export"],
         "irdscale.report": ["write_report"],
         "irdscale.doctor": ["diagnose"],
@@ -87,8 +88,9 @@ def called(monkeypatch):
         for name in names:
             setattr(fake, name, function(name))
         monkeypatch.setitem(sys.modules, module, fake)
-    # A package whose other modules the verb reads.
+    # Packages whose other modules the verbs read.
     monkeypatch.setattr("irdscale.plan.run_plan", function("run_plan"))
+    monkeypatch.setattr("irdscale.compare.write_comparison", function("write_comparison"))
     return calls
 
 
@@ -401,14 +403,15 @@ def test_help_has_an_example_that_fits_a_line(capsys, verb):
 def test_the_example_in_the_help_is_understood(called, capsys, tmp_path, monkeypatch):
     called.result = {"ok": True}
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text("model: {path: m}\ntask: {dataset: glue/rte}\n")
+    (tmp_path / "configs" / "studies").mkdir(parents=True)
+    for name in ("quickstart", "studies/lm_mixed"):
+        (tmp_path / "configs" / f"{name}.yaml").write_text("model: {path: m}\ntask: {dataset: glue/rte}\n")
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     for command in cli.app.registered_commands:
         example = command.epilog.split("\n\n")[1].split()
         assert cli.run([*example[1:], "--json"]) == 0
-    # A search writes its report too.
-    assert len(called.list) == len(VERBS) + 1
+    # A search and a comparison write their reports too.
+    assert len(called.list) == len(VERBS) + 2
 
 
 def test_version(capsys):
