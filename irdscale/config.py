@@ -111,7 +111,7 @@ class MixedWithConfig(Section):
         min_length=1, description="As `task.dataset`; its train split has samples of the same kind, and classes."
     )
     subset: str | None = Field(None, description="As `task.subset`.")
-    columns: ColumnsConfig | None = Field(None, description="Those of `task.columns` if unset.")
+    columns: ColumnsConfig | None = Field(None, description="Those of `task.columns` if unset, but for GLUE tasks.")
     share: Share = Field(description="Share of the population that is of the other data set.")
 
 

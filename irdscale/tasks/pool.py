@@ -212,6 +212,9 @@ def _other_train(
     place = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns or task.columns}
     task = task.model_copy(update={**place, "kind": kind, "pool": None})
     source = find_source(task)
+    if source.glue is not None and mixed.columns is None:
+        # GLUE tasks have columns of their own.
+        source = find_source(task.model_copy(update={"columns": None}))
     if kind in LANGUAGE_KINDS:
         rows = read_rows(source)["train"]
         part = Part("train", np.arange(rows.table.num_rows), "train")
