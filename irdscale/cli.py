@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from irdscale.errors import InputError, RunError
-from irdscale.launched import alone, joined, launched, tell_others
+from irdscale.launched import alone, joined, launched, leave, tell_others
 from irdscale.show import print_bench, print_doctor, print_search, readable
 
 if TYPE_CHECKING:
@@ -317,7 +317,7 @@ def _cluster(settings: RunConfig) -> Iterator[None]:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

@@ -6,15 +6,17 @@ that cannot come says why.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from irdscale import __version__
 from irdscale.errors import InputError, RunError
@@ -214,6 +216,20 @@ def _let_all_read(store: Store, rank: int, world: int) -> None:
     deadline = time.monotonic() + 5
     while rank == 0 and store.add(_READ, 0) < world and time.monotonic() < deadline:
         time.sleep(_POLL_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    A rank that met others does not take the interpreter down: threads of gloo and of DeepSpeed that still hold tensors
+    then abort the process now and then, and its launcher takes finished work for failed.
+    """
+    if not _met:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def tell_others(problem: str) -> None:

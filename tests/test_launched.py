@@ -284,6 +284,26 @@ def test_the_group_is_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch)
     assert not dist.is_initialized()
 
 
+def test_a_rank_that_met_others_leaves_without_taking_the_interpreter_down() -> None:
+    """Its output and what it registered for its end are not lost; what would abort it is not reached."""
+    code = """
+import atexit
+from irdscale import launched
+class Crash:
+    def __del__(self):
+        print("taken down")
+left = Crash()
+launched.Left = left
+atexit.register(print, "registered")
+print("output")
+launched._met = {met}
+launched.leave(3)
+"""
+    for met, said in ((True, "output\nregistered\n"), (False, "output\nregistered\ntaken down\n")):
+        done = subprocess.run([sys.executable, "-c", code.format(met=met)], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout, done.stderr) == (3, said, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "problem"),

@@ -19,6 +19,7 @@ from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.ranks import BUCKET_ENTRIES, add_up, failing_together, gather_texts, own_share, rank_and_world
 from tests.models import collate, samples, tiny
+from tests.ranks import end_rank
 
 COUNTS = (7, 2, 1)
 FAMILIES = ("bert", "gpt2", "deberta")
@@ -172,8 +173,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         assert bool((tensor == world * (world + 1) // 2).all())
     found = {layout: work(layout) for layout in LAYOUTS}
     torch.save({"found": found, "errors": one_error_for_all(rank, world)}, f"{folder}/{world}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.fixture(scope="module")

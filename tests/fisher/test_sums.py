@@ -17,6 +17,7 @@ import transformers
 from irdscale import accumulate_fisher
 from irdscale.fisher.room import bytes_needed
 from tests.models import collate, samples
+from tests.ranks import end_rank
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -63,8 +64,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         found[f"{layout} held"] = sum(d.numel() * d.element_size() for d in fisher.diagonal.values())
         del fisher
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end_rank()
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to reset the peak")

@@ -22,6 +22,7 @@ from irdscale.mask import Mask
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.training import fine_tune, sparse_model, trained_whole
 from tests.helpers import Family, tiny_model
+from tests.ranks import end_rank
 from tests.sparse.oracle import random_mask
 
 TOKENS, BATCH, SAMPLES, STEPS = 64, 8, 16, 3
@@ -159,6 +160,5 @@ def on_rank(rank: int, world: int, folder: str, family: str, cases: dict[str, tu
     if rank == 0:
         (Path(folder) / f"peaks-{family}-{world}.json").write_text(json.dumps(found))
     if world > 1:
-        dist.barrier()
-    # DeepSpeed's communication thread may abort a process that ends in the usual way.
+        end_rank()
     os._exit(0)

@@ -19,6 +19,7 @@ from irdscale.errors import InputError, RunError
 from irdscale.sparse import entries_of, sparse_state, trained_numbers
 from irdscale.sparse.adapter import _contents_hash
 from tests.models import FAMILIES, collate, samples, tiny
+from tests.ranks import end_rank
 from tests.sparse.oracle import random_mask
 
 HEAD = ("classifier.weight", "classifier.bias", "score.weight", "classifier.out_proj.weight")
@@ -190,7 +191,7 @@ def save_on_rank(rank: int, world: int, folder: str) -> None:
     Path(folder, "file").write_text("")
     with pytest.raises(RunError, match="cannot write" if rank == 0 else "rank 0: cannot write"):
         save_adapter(model, Path(folder) / "file" / "adapter")
-    dist.destroy_process_group()
+    end_rank()
 
 
 def test_rank_0_writes_and_ranks_fail_together(tmp_path: Path) -> None:
