@@ -295,7 +295,7 @@ def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
     zero = zero_settings(settings, world if train else None)
     with joined(settings.distributed, always=zero is not None):
         if world > 1:
-            from irdscale.config import settings_of_ranks
+            from irdscale.config_file import settings_of_ranks
             from irdscale.ranks import same_on_every_rank
 
             same_on_every_rank(settings_of_ranks(settings, zero))
@@ -462,7 +462,7 @@ def _load(
     for key in needs:
         if key not in given:
             raise InputError(f"{key}: missing; expected {key}=DIR among the arguments")
-    from irdscale.config import load_config
+    from irdscale.config_file import load_config
 
     return load_config(config, rest), given
 
@@ -475,7 +475,7 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | N
     elif summary is not None:
         summary()
     else:
-        from irdscale.config import leaves
+        from irdscale.config_file import leaves
 
         for key, value in leaves(result):
             print(f"{key:24} {readable(value)}")

@@ -6,7 +6,7 @@ import pytest
 
 from irdscale import cli
 from irdscale.cli import app
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))

@@ -11,7 +11,7 @@ import types
 import pytest
 
 from irdscale import doctor
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from tests.search.toy import write_config
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from irdscale.cli import run
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.plan import run_plan
 
