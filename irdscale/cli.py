@@ -105,7 +105,7 @@ def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        with _ranks(settings, train=False):
+        with _ranks(settings, train=settings.fisher.head_warmup > 0):
             from irdscale.verbs import run_fisher
 
             result = run_fisher(settings, progress=True)
@@ -310,8 +310,13 @@ def _cluster(settings: RunConfig) -> Iterator[None]:
     world = launched()[2]
     if world > 1:
         raise InputError(f"search.runner: found ray and {world} ranks (WORLD_SIZE); expected no launcher, or local")
-    micro_batch(settings, settings.search.ray.ranks)
-    zero_settings(settings, settings.search.ray.ranks)
+    asked = settings.search.ray
+    training = [asked.ranks]
+    if settings.fisher.head_warmup and asked.fisher_ranks is not None:
+        training.append(asked.fisher_ranks)
+    for ranks in training:
+        micro_batch(settings, ranks)
+        zero_settings(settings, ranks)
     yield
 
 
