@@ -105,7 +105,7 @@ def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -
     with _ending(interrupted="the same command goes on from there"):
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
-        with _ranks(settings, train=False):
+        with _ranks(settings, train=settings.fisher.head_warmup > 0):
             from irdscale.verbs import run_fisher
 
             result = run_fisher(settings, progress=True)
@@ -295,7 +295,7 @@ def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
     zero = zero_settings(settings, world if train else None)
     with joined(settings.distributed, always=zero is not None):
         if world > 1:
-            from irdscale.config import settings_of_ranks
+            from irdscale.config_file import settings_of_ranks
             from irdscale.ranks import same_on_every_rank
 
             same_on_every_rank(settings_of_ranks(settings, zero))
@@ -310,8 +310,13 @@ def _cluster(settings: RunConfig) -> Iterator[None]:
     world = launched()[2]
     if world > 1:
         raise InputError(f"search.runner: found ray and {world} ranks (WORLD_SIZE); expected no launcher, or local")
-    micro_batch(settings, settings.search.ray.ranks)
-    zero_settings(settings, settings.search.ray.ranks)
+    asked = settings.search.ray
+    training = [asked.ranks]
+    if settings.fisher.head_warmup and asked.fisher_ranks is not None:
+        training.append(asked.fisher_ranks)
+    for ranks in training:
+        micro_batch(settings, ranks)
+        zero_settings(settings, ranks)
     yield
 
 
@@ -462,7 +467,7 @@ def _load(
     for key in needs:
         if key not in given:
             raise InputError(f"{key}: missing; expected {key}=DIR among the arguments")
-    from irdscale.config import load_config
+    from irdscale.config_file import load_config
 
     return load_config(config, rest), given
 
@@ -475,7 +480,7 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | N
     elif summary is not None:
         summary()
     else:
-        from irdscale.config import leaves
+        from irdscale.config_file import leaves
 
         for key, value in leaves(result):
             print(f"{key:24} {readable(value)}")

@@ -174,6 +174,7 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
     masks = 1 + both * (size.rankings - 1) / 2
     passes = size.samples * (traces * costs.trace + costs.prediction + (masks + 1) * costs.gradient) / fisher_ranks
     if config.fisher.head_warmup:
+        # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
     waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(both)] * size.rounds, 2))

@@ -79,7 +79,7 @@ def print_doctor(result: dict[str, Any]) -> None:
     """What this machine has, and what it can run."""
     from rich.console import Console
 
-    from irdscale.config import leaves
+    from irdscale.config_file import leaves
 
     console = Console()
 

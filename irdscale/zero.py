@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,12 @@ def loading(config: RunConfig) -> Iterator[None]:
 
 
 def forget_settings() -> None:
-    """Have `from_pretrained` load whole models again, which it would not while a Trainer with ZeRO-3 is around."""
+    """Have `from_pretrained` load whole models again, and the next training be without DeepSpeed unless it asks for it.
+
+    While a Trainer with ZeRO-3 is around, models are loaded into partitions.
+    """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+    # Accelerate sets it, and takes it for a wish for ZeRO-2 from then on.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from irdscale import Mask, cli, save_adapter, sparsify
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.tasks import build_model, load_task
 from tests.helpers import tiny_model, tiny_tokenizer
 from tests.search.toy import write_config

@@ -94,6 +94,21 @@ def called(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize(
+    ("arguments", "world"),
+    [(["search", "search.runner=ray", "search.ray.fisher_ranks=3"], "1"), (["fisher"], "3")],
+)
+def test_ranks_that_cannot_warm_a_head_up_are_refused_before_any_work(
+    config, called, capsys, monkeypatch, arguments, world
+):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, value)
+    verb, *overrides = arguments
+    assert cli.run([verb, config, *overrides, "train.batch_size=8", "fisher.head_warmup=2"]) == 2
+    assert "train.batch_size: found 8; expected a multiple of 3: 3 rank(s)" in capsys.readouterr().err
+    assert called.list == []
+
+
 def test_search_shows_winner_baselines_and_report(config, called, capsys, tmp_path):
     called.result = RESULT
     assert cli.run(["search", config, "search.seeds=[3,4]", "train.steps=7"]) == 0

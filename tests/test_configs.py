@@ -6,7 +6,8 @@ import pytest
 
 from irdscale import cli
 from irdscale.cli import app
-from irdscale.config import LANGUAGE_KINDS, load_config
+from irdscale.config import LANGUAGE_KINDS
+from irdscale.config_file import load_config
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]

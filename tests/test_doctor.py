@@ -11,7 +11,7 @@ import types
 import pytest
 
 from irdscale import doctor
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from tests.search.toy import write_config
 
@@ -224,6 +224,23 @@ def test_a_search_runs_no_more_than_is_estimated(toy):
     assert result["sample_gradients"] <= 2 * most["samples"]
 
 
+def test_heads_are_warmed_up_as_often_as_is_estimated(toy, monkeypatch):
+    """Before the pool's passes and before those of the random samples; each time the pool's losses take no gradient."""
+    from irdscale import warmup
+    from irdscale.search.run import run_search
+
+    trained, fine_tune = [], warmup.fine_tune
+
+    def count(model, task, config, *rest):
+        trained.append(config.train.steps)
+        fine_tune(model, task, config, *rest)
+
+    monkeypatch.setattr(warmup, "fine_tune", count)
+    changes = {"fisher": toy.fisher.model_copy(update={"head_warmup": 3})}
+    run_search(toy.model_copy(update=changes), progress=False)
+    assert trained == [3, 3]
+
+
 def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     from irdscale.estimate import Costs, Size, search_seconds
 
@@ -245,6 +262,10 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
             assert search_seconds(toy, part, size, at_once, ranks) == pytest.approx(expected)
         total = search_seconds(toy, costs, size, at_once, ranks)
         assert total == pytest.approx(sum(only.values()), rel=1e-12)
+    warm = toy.model_copy(update={"fisher": toy.fisher.model_copy(update={"head_warmup": 7})})
+    for at_once, ranks in ((1, 1), (4, 2)):
+        head = search_seconds(warm, costs, size, at_once, ranks) - search_seconds(toy, costs, size, at_once, ranks)
+        assert head == pytest.approx(2 * (costs.begin + 7 * costs.step), rel=1e-4)
     shuffled = toy.model_copy(update={"search": toy.search.model_copy(update={"direction": "random"})})
     assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
     only_traces = Costs(trace=1.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=0.0)

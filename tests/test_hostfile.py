@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from irdscale import hostfile
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.hostfile import check_hosts, read_hostfile, run_on
 from irdscale.launched import free_port

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from irdscale import watch
 from irdscale.cli import run
-from irdscale.config import DistributedConfig, load_config
+from irdscale.config import DistributedConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
 from irdscale.launched import _meet, joined, launched, versions
 from irdscale.search.ledger import read_ledger

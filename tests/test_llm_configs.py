@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from irdscale.cli import app
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.plan import run_plan
 from irdscale.plan.hardware import GPUS
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from irdscale.compare.methods import dense_candidate, fitting_methods, model_facts
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.lora import insert_lora
 from irdscale.search.candidates import run_candidate, score_on_test

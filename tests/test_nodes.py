@@ -201,7 +201,7 @@ def test_a_node_that_cannot_begin_says_so_on_both(
 @pytest.mark.timeout(900)
 def test_a_search_on_two_machines_finds_what_one_finds(checkout: Path, tmp_path: Path) -> None:
     """Two namespaces that reach each other by a cable alone, and do not know each other's names."""
-    from irdscale.config import load_config
+    from irdscale.config_file import load_config
     from irdscale.search.run import run_search
 
     # Without dropout, whose streams are a rank's own.

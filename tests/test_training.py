@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from irdscale import Mask, top_k, unload
-from irdscale.config import RunConfig, TrainConfig, load_config, training_steps
+from irdscale.config import RunConfig, TrainConfig, training_steps
+from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
 from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients

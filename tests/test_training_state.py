@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from irdscale import training_state
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
 from irdscale.evaluation import evaluate_model
 from irdscale.sparse import trained_numbers

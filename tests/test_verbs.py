@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irdscale import Mask, accumulate_fisher, load_adapter, top_k
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
 from irdscale.fisher.pool import draw_samples
 from irdscale.tasks import build_model, load_task

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from irdscale import Mask, accumulate_fisher, sparsify, top_k
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.fisher.pool import draw_samples
 from irdscale.sparse.model import trained_numbers

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from irdscale.tasks import load_task
 from tests.training_oracle import changed, load, mask_of, oracle, toy
-from tests.training_ranks import Case, around_training, distinct, equal_oracle, go_on, state_of_all_stages
+from tests.training_ranks import Case, around_training, distinct, equal_oracle, go_on, state_of_all_stages, warm_head
 
 FAMILIES = ("bert", "gpt2", "llama")
 # Language models on texts of unequal lengths, whose tokens count alike wherever they are.
@@ -95,7 +95,9 @@ def spawn(work: Any, world: int, folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 @needs_deepspeed
 def test_around_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads drawn alike in partitions, a bad loss on one rank, shared evaluation, bytes that follow k."""
+    """Heads drawn alike in partitions and warmed up alike, a bad loss on one rank, shared evaluation, bytes by k."""
+    for dtype in ("float64", "float32"):
+        torch.save(warm_head(load(folder / "bert" / "toy.yaml", f"model.dtype={dtype}")), folder / f"warm-{dtype}.pt")
     spawn(around_training, 2, folder, monkeypatch)
 
 

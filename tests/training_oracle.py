@@ -13,7 +13,8 @@ import yaml
 from torch import Tensor, nn
 
 from irdscale import Mask
-from irdscale.config import RunConfig, load_config, training_steps
+from irdscale.config import RunConfig, training_steps
+from irdscale.config_file import load_config
 from irdscale.tasks import Task, build_model
 from irdscale.training import trained_whole, training_order
 from tests.helpers import tiny_model

@@ -22,11 +22,13 @@ from irdscale import merge
 from irdscale.config import RunConfig
 from irdscale.errors import TrainingError
 from irdscale.evaluation import evaluate_model
+from irdscale.fisher.pool import sample_gradients
 from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.ranks import add_up
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model
+from irdscale.warmup import model_to_score
 from tests.ranks import end_rank
 from tests.training_oracle import changed, load, mask_of
 
@@ -153,6 +155,8 @@ def around_training(rank: int, world: int, folder: str) -> None:
         heads(config, zero, task)
         bad_loss_on_one_rank(config, task, rank)
         evaluated(config, zero, task)
+        # Before what counts DDP's bytes: a training with DeepSpeed leaves nothing behind that changes the next one.
+        warmed(Path(folder))
         for stage in (None, 1, 2, 3):
             lean(
                 config if stage is None else changed(config, deepspeed=settings_file(Path(folder), stage)), task, stage
@@ -193,6 +197,34 @@ def evaluated(config: RunConfig, zero: RunConfig, task: Task) -> None:
             found = evaluate_model(model, task, task.test, size)
             expected = expected or found
             assert found == expected
+
+
+def warm_head(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The head that Fisher passes see after some steps, and the samples' traces by it."""
+    fisher = config.fisher.model_copy(update={"head_warmup": 10})
+    config, task = config.model_copy(update={"fisher": fisher}), load_task(config)
+    model, new = model_to_score(config, task, progress=False)
+    samples = sample_gradients(config, task, model, range(13), new)
+    traces = torch.zeros(13, dtype=torch.float64)
+    samples.add_traces(range(13), traces)
+    found = {"traces": traces}
+    for name in new:
+        with whole([model.get_parameter(name)]):
+            found[name] = model.get_parameter(name).detach().clone()
+    return found
+
+
+def warmed(folder: Path) -> None:
+    """Ranks that warm a head up together come to the one that a process alone comes to by the same batches."""
+    for dtype, stages, tolerance in (("float64", (None,), 1e-10), ("float32", (2, 3), 1e-5)):
+        config = load(folder / "bert" / "toy.yaml", f"model.dtype={dtype}")
+        expected = torch.load(folder / f"warm-{dtype}.pt", weights_only=True)
+        cold = build_model(config, load_task(config), 0)[0].get_parameter("classifier.weight")
+        assert (expected["classifier.weight"] - cold).abs().max() > 1e-2
+        for stage in stages:
+            file = None if stage is None else settings_file(folder, stage)
+            found = warm_head(changed(config, deepspeed=file))
+            close(found, expected, tolerance, f"warm head, stage {stage}")
 
 
 def lean(config: RunConfig, task: Task, stage: int | None) -> None:
@@ -292,11 +324,16 @@ def copied(state: Path) -> Path:
 def same(found: Any, expected: Any, tolerance: float, what: str) -> None:
     """Two sets of trained numbers are equal, or close."""
     for part, wanted in zip(found, expected, strict=True):
-        assert part.keys() == wanted.keys()
-        for name, value in part.items():
-            torch.testing.assert_close(
-                value, wanted[name], rtol=tolerance, atol=tolerance / 5, msg=lambda m, n=name: f"{what} {n}: {m}"
-            )
+        close(part, wanted, tolerance, what)
+
+
+def close(found: dict[str, Any], expected: dict[str, Any], tolerance: float, what: str) -> None:
+    """Tensors of the same names are equal, or close."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=tolerance, atol=tolerance / 5, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
 
 
 def shapes_and_sizes(folder: Path, task: Task, ways: dict[str, RunConfig], world: int) -> None:

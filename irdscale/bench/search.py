@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.bench.timing import figure
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, candidates, ird, lattice, likely_next

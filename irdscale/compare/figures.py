@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import log10
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from irdscale.compare.verdict import gain, reference_of, side
-from irdscale.report.figures import BLUE, GREEN, GREY, ORANGE, RED, canvas, plain_ticks, png
+from irdscale.report.figures import BLUE, GREEN, GREY, ORANGE, RED, canvas, plain_ticks, pngs
 
 _FURTHER = ("#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78350f", "#475569", "#eab308", "#a78bfa", "#111827")
 _COLORS = (BLUE, ORANGE, GREEN, RED, *_FURTHER)
@@ -20,14 +20,12 @@ _APART = 0.01
 
 def draw_all(study: dict[str, Any]) -> dict[str, bytes]:
     """name -> PNG of each figure that the study has data for."""
-    made: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
-        "scores": scores,
-        "parameters": score_by_parameters,
-        "differences": differences,
-        "rates": selection_by_rate,
-    }
-    drawn = {name: draw(study) for name, draw in made.items()}
-    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
+    return pngs(
+        scores=scores(study),
+        parameters=score_by_parameters(study),
+        differences=differences(study),
+        rates=selection_by_rate(study),
+    )
 
 
 def scores(study: dict[str, Any]) -> Figure | None:

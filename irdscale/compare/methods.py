@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from irdscale.config import METHODS, RunConfig, changed_config
+from irdscale.config import METHODS, RunConfig
+from irdscale.config_file import changed_config
 from irdscale.errors import InputError
 from irdscale.fisher.pool import scored_by, scored_of
 from irdscale.lora import insert_lora

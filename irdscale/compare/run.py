@@ -35,7 +35,8 @@ from irdscale.compare.methods import (
     trained,
 )
 from irdscale.compare.statistics import interval, paired
-from irdscale.config import RunConfig, dump_config, training_steps
+from irdscale.config import RunConfig, training_steps
+from irdscale.config_file import dump_config
 from irdscale.errors import InputError
 from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar

@@ -62,6 +62,7 @@ class Job:
         tokens: of the longest sample.
         samples, batch: of the Fisher passes, and of a training step.
         steps, eval_batch: of a training, and samples of a batch whose metric is measured.
+        head_steps: of a new head alone before the passes of a search, which take less memory than training.
         sizes: numbers of samples for which masks are made.
         evaluations: trainings of a whole search, at most.
         traced: whether the masks of the search come after a pass for the samples' traces.
@@ -81,6 +82,7 @@ class Job:
     batch: int
     steps: int
     eval_batch: int
+    head_steps: int
     sizes: int
     evaluations: int
     traced: bool
@@ -120,6 +122,8 @@ def job_of(
         batch=config.train.batch_size,
         steps=steps,
         eval_batch=config.train.eval_batch_size,
+        # Before the pool's passes, and before those of the random samples.
+        head_steps=2 * config.fisher.head_warmup,
         sizes=len(lattice(start, minimum)[0]),
         evaluations=most_evaluations(rounds, len(search.seeds), both),
         traced=config.traced,
@@ -211,7 +215,8 @@ def cost(job: Job, layout: Layout) -> Cost:
     masks = job.mask_passes * drawn_masks
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
-    flops["search"] = ranking + drawn + masks + drawn_masks + job.evaluations * flops["candidate"]
+    all_steps = job.head_steps + job.evaluations * job.steps
+    flops["search"] = ranking + drawn + masks + drawn_masks + all_steps * step
 
     batches = ceil(job.samples / layout.world / layout.fisher_batch)
     gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
@@ -229,7 +234,9 @@ def cost(job: Job, layout: Layout) -> Cost:
     }
     at_once = max(1, layout.world // train.world)
     rounds = ceil(job.evaluations / at_once)
-    traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + rounds * traffic["candidate"]
+    # Steps one after another; a head's is taken for a whole one, which takes more.
+    steps = job.head_steps + rounds * job.steps
+    traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + steps * (gradients + micro)
 
     speed, exact = gpu.flops(shapes.item), gpu.flops(4)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
@@ -238,5 +245,5 @@ def cost(job: Job, layout: Layout) -> Cost:
     fisher = job.mask_passes * passing + job.traced * tracing
     stepping = step / speed / train.world + (gradients + micro) / own
     seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
-    seconds["search"] = fisher + passing + job.drawn_traced * tracing + rounds * seconds["candidate"]
+    seconds["search"] = fisher + passing + job.drawn_traced * tracing + steps * stepping
     return Cost(traffic, flops, seconds)

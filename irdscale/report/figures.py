@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
@@ -19,17 +19,20 @@ BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b
 
 def draw_all(facts: Facts) -> dict[str, bytes]:
     """name -> PNG of each figure that the search has data for."""
-    made: dict[str, Callable[[Facts], Figure | None]] = {
-        "metric": metric_by_parameters,
-        "path": path_of_rounds,
-        "density": mask_density,
-        "traces": trace_distribution,
-        "overlap": mask_overlap,
-        "drift": layer_drift,
-        "cost": cost,
-    }
-    drawn = {name: draw(facts) for name, draw in made.items()}
-    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
+    return pngs(
+        metric=metric_by_parameters(facts),
+        path=path_of_rounds(facts),
+        density=mask_density(facts),
+        traces=trace_distribution(facts),
+        overlap=mask_overlap(facts),
+        drift=layer_drift(facts),
+        cost=cost(facts),
+    )
+
+
+def pngs(**figures: Figure | None) -> dict[str, bytes]:
+    """Each figure as a PNG file by its name, but for those that are None."""
+    return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def png(figure: Figure) -> bytes:

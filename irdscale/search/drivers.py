@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irdscale.config import check_config
+from irdscale.config_file import check_config
 from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, write_json
 from irdscale.fisher.accumulate import new_sums

@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from irdscale.config import RunConfig, config_changes, same_search
+from irdscale.config import RunConfig
+from irdscale.config_file import config_changes, same_search
 from irdscale.errors import InputError
 from irdscale.files import remove_temporaries
 from irdscale.search.ledger import read_ledger

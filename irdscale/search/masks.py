@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from irdscale.config import RunConfig, same_search
+from irdscale.config import RunConfig
+from irdscale.config_file import same_search
 from irdscale.errors import InputError
 from irdscale.files import digest, read_json, write_json
 from irdscale.fisher.lattice import ranked_entries_by_prefix

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.config import RunConfig, dump_config, training_steps
+from irdscale.config import RunConfig, training_steps
+from irdscale.config_file import dump_config
 from irdscale.errors import RunError
 from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar

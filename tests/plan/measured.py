@@ -15,7 +15,8 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import pass_options, sample_gradients
 from irdscale.mask import Mask

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from irdscale.cli import run
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.plan import run_plan
 
@@ -76,6 +77,18 @@ def test_numbers_of_a_small_model(config):
     assert found["flops"]["candidate"] == 10 * found["flops"]["step"]
     assert found["traffic_gib"]["search"] == 0
     assert found["hours"]["train"] == found["hours"]["candidate"] > 0
+
+
+def test_a_head_that_is_warmed_up_takes_steps_but_no_memory(config):
+    task = "task={dataset: a, kind: regression, columns: {text: [a], label: b}, max_length: 32}"
+    cold, warm = (plan(config, task, f"fisher.head_warmup={steps}", gpus_per_node=2) for steps in (0, 4))
+    assert warm["phases"] == cold["phases"]
+    # Before the pool's passes, and before those of the random samples.
+    more = {key: warm[key]["search"] - cold[key]["search"] for key in ("flops", "hours")}
+    assert more["flops"] == pytest.approx(2 * 4 * cold["flops"]["step"], rel=1e-3)
+    assert more["hours"] == pytest.approx(2 * 4 / 10 * cold["hours"]["candidate"], rel=0.02)
+    assert warm["hours"]["candidate"] == cold["hours"]["candidate"]
+    assert warm["traffic_gib"]["search"] > cold["traffic_gib"]["search"]
 
 
 def test_layouts_of_two_ranks(config):

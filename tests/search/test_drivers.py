@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from irdscale import Mask, accumulate_fisher, top_k
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.files import write_json
 from irdscale.fisher import SampleGradients, scored_parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.evaluation import evaluate_model
 from irdscale.report import write_report
 from irdscale.search.ledger import read_ledger

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from irdscale import Fisher, Mask, accumulate_fisher, top_k
-from irdscale.config import RunConfig, load_config
+from irdscale.config import RunConfig
+from irdscale.config_file import load_config
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
 from irdscale.report import write_report

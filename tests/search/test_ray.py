@@ -14,7 +14,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.cli import run  # noqa: E402
-from irdscale.config import load_config  # noqa: E402
+from irdscale.config_file import load_config  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
 from irdscale.search.ray import rungs  # noqa: E402

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from irdscale import Mask, load_adapter
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
 from irdscale.search import candidates, masks, run
@@ -243,7 +243,7 @@ def test_samples_for_masks_are_of_the_population(folder: Path, monkeypatch: pyte
 
 KILLED = """
 import sys
-from irdscale.config import load_config
+from irdscale.config_file import load_config
 from irdscale.search.run import run_search
 config = load_config(sys.argv[1], [f"output={sys.argv[2]}"])
 print("ready", flush=True)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from irdscale.config import RunConfig, TaskConfig, load_config, settings_of_ranks
+from irdscale.config import RunConfig, TaskConfig
+from irdscale.config_file import load_config, settings_of_ranks
 from irdscale.errors import InputError
 from irdscale.fisher.pool import draw_samples, traces_of
 from irdscale.tasks import Task, load_task
