@@ -174,17 +174,26 @@ def _kinds(config: RunConfig) -> list[str]:
 
 
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
-    """Upper bound of the evaluations, for the progress bar."""
-    parameters, most = facts.model["parameters"], 0
+    """Upper bound of the evaluations that are asked for, for the progress bar."""
     rates = len(config.compare.learning_rates or [config.train.learning_rate])
+    budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
+    most = 0
     for method in methods:
-        search = method.config.search
-        start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
-        halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
-        searching = method.kind in (*SEARCHES, "fish_best")
-        anew = config.compare.equal_budget and method.kind not in RANKINGS
-        most += rates + (most_candidates(search.direction == "both") * halvings if searching or anew else 0)
+        most += rates
+        if method.kind in SEARCHES:
+            # A search asks for its start once more, at the rate kept.
+            most += 1 + _most_searched(method, facts)
+        elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in RANKINGS):
+            most += budget
     return most * len(config.compare.seeds)
+
+
+def _most_searched(method: Method, facts: ModelFacts) -> int:
+    """Upper bound of what the search of one seed evaluates after its start."""
+    search, parameters = method.config.search, facts.model["parameters"]
+    start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
+    halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
+    return most_candidates(search.direction == "both") * halvings
 
 
 def _compared(study: _Study) -> dict[str, Any]:
