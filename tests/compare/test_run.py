@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from irdscale.compare import run
-from irdscale.compare.methods import RESTART, ModelFacts
+from irdscale.compare.asked import RESTART
+from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, ird, lattice
+from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
-from irdscale.search.masks import SearchMasks
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
