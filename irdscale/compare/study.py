@@ -59,6 +59,7 @@ class _Method(TypedDict):
 
 class _Task(TypedDict):
     name: str
+    kind: str
     metric: str
     lower_is_better: bool
     train: int

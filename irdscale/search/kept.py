@@ -70,6 +70,8 @@ def read_masks(index: Path) -> tuple[SearchMasks, str]:
     try:
         masks = {Pair(s, p, *begin): str(mask) for s, p, mask, *begin in stored["masks"]}
         read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
+        if not {read.start, read.fewest} <= set(masks):
+            raise ValueError(f"mask of {read.start}")
         return read, str(stored["made_by"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{index}: not a list of masks: no valid {error}; delete the folder to start anew") from error

@@ -185,8 +185,9 @@ BETTER = around(0.75, turn=1)
         (
             {"top_samples": BETTER, "fish": NEAR},
             " One mask of the 64 samples that rank first (largest traces) does better than the search (gain of "
-            "the search -0.0500, 95 % interval -0.0586 to -0.0414), for 1.5 fine-tunings instead of 7.4; over one mask of all "
-            "samples it gained +0.0510, 95 % interval +0.0510 to +0.0510: the choice of samples is what pays, not the search.",
+            "the search -0.0500, 95 % interval -0.0586 to -0.0414), for 1.5 fine-tunings instead of 7.4; over one mask "
+            "of all samples it gained +0.0510, 95 % interval +0.0510 to +0.0510: the choice of samples is what pays, "
+            "not the search.",
         ),
     ],
 )
