@@ -1,4 +1,4 @@
-"""The report of a finished comparison, from its compare.json alone."""
+"""The report of a finished comparison, from its compare.json and what its folder holds of samples and masks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.figures import draw_all
+from irdscale.compare.samples import COLUMNS, about_samples
 from irdscale.compare.study import read_study
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of
@@ -37,6 +38,8 @@ def write_files(output: Path) -> dict[str, Any]:
         "sentences": [said_of(study, method) for method in study["methods"]],
         "notes": notes(study),
         "failures": failures(study),
+        "samples": about_samples(output, study),
+        "sample_columns": COLUMNS,
         "captions": CAPTIONS,
     }
     written = write_pages(output, "irdscale.compare", "compare", values, draw_all(study))

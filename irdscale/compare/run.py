@@ -20,20 +20,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from irdscale.compare.methods import (
+from irdscale.compare.asked import (
     DRAWN,
     FEW,
     RANKINGS,
     RESTART,
     SEARCHES,
     Method,
-    ModelFacts,
-    dense_candidate,
     described,
-    fitting_methods,
-    model_facts,
-    trained,
+    owner_of,
+    ranking_name,
+    slug,
 )
+from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
 from irdscale.compare.statistics import interval, paired
 from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
@@ -45,7 +44,8 @@ from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, together
-from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks, smallest_pair
+from irdscale.search.kept import SearchMasks
+from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Engine, Runner
 from irdscale.search.shared import SharedLedger
@@ -175,17 +175,26 @@ def _kinds(config: RunConfig) -> list[str]:
 
 
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
-    """Upper bound of the evaluations, for the progress bar."""
-    parameters, most = facts.model["parameters"], 0
+    """Upper bound of the evaluations that are asked for, for the progress bar."""
     rates = len(config.compare.learning_rates or [config.train.learning_rate])
+    budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
+    most = 0
     for method in methods:
-        search = method.config.search
-        start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
-        halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
-        searching = method.kind in (*SEARCHES, "fish_best")
-        anew = config.compare.equal_budget and method.kind not in RANKINGS
-        most += rates + (most_candidates(search.direction == "both") * halvings if searching or anew else 0)
+        most += rates
+        if method.kind in SEARCHES:
+            # A search asks for its start once more, at the rate kept.
+            most += 1 + _most_searched(method, facts)
+        elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in RANKINGS):
+            most += budget
     return most * len(config.compare.seeds)
+
+
+def _most_searched(method: Method, facts: ModelFacts) -> int:
+    """Upper bound of what the search of one seed evaluates after its start."""
+    search, parameters = method.config.search, facts.model["parameters"]
+    start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
+    halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
+    return most_candidates(search.direction == "both") * halvings
 
 
 def _compared(study: _Study) -> dict[str, Any]:
@@ -227,35 +236,26 @@ def _make_masks(study: _Study) -> None:
 
 def _lattice(study: _Study, method: Method, seed: int) -> SearchMasks:
     """The masks of a method's ranking; methods with the same ranking share them."""
-    own = method.of_seed(seed)
-    owner = next(m for m in study.methods if m.kind in RANKINGS and m.of_seed(seed) == own)
+    owner = owner_of(study.methods, method, seed)
     earlier = study.lattices.get((owner.name, seed))
-    return earlier or study.call(own, search_masks, study.progress, f"{_slug(owner.name)}-{seed}")
+    name = ranking_name(owner, seed)
+    return earlier or study.call(method.of_seed(seed), search_masks, study.progress, name)
 
 
 def _draw(study: _Study, method: Method, seed: int, draw: int) -> Candidate:
     """A drawn mask's candidate, yet without a learning rate."""
-    own, name = method.of_seed(seed + RESTART * draw), f"{_slug(method.name)}-{seed}-{draw}"
+    own, name = method.of_seed(seed + RESTART * draw), f"{slug(method.name)}-{seed}-{draw}"
     if name not in study.drawn:
         study.drawn[name] = study.call(own, drawn_mask, name)
     mask, params = study.drawn[name]
     return Candidate(mask, Pair(0, params), seed, None, method.name)
 
 
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
-
-
-def _smallest(lattice: SearchMasks) -> Pair:
-    """The fewest samples of a search, with its most parameters."""
-    return Pair(min(pair.samples for pair in lattice.masks), lattice.start.params)
-
-
 def _first(study: _Study, method: Method, seed: int, rate: float) -> Candidate:
     """What a method tries a learning rate with."""
     if method.kind in RANKINGS:
         lattice = study.lattices[method.name, seed]
-        pair = _smallest(lattice) if method.kind in FEW else lattice.start
+        pair = lattice.fewest if method.kind in FEW else lattice.start
         return trained(method, Candidate(lattice.masks[pair], pair, seed, None, method.name), rate)
     if method.kind in DRAWN:
         return trained(method, _draw(study, method, seed, 0), rate)
@@ -350,7 +350,7 @@ def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
     """What a method without a search of its own tries beyond its first candidate."""
     if method.kind == "fish_best":
         pairs = [candidate.pair for candidate in study.tried["ird", seed][1:]]
-        name = f"{_slug(method.name)}-{seed}"
+        name = f"{slug(method.name)}-{seed}"
         draws = [
             study.call(
                 method.of_seed(seed), random_draw_mask, pair, study.progress, name, f"fish-{pair.samples}-{pair.params}"
@@ -453,7 +453,7 @@ def _gradients(study: _Study, method: Method, seed: int) -> int:
     lattice = study.lattices[method.name, seed]
     if method.kind == "fish_best":
         return lattice.start.samples + study.gradients.get((method.name, seed), 0)
-    alone = {"fish": lattice.start.samples, "fish_small": _smallest(lattice).samples}
+    alone = {"fish": lattice.start.samples, "fish_small": lattice.fewest.samples}
     return alone.get(method.kind, int(lattice.facts["sample_gradients"]))
 
 

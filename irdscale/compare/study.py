@@ -59,6 +59,7 @@ class _Method(TypedDict):
 
 class _Task(TypedDict):
     name: str
+    kind: str
     metric: str
     lower_is_better: bool
     train: int
@@ -83,6 +84,14 @@ class _Seconds(TypedDict):
     total: float
 
 
+class _Compare(TypedDict):
+    variants: NotRequired[dict[str, list[str]]]
+
+
+class _Config(TypedDict):
+    compare: NotRequired[_Compare]
+
+
 class _Study(TypedDict):
     task: _Task
     model: _Model
@@ -93,6 +102,7 @@ class _Study(TypedDict):
     base: _Base | None
     evaluations: int
     seconds: _Seconds
+    config: NotRequired[_Config]
     versions: dict[str, str | None]
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from irdscale.compare.statistics import paired
+
 ENOUGH_SEEDS = 5
+# What changes the way of a search, but not the mask of its fewest samples.
+_WAY = ("search.max_rounds=", "search.patience=")
 
 
 def method_named(study: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -23,7 +27,10 @@ def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any]
     Returns:
         {"mean", "low", "high", "n"}, None where no seed has both.
     """
-    difference = method["difference"] if method else None
+    return _as_gain(study, method["difference"] if method else None)
+
+
+def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[str, Any] | None:
     if difference is None or difference["mean"] is None:
         return None
     mean, low, high = difference["mean"], difference["low"], difference["high"]
@@ -64,7 +71,8 @@ def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
 
 
 def cost_and_gain(study: dict[str, Any]) -> str:
-    """The paragraph on what the search cost and what it gained over one FISH mask and over as many random ones."""
+    """The paragraph on what the search cost and what it gained: over one FISH mask, over as many random ones, and over
+    one mask of the samples that rank first."""
     reference = reference_of(study)
     fish, best = (method_named(study, name) for name in ("fish", "fish_best"))
     if reference["test"]["mean"] is None:
@@ -78,7 +86,7 @@ def cost_and_gain(study: dict[str, Any]) -> str:
     if over:
         sentences += ["Gains are on the test split, positive where it is better.", *over]
         sentences.append(_judged(study, fish, best))
-    return " ".join(sentences)
+    return " ".join(sentences) + _without_search(study, " ".join(sentences))
 
 
 def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
@@ -142,6 +150,56 @@ def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, 
 
 def _hint(seeds: int) -> str:
     return f" With {seeds} seeds that is a hint, not a proof." if seeds < ENOUGH_SEEDS else ""
+
+
+def _without_search(study: dict[str, Any], said: str) -> str:
+    """Whether one mask of the fewest samples, those that the search's ranking has first, would do instead of it."""
+    reference = reference_of(study)
+    kind, changes = _ranking(study, reference)
+    top = next((one for one in study["methods"] if _ranking(study, one) == ("top_samples", changes)), None)
+    found = gain(study, top)
+    if kind != "ird" or top is None or found is None or found["n"] == 1:
+        return ""
+    count = next((f"{one['samples']:,} " for one in top["seeds"] if one["samples"]), "")
+    mask, where, seeds = f"ne mask of the {count}samples that rank first ({top['label']})", side(found), found["n"]
+    costs = [_number(one["fine_tunings"]) for one in (top, reference) if one["fine_tunings"] is not None]
+    if where > 0:
+        cost = f", for {costs[1]} fine-tunings instead of {costs[0]}" if len(costs) == 2 else ""
+        text = f" The search gained {signed_interval(found)}, over o{mask}{cost}."
+    else:
+        does = (
+            "does better than the search"
+            if where < 0
+            else f"does as well as the search, as far as {seeds} seeds can show"
+        )
+        cost = f", for {costs[0]} fine-tunings instead of {costs[1]}" if len(costs) == 2 else ""
+        text = f" O{mask} {does} (gain of the search {signed_interval(found)}){cost}{_what_pays(study, top, where)}."
+    hint = _hint(seeds)
+    return text if hint in said else text + hint
+
+
+def _ranking(study: dict[str, Any], method: dict[str, Any]) -> tuple[str, list[str]]:
+    """A method's kind, and what it changes of how samples are ranked and masks made of them."""
+    variants = study.get("config", {}).get("compare", {}).get("variants", {})
+    kind, *changes = variants.get(method["name"], [method["name"]])
+    return kind, sorted(change for change in changes if not change.startswith(_WAY))
+
+
+def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
+    """What the mask of the samples that rank first owes to them, where a mask of random samples is worse."""
+    for name, words, what in (
+        ("fish_small", "as many random samples", "the ranking"),
+        ("fish", "all samples", "the choice of samples"),
+    ):
+        control = method_named(study, name)
+        if control is not None:
+            ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (top, control))
+            over = _as_gain(study, paired(ours, others, study["task"]["lower_is_better"]))
+            if over is None or side(over) <= 0:
+                return ""
+            pays = "is what pays, not the search" if where < 0 else "pays, and nothing shows that the search adds to it"
+            return f"; over one mask of {words} it gained {signed_interval(over)}: {what} {pays}"
+    return ""
 
 
 def notes(study: dict[str, Any]) -> list[str]:

@@ -139,13 +139,8 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     Raises:
         InputError: a mask is missing or damaged.
     """
-    kind, shuffled = result["task"]["kind"], result["direction"] == "random"
-    values, trace = np.asarray(traces["trace"], dtype=float), traces["trace"]
-    ranked, others = ("trace" if shuffled else "ranking"), []
-    if not shuffled and not _follows(traces["order"], trace, result["direction"]):
-        values = _places(traces["order"], result["direction"])
-        others = _with_numbers("the trace", values, trace)
-    found = [*others, *relations(values, traces, kind)]
+    kind, trace = result["task"]["kind"], traces["trace"]
+    ranked, found = ranking_relations(traces, result["direction"], kind)
     sentences = [headline(found, ranked)] if found else []
     flags = traces.get("altered")
     p = max(pair.params for pair in masks)
@@ -188,6 +183,24 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         layers,
         drivers(measured, traces) if same else None,
     )
+
+
+def ranking_relations(traces: Mapping[str, Any], direction: str, kind: str) -> tuple[str, list[Relation]]:
+    """What a search's ranking of its samples follows, the trace among it where that is not what ranks them.
+
+    Args:
+        traces: traces.json.
+
+    Returns:
+        What the relations are of, "ranking" or, where samples are shuffled, "trace"; and the relations.
+    """
+    trace, order = traces["trace"], traces["order"]
+    if direction == "random":
+        return "trace", relations(np.asarray(trace, dtype=float), traces, kind)
+    if _follows(order, trace, direction):
+        return "ranking", relations(np.asarray(trace, dtype=float), traces, kind)
+    values = _places(order, direction)
+    return "ranking", [*_with_numbers("the trace", values, trace), *relations(values, traces, kind)]
 
 
 def _follows(order: Sequence[int], trace: Sequence[float], direction: str) -> bool:
@@ -313,6 +326,14 @@ def _figure(relation: Relation) -> str:
     held = {"length": "loss", "loss": "length"}.get(relation.name)
     partial = "" if relation.held is None else f" ({relation.held:+.2f} with {held} held)"
     return f"Spearman {relation.value:+.2f} with {relation.name}{partial}"
+
+
+def by_chance(relation: Relation) -> str:
+    """Where 95 % of the values of an unrelated property lie, in words."""
+    low, high = relation.chance
+    if relation.measure == "Spearman":
+        return f"±{high:.2f}"
+    return f"below {high:.2f}" if relation.measure == "eta squared" else f"{low:.2f} to {high:.2f}"
 
 
 def _about_altered(found: list[Relation], altered: list[tuple[int, float]], base: float) -> str:

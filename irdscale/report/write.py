@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.config import LANGUAGE_KINDS
-from irdscale.report.analysis import Relation
+from irdscale.report.analysis import by_chance
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.pages import write_pages
@@ -42,7 +42,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         "output": str(output),
         "seeds": facts.result["config"]["search"]["seeds"],
     }
-    filters = {"number": _number, "chance": _chance}
+    filters = {"number": _number, "chance": by_chance}
     return write_pages(output, "irdscale.report", "report", values, draw_all(facts), filters)
 
 
@@ -51,11 +51,3 @@ def _number(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _chance(relation: Relation) -> str:
-    """Where 95 % of the values of an unrelated property lie."""
-    low, high = relation.chance
-    if relation.measure == "Spearman":
-        return f"±{high:.2f}"
-    return f"below {high:.2f}" if relation.measure == "eta squared" else f"{low:.2f} to {high:.2f}"

@@ -19,8 +19,8 @@ from irdscale.evaluation import evaluate_model
 from irdscale.mask import Mask
 from irdscale.ranks import first_says, rank_and_world
 from irdscale.search.ird import Pair
+from irdscale.search.kept import mask_folder
 from irdscale.search.ledger import evaluation_key
-from irdscale.search.masks import mask_folder
 from irdscale.sparse import load_adapter, save_adapter
 from irdscale.tasks import build_model
 from irdscale.training import (

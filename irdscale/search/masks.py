@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,35 +26,16 @@ from irdscale.fisher.pool import (
     traces_before,
     traces_of,
 )
-from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair, lattice, sample_sets
+from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
 from irdscale.warmup import model_to_score
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
-
-
-@dataclass(frozen=True)
-class SearchMasks:
-    """Where a search starts and ends, and the hash of the mask of every pair in between.
-
-    Attributes:
-        facts: parameters of the model, scored ones and which they are, the head's, sample gradients taken, seconds.
-    """
-
-    start: Pair
-    minimum: Pair
-    masks: dict[Pair, str]
-    facts: dict[str, Any]
-
-
-def mask_folder(output: Path, mask_hash: str) -> Path:
-    """Where a mask of this hash is kept."""
-    return output / "masks" / mask_hash
 
 
 def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
@@ -127,8 +107,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     with failing_together():
         if rank_and_world()[0] == 0:
             found_traces = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
-            write_json(output / "fisher" / name / "traces.json", found_traces)
-            write_json(_index(output, name), {**_stored(masks), "made_by": _made_by(config)})
+            write_json(traces_file(output, name), found_traces)
+            write_json(index_file(output, name), as_stored(masks, _made_by(config)))
             for begin, _ in sets:
                 remove_saved(config, _state("masks", name, begin))
     return masks
@@ -140,9 +120,9 @@ def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks
     Raises:
         InputError: the files are damaged.
     """
-    index = _index(output, name)
+    index = index_file(output, name)
     with failing_together():
-        earlier = _read(index, output, _made_by(config)) if index.exists() else None
+        earlier = _made_earlier(config, output, index) if index.exists() else None
     if not first_says(earlier is not None):
         return None
     if earlier is None:
@@ -155,48 +135,18 @@ def _state(of: str, name: str, begin: int = 0) -> str:
     return "-".join([*([name] if name else ()), of, *([str(begin)] if begin else ())])
 
 
-def _index(output: Path, name: str) -> Path:
-    return output / "fisher" / name / "masks.json"
-
-
 def _made_by(config: RunConfig) -> str:
     return digest(same_search(config.model_dump(mode="json")))
 
 
-def _stored(masks: SearchMasks) -> dict[str, Any]:
-    return {
-        "start": [masks.start.samples, masks.start.params],
-        "minimum": [masks.minimum.samples, masks.minimum.params],
-        "masks": [
-            [pair.samples, pair.params, mask, *([pair.begin] if pair.begin else ())]
-            for pair, mask in masks.masks.items()
-        ],
-        "facts": masks.facts,
-    }
-
-
-def _read(index: Path, output: Path, made_by: str) -> SearchMasks | None:
+def _made_earlier(config: RunConfig, output: Path, index: Path) -> SearchMasks | None:
     """The masks of an earlier run; None if another configuration, of a run that began no search, made them."""
-    stored = read_json(index, "list of masks")
-    try:
-        if stored["made_by"] != made_by:
-            return None
-        masks = {Pair(s, p, *begin): str(mask) for s, p, mask, *begin in stored["masks"]}
-        read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{index}: not a list of masks: no valid {error}; delete the folder to start anew") from error
-    for mask in set(masks.values()):
-        if Mask.load(mask_folder(output, mask)).hash != mask:
-            raise InputError(f"{mask_folder(output, mask)}: found another mask; expected the one of this hash")
+    read, made_by = read_masks(index)
+    if made_by != _made_by(config):
+        return None
+    for mask in set(read.masks.values()):
+        load_mask(output, mask)
     return read
-
-
-def keep_mask(mask: Mask, output: Path) -> str:
-    """Save a mask under its hash, once; returns the hash."""
-    folder = mask_folder(output, mask.hash)
-    if not folder.exists():
-        mask.save(folder)
-    return mask.hash
 
 
 def random_draw_mask(
@@ -217,7 +167,7 @@ def random_draw_mask(
             stored = read_json(file, "mask of random samples")
             if not isinstance(stored, dict) or not {"mask", "sample_gradients", "seconds"} <= set(stored):
                 raise InputError(f"{file}: not a mask of random samples; delete it to have it made again")
-            Mask.load(mask_folder(output, stored["mask"]))
+            load_mask(output, stored["mask"])
         return stored
     started = time.perf_counter()
     model, whole = model_to_score(config, task, progress)
@@ -254,7 +204,7 @@ def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[
             stored = read_json(file, "drawn mask")
             if not isinstance(stored, dict) or not {"mask", "params"} <= set(stored):
                 raise InputError(f"{file}: not a drawn mask; delete it to have it made again")
-            Mask.load(mask_folder(output, stored["mask"]))
+            load_mask(output, stored["mask"])
         return stored["mask"], stored["params"]
     with failing_together():
         model, new = build_model(config, task, config.search.seeds[0])

@@ -19,7 +19,8 @@ from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_evaluations, most_rounds
-from irdscale.search.masks import SearchMasks, random_draw_mask, search_masks, stored_masks
+from irdscale.search.kept import SearchMasks
+from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task

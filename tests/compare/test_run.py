@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from irdscale.compare import run
-from irdscale.compare.methods import RESTART, ModelFacts
+from irdscale.compare.asked import RESTART
+from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, ird, lattice
+from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
-from irdscale.search.masks import SearchMasks
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
@@ -120,7 +121,12 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
     monkeypatch.setattr(run, "score_on_test", tested)
 
     def compared(
-        metric: Callable[[Candidate], Any] = metric_of, left: int = 10**6, smaller: bool = False, **changes: Any
+        metric: Callable[[Candidate], Any] = metric_of,
+        left: int = 10**6,
+        smaller: bool = False,
+        rounds: int = 3,
+        patience: int = 2,
+        **changes: Any,
     ) -> tuple[dict[str, Any], Engine]:
         nonlocal engine, lower
         lower = smaller
@@ -130,7 +136,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
                 "model": {"path": "m"},
                 "task": {"dataset": "glue/rte"},
                 "fisher": {"samples": 16},
-                "search": {"ratio": 0.1, "min_samples": 4, "max_rounds": 3},
+                "search": {"ratio": 0.1, "min_samples": 4, "max_rounds": rounds, "patience": patience},
                 "train": {"steps": 4, "batch_size": 8},
                 "compare": settings,
                 "output": str(tmp_path / "out"),
@@ -287,6 +293,45 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
     assert found["fish"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
     assert found["fish_small"]["fine_tunings"] == pytest.approx(1 + 4 / 32)
     assert found["full"]["fine_tunings"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "tight"),
+    [
+        # Where one round evaluates its three candidates there is nothing to spare.
+        ({"methods": ["ird", "fish", "top_samples", "random_mask", "lora", "full"], "rounds": 1}, True),
+        ({"methods": ["ird", "fish", "top_samples", "full"], "equal_budget": False, "rounds": 1}, True),
+        ({"methods": ["ird", "reverse", "fish_best", "lora"], "rounds": 1}, True),
+        ({"rounds": 1, "seeds": [0]}, True),
+        ({}, False),
+        ({"equal_budget": False}, False),
+        ({"methods": ["fish", "random_mask"]}, True),
+        # A method has the budget of the search, whatever its own rounds would be.
+        ({"methods": ["ird", "short"], "variants": {"short": ["full", "search.max_rounds=1"]}}, False),
+        ({"methods": ["ird", "short"], "variants": {"short": ["fish_best", "search.max_rounds=1"]}}, False),
+        ({"methods": ["ird", "long"], "variants": {"long": ["ird", "search.max_rounds=3"]}, "rounds": 1}, False),
+        ({"methods": ["both", "full"], "variants": {"both": ["ird", "search.max_rounds=1"]}}, True),
+    ],
+)
+def test_the_bar_is_never_overrun(
+    changes: dict[str, Any], tight: bool, compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[list[float]] = []
+
+    @contextmanager
+    def bar(description: str, total: int, enabled: bool) -> Iterator[Any]:
+        bars.append([total, 0])
+
+        def advance(n: float = 1, note: str = "") -> None:
+            bars[-1][1] += n
+
+        yield advance
+
+    monkeypatch.setattr(run, "bar", bar)
+    compare(patience=9, **changes)
+    ((total, done),) = bars
+    assert done <= total
+    assert not tight or done == total
 
 
 def test_early_stopping_is_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of, side
 from tests.compare.fake import around, study
 
-# Differences to IRD at turns 0 and 1 vary by seed, so that intervals have a width: 0.0054 on each side.
+# Differences to IRD at turns 0 and 1 vary by seed, so that intervals have a width: 0.0086 on each side.
 IRD = around(0.70)
 FAR, NEAR = around(0.65, turn=1), around(0.699, turn=1)
 PAYS, MOSTLY, NONE = "IRD pays", "Most of the gain comes from choosing among several masks", "There is no gain that"
@@ -153,3 +153,92 @@ def test_sides() -> None:
     assert side({"mean": 1, "low": 0.5, "high": 1.5, "n": 5}) == 1
     assert side({"mean": -1, "low": -1.5, "high": -0.5, "n": 5}) == -1
     assert side({"mean": 0, "low": 0, "high": 0, "n": 5}) == side({"mean": 1, "low": None, "high": None, "n": 1}) == 0
+
+
+# The cost of one mask and of a search, and the samples of the former.
+COSTS = {"ird": {"fine_tunings": 7.4}, "top_samples": {"fine_tunings": 1.5}}
+BETTER = around(0.75, turn=1)
+
+
+@pytest.mark.parametrize(
+    ("tests", "expected"),
+    [
+        (
+            {"top_samples": FAR},
+            " The search gained +0.0500, 95 % interval +0.0414 to +0.0586, over one mask of the 64 samples that rank "
+            "first (largest traces), for 7.4 fine-tunings instead of 1.5.",
+        ),
+        (
+            {"top_samples": NEAR},
+            " One mask of the 64 samples that rank first (largest traces) does as well as the search, as far as 5 "
+            "seeds can show (gain of the search +0.0010, 95 % interval -0.0076 to +0.0096), for 1.5 fine-tunings "
+            "instead of 7.4.",
+        ),
+        # Worse than random samples, or as good: nothing says that their rank is what pays.
+        ({"top_samples": NEAR, "fish_small": BETTER}, "instead of 7.4."),
+        ({"top_samples": NEAR, "fish_small": around(0.70, turn=2), "fish": FAR}, "instead of 7.4."),
+        (
+            {"top_samples": NEAR, "fish_small": around(0.65, turn=2), "fish": BETTER},
+            "instead of 7.4; over one mask of as many random samples it gained +0.0490, 95 % interval +0.0404 to "
+            "+0.0576: the ranking pays, and nothing shows that the search adds to it.",
+        ),
+        (
+            {"top_samples": BETTER, "fish": NEAR},
+            " One mask of the 64 samples that rank first (largest traces) does better than the search (gain of "
+            "the search -0.0500, 95 % interval -0.0586 to -0.0414), for 1.5 fine-tunings instead of 7.4; over one mask "
+            "of all samples it gained +0.0510, 95 % interval +0.0510 to +0.0510: the choice of samples is what pays, "
+            "not the search.",
+        ),
+    ],
+)
+def test_whether_one_mask_would_do(tests: dict[str, list[float]], expected: str) -> None:
+    text = cost_and_gain(study({"ird": IRD, **tests}, changes=COSTS))
+    assert text.endswith(expected)
+
+
+def test_one_mask_of_a_lower_loss() -> None:
+    tests = {"ird": around(3.40), "top_samples": around(3.38, turn=1), "fish_small": around(3.42, turn=2)}
+    text = cost_and_gain(study(tests, True))
+    assert (
+        "(largest traces) does better than the search (gain of the search -0.0200, 95 % interval -0.0286 to -0.0114)"
+        in text
+    )
+    assert "it gained +0.0400, 95 % interval +0.0314 to +0.0486: the ranking is what pays, not the search." in text
+
+
+def test_one_mask_where_nothing_can_be_said() -> None:
+    for tests, reference in (
+        ({"ird": [0.7], "top_samples": [0.6]}, "ird"),
+        ({"ird": IRD, "top_samples": [None] * 5}, "ird"),
+        ({"ird": IRD, "top_samples": [0.7, None, None, None, None]}, "ird"),
+        ({"reverse": IRD, "top_samples": FAR}, "reverse"),
+    ):
+        assert "rank first" not in cost_and_gain(study(tests, reference=reference)), tests
+    unknown = study({"ird": IRD, "top_samples": FAR}, changes={"ird": {"fine_tunings": None}})
+    assert cost_and_gain(unknown).endswith("rank first (largest traces).")
+
+
+def test_one_mask_and_few_seeds() -> None:
+    hint = " With 3 seeds that is a hint, not a proof."
+    alone = cost_and_gain(study({"ird": IRD[:3], "top_samples": FAR[:3]}))
+    assert alone.endswith(f"instead of 8.4.{hint}")
+    assert cost_and_gain(study({"ird": IRD[:3], "top_samples": FAR[:3], "fish": FAR[:3]})).count(hint) == 1
+
+
+def test_one_mask_is_of_the_ranking_that_was_searched() -> None:
+    variants = {
+        "brief": ["ird", "search.max_rounds=1"],
+        "by length": ["ird", "search.rank_by=length", "search.patience=3"],
+        "long": ["top_samples", "search.rank_by=length"],
+    }
+
+    def found(*names: str) -> str:
+        compared = study({"ird": IRD, "top_samples": FAR})
+        methods = [one | {"name": name, "label": name} for one, name in zip(compared["methods"], names, strict=True)]
+        named = {"methods": methods, "reference": names[0], "config": {"compare": {"variants": variants}}}
+        return cost_and_gain(compared | named)
+
+    assert "rank first (top_samples)" in found("brief", "top_samples")
+    assert "rank first (long)" in found("by length", "long")
+    assert "rank first" not in found("by length", "top_samples")
+    assert "rank first" not in found("ird", "long")

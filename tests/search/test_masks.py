@@ -17,8 +17,9 @@ from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
 from irdscale.report import write_report
 from irdscale.search.ird import Pair
+from irdscale.search.kept import mask_folder
 from irdscale.search.ledger import read_ledger
-from irdscale.search.masks import mask_folder, random_draw_mask, search_masks
+from irdscale.search.masks import random_draw_mask, search_masks
 from irdscale.search.run import run_search
 from irdscale.tasks import build_model, load_task
 from irdscale.verbs import run_fisher

@@ -1,0 +1,169 @@
+"""What a comparison tells of its samples: what their ranking follows, and how masks depend on them, over the seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import ValidationError
+
+from irdscale.compare.asked import RANKINGS, Method, asked_methods, owner_of, ranking_name
+from irdscale.config import RunConfig
+from irdscale.errors import InputError
+from irdscale.files import read_json
+from irdscale.report.analysis import Relation, by_chance, headline, overlaps, ranking_relations
+from irdscale.report.verdict import percent
+from irdscale.search.ird import Pair
+from irdscale.search.kept import index_file, load_mask, mask_folder, read_masks, traces_file
+
+COLUMNS = ["property", "measure", "mean", "over the seeds", "by chance"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the section "Samples" of a report shows: in words, and a table of the `COLUMNS`."""
+
+    sentences: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """What is known of one seed's samples: their rows in the split, what their ranking follows, masks.
+
+    Attributes:
+        altered: shares of altered samples in the pool and in the smallest set; None where nothing was altered.
+        start, fewest: samples and entries of the masks `whole` and `first`, which are hashes.
+    """
+
+    rows: list[int]
+    relations: dict[str, Relation]
+    altered: tuple[float, float] | None
+    start: Pair
+    fewest: Pair
+    whole: str
+    first: str
+
+
+def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
+    """Read the samples and masks of the reference's ranking, or of the first method's that has one.
+
+    Returns:
+        None where no method ranks samples, or the folder holds none of their files.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    for method, names in _rankings(study):
+        files = [file for name in names for file in (traces_file(output, name), index_file(output, name))]
+        if any(file.exists() for file in files):
+            if not all(file.exists() for file in files):
+                return _without(files)
+            seeds = [_read(output, name, study["task"]["kind"], method.config.search.direction) for name in names]
+            folders = [mask_folder(output, mask) for one in seeds for mask in (one.whole, one.first)]
+            if all(folder.exists() for folder in folders):
+                return _told(output, study, method, seeds)
+            return _without(folders) if any(folder.exists() for folder in folders) else None
+    return None
+
+
+def _rankings(study: dict[str, Any]) -> list[tuple[Method, list[str]]]:
+    """The methods that rank samples, the reference first, and what their rankings of each seed are called."""
+    try:
+        methods = asked_methods(RunConfig.model_validate(study.get("config")))
+    except (ValidationError, InputError):
+        # An older version's configuration may lack what this one asks for.
+        return []
+    known = [one for one in methods if any(one.name == method["name"] for method in study["methods"])]
+    ranking = [one for one in known if one.kind in RANKINGS and one.config.search.direction != "random"]
+    ranking.sort(key=lambda method: method.name != study["reference"])
+    seeds = study["seeds"]
+    return [(one, [ranking_name(owner_of(known, one, seed), seed) for seed in seeds]) for one in ranking]
+
+
+def _without(paths: Sequence[Path]) -> Samples:
+    missing = next(path for path in paths if not path.exists())
+    return Samples([f"Nothing can be told of the samples: found no {'/'.join(missing.parts[-3:])}."], [])
+
+
+def _read(output: Path, name: str, kind: str, direction: str) -> _Seed:
+    file, masks = traces_file(output, name), read_masks(index_file(output, name))[0]
+    traces, start, fewest = read_json(file, "list of traces"), masks.start, masks.fewest
+    try:
+        flags, altered = traces.get("altered"), None
+        if flags is not None and 0 < sum(flags) < len(flags):
+            altered = fmean(flags), fmean(flags[place] for place in traces["order"][: fewest.samples])
+        found = {one.name: one for one in ranking_relations(traces, direction, kind)[1]}
+        return _Seed(traces["row"], found, altered, start, fewest, masks.masks[start], masks.masks[fewest])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not the traces of a search: {type(error).__name__} {error}") from error
+
+
+def _told(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed]) -> Samples:
+    size, few = f"{seeds[0].start.samples:,}", f"{seeds[0].fewest.samples:,}"
+    drawn = "For one seed" if len(seeds) == 1 else f"For each of {len(seeds)} seeds"
+    means = "" if len(seeds) == 1 else "; figures are means over the seeds"
+    shared = [name for name in seeds[0].relations if all(name in seed.relations for seed in seeds)]
+    of_seeds = [[seed.relations[name] for seed in seeds] for name in shared]
+    related = [_mean(found) for found in of_seeds]
+    sentences = [f"{drawn} {size} samples were drawn, and ranked as for {method.label}{means}."]
+    sentences.append(headline(related, "ranking"))
+    rows = [
+        _row(f"ranking and {mean.name}", mean.measure, [one.value for one in found], by_chance(mean))
+        for mean, found in zip(related, of_seeds, strict=True)
+    ]
+    altered = [seed.altered for seed in seeds if seed.altered is not None]
+    if altered:
+        pool, first = ([shares[place] for shares in altered] for place in (0, 1))
+        base = percent(fmean(pool))
+        sentences.append(f"Altered are {base} of the pool and {percent(fmean(first))} of the {few} that rank first.")
+        rows.append(_row(f"altered ones of all {size} samples", "share", pool))
+        rows.append(_row(f"altered ones of the first {few}", "share", first, base))
+    whole = {str(place): load_mask(output, seed.whole) for place, seed in enumerate(seeds)}
+    params, said = seeds[0].start.params, []
+    between = overlaps(whole, params)
+    chance = percent(between.chance)
+    if few != size:
+        firsts = [
+            overlaps({"whole": mask, "first": load_mask(output, seed.first)}, params).shares[0][1]
+            for seed, mask in zip(seeds, whole.values(), strict=True)
+        ]
+        said.append(f"the mask of the first {few} samples shares {percent(fmean(firsts))} with that of all")
+        rows.append(_row(f"masks of the first {few} and of all", "shared entries", firsts, chance))
+    if len(seeds) > 1:
+        pairs = [between.shares[a][b] for a, b in itertools.combinations(range(len(seeds)), 2)]
+        same = all(seed.rows == seeds[0].rows for seed in seeds)
+        by = [*([] if same else ["the draw of samples"]), *(["the new head"] if study["model"]["head"] else [])]
+        rest = f", the rest depends on {' and '.join(by)}" if by else ""
+        said.append(f"the masks of all samples of two seeds share {percent(fmean(pairs))}{rest}")
+        rows.append(_row("masks of all, of two seeds", "shared entries", pairs, chance))
+    if said:
+        sentences.append(f"Of {params:,} entries, {'; '.join(said)}; random masks would share {chance}.")
+    return Samples(sentences, rows)
+
+
+def _mean(found: list[Relation]) -> Relation:
+    """The mean over the seeds; of no strength where chance alone may do as much for one of them."""
+    lows, highs = zip(*(one.chance for one in found), strict=True)
+    held = [one.held for one in found if one.held is not None]
+    return replace(
+        found[0],
+        value=fmean(one.value for one in found),
+        chance=(min(lows), max(highs)),
+        strength=fmean(one.strength for one in found) if all(one.strength for one in found) else 0.0,
+        held=fmean(held) if len(held) == len(found) else None,
+    )
+
+
+def _row(name: str, measure: str, values: Sequence[float], chance: str = "") -> list[str]:
+    def shown(value: float) -> str:
+        if measure in ("share", "shared entries"):
+            return percent(value)
+        return f"{value:+.2f}" if measure == "Spearman" else f"{value:.2f}"
+
+    span = f"{shown(min(values))} to {shown(max(values))}" if len(values) > 1 else "-"
+    return [name, measure, shown(fmean(values)), span, chance]
