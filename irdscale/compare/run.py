@@ -44,7 +44,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, together
+from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, shrink_of, together
 from irdscale.search.masks import SearchMasks, drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Engine, Runner
@@ -179,12 +179,12 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
     parameters, most = facts.model["parameters"], 0
     rates = len(config.compare.learning_rates or [config.train.learning_rate])
     for method in methods:
-        search = method.config.search
+        search, shrink = method.config.search, shrink_of(method.config.search)
         start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
-        halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
+        most_of_one = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, shrink)
         searching = method.kind in (*SEARCHES, "fish_best")
         anew = config.compare.equal_budget and method.kind not in RANKINGS
-        most += rates + (most_candidates(search.direction == "both") * halvings if searching or anew else 0)
+        most += rates + (most_candidates(shrink) * most_of_one if searching or anew else 0)
     return most * len(config.compare.seeds)
 
 
@@ -323,7 +323,7 @@ def _search(study: _Study) -> None:
                 search.max_rounds,
                 search.patience,
                 study.task.lower_is_better,
-                search.direction == "both",
+                shrink_of(search),
             )
         )
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
