@@ -214,7 +214,8 @@ def test_sample_sets_hold_every_set_that_a_search_can_reach(
 
 @given(st.integers(1, 10**12), st.integers(1, 99))
 def test_what_is_kept_is_rounded_down_exactly(value: int, percent: int) -> None:
-    assert Shrink(percent / 100).kept(value) == value * percent // 100 < value
+    for whole in (value, 100 * value):
+        assert Shrink(percent / 100).kept(whole) == whole * percent // 100 < whole
     assert HALVES.kept(value) == value // 2
 
 
