@@ -306,12 +306,20 @@ class SearchConfig(Section):
     ratio: float = Field(0.005, gt=0, le=1, description="K / parameters of the model: where the search starts.")
     min_ratio: float | None = Field(None, gt=0, le=1, description="Never fewer parameters; ratio / 8 if unset.")
     min_samples: int = Field(8, ge=1, description="Never fewer samples.")
-    max_rounds: int = Field(8, ge=1, description="Rounds of halving after the start.")
+    keep: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the samples, and of the parameters, that a round keeps; more than half is a finer, "
+        "longer search.",
+    )
+    max_rounds: int = Field(8, ge=1, description="Rounds after the start.")
     patience: int = Field(2, ge=1, description="Stop after so many rounds without a new best.")
     direction: Direction = Field(
         "ird",
         description="Keep the samples with the larger traces, the smaller, or a seeded shuffle; `both`: evaluation "
-        "chooses the half (5 candidates a round, not 3; masks take half a pass over the samples more a halving).",
+        "chooses the end (5 candidates a round, not 3; masks take half a pass over the samples more a halving, and "
+        "up to twice the passes a round with a larger `keep`).",
     )
     rank_by: RankBy = Field(
         "trace",
@@ -321,7 +329,7 @@ class SearchConfig(Section):
         False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
     )
     drop_top: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that no half keeps: outliers."
+        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that are dropped first: outliers."
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
@@ -348,7 +356,7 @@ class SearchConfig(Section):
     def _ranked(self) -> SearchConfig:
         if self.direction == "both" and self.drop_top:
             raise ValueError(
-                f"drop_top: found {self.drop_top} with direction 'both'; expected 0.0: the smaller half would hold them"
+                f"drop_top: found {self.drop_top} with direction 'both'; expected 0.0: the smaller ones would hold them"
             )
         for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
             found, default = getattr(self, key), type(self).model_fields[key].default

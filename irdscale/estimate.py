@@ -19,7 +19,7 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import Pair, lattice, most_candidates, most_evaluations, most_rounds
+from irdscale.search.ird import Pair, most_candidates, most_evaluations, most_rounds, sample_sets, shrink_of
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model, trained_whole
@@ -57,11 +57,12 @@ class Size:
     """How much a search does, at most.
 
     Attributes:
-        rounds: of which each asks for three pairs.
+        rounds: of which each asks for three pairs, or five.
         evaluations: of the rounds and the baselines, each seed counted.
         steps: of one evaluation.
         samples: of the pool, whose gradients are taken in each pass.
-        rankings: numbers of samples for which masks are made.
+        rankings: sets of samples for which masks are made.
+        mask_samples: samples whose gradients these masks take, each pass counted.
         selection, test: samples of the splits.
     """
 
@@ -70,6 +71,7 @@ class Size:
     steps: int
     samples: int
     rankings: int
+    mask_samples: int
     selection: int
     test: int
 
@@ -103,13 +105,16 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     samples = sample_gradients(config, task, model, pool, whole)
     start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
     minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
-    rounds, seeds = most_rounds(start, minimum, config.search.max_rounds), len(config.search.seeds)
+    shrink, seeds = shrink_of(config.search), len(config.search.seeds)
+    rounds = most_rounds(start, minimum, config.search.max_rounds, shrink)
+    sets = sample_sets(start.samples, minimum.samples, shrink)
     size = Size(
         rounds=rounds,
-        evaluations=most_evaluations(rounds, seeds, config.search.direction == "both"),
+        evaluations=most_evaluations(rounds, seeds, shrink),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
-        rankings=len(lattice(start, minimum)[0]),
+        rankings=sum(len(sizes) for _, sizes in sets),
+        mask_samples=sum(sizes[0] for _, sizes in sets),
         selection=len(task.selection),
         test=len(task.test),
     )
@@ -170,14 +175,13 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
     seeds = len(config.search.seeds)
     # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
     traces = config.traced + config.fisher.equal_samples
-    both = config.search.direction == "both"
-    masks = 1 + both * (size.rankings - 1) / 2
-    passes = size.samples * (traces * costs.trace + costs.prediction + (masks + 1) * costs.gradient) / fisher_ranks
+    of_masks = (size.mask_samples + size.samples) * costs.gradient
+    passes = (size.samples * (traces * costs.trace + costs.prediction) + of_masks) / fisher_ranks
     if config.fisher.head_warmup:
         # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
-    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(both)] * size.rounds, 2))
-    rankings = 2**size.rankings - 1 if both else size.rankings
+    a_round = most_candidates(shrink_of(config.search))
+    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[a_round] * size.rounds, 2))
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    return passes + (rankings + 1) * costs.ranking + waves * evaluation + tests
+    return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests

@@ -38,6 +38,8 @@ def message(*overrides: str) -> str:
         ("fisher.include=['(']", "fisher.include: found '('; expected a regular expression"),
         ("search.seeds=[0, 0]", "search.seeds: found [0, 0]; expected distinct seeds"),
         ("search.min_ratio=0.1", "search.min_ratio: found 0.1; expected at most ratio (0.005)"),
+        ("search.keep=1.0", "search.keep: found 1.0; expected less than 1"),
+        ("search.keep=0.0", "search.keep: found 0.0; expected greater than 0"),
         ("search.min_samples=1000", "search.min_samples: found 1000; expected at most fisher.samples (256)"),
         (
             "search={direction: random, rank_by: loss}",

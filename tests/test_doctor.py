@@ -202,6 +202,7 @@ def test_the_estimate_of_a_search_measures_its_parts_and_writes_nothing(toy, tmp
         "steps": 24,
         "samples": 16,
         "rankings": 2,
+        "mask_samples": 16,
         "selection": 32,
         "test": 32,
         "training_steps": 18 * 24,
@@ -244,7 +245,7 @@ def test_heads_are_warmed_up_as_often_as_is_estimated(toy, monkeypatch):
 def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     from irdscale.estimate import Costs, Size, search_seconds
 
-    size = Size(rounds=2, evaluations=18, steps=10, samples=100, rankings=3, selection=20, test=30)
+    size = Size(rounds=2, evaluations=18, steps=10, samples=100, rankings=3, mask_samples=100, selection=20, test=30)
     costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13)
     # Waves of (start, two rounds, baselines) at two seeds: 2 + 6 + 6 + 4 one by one, 1 + 2 + 2 + 1 four at once.
     for at_once, ranks, waves in ((1, 1, 18), (4, 1, 6), (4, 2, 6)):
@@ -268,6 +269,8 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
         assert head == pytest.approx(2 * (costs.begin + 7 * costs.step), rel=1e-4)
     shuffled = toy.model_copy(update={"search": toy.search.model_copy(update={"direction": "random"})})
     assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
+    more = dataclasses.replace(size, rankings=7, mask_samples=250)
+    assert search_seconds(toy, costs, more) - search_seconds(toy, costs, size) == pytest.approx(4e4 + 150 * 100, abs=20)
     only_traces = Costs(trace=1.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=0.0)
     equal = toy.model_copy(update={"fisher": toy.fisher.model_copy(update={"equal_samples": True})})
     assert search_seconds(equal, only_traces, size) == 2 * search_seconds(toy, only_traces, size) == 200

@@ -29,8 +29,8 @@ DENSE = ("lora", "bitfit", "linear_probe", "full")
 RESTART = 10**6
 
 WORDS = {
-    "ird": ("IRD", "the search: halves with the larger traces, evaluated round by round"),
-    "reverse": ("reverse IRD", "the same search with the halves of the smaller traces"),
+    "ird": ("IRD", "the search: samples with the larger traces, evaluated round by round"),
+    "reverse": ("reverse IRD", "the same search with the samples of the smaller traces"),
     "fish_best": ("FISH, best of draws", "for each pair that IRD evaluated a random draw of as many samples; the best"),
     "fish": ("FISH", "one mask of all samples drawn: where IRD starts"),
     "fish_small": ("FISH, fewest samples", "one mask of the fewest samples of the search, drawn at random"),

@@ -43,7 +43,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, together
+from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, shrink_of, together
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
@@ -192,9 +192,9 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
 def _most_searched(method: Method, facts: ModelFacts) -> int:
     """Upper bound of what the search of one seed evaluates after its start."""
     search, parameters = method.config.search, facts.model["parameters"]
-    start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
-    halvings = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds)
-    return most_candidates(search.direction == "both") * halvings
+    start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
+    most = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, shrink)
+    return most_candidates(shrink) * most
 
 
 def _compared(study: _Study) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _search(study: _Study) -> None:
                 search.max_rounds,
                 search.patience,
                 study.task.lower_is_better,
-                search.direction == "both",
+                shrink_of(search),
             )
         )
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):

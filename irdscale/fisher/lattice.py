@@ -27,7 +27,7 @@ from irdscale.ranks import rank_and_world
 def rank_samples(
     values: Tensor, direction: str, seed: int, *, classes: Sequence[int] | None = None, drop_top: float = 0.0
 ) -> list[int]:
-    """Places 0..N-1 in the order in which halving keeps them: the first s are the s-sample set.
+    """Places 0..N-1 in the order in which a search keeps them: the first s are the s-sample set.
 
     `ird` and `both` put the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded
     shuffle, which is how FISH draws its samples.

@@ -66,7 +66,7 @@ def sample_gradients(
 def ranked_samples(
     config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor, losses: Tensor
 ) -> list[int]:
-    """Places of the samples in the order in which halving keeps them, by what `search` says of it.
+    """Places of the samples in the order in which a search keeps them, by what `search` says of it.
 
     Args:
         traces: float64 [N], of all samples, unless `search.direction` is random.

@@ -10,7 +10,7 @@ from irdscale.errors import InputError
 from irdscale.files import read_json
 from irdscale.mask import Mask, density
 from irdscale.report.analysis import LAYER, Analysis, analyse
-from irdscale.search.ird import Pair, candidates
+from irdscale.search.ird import HALVES, Pair, Shrink, candidates
 from irdscale.search.ledger import read_ledger
 
 
@@ -109,14 +109,15 @@ def gather(output: Path) -> Facts:
 def _rounds(
     result: dict[str, Any], records: list[dict[str, Any]], masks: dict[Pair, str], minimum: Pair
 ) -> list[Candidate]:
-    seeds = result["config"]["search"]["seeds"]
+    search = result["config"]["search"]
+    seeds, shrink = search["seeds"], Shrink(search.get("keep", HALVES.keep), result["direction"] == "both")
     metrics = {(r["mask"], r["seed"]): r["metric"] for r in records if r["status"] == "ok"}
     recorded = {(r["samples"], r["params"], r["mask"]) for r in records if r["round"] is not None}
     path = [Pair(step["samples"], step["params"], step.get("begin", 0)) for step in result["path"]]
     last = max(r["round"] for r in records if r["round"] is not None)
     listed = []
     for number in range(max(last, len(path) - 1) + 1):
-        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum, result["direction"] == "both")
+        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum, shrink)
         for pair in pairs:
             found = {seed: metrics.get((masks[pair], seed)) for seed in seeds}
             values = [value for value in found.values() if value is not None]

@@ -107,7 +107,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
 def path_of_rounds(facts: Facts) -> Figure:
     """Samples against parameters: every evaluated pair with its mean, and the way that the search took."""
     figure, axes = canvas()
-    # Of two halves of equal size, the one that the search moved to is drawn.
+    # Of two sets of equal size, the one that the search moved to is drawn.
     rounds = sorted(facts.rounds, key=lambda c: c.chosen)
     means = {(c.params, c.samples): c.mean for c in rounds if c.mean is not None}
     xs, ys, colors = [p for p, _ in means], [s for _, s in means], list(means.values())

@@ -13,7 +13,8 @@ From the paper (arXiv 2403.08484): halving the samples and the parameters round 
 larger Fisher information (the smaller in the reverse contrast), fine-tuning each candidate and going on from the
 best. Ours, where its pseudo-code leaves them open: these three candidates, the start counted as a candidate of its
 own, the stop rules, several seeds and their mean, the minima, that a pair is never evaluated twice, and that ties go
-to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here.
+to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here. Other shares
+than halves are `Shrink`'s.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from irdscale.errors import RunError
+
+if TYPE_CHECKING:
+    from irdscale.config import SearchConfig
 
 
 class StartError(RunError):
@@ -34,12 +41,49 @@ class Pair:
     """A candidate: s samples, whose Fisher information chooses p trainable parameters.
 
     Attributes:
-        begin: place of the ranking at which the samples begin; above 0 only where both halves are candidates.
+        begin: place of the ranking at which the samples begin; above 0 only where both ends are candidates.
     """
 
     samples: int
     params: int
     begin: int = 0
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """How a round makes the samples and the parameters fewer.
+
+    Attributes:
+        keep: share of either that is kept, above 0 and below 1.
+        both: the later samples of the ranking are a candidate beside the earlier ones, as many of them; where more than
+            half are kept, the two overlap.
+        reach: rounds from the start within which sizes and sample sets are listed; all of them if None.
+    """
+
+    keep: float = 0.5
+    both: bool = False
+    reach: int | None = None
+
+    def kept(self, value: int) -> int:
+        """How many of `value` are kept, rounded down; always fewer."""
+        # Of the decimals as written: 0.7 x 10 is 7, and 0.29 x 100 is 29, which floats miss.
+        return int(value * Fraction(str(self.keep)))
+
+    @property
+    def part(self) -> str:
+        """What is kept, in words."""
+        return "half" if self.keep == HALVES.keep else f"share of {self.keep:g}"
+
+
+# The paper's.
+HALVES = Shrink()
+
+
+def shrink_of(search: SearchConfig) -> Shrink:
+    """How the rounds of a search shrink its pairs."""
+    # Halves are few; of larger shares there are so many that only those are listed that the rounds can come to.
+    reach = search.max_rounds if search.keep > HALVES.keep else None
+    return Shrink(search.keep, search.direction == "both", reach)
 
 
 @dataclass(frozen=True)
@@ -81,73 +125,73 @@ Metrics = list[float | None]
 Evaluate = Callable[[int, Wanted], Metrics]
 
 
-def candidates(pair: Pair, minimum: Pair, both: bool = False) -> list[Pair]:
-    """The pairs one round may move to: halves of the samples, of the parameters, and of both.
-
-    Args:
-        both: the later half of the samples is a candidate beside the earlier one.
-    """
-    samples, params = pair.samples // 2, pair.params // 2
-    begins = [pair.begin, pair.begin + pair.samples - samples] if both else [pair.begin]
-    halves = begins if samples >= minimum.samples else []
-    found = [Pair(samples, pair.params, begin) for begin in halves]
+def candidates(pair: Pair, minimum: Pair, shrink: Shrink = HALVES) -> list[Pair]:
+    """The pairs one round may move to: with a part of the samples, of the parameters, and of both."""
+    samples, params = shrink.kept(pair.samples), shrink.kept(pair.params)
+    begins = [pair.begin, pair.begin + pair.samples - samples] if shrink.both else [pair.begin]
+    parts = begins if samples >= minimum.samples else []
+    found = [Pair(samples, pair.params, begin) for begin in parts]
     if params >= minimum.params:
         found.append(Pair(pair.samples, params, pair.begin))
-        found += [Pair(samples, params, begin) for begin in halves]
+        found += [Pair(samples, params, begin) for begin in parts]
     return found
 
 
-def likely_next(pairs: Sequence[Pair], minimum: Pair, both: bool = False) -> list[Pair]:
+def likely_next(pairs: Sequence[Pair], minimum: Pair, shrink: Shrink = HALVES) -> list[Pair]:
     """Pairs that the round after one over `pairs` may ask for; those first to which most of the pairs lead."""
-    leads = Counter(half for pair in dict.fromkeys(pairs) for half in candidates(pair, minimum, both))
-    return sorted((half for half in leads if half not in pairs), key=lambda half: -leads[half])
+    leads = Counter(part for pair in dict.fromkeys(pairs) for part in candidates(pair, minimum, shrink))
+    return sorted((part for part in leads if part not in pairs), key=lambda part: -leads[part])
 
 
-def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
+def lattice(start: Pair, minimum: Pair, shrink: Shrink = HALVES) -> tuple[list[int], list[int]]:
     """Every s and every p that a search from `start` can reach, the largest first."""
-    return _halvings(start.samples, minimum.samples), _halvings(start.params, minimum.params)
+    return _sizes(start.samples, minimum.samples, shrink), _sizes(start.params, minimum.params, shrink)
 
 
-def _halvings(value: int, least: int) -> list[int]:
-    values = [value]
-    while values[-1] // 2 >= least:
-        values.append(values[-1] // 2)
-    return values
+def _sizes(value: int, least: int, shrink: Shrink) -> list[int]:
+    sizes = [value]
+    while (kept := shrink.kept(sizes[-1])) >= least and (shrink.reach is None or len(sizes) <= shrink.reach):
+        sizes.append(kept)
+    return sizes
 
 
-def sample_sets(samples: int, least: int, both: bool = False) -> list[tuple[int, list[int]]]:
+def sample_sets(samples: int, least: int, shrink: Shrink = HALVES) -> list[tuple[int, list[int]]]:
     """Where in the ranking the sample sets of a search begin, and the sizes of those that begin there.
 
-    One pass over the first and largest set of a beginning makes the masks of all that begin there.
+    One pass over the first and largest set of a beginning makes the masks of all that begin there. With `shrink.both`,
+    beginnings double with each size until they meet.
     """
-    found = [(0, _halvings(samples, least))]
-    for begin, sizes in found if both else ():
-        # What is found here is looked at in turn.
-        found += [(begin + size - size // 2, _halvings(size // 2, least)) for size in sizes[:-1]]
-    return found
+    sizes = _sizes(samples, least, shrink)
+    found = {0: [samples]}
+    for larger, size in pairwise(sizes):
+        # All sets of one size have been shrunk equally often, and any of them can lose either end next.
+        later = [begin + larger - size for begin in found] if shrink.both else []
+        for begin in dict.fromkeys([*found, *later]):
+            found.setdefault(begin, []).append(size)
+    return list(found.items())
 
 
-def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
+def most_rounds(start: Pair, minimum: Pair, max_rounds: int, shrink: Shrink = HALVES) -> int:
     """How many rounds a search from `start` can have."""
     pair, rounds = start, 0
-    while rounds < max_rounds and candidates(pair, minimum):
-        # The longest way halves one of the two at a time.
-        pair, rounds = candidates(pair, minimum)[0], rounds + 1
+    while rounds < max_rounds and (found := candidates(pair, minimum, shrink)):
+        # The longest way shrinks one of the two at a time.
+        pair, rounds = found[0], rounds + 1
     return rounds
 
 
-def most_candidates(both: bool) -> int:
+def most_candidates(shrink: Shrink) -> int:
     """How many candidates a round can have."""
-    return 5 if both else 3
+    return 5 if shrink.both else 3
 
 
-def most_evaluations(rounds: int, seeds: int, both: bool = False) -> int:
+def most_evaluations(rounds: int, seeds: int, shrink: Shrink = HALVES) -> int:
     """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take."""
-    return (1 + most_candidates(both) * rounds + 2) * seeds
+    return (1 + most_candidates(shrink) * rounds + 2) * seeds
 
 
 def best_of(means: dict[Pair, float], lower_is_better: bool = False) -> Pair:
-    """The pair with the largest mean, or the smallest; ties go to fewer parameters, fewer samples, the earlier half."""
+    """The pair with the largest mean, or the smallest; ties go to fewer parameters, fewer samples, the earlier ones."""
     sign = -1 if lower_is_better else 1
     return max(means, key=lambda pair: (sign * means[pair], -pair.params, -pair.samples, -pair.begin))
 
@@ -160,7 +204,7 @@ def ird(
     patience: int,
     evaluate: Evaluate,
     lower_is_better: bool = False,
-    both: bool = False,
+    shrink: Shrink = HALVES,
 ) -> Outcome:
     """Run the search.
 
@@ -169,14 +213,14 @@ def ird(
         evaluate: given the round and all its new (pair, seed), in order, returns their metrics, None for a failure. It
             is never asked for the same one twice. A pair with a failure cannot be chosen.
         lower_is_better: of the metrics.
-        both: halves of either end of the ranking are candidates.
+        shrink: what a round keeps; its `reach` bounds no search.
 
     Raises:
         StartError: the start could not be evaluated.
         ValueError: a size is below 1, or the start below the minimum.
     """
     return together(
-        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better, both)],
+        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better, shrink)],
         lambda asked: [evaluate(*of_one) for of_one in asked if of_one is not None],
     )[0]
 
@@ -216,7 +260,7 @@ def rounds(
     max_rounds: int,
     patience: int,
     lower_is_better: bool = False,
-    both: bool = False,
+    shrink: Shrink = HALVES,
 ) -> Rounds:
     """The search of `ird` as a generator: yields a round and what it wants evaluated, is sent the metrics."""
     if min(minimum.samples, minimum.params) < 1:
@@ -245,9 +289,9 @@ def rounds(
     path = [Step(0, start, means[start])]
     stop, all_failed = f"max_rounds = {max_rounds} reached", False
     for round_number in range(1, max_rounds + 1):
-        next_pairs = candidates(state, minimum, both)
+        next_pairs = candidates(state, minimum, shrink)
         if not next_pairs:
-            stop = f"no half of {state.samples} samples or {state.params} parameters is above the minima"
+            stop = f"no {shrink.part} of {state.samples} samples or {state.params} parameters is above the minima"
             break
         scored = yield from evaluate_all(round_number, next_pairs)
         if not scored:

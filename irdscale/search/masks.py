@@ -28,7 +28,7 @@ from irdscale.fisher.pool import (
 )
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.search.ird import Pair, lattice, sample_sets
+from irdscale.search.ird import HALVES, Pair, lattice, sample_sets, shrink_of
 from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.tasks import build_model
 from irdscale.training import trained_whole
@@ -67,8 +67,9 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
         total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
     minimum = smallest_pair(config, start, total)
-    ks = lattice(start, minimum)[1]
-    sets = sample_sets(start.samples, minimum.samples, config.search.direction == "both")
+    shrink = shrink_of(config.search)
+    ks = lattice(start, minimum, shrink)[1]
+    sets = sample_sets(start.samples, minimum.samples, shrink)
     traces = torch.zeros(len(pool), dtype=torch.float64)
     if config.traced:
         saved = saved_pass(config, traces_before(_state("masks", name)))
@@ -88,12 +89,14 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
             known=config.traced,
             progress=progress,
         )
-        found = {Pair(s, p, begin): rankings[s].prefix(p) for s in sizes for p in ks}
-        hashes |= {pair: mask.hash for pair, mask in found.items()}
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                for mask in found.values():
-                    keep_mask(mask, output)
+        for s in sizes:
+            # One set's at a time: the masks of all can be many.
+            found = {Pair(s, p, begin): rankings[s].prefix(p) for p in ks}
+            hashes |= {pair: mask.hash for pair, mask in found.items()}
+            with failing_together():
+                if rank_and_world()[0] == 0:
+                    for mask in found.values():
+                        keep_mask(mask, output)
     names = dict(model.named_parameters())
     facts = {
         "parameters": total,
@@ -136,7 +139,11 @@ def _state(of: str, name: str, begin: int = 0) -> str:
 
 
 def _made_by(config: RunConfig) -> str:
-    return digest(same_search(config.model_dump(mode="json")))
+    made_by = same_search(config.model_dump(mode="json"))
+    if config.search.keep == HALVES.keep:
+        # The masks of a folder from before there was this key are the same.
+        del made_by["search"]["keep"]
+    return digest(made_by)
 
 
 def _made_earlier(config: RunConfig, output: Path, index: Path) -> SearchMasks | None:

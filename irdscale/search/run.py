@@ -18,7 +18,18 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Outcome, Pair, StartError, ird, likely_next, most_evaluations, most_rounds
+from irdscale.search.ird import (
+    Metrics,
+    Outcome,
+    Pair,
+    StartError,
+    Wanted,
+    ird,
+    likely_next,
+    most_evaluations,
+    most_rounds,
+    shrink_of,
+)
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
@@ -118,7 +129,15 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     Raises:
         RunError: the start failed; says what of.
     """
-    both = config.search.direction == "both"
+    shrink = shrink_of(config.search)
+
+    def evaluate(round_number: int, wanted: Wanted) -> Metrics:
+        likely = likely_next([pair for pair, _ in wanted], masks.minimum, shrink)
+        # After the last round there may be no masks.
+        return runner.evaluate_round(
+            round_number, wanted, masks.masks, [pair for pair in likely if pair in masks.masks]
+        )
+
     try:
         outcome = ird(
             masks.start,
@@ -126,11 +145,9 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
             config.search.seeds,
             config.search.max_rounds,
             config.search.patience,
-            lambda round_number, wanted: runner.evaluate_round(
-                round_number, wanted, masks.masks, likely_next([pair for pair, _ in wanted], masks.minimum, both)
-            ),
+            evaluate,
             lower_is_better,
-            both,
+            shrink,
         )
     except StartError as error:
         raise RunError(f"{error}: {runner.last_error()}") from None
@@ -196,8 +213,9 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds)
-    return most_evaluations(rounds, len(config.search.seeds), config.search.direction == "both")
+    shrink = shrink_of(config.search)
+    rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds, shrink)
+    return most_evaluations(rounds, len(config.search.seeds), shrink)
 
 
 def _run_baselines(

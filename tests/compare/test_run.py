@@ -18,7 +18,7 @@ from irdscale.compare.study import read_study
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import Pair, ird, lattice
+from irdscale.search.ird import Pair, ird, lattice, shrink_of
 from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
 
@@ -86,7 +86,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
 
     def masks(config: RunConfig, task: Any, output: Path, progress: bool, name: str) -> SearchMasks:
         how = f"{config.search.direction}-{config.search.rank_by}-{config.fisher.seed}"
-        sizes, ks = lattice(START, MINIMUM)
+        sizes, ks = lattice(START, MINIMUM, shrink_of(config.search))
         found = {
             Pair(s, p): f"all-{config.fisher.seed}-{p}" if s == 16 else f"{how}-{s}-{p}" for s in sizes for p in ks
         }
@@ -188,6 +188,21 @@ def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
             assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
             assert one["selection"] == outcome.mean
             assert one["evaluations"] == 3 + outcome.evaluations - 1
+
+
+def test_a_variant_may_keep_more_than_halves(compare: Any) -> None:
+    result, engine = compare(
+        methods=["ird", "finer", "top"],
+        variants={"finer": ["ird", "search.keep=0.7"], "top": ["top_samples", "search.keep=0.7"]},
+    )
+    sizes = {
+        name: {candidate.pair.samples for candidate in engine.asked if candidate.direction == name}
+        for name in ("ird", "finer", "top")
+    }
+    assert sizes["ird"] <= {16, 8, 4}
+    assert {11} < sizes["finer"] <= {16, 11, 7, 4}
+    assert sizes["top"] == {4}
+    assert entries(result)["finer"]["test"]["n"] == 3
 
 
 def test_draws_have_the_sizes_that_ird_evaluated(compare: Any) -> None:

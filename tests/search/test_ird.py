@@ -10,10 +10,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from irdscale.config import SearchConfig
 from irdscale.errors import RunError
-from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird, lattice, likely_next, sample_sets
+from irdscale.search.ird import (
+    HALVES,
+    Outcome,
+    Pair,
+    Shrink,
+    best_of,
+    candidates,
+    ird,
+    lattice,
+    likely_next,
+    most_rounds,
+    sample_sets,
+    shrink_of,
+)
 
 SIZES = st.integers(1, 300)
+KEEPS = st.sampled_from([0.3, 0.5, 0.7, 0.9])
 SEEDS = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
 
 
@@ -32,17 +47,24 @@ class Scores:
 
 
 def run(
-    scores: Scores, start: Pair, minimum: Pair, seeds: list[int], max_rounds: int = 50, patience: int = 50
+    scores: Scores,
+    start: Pair,
+    minimum: Pair,
+    seeds: list[int],
+    max_rounds: int = 50,
+    patience: int = 50,
+    shrink: Shrink = HALVES,
 ) -> Outcome:
-    return ird(start, minimum, seeds, max_rounds, patience, scores)
+    return ird(start, minimum, seeds, max_rounds, patience, scores, shrink=shrink)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.data(), SIZES, SIZES, SIZES, SIZES, SEEDS, st.integers(1, 12), st.integers(1, 4))
+@given(st.data(), SIZES, SIZES, SIZES, SIZES, SEEDS, st.integers(1, 12), st.integers(1, 4), KEEPS)
 def test_invariants_on_any_landscape(
-    data: st.DataObject, s: int, p: int, s0: int, p0: int, seeds: list[int], max_rounds: int, patience: int
+    data: st.DataObject, s: int, p: int, s0: int, p0: int, seeds: list[int], max_rounds: int, patience: int, keep: float
 ) -> None:
     start, minimum = Pair(max(s, s0), max(p, p0)), Pair(min(s, s0), min(p, p0))
+    shrink = Shrink(keep, reach=max_rounds)
     table: dict[tuple[Pair, int], float | None] = {}
 
     def score(pair: Pair, seed: int) -> float | None:
@@ -51,10 +73,11 @@ def test_invariants_on_any_landscape(
         return table[pair, seed]
 
     scores = Scores(score)
-    outcome = run(scores, start, minimum, seeds, max_rounds, patience)
+    outcome = run(scores, start, minimum, seeds, max_rounds, patience, shrink)
     assert set(scores.asked.values()) == {1}, "never evaluated twice"
     assert outcome.evaluations == len(scores.asked)
-    reachable_s, reachable_p = lattice(start, minimum)
+    reachable_s, reachable_p = lattice(start, minimum, shrink)
+    assert len(outcome.path) - 1 <= most_rounds(start, minimum, max_rounds, shrink)
     for pair, _ in scores.asked:
         assert pair.samples in reachable_s
         assert pair.params in reachable_p
@@ -63,7 +86,7 @@ def test_invariants_on_any_landscape(
     assert [number for number, _ in scores.rounds] == sorted({number for number, _ in scores.rounds})
     assert len(outcome.path) <= max_rounds + 1
     for earlier, later in zip(outcome.path, outcome.path[1:], strict=False):
-        moved = candidates(earlier.pair, minimum)
+        moved = candidates(earlier.pair, minimum, shrink)
         assert later.pair in moved
         alive = {pair: outcome.means[pair] for pair in moved if pair in outcome.means}
         assert later.pair == best_of(alive)
@@ -141,7 +164,7 @@ def test_odd_sizes_and_minima() -> None:
 
 
 def test_both_halves() -> None:
-    assert candidates(Pair(7, 5, 2), Pair(3, 2), both=True) == [
+    assert candidates(Pair(7, 5, 2), Pair(3, 2), Shrink(both=True)) == [
         Pair(3, 5, 2),
         Pair(3, 5, 6),
         Pair(7, 2, 2),
@@ -157,29 +180,68 @@ def test_both_halves() -> None:
         shared = len(set(range(pair.begin, pair.begin + pair.samples)) & {10, 11})
         return shared / pair.samples + pair.params / 1000
 
-    outcome = ird(start, minimum, [0], 9, 9, Scores(score), both=True)
+    outcome = ird(start, minimum, [0], 9, 9, Scores(score), shrink=Shrink(both=True))
     assert outcome.best == planted
     assert [step.pair.begin for step in outcome.path[:4]] == [0, 8, 8, 10]
     assert ird(start, minimum, [0], 9, 9, Scores(score)).best == start
 
 
-@given(SIZES, SIZES)
-def test_sample_sets_hold_every_set_that_a_search_can_reach(samples: int, least: int) -> None:
+@settings(deadline=None)
+@given(SIZES, SIZES, KEEPS, st.sampled_from([None, 0, 1, 3, 5]))
+def test_sample_sets_hold_every_set_that_a_search_can_reach(
+    samples: int, least: int, keep: float, reach: int | None
+) -> None:
     least = min(samples, least)
     for both in (False, True):
-        reached, waiting = set(), [Pair(samples, 1)]
-        while waiting:
-            pair = waiting.pop()
-            reached.add((pair.begin, pair.samples))
-            waiting += candidates(pair, Pair(least, 1), both)
-        sets = sample_sets(samples, least, both)
+        shrink = Shrink(keep, both, reach)
+        level = {Pair(samples, 1)}
+        reached, rounds = set(level), 0
+        while level and rounds != reach:
+            level = {part for pair in level for part in candidates(pair, Pair(least, 1), shrink)}
+            reached, rounds = reached | level, rounds + 1
+        sets = sample_sets(samples, least, shrink)
+        assert sets[0][1] == lattice(Pair(samples, 1), Pair(least, 1), shrink)[0]
         listed = [(begin, size) for begin, sizes in sets for size in sizes]
         assert len(listed) == len(set(listed))
-        assert set(listed) == reached
+        assert set(listed) == {(pair.begin, pair.samples) for pair in reached}
         assert len({begin for begin, _ in sets}) == len(sets)
         assert all(begin + sizes[0] <= samples for begin, sizes in sets)
+        assert all(sizes == sorted(sizes, reverse=True) for _, sizes in sets)
         halvings = len(sets[0][1]) - 1
-        assert sum(sizes[0] for _, sizes in sets) <= samples * (1 + both * halvings / 2)
+        if keep == 0.5:
+            assert sum(sizes[0] for _, sizes in sets) <= samples * (1 + both * halvings / 2)
+
+
+@given(st.integers(1, 10**12), st.integers(1, 99))
+def test_what_is_kept_is_rounded_down_exactly(value: int, percent: int) -> None:
+    for whole in (value, 100 * value):
+        assert Shrink(percent / 100).kept(whole) == whole * percent // 100 < whole
+    assert HALVES.kept(value) == value // 2
+
+
+def test_other_shares_than_halves() -> None:
+    assert Shrink(0.7).kept(10) == 7
+    assert Shrink(0.29).kept(100) == 29, "which floats take for 28"
+    assert Shrink(0.9).kept(1) == 0
+    shrink = Shrink(0.7)
+    assert candidates(Pair(10, 20), Pair(1, 1), shrink) == [Pair(7, 20), Pair(10, 14), Pair(7, 14)]
+    assert lattice(Pair(10, 20), Pair(4, 10), shrink) == ([10, 7, 4], [20, 14])
+    assert most_rounds(Pair(10, 20), Pair(4, 10), 9, shrink) == 3
+    later = candidates(Pair(10, 20, 5), Pair(1, 15), Shrink(0.7, both=True))
+    assert later == [Pair(7, 20, 5), Pair(7, 20, 8)], "the two overlap"
+    outcome = run(Scores(lambda pair, seed: 0.0), Pair(10, 20), Pair(10, 20), [0], shrink=shrink)
+    assert outcome.stop == "no share of 0.7 of 10 samples or 20 parameters is above the minima"
+    outcome = run(Scores(lambda pair, seed: 0.0), Pair(10, 20), Pair(10, 20), [0])
+    assert outcome.stop == "no half of 10 samples or 20 parameters is above the minima"
+
+
+def test_what_a_configuration_shrinks_by() -> None:
+    assert shrink_of(SearchConfig()) == HALVES
+    assert shrink_of(SearchConfig(direction="both")) == Shrink(both=True)
+    assert shrink_of(SearchConfig(keep=0.3)) == Shrink(0.3)
+    fine = shrink_of(SearchConfig(keep=0.95, max_rounds=4))
+    assert fine == Shrink(0.95, reach=4)
+    assert len(lattice(Pair(1024, 10**6), Pair(8, 10), fine)[0]) == 5, "not the hundred that there are"
 
 
 def test_is_pure_python() -> None:

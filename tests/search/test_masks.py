@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from irdscale import Fisher, Mask, accumulate_fisher, top_k
 from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.config_file import load_config, same_search
+from irdscale.errors import InputError
+from irdscale.files import digest
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
 from irdscale.report import write_report
+from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
 from irdscale.search.kept import mask_folder
-from irdscale.search.ledger import read_ledger
-from irdscale.search.masks import random_draw_mask, search_masks
+from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.run import run_search
 from irdscale.tasks import build_model, load_task
 from irdscale.verbs import run_fisher
@@ -126,6 +130,65 @@ def test_both_halves_are_candidates_at_every_size(folder: Path, tmp_path: Path) 
     assert "| 8 from place 8 |" in text
     assert search_masks(config, slow.task, tmp_path, progress=False).masks == masks
     assert not list((tmp_path / "fisher").glob("state-*"))
+
+
+@pytest.mark.parametrize("direction", ["ird", "both"])
+def test_more_than_halves_are_kept(folder: Path, tmp_path: Path, direction: str) -> None:
+    asked = ["search.keep=0.7", "search.max_rounds=2", "search.seeds=[0]", "train.steps=4", "search.min_samples=1"]
+    config = configured(folder, tmp_path, f"search.direction={direction}", *asked)
+    sets = {(0, 16), (0, 11), (0, 7)} | ({(5, 11), (4, 7), (5, 7), (9, 7)} if direction == "both" else set())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "append", killed_after(3, Ledger.append))
+        with pytest.raises(KeyboardInterrupt):
+            run_search(config, progress=False)
+    before = read_ledger(tmp_path / "ledger.jsonl")
+    result = run_search(config, progress=False)
+    records = read_ledger(tmp_path / "ledger.jsonl")
+    assert records[: len(before)] == before
+    assert len({r["key"] for r in records}) == len(records), "nothing is done twice"
+    stored = json.loads((tmp_path / "fisher/masks.json").read_text())
+    masks = {Pair(s, p, *begin): mask for s, p, mask, *begin in stored["masks"]}
+    assert {(pair.begin, pair.samples) for pair in masks} == sets, "what two rounds can come to, and no more"
+    k = result["path"][0]["params"]
+    assert {pair.params for pair in masks} == {k, k * 7 // 10, k * 7 // 10 * 7 // 10}
+    first = [(r["samples"], r["params"]) for r in records if r["round"] == 1]
+    parts = [(11, k)] * (len(sets) // 3) + [(16, k * 7 // 10)] + [(11, k * 7 // 10)] * (len(sets) // 3)
+    assert first == parts
+    slow, order = Slow(config, 16), json.loads((tmp_path / "fisher/traces.json").read_text())["order"]
+    for pair in masks:
+        chosen = order[pair.begin : pair.begin + pair.samples]
+        assert_nearly(Mask.load(mask_folder(tmp_path, masks[pair])), slow.fisher(chosen).diagonal)
+    write_report(tmp_path)
+    assert "Each round keeps 70 % of the samples, the parameters, or both" in (tmp_path / "report.html").read_text()
+
+
+def killed_after(count: int, append: Any) -> Any:
+    left = count
+
+    def counting(self: Ledger, record: dict[str, Any]) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        append(self, record)
+
+    return counting
+
+
+def test_a_folder_from_before_there_was_a_share_to_keep(folder: Path, tmp_path: Path) -> None:
+    config = configured(folder, tmp_path)
+    masks = search_masks(config, load_task(config), tmp_path, progress=False)
+    values = config.model_dump(mode="json")
+    del values["search"]["keep"]
+    stored = json.loads((tmp_path / "fisher/masks.json").read_text())
+    assert stored["made_by"] == digest(same_search(values))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    refuse_changes(config, tmp_path)
+    assert stored_masks(config, tmp_path) == masks
+    finer = configured(folder, tmp_path, "search.keep=0.7")
+    assert stored_masks(finer, tmp_path) is None
+    with pytest.raises(InputError, match=r"search.keep: 0.5 -> 0.7"):
+        refuse_changes(finer, tmp_path)
 
 
 def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:
