@@ -44,6 +44,7 @@ from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, shrink_of, together
+from irdscale.search.ird import lattice as sizes
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
@@ -219,9 +220,21 @@ def _compared(study: _Study) -> dict[str, Any]:
         "learning_rates": study.grid,
         "methods": _table(study, chosen, tests),
         "base": base,
+        "fewest": _fewest(study),
         "evaluations": len(study.runner.asked),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+
+
+def _fewest(study: _Study) -> int | None:
+    """The fewest samples that a search can come to in its rounds; None without a search."""
+    ends = []
+    for method in study.methods:
+        if method.kind in SEARCHES:
+            masks, search = study.lattices[method.name, study.seeds[0]], method.config.search
+            within = replace(shrink_of(search), reach=search.max_rounds)
+            ends.append(sizes(masks.start, masks.minimum, within)[0][-1])
+    return min(ends, default=None)
 
 
 def _make_masks(study: _Study) -> None:

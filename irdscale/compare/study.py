@@ -100,6 +100,7 @@ class _Study(TypedDict):
     learning_rates: list[float]
     methods: list[_Method]
     base: _Base | None
+    fewest: NotRequired[int | None]
     evaluations: int
     seconds: _Seconds
     config: NotRequired[_Config]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from irdscale.compare.asked import FEW
 from irdscale.compare.statistics import paired
 
 ENOUGH_SEEDS = 5
@@ -225,7 +226,25 @@ def notes(study: dict[str, Any]) -> list[str]:
     base = study["base"]
     if base and base["test"] is not None:
         said.append(f"The model as it came: {study['task']['metric']} {base['test']:.4f} on the test split.")
-    return said + _edges(study)
+    return said + _out_of_reach(study) + _edges(study)
+
+
+def _out_of_reach(study: dict[str, Any]) -> list[str]:
+    """Whether methods of few samples have fewer than any search can come to."""
+    fewest = study.get("fewest")
+    few = [method for method in study["methods"] if _ranking(study, method)[0] in FEW]
+    beyond = {
+        method["label"]: one["samples"]
+        for method in few
+        for one in method["seeds"]
+        if fewest is not None and one["samples"] is not None and one["samples"] < fewest
+    }
+    if not beyond:
+        return []
+    return [
+        f"In so few rounds searches come to {fewest:,} samples at the least, not to the {min(beyond.values()):,} of "
+        f"{', '.join(beyond)}: a larger search.max_rounds would let them."
+    ]
 
 
 def _edges(study: dict[str, Any]) -> list[str]:

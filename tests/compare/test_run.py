@@ -349,6 +349,11 @@ def test_the_bar_is_never_overrun(
     assert not tight or done == total
 
 
+@pytest.mark.parametrize(("most", "fewest"), [(1, 8), (2, 4), (9, 4)])
+def test_the_fewest_samples_of_a_search_are_those_of_its_rounds(compare: Any, most: int, fewest: int) -> None:
+    assert compare(rounds=most)[0]["fewest"] == fewest
+
+
 def test_early_stopping_is_refused() -> None:
     asked = {"runner": "ray", "ray": {"early_stopping": True}}
     config = RunConfig.model_validate({"model": {"path": "m"}, "task": {"dataset": "glue/rte"}, "search": asked})

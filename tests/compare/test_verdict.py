@@ -242,3 +242,15 @@ def test_one_mask_is_of_the_ranking_that_was_searched() -> None:
     assert "rank first (long)" in found("by length", "long")
     assert "rank first" not in found("by length", "top_samples")
     assert "rank first" not in found("ird", "long")
+
+
+@pytest.mark.parametrize(("fewest", "said"), [(128, True), (64, False), (None, False)])
+def test_samples_that_no_search_comes_to_are_told(fewest: int | None, said: bool) -> None:
+    found = study({"ird": IRD, "top_samples": FAR, "fish_small": NEAR}) | {"fewest": fewest}
+    expected = (
+        "In so few rounds searches come to 128 samples at the least, not to the 64 of largest traces, "
+        "FISH, fewest samples: a larger search.max_rounds would let them."
+    )
+    assert (expected in notes(found)) == said
+    assert any("so few rounds" in note for note in notes(found)) == said
+    assert not any("so few rounds" in note for note in notes(study({"ird": IRD, "fish": FAR}) | {"fewest": fewest}))
