@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,7 @@ class Talk:
         """Tell how far the job is, at most twice a second unless `now`."""
         self._facts |= facts
         if self.rank == 0 and (now or time.monotonic() - self._said >= SAY_S):
-            import ray
-
-            self._pausing = ray.get(self.desk.say.remote(self.name, dict(self._facts)))
+            self._pausing = _answer(self.desk.say.remote(self.name, dict(self._facts)))
             self._said = time.monotonic()
 
     def pausing(self) -> bool:
@@ -79,9 +78,19 @@ class Talk:
         """Hand a metric to the scheduler."""
         self.say(now=True, step=step, metric=metric)
         if self.rank == 0:
-            import ray
+            _answer(self.desk.report.remote(self.name, step, metric))
 
-            ray.get(self.desk.report.remote(self.name, step, metric))
+
+def _answer(ref: Any) -> Any:
+    """What an actor answers to this task, which keeps its processors meanwhile.
+
+    Ray lends them to other tasks while the main thread of one waits, and takes none back: as many as there are tasks
+    that wait would run beside this one.
+    """
+    import ray
+
+    with ThreadPoolExecutor(max_workers=1) as waiting:
+        return waiting.submit(ray.get, ref).result()
 
 
 Work = Callable[[Talk], Any]
@@ -113,7 +122,7 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
     where = {"node": context.get_node_id(), "pid": os.getpid(), "host": socket.gethostname()}
     ip = ray.util.get_node_ip_address()
     address = f"{ip}:{free_port()}" if rank == 0 and gang.size > 1 else ""
-    address = ray.get(desk.arrive.remote(name, rank, where, address))
+    address = _answer(desk.arrive.remote(name, rank, where, address))
     import torch
 
     torch.set_num_threads(gang.cpus)
