@@ -33,7 +33,7 @@ from irdscale.compare.asked import (
     slug,
 )
 from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
-from irdscale.compare.statistics import interval, paired
+from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
 from irdscale.errors import InputError
@@ -418,8 +418,8 @@ def _table(
     entries = [_entry(study, method, chosen, tests) for method in study.methods]
     reference = next(entry for entry in entries if entry["name"] == study.reference)
     for entry in entries:
-        ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, entry))
-        entry["difference"] = None if entry is reference else paired(ours, others, study.task.lower_is_better)
+        apart = None if entry is reference else paired_methods(reference, entry, study.task.lower_is_better)
+        entry["difference"] = apart
     return entries
 
 

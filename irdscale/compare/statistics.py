@@ -57,6 +57,12 @@ def paired(
     return {**found, "wins": wins, "losses": losses, "ties": len(gains) - wins - losses, "p": p}
 
 
+def paired_methods(reference: Mapping[str, Any], other: Mapping[str, Any], lower_is_better: bool) -> dict[str, Any]:
+    """`paired` over the test metrics of two methods of a comparison, as its result holds them."""
+    ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, other))
+    return paired(ours, others, lower_is_better)
+
+
 def _spread(values: list[float], scale: float) -> dict[str, Any]:
     n = len(values)
     mean = fmean(values) if values else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irdscale.compare.asked import FEW
-from irdscale.compare.statistics import paired
+from irdscale.compare.statistics import paired_methods
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.
@@ -163,17 +163,14 @@ def _without_search(study: dict[str, Any], said: str) -> str:
         return ""
     count = next((f"{one['samples']:,} " for one in top["seeds"] if one["samples"]), "")
     mask, where, seeds = f"ne mask of the {count}samples that rank first ({top['label']})", side(found), found["n"]
-    costs = [_number(one["fine_tunings"]) for one in (top, reference) if one["fine_tunings"] is not None]
+    preferred = (reference, top) if where > 0 else (top, reference)
+    costs = [_number(one["fine_tunings"]) for one in preferred if one["fine_tunings"] is not None]
+    cost = f", for {costs[0]} fine-tunings instead of {costs[1]}" if len(costs) == 2 else ""
     if where > 0:
-        cost = f", for {costs[1]} fine-tunings instead of {costs[0]}" if len(costs) == 2 else ""
         text = f" The search gained {signed_interval(found)}, over o{mask}{cost}."
     else:
-        does = (
-            "does better than the search"
-            if where < 0
-            else f"does as well as the search, as far as {seeds} seeds can show"
-        )
-        cost = f", for {costs[0]} fine-tunings instead of {costs[1]}" if len(costs) == 2 else ""
+        as_well = f"does as well as the search, as far as {seeds} seeds can show"
+        does = "does better than the search" if where < 0 else as_well
         text = f" O{mask} {does} (gain of the search {signed_interval(found)}){cost}{_what_pays(study, top, where)}."
     hint = _hint(seeds)
     return text if hint in said else text + hint
@@ -194,8 +191,7 @@ def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
     ):
         control = method_named(study, name)
         if control is not None:
-            ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (top, control))
-            over = _as_gain(study, paired(ours, others, study["task"]["lower_is_better"]))
+            over = _as_gain(study, paired_methods(top, control, study["task"]["lower_is_better"]))
             if over is None or side(over) <= 0:
                 return ""
             pays = "is what pays, not the search" if where < 0 else "pays, and nothing shows that the search adds to it"
@@ -231,13 +227,13 @@ def notes(study: dict[str, Any]) -> list[str]:
 
 def _out_of_reach(study: dict[str, Any]) -> list[str]:
     """Whether methods of few samples have fewer than any search can come to."""
-    fewest = study.get("fewest")
-    few = [method for method in study["methods"] if _ranking(study, method)[0] in FEW]
+    fewest = study.get("fewest") or 0
     beyond = {
         method["label"]: one["samples"]
-        for method in few
+        for method in study["methods"]
+        if _ranking(study, method)[0] in FEW
         for one in method["seeds"]
-        if fewest is not None and one["samples"] is not None and one["samples"] < fewest
+        if one["samples"] is not None and one["samples"] < fewest
     }
     if not beyond:
         return []
