@@ -5,9 +5,10 @@ Without a process group there is one rank, and all of this does nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -179,3 +180,9 @@ def same_on_every_rank(facts: dict[str, Any]) -> None:
                 name, _, expected = first.partition("=")
                 found = other.partition("=")[2]
                 raise InputError(f"rank {rank} has another {name}: found {found}; expected {expected}, as on rank 0")
+
+
+def end_rank() -> NoReturn:
+    """End a spawned rank once all are here, without taking the interpreter down: see `irdscale.launched.leave`."""
+    dist.barrier()
+    os._exit(0)

@@ -24,12 +24,11 @@ from irdscale.errors import TrainingError
 from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.ranks import add_up
+from irdscale.ranks import add_up, end_rank
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model
 from irdscale.warmup import model_to_score
-from tests.ranks import end_rank
 from tests.training_oracle import changed, load, mask_of
 
 # Nothing stays gathered and nothing is gathered ahead, so that the tests see every gathering.

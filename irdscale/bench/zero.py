@@ -21,6 +21,7 @@ from irdscale.bench.models import collate, make_model, make_rows
 from irdscale.bench.timing import row, side_by_side
 from irdscale.fisher import accumulate_fisher
 from irdscale.mask import top_k
+from irdscale.ranks import end_rank
 from irdscale.sparse import sparsify
 
 log = logging.getLogger(__name__)
@@ -105,9 +106,7 @@ def _on_rank(rank: int, folder: str, repeats: int) -> None:
     if rank == 0:
         lines = [f"{zero} {ddp_s}" for zero, ddp_s in zip(seconds["zero"], seconds["ddp"], strict=True)]
         (Path(folder) / "seconds").write_text("\n".join(lines))
-    dist.barrier()
-    # DeepSpeed's communication thread may abort a process that ends in the usual way.
-    os._exit(0)
+    end_rank()
 
 
 def _sparse() -> nn.Module:

@@ -21,8 +21,8 @@ from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.sums import ShardedSums, WholeSums
 from irdscale.partitioned import unwrapped
+from irdscale.ranks import end_rank
 from tests.models import collate, samples, tiny
-from tests.ranks import end_rank
 
 # Family, head, and which parameters: of a language model's blocks alone, the head runs a few tokens at a time.
 CASES = (

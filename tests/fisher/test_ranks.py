@@ -17,9 +17,8 @@ from irdscale import accumulate_fisher, top_k
 from irdscale.errors import InputError, RunError
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.ranks import BUCKET_ENTRIES, add_up, failing_together, gather_texts, own_share, rank_and_world
+from irdscale.ranks import BUCKET_ENTRIES, add_up, end_rank, failing_together, gather_texts, own_share, rank_and_world
 from tests.models import collate, samples, tiny
-from tests.ranks import end_rank
 
 COUNTS = (7, 2, 1)
 FAMILIES = ("bert", "gpt2", "deberta")

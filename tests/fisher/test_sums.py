@@ -16,8 +16,8 @@ import transformers
 
 from irdscale import accumulate_fisher
 from irdscale.fisher.room import bytes_needed
+from irdscale.ranks import end_rank
 from tests.models import collate, samples
-from tests.ranks import end_rank
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")

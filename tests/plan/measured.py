@@ -20,10 +20,10 @@ from irdscale.config_file import load_config
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.pool import pass_options, sample_gradients
 from irdscale.mask import Mask
+from irdscale.ranks import end_rank
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.training import fine_tune, sparse_model, trained_whole
 from tests.helpers import Family, tiny_model
-from tests.ranks import end_rank
 from tests.sparse.oracle import random_mask
 
 TOKENS, BATCH, SAMPLES, STEPS = 64, 8, 16, 3

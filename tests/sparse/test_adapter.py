@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from irdscale import Mask, load_adapter, merge, save_adapter, sparsify, unload
 from irdscale.errors import InputError, RunError
+from irdscale.ranks import end_rank
 from irdscale.sparse import entries_of, sparse_state, trained_numbers
 from irdscale.sparse.adapter import _contents_hash
 from tests.models import FAMILIES, collate, samples, tiny
-from tests.ranks import end_rank
 from tests.sparse.oracle import random_mask
 
 HEAD = ("classifier.weight", "classifier.bias", "score.weight", "classifier.out_proj.weight")
