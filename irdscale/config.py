@@ -334,6 +334,13 @@ class SearchConfig(Section):
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
     )
+    more_seeds: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Up to so many further seeds for close calls: the better half of the candidates that are not told "
+        "apart goes on with twice the seeds (successive halving).",
+    )
     runner: Literal["local", "ray"] = Field(
         "local", description="Where candidates run: this process and its ranks, or trials on a Ray cluster."
     )

@@ -19,7 +19,7 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import Pair, most_candidates, most_evaluations, most_rounds, sample_sets, shrink_of
+from irdscale.search.ird import Pair, most_candidates, most_evaluations, most_more, most_rounds, sample_sets, shrink_of
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model, trained_whole
@@ -110,7 +110,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     sets = sample_sets(start.samples, minimum.samples, shrink)
     size = Size(
         rounds=rounds,
-        evaluations=most_evaluations(rounds, seeds, shrink),
+        evaluations=most_evaluations(rounds, seeds, shrink, config.search.more_seeds),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
         rankings=sum(len(sizes) for _, sizes in sets),
@@ -181,7 +181,8 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
         # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
-    a_round = most_candidates(shrink_of(config.search))
-    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[a_round] * size.rounds, 2))
+    shrink = shrink_of(config.search)
+    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(shrink)] * size.rounds, 2))
+    waves += size.rounds * ceil(most_more(config.search.more_seeds, shrink) / at_once)
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
     return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests

@@ -43,7 +43,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_candidates, most_rounds, rounds, shrink_of, together
+from irdscale.search.ird import Pair, Wanted, most_candidates, most_more, most_rounds, rounds, shrink_of, together
 from irdscale.search.ird import lattice as sizes
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
@@ -73,6 +73,7 @@ class _Study:
         tried: (method, seed) -> its candidates at the rate kept, the first one first.
         spent: (method, seed) -> how many of them were evaluated, where more than the first.
         gradients: (method, seed) -> sample gradients of FISH's draws.
+        decided: (method, seed) -> what a search with further seeds found best.
     """
 
     config: RunConfig
@@ -91,6 +92,7 @@ class _Study:
     tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
     spent: dict[tuple[str, int], int] = field(default_factory=dict)
     gradients: dict[tuple[str, int], int] = field(default_factory=dict)
+    decided: dict[tuple[str, int], Candidate] = field(default_factory=dict)
 
     @property
     def grid(self) -> list[float]:
@@ -195,7 +197,7 @@ def _most_searched(method: Method, facts: ModelFacts) -> int:
     search, parameters = method.config.search, facts.model["parameters"]
     start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
     most = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, shrink)
-    return most_candidates(shrink) * most
+    return (most_candidates(shrink) + most_more(search.more_seeds, shrink)) * most
 
 
 def _compared(study: _Study) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def _compared(study: _Study) -> dict[str, Any]:
     _search(study)
     _spend_budgets(study)
     trained = time.perf_counter()
-    chosen = {of: _best(study, tried) for of, tried in study.tried.items()}
+    chosen = {of: study.decided.get(of) or _best(study, tried) for of, tried in study.tried.items()}
     tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
     base = None
     if not study.facts.head:
@@ -310,16 +312,16 @@ def _search(study: _Study) -> None:
         if method.kind in SEARCHES and study.runner.metric(study.tried[method.name, seed][0]) is not None
     ]
 
-    def candidate(method: Method, seed: int, pair: Pair) -> Candidate:
-        mask = study.lattices[method.name, seed].masks[pair]
+    def candidate(method: Method, repetition: int, pair: Pair, seed: int) -> Candidate:
+        mask = study.lattices[method.name, repetition].masks[pair]
         rate = study.rates[method.name]
         assert rate is not None
         return trained(method, Candidate(mask, pair, seed, None, method.name), rate)
 
     def evaluate(asked: list[tuple[int, Wanted] | None]) -> list[list[float | None]]:
         wanted = [
-            [candidate(method, seed, pair) for pair, _ in of_one[1]]
-            for (method, seed), of_one in zip(started, asked, strict=True)
+            [candidate(method, repetition, pair, seed) for pair, seed in of_one[1]]
+            for (method, repetition), of_one in zip(started, asked, strict=True)
             if of_one is not None
         ]
         study.runner.evaluate([one for of_one in wanted for one in of_one])
@@ -337,11 +339,14 @@ def _search(study: _Study) -> None:
                 search.patience,
                 study.task.lower_is_better,
                 shrink_of(search),
+                [seed + RESTART * further for further in range(1, search.more_seeds + 1)],
             )
         )
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
-        study.tried[method.name, seed] += [candidate(method, seed, pair) for pair in list(outcome.means)[1:]]
+        study.tried[method.name, seed] += [candidate(method, seed, pair, seed) for pair in list(outcome.means)[1:]]
         study.spent[method.name, seed] = outcome.evaluations
+        if method.config.search.more_seeds:
+            study.decided[method.name, seed] = candidate(method, seed, outcome.best, seed)
 
 
 def _spend_budgets(study: _Study) -> None:
@@ -362,14 +367,10 @@ def _spend_budgets(study: _Study) -> None:
 def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
     """What a method without a search of its own tries beyond its first candidate."""
     if method.kind == "fish_best":
-        pairs = [candidate.pair for candidate in study.tried["ird", seed][1:]]
-        name = f"{slug(method.name)}-{seed}"
-        draws = [
-            study.call(
-                method.of_seed(seed), random_draw_mask, pair, study.progress, name, f"fish-{pair.samples}-{pair.params}"
-            )
-            for pair in pairs
-        ]
+        searched, spent = [candidate.pair for candidate in study.tried["ird", seed][1:]], study.spent["ird", seed] - 1
+        # Where further seeds decided close calls, there are more evaluations than pairs.
+        pairs = [searched[place % len(searched)] for place in range(spent if searched else 0)]
+        draws = [_fish_draw(study, method, seed, pair, place // len(searched)) for place, pair in enumerate(pairs)]
         study.gradients[method.name, seed] = sum(draw["sample_gradients"] for draw in draws)
         return [Candidate(draw["mask"], pair, seed, None, method.name) for draw, pair in zip(draws, pairs, strict=True)]
     if method.kind in RANKINGS or not study.config.compare.equal_budget:
@@ -378,6 +379,13 @@ def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
     if method.kind == "random_mask":
         return [_draw(study, method, seed, draw) for draw in again]
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
+
+
+def _fish_draw(study: _Study, method: Method, seed: int, pair: Pair, again: int) -> dict[str, Any]:
+    """A FISH mask of a pair's size, by its own random samples each time."""
+    suffix = f"-{again}" if again else ""
+    name, purpose = f"{slug(method.name)}-{seed}{suffix}", f"fish-{pair.samples}-{pair.params}{suffix}"
+    return study.call(method.of_seed(seed), random_draw_mask, pair, study.progress, name, purpose)
 
 
 def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:

@@ -125,7 +125,7 @@ def job_of(
         # Before the pool's passes, and before those of the random samples.
         head_steps=2 * config.fisher.head_warmup,
         sizes=len(lattice(start, minimum, shrink)[0]),
-        evaluations=most_evaluations(rounds, len(search.seeds), shrink),
+        evaluations=most_evaluations(rounds, len(search.seeds), shrink, search.more_seeds),
         traced=config.traced,
         mask_passes=gradients / start.samples,
         drawn_traced=config.fisher.equal_samples,

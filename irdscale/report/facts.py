@@ -10,7 +10,7 @@ from irdscale.errors import InputError
 from irdscale.files import read_json
 from irdscale.mask import Mask, density
 from irdscale.report.analysis import LAYER, Analysis, analyse
-from irdscale.search.ird import HALVES, Pair, Shrink, candidates
+from irdscale.search.ird import HALVES, Pair, Shrink, candidates, further_seeds
 from irdscale.search.ledger import read_ledger
 
 
@@ -24,6 +24,7 @@ class Candidate:
         chosen: whether the search moved to it.
         shared: whether it has the same mask as a pair evaluated before, and so its metrics.
         begin: place of the ranking at which its samples begin.
+        close: how many seeds decided about it, and its mean over all of them, where it was a close call.
     """
 
     round: int
@@ -34,6 +35,7 @@ class Candidate:
     chosen: bool
     shared: bool
     begin: int = 0
+    close: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _rounds(
 ) -> list[Candidate]:
     search = result["config"]["search"]
     seeds, shrink = search["seeds"], Shrink(search.get("keep", HALVES.keep), result["direction"] == "both")
+    further = further_seeds(seeds, search.get("more_seeds", 0))
     metrics = {(r["mask"], r["seed"]): r["metric"] for r in records if r["status"] == "ok"}
     recorded = {(r["samples"], r["params"], r["mask"]) for r in records if r["round"] is not None}
     path = [Pair(step["samples"], step["params"], step.get("begin", 0)) for step in result["path"]]
@@ -121,6 +124,7 @@ def _rounds(
         for pair in pairs:
             found = {seed: metrics.get((masks[pair], seed)) for seed in seeds}
             values = [value for value in found.values() if value is not None]
+            more = [metrics[masks[pair], seed] for seed in further if (masks[pair], seed) in metrics]
             listed.append(
                 Candidate(
                     number,
@@ -131,6 +135,7 @@ def _rounds(
                     number < len(path) and path[number] == pair,
                     (pair.samples, pair.params, masks[pair]) not in recorded,
                     pair.begin,
+                    (len(values + more), sum(values + more) / len(values + more)) if more else None,
                 )
             )
     return listed

@@ -9,12 +9,16 @@
     until no candidate is left, max_rounds, or `patience` rounds without a new best
     return the best pair of all, and the best pair at every p
 
+With further seeds a close call is decided by successive halving: those of the better half that are not told apart from
+the best are evaluated with twice as many seeds, until one is left or the seeds are used up. So are a round's best and
+the best so far.
+
 From the paper (arXiv 2403.08484): halving the samples and the parameters round by round, keeping the halves with the
 larger Fisher information (the smaller in the reverse contrast), fine-tuning each candidate and going on from the
 best. Ours, where its pseudo-code leaves them open: these three candidates, the start counted as a candidate of its
-own, the stop rules, several seeds and their mean, the minima, that a pair is never evaluated twice, and that ties go
-to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here. Other shares
-than halves are `Shrink`'s.
+own, the stop rules, several seeds and their mean, further seeds, the minima, that a pair is never evaluated twice, and
+that ties go to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here.
+Other shares than halves are `Shrink`'s.
 """
 
 from __future__ import annotations
@@ -103,7 +107,7 @@ class Outcome:
         best: the pair with the best mean of all that were evaluated.
         mean: its mean over the seeds.
         path: the states moved to, the start first.
-        means: of every pair whose seeds all ended well.
+        means: over the seeds but the further ones, of every pair with which none of them failed.
         pareto: the best pair at every p, the most parameters first.
         stop: why the search ended.
         evaluations: how many (pair, seed) were asked for.
@@ -185,15 +189,48 @@ def most_candidates(shrink: Shrink) -> int:
     return 5 if shrink.both else 3
 
 
-def most_evaluations(rounds: int, seeds: int, shrink: Shrink = HALVES) -> int:
-    """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take."""
-    return (1 + most_candidates(shrink) * rounds + 2) * seeds
+def most_evaluations(rounds: int, seeds: int, shrink: Shrink = HALVES, more: int = 0) -> int:
+    """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take.
+
+    Args:
+        more: further seeds that decide close calls.
+    """
+    return (1 + most_candidates(shrink) * rounds + 2) * seeds + rounds * most_more(more, shrink)
+
+
+def most_more(more: int, shrink: Shrink = HALVES) -> int:
+    """How many evaluations the close calls of a round can take: of the better half, and of the best so far."""
+    return (_better_half(most_candidates(shrink)) + 1) * more
+
+
+def _better_half(candidates: int) -> int:
+    """How many of a field go on; two that are not told apart both do."""
+    return max(2, (candidates + 1) // 2)
+
+
+def further_seeds(seeds: Sequence[int], more: int) -> list[int]:
+    """The seeds beyond those of a search that decide its close calls: the smallest that are not among them."""
+    return [seed for seed in range(len(seeds) + more) if seed not in seeds][:more]
+
+
+def told_apart(differences: Sequence[float]) -> bool:
+    """Whether paired differences are beyond noise: their mean by more than two standard errors, or all are 0."""
+    if len(differences) < 2:
+        return False
+    mean = sum(differences) / len(differences)
+    variance = sum((one - mean) ** 2 for one in differences) / (len(differences) - 1)
+    return mean**2 > 4 * variance / len(differences) or not any(differences)
 
 
 def best_of(means: dict[Pair, float], lower_is_better: bool = False) -> Pair:
     """The pair with the largest mean, or the smallest; ties go to fewer parameters, fewer samples, the earlier ones."""
-    sign = -1 if lower_is_better else 1
-    return max(means, key=lambda pair: (sign * means[pair], -pair.params, -pair.samples, -pair.begin))
+    return ordered(means, lower_is_better)[0]
+
+
+def ordered(means: dict[Pair, float], lower_is_better: bool = False) -> list[Pair]:
+    """The pairs by their means, the best one first, with ties as in `best_of`."""
+    sign = 1 if lower_is_better else -1
+    return sorted(means, key=lambda pair: (sign * means[pair], pair.params, pair.samples, pair.begin))
 
 
 def ird(
@@ -205,6 +242,7 @@ def ird(
     evaluate: Evaluate,
     lower_is_better: bool = False,
     shrink: Shrink = HALVES,
+    more: Sequence[int] = (),
 ) -> Outcome:
     """Run the search.
 
@@ -214,13 +252,14 @@ def ird(
             is never asked for the same one twice. A pair with a failure cannot be chosen.
         lower_is_better: of the metrics.
         shrink: what a round keeps; its `reach` bounds no search.
+        more: further seeds, for close calls, in the order in which they are used.
 
     Raises:
         StartError: the start could not be evaluated.
         ValueError: a size is below 1, or the start below the minimum.
     """
     return together(
-        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better, shrink)],
+        [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better, shrink, more)],
         lambda asked: [evaluate(*of_one) for of_one in asked if of_one is not None],
     )[0]
 
@@ -261,52 +300,75 @@ def rounds(
     patience: int,
     lower_is_better: bool = False,
     shrink: Shrink = HALVES,
+    more: Sequence[int] = (),
 ) -> Rounds:
     """The search of `ird` as a generator: yields a round and what it wants evaluated, is sent the metrics."""
     if min(minimum.samples, minimum.params) < 1:
         raise ValueError(f"found minimum {minimum}; expected at least 1 each")
     if start.samples < minimum.samples or start.params < minimum.params:
         raise ValueError(f"found start {start}; expected at least the minimum {minimum}")
+    # Each pair's metrics are those of the first seeds in this order, so that any two share those of the shorter list.
+    order = [*seeds, *more]
     results: dict[Pair, list[float | None]] = {}
-    means: dict[Pair, float] = {}
 
-    def evaluate_all(round_number: int, pairs: list[Pair]) -> Generator[tuple[int, Wanted], Metrics, dict[Pair, float]]:
-        """Have what is new among `pairs` evaluated; the means of those that did not fail."""
-        wanted = [(pair, seed) for pair in pairs if pair not in results for seed in seeds]
+    def evaluate(round_number: int, pairs: list[Pair], count: int) -> Generator[tuple[int, Wanted], Metrics, None]:
+        """Have each pair's first `count` seeds evaluated, as far as they are not."""
+        wanted = [(pair, seed) for pair in pairs for seed in order[len(results.get(pair, [])) : count]]
         if wanted:
             metrics = yield round_number, wanted
             for (pair, _), metric in zip(wanted, metrics, strict=True):
                 results.setdefault(pair, []).append(metric)
-        for pair in pairs:
-            ended = [metric for metric in results[pair] if metric is not None]
-            if len(ended) == len(seeds):
-                means[pair] = sum(ended) / len(ended)
-        return {pair: means[pair] for pair in pairs if pair in means}
 
-    if not (yield from evaluate_all(0, [start])):
+    def means(pairs: Sequence[Pair], count: int) -> dict[Pair, float]:
+        """The means over the first `count` seeds of those pairs with which none of these failed."""
+        found = {pair: [metric for metric in results[pair][:count] if metric is not None] for pair in pairs}
+        return {pair: sum(ended) / count for pair, ended in found.items() if len(ended) == count}
+
+    def close(one: Pair, other: Pair, count: int) -> bool:
+        pairs = zip(results[one][:count], results[other][:count], strict=True)
+        return not told_apart([a - b for a, b in pairs if a is not None and b is not None])
+
+    def best_in(round_number: int, field: list[Pair]) -> Generator[tuple[int, Wanted], Metrics, Pair | None]:
+        """The best of the field, by more seeds as long as the call is close; None if all failed with the first ones."""
+        left, count, best = field, len(seeds), None
+        yield from evaluate(round_number, left, count)
+        while scored := means(left, count):
+            best, *others = ordered(scored, lower_is_better)
+            left = [best, *(pair for pair in others if close(best, pair, count))][: _better_half(len(left))]
+            if len(left) == 1 or count == len(order):
+                break
+            count = min(2 * count, len(order))
+            yield from evaluate(round_number, left, count)
+        return best
+
+    if (yield from best_in(0, [start])) is None:
         raise StartError(f"the start, {start.samples} samples and {start.params} parameters, could not be evaluated")
     state, best, since_best = start, start, 0
-    path = [Step(0, start, means[start])]
+    states = [(0, start)]
     stop, all_failed = f"max_rounds = {max_rounds} reached", False
     for round_number in range(1, max_rounds + 1):
         next_pairs = candidates(state, minimum, shrink)
         if not next_pairs:
             stop = f"no {shrink.part} of {state.samples} samples or {state.params} parameters is above the minima"
             break
-        scored = yield from evaluate_all(round_number, next_pairs)
-        if not scored:
+        chosen = yield from best_in(round_number, next_pairs)
+        if chosen is None:
             stop, all_failed = f"every candidate of round {round_number} failed", True
             break
-        state = best_of(scored, lower_is_better)
-        path.append(Step(round_number, state, means[state]))
-        leader = best_of(means, lower_is_better)
+        state = chosen
+        states.append((round_number, state))
+        leader = (yield from best_in(round_number, [best, state])) or best
         since_best = 0 if leader != best else since_best + 1
         best = leader
         if since_best >= patience:
             stop = f"no new best for patience = {patience} rounds"
             break
+    found = means(list(results), len(seeds))
+    path = [Step(number, pair, found[pair]) for number, pair in states]
+    by_params = {params: [pair for pair in found if pair.params == params] for params in {p.params for p in found}}
     pareto = [
-        best_of({pair: mean for pair, mean in means.items() if pair.params == params}, lower_is_better)
-        for params in sorted({pair.params for pair in means}, reverse=True)
+        # What the further seeds decided is not undone.
+        best if best.params == params else best_of({pair: found[pair] for pair in by_params[params]}, lower_is_better)
+        for params in sorted(by_params, reverse=True)
     ]
-    return Outcome(best, means[best], path, means, pareto, stop, sum(map(len, results.values())), all_failed)
+    return Outcome(best, found[best], path, found, pareto, stop, sum(map(len, results.values())), all_failed)

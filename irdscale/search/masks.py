@@ -140,6 +140,7 @@ def _state(of: str, name: str, begin: int = 0) -> str:
 
 def _made_by(config: RunConfig) -> str:
     made_by = same_search(config.model_dump(mode="json"))
+    del made_by["search"]["more_seeds"]  # no mask is made by them
     if config.search.keep == HALVES.keep:
         # The masks of a folder from before there was this key are the same.
         del made_by["search"]["keep"]

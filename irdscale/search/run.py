@@ -24,6 +24,7 @@ from irdscale.search.ird import (
     Pair,
     StartError,
     Wanted,
+    further_seeds,
     ird,
     likely_next,
     most_evaluations,
@@ -148,6 +149,7 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
             evaluate,
             lower_is_better,
             shrink,
+            further_seeds(config.search.seeds, config.search.more_seeds),
         )
     except StartError as error:
         raise RunError(f"{error}: {runner.last_error()}") from None
@@ -215,7 +217,7 @@ def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
     shrink = shrink_of(config.search)
     rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds, shrink)
-    return most_evaluations(rounds, len(config.search.seeds), shrink)
+    return most_evaluations(rounds, len(config.search.seeds), shrink, config.search.more_seeds)
 
 
 def _run_baselines(

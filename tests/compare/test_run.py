@@ -126,6 +126,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         smaller: bool = False,
         rounds: int = 3,
         patience: int = 2,
+        search: dict[str, Any] | None = None,
         **changes: Any,
     ) -> tuple[dict[str, Any], Engine]:
         nonlocal engine, lower
@@ -136,7 +137,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
                 "model": {"path": "m"},
                 "task": {"dataset": "glue/rte"},
                 "fisher": {"samples": 16},
-                "search": {"ratio": 0.1, "min_samples": 4, "max_rounds": rounds, "patience": patience},
+                "search": {"ratio": 0.1, "min_samples": 4, "max_rounds": rounds, "patience": patience} | (search or {}),
                 "train": {"steps": 4, "batch_size": 8},
                 "compare": settings,
                 "output": str(tmp_path / "out"),
@@ -203,6 +204,43 @@ def test_a_variant_may_keep_more_than_halves(compare: Any) -> None:
     assert {11} < sizes["finer"] <= {16, 11, 7, 4}
     assert sizes["top"] == {4}
     assert entries(result)["finer"]["test"]["n"] == 3
+
+
+def test_close_calls_of_a_variant_take_seeds_of_its_own_repetition(compare: Any) -> None:
+    result, engine = compare(methods=["ird", "sure"], variants={"sure": ["ird", "search.more_seeds=3"]})
+    found = entries(result)
+    further = [c for c in engine.asked if c.seed >= RESTART]
+    assert {c.direction for c in further} == {"sure"}
+    for one, plain in zip(found["sure"]["seeds"], found["ird"]["seeds"], strict=True):
+        seed = one["seed"]
+
+        def raced(_: int, wanted: Any, seed: int = seed) -> list[float | None]:
+            return [score(pair, of, seed) for pair, of in wanted]
+
+        def score(pair: Pair, of: int, seed: int) -> float:
+            name = f"all-{seed}" if pair.samples == 16 else f"ird-trace-{seed}-{pair.samples}"
+            train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
+            return metric_of(Candidate(f"{name}-{pair.params}", pair, of, None, "", train))
+
+        more = [seed + RESTART, seed + 2 * RESTART, seed + 3 * RESTART]
+        outcome = ird(START, MINIMUM, [seed], 3, 2, raced, more=more)
+        assert {c.seed for c in further if c.seed % RESTART == seed} <= set(more)
+        assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
+        assert one["evaluations"] == 3 + outcome.evaluations - 1 > plain["evaluations"]
+        assert one["selection"] == score(outcome.best, seed, seed), "of the repetition's own seed, as all others"
+        assert one["test"] == pytest.approx(0.02 + seed)
+    assert [one["selection"] for one in found["sure"]["seeds"]] != [one["selection"] for one in found["ird"]["seeds"]]
+
+
+def test_draws_are_as_many_as_a_search_with_further_seeds_evaluates(compare: Any) -> None:
+    result, engine = compare(methods=["ird", "fish_best", "random_mask"], search={"more_seeds": 3})
+    found = entries(result)
+    searched = [one["evaluations"] for one in found["ird"]["seeds"]]
+    # FISH's first draw is where IRD starts.
+    for name, first in (("fish_best", 0), ("random_mask", 1)):
+        assert [one["evaluations"] for one in found[name]["seeds"]] == searched
+        masks = {c.mask for c in engine.asked if c.direction == name}
+        assert len(masks) == sum(count - 3 + first for count in searched), "each is drawn anew"
 
 
 def test_draws_have_the_sizes_that_ird_evaluated(compare: Any) -> None:
@@ -325,6 +363,7 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
         ({"methods": ["ird", "short"], "variants": {"short": ["full", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "short"], "variants": {"short": ["fish_best", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "long"], "variants": {"long": ["ird", "search.max_rounds=3"]}, "rounds": 1}, False),
+        ({"methods": ["ird", "fish_best", "full"], "search": {"more_seeds": 3}}, False),
         ({"methods": ["both", "full"], "variants": {"both": ["ird", "search.max_rounds=1"]}}, True),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,12 +21,15 @@ from irdscale.search.ird import (
     Shrink,
     best_of,
     candidates,
+    further_seeds,
     ird,
     lattice,
     likely_next,
+    most_evaluations,
     most_rounds,
     sample_sets,
     shrink_of,
+    told_apart,
 )
 
 SIZES = st.integers(1, 300)
@@ -242,6 +247,119 @@ def test_what_a_configuration_shrinks_by() -> None:
     fine = shrink_of(SearchConfig(keep=0.95, max_rounds=4))
     assert fine == Shrink(0.95, reach=4)
     assert len(lattice(Pair(1024, 10**6), Pair(8, 10), fine)[0]) == 5, "not the hundred that there are"
+
+
+def race(field: list[Pair], table: Callable[[Pair, int], float | None], order: list[int], count: int) -> Pair | None:
+    """The winner of a field by successive halving, from a table of all metrics; larger is better."""
+    left = [pair for pair in field if None not in [table(pair, seed) for seed in order[:count]]]
+    if not left:
+        return None
+
+    def mean(pair: Pair) -> float:
+        return np.mean([table(pair, seed) for seed in order[:count]])  # type: ignore[arg-type,return-value]
+
+    entered = len(field)
+    while True:
+        left.sort(key=lambda pair: (-mean(pair), pair.params, pair.samples, pair.begin))
+        first = left[0]
+        rivals = []
+        for pair in left[1:]:
+            apart = np.array([table(first, seed) - table(pair, seed) for seed in order[:count]])  # type: ignore[operator]
+            clear = len(apart) > 1 and (
+                not apart.any() or abs(apart.mean()) > 2 * apart.std(ddof=1) / np.sqrt(len(apart))
+            )
+            rivals += [] if clear else [pair]
+        left = [first, *rivals][: max(2, -(-entered // 2))]
+        if len(left) == 1 or count == len(order):
+            return first
+        entered, count = len(left), min(2 * count, len(order))
+        left = [pair for pair in left if None not in [table(pair, seed) for seed in order[:count]]]
+        if not left:
+            return first
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), SEEDS, st.integers(0, 9), st.booleans(), st.integers(1, 4), st.booleans())
+def test_close_calls_are_raced(
+    data: st.DataObject, seeds: list[int], more: int, both: bool, max_rounds: int, failing: bool
+) -> None:
+    """The path and the best are those of a race over tables of all metrics; no seed is used out of turn or twice."""
+    start, minimum, shrink = Pair(16, 16), Pair(2, 4), Shrink(both=both)
+    order = [*seeds, *further_seeds(seeds, more)]
+    values = st.integers(-3, 3).map(float)
+    table: dict[tuple[Pair, int], float | None] = {}
+
+    def metric(pair: Pair, seed: int) -> float | None:
+        if (pair, seed) not in table:
+            may_fail = failing and pair != start
+            table[pair, seed] = data.draw(st.one_of(values, st.none()) if may_fail else values)
+        return table[pair, seed]
+
+    scores = Scores(metric)
+    outcome = ird(start, minimum, seeds, max_rounds, 9, scores, shrink=shrink, more=order[len(seeds) :])
+    assert set(scores.asked.values()) == {1}
+    used: dict[Pair, list[int]] = {}
+    for pair, seed in scores.asked:
+        used.setdefault(pair, []).append(seed)
+    assert all(of_one == order[: len(of_one)] for of_one in used.values())
+    assert outcome.evaluations == len(scores.asked)
+    rounds = most_rounds(start, minimum, max_rounds, shrink)
+    assert outcome.evaluations <= most_evaluations(rounds, len(seeds), shrink, more) - 2 * len(seeds)
+    state, best = start, start
+    for step in outcome.path[1:]:
+        state = race(candidates(state, minimum, shrink), metric, order, len(seeds))  # type: ignore[assignment]
+        assert step.pair == state
+        best = race([best, state], metric, order, len(seeds)) or best
+    assert outcome.best == best
+    assert best in outcome.pareto
+    for pair, mean in outcome.means.items():
+        assert mean == sum(table[pair, seed] for seed in seeds) / len(seeds)  # type: ignore[misc]
+
+
+def test_more_seeds_find_what_the_first_one_hides() -> None:
+    start, good = Pair(16, 16), Pair(8, 8)
+    first = {start: 0.9, Pair(8, 16): 0.8, good: 0.7, Pair(16, 8): 0.1}
+
+    def metric(pair: Pair, seed: int) -> float:
+        return float(pair == good) if seed else first[pair]
+
+    for more, expected, asked in ((0, start, 4), (3, good, 1 + 3 + 2 * 1 + 2 * 2 + 3)):
+        scores = Scores(metric)
+        outcome = ird(start, good, [0], 1, 1, scores, more=further_seeds([0], more))
+        assert outcome.best == expected
+        assert outcome.evaluations == asked
+        assert outcome.mean == first[expected], "over the first seeds, by which all pairs are told"
+    rounds = [(number, {pair for pair, _ in wanted}, {seed for _, seed in wanted}) for number, wanted in scores.rounds]
+    assert rounds == [
+        (0, {start}, {0}),
+        (1, {Pair(8, 16), Pair(16, 8), good}, {0}),
+        (1, {Pair(8, 16), good}, {1}),
+        (1, {Pair(8, 16), good}, {2, 3}),
+        (1, {start}, {1}),
+        (1, {start}, {2, 3}),
+    ]
+
+
+def test_what_is_told_apart_takes_no_further_seed() -> None:
+    scores = Scores(lambda pair, seed: -pair.samples * pair.params + 0.001 * seed * pair.samples)
+    ird(Pair(64, 64), Pair(1, 1), [0, 1], 9, 9, scores, more=[2, 3])
+    assert {seed for _, seed in scores.asked} == {0, 1}
+    same = Scores(lambda pair, seed: 1.0)
+    ird(Pair(64, 64), Pair(1, 1), [0, 1], 9, 9, same, more=[2, 3])
+    assert {seed for _, seed in same.asked} == {0, 1}, "as pairs with the same mask are"
+    assert [told_apart(one) for one in ([1.0], [1.0, 1.1], [1.0, -0.5], [1.0, 0.2, 0.6], [-1.0, -1.0])] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_further_seeds() -> None:
+    assert further_seeds([0, 1], 3) == [2, 3, 4]
+    assert further_seeds([7, 1], 3) == [0, 2, 3]
+    assert further_seeds([5], 0) == []
 
 
 def test_is_pure_python() -> None:
