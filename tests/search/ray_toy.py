@@ -14,9 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+import ray
 
 # Saves at every step, so that a killed trial loses at most one.
 EVERY_STEP = ["train.save_minutes=0"]
+
+
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have searches of this process start a cluster of two processors; call the result with what workers run first."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    real = ray.init
+
+    def prepare(setup: Callable[[], None] | None = None) -> None:
+        def init(**options: Any) -> Any:
+            if options["address"] == "local":
+                options["num_cpus"] = 2
+            if setup is not None:
+                options |= {"runtime_env": {"worker_process_setup_hook": setup}}
+            return real(**options)
+
+        monkeypatch.setattr(ray, "init", init)
+
+    prepare()
+    return prepare
 
 
 def result_of(output: Path) -> dict[str, Any]:

@@ -40,22 +40,7 @@ def local(folder: Path) -> tuple[Path, dict[str, Any]]:
 @pytest.fixture
 def on_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have searches of this process start a cluster of two processors, whose workers run `setup` first."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    real = ray.init
-
-    def prepare(setup: Callable[[], None] | None = None) -> None:
-        def init(**options: Any) -> Any:
-            if options["address"] == "local":
-                options["num_cpus"] = 2
-            if setup is not None:
-                options |= {"runtime_env": {"worker_process_setup_hook": setup}}
-            return real(**options)
-
-        monkeypatch.setattr(ray, "init", init)
-
-    prepare()
-    return prepare
+    return ray_toy.two_processors(monkeypatch)
 
 
 def faulty(raising: str, dying: str, folder: Path) -> Callable[[], None]:
