@@ -9,7 +9,7 @@ from irdscale.compare.statistics import paired_methods
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.
-_WAY = ("search.max_rounds=", "search.patience=")
+_WAY = ("search.max_rounds=", "search.patience=", "search.more_seeds=")
 
 
 def method_named(study: dict[str, Any], name: str) -> dict[str, Any] | None:

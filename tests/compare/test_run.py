@@ -18,7 +18,7 @@ from irdscale.compare.study import read_study
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import Pair, ird, lattice, shrink_of
+from irdscale.search.ird import Outcome, Pair, ird, lattice, shrink_of
 from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
 
@@ -171,21 +171,27 @@ def test_all_have_the_same_rates_and_as_many_evaluations(compare: Any) -> None:
     assert len(set(keys)) == len(keys) == result["evaluations"], "nothing is trained twice"
 
 
+def score_alone(engine: Engine, pair: Pair, repetition: int, seed: int, how: str = "ird") -> float:
+    """What a pair of a repetition's search has with a seed, at the rate that is kept."""
+    of = f"all-{repetition}" if pair.samples == 16 else f"{how}-trace-{repetition}-{pair.samples}"
+    train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
+    return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
+
+
+def search_alone(engine: Engine, repetition: int, how: str = "ird", more: Sequence[int] = ()) -> Outcome:
+    """The search of one repetition by itself."""
+
+    def alone(_: int, wanted: Any) -> list[float | None]:
+        return [score_alone(engine, pair, repetition, seed, how) for pair, seed in wanted]
+
+    return ird(START, MINIMUM, [repetition], 3, 2, alone, more=more)
+
+
 def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
     result, engine = compare()
-    for name, direction in (("ird", "ird"), ("reverse", "reverse")):
+    for name in ("ird", "reverse"):
         for one in entries(result)[name]["seeds"]:
-            seed = one["seed"]
-
-            def alone(_: int, wanted: Any, how: str = direction) -> list[float | None]:
-                return [score(pair, seed, how) for pair, seed in wanted]
-
-            def score(pair: Pair, seed: int, how: str) -> float:
-                of = f"all-{seed}" if pair.samples == 16 else f"{how}-trace-{seed}-{pair.samples}"
-                train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
-                return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
-
-            outcome = ird(START, MINIMUM, [seed], 3, 2, alone)
+            outcome = search_alone(engine, one["seed"], name)
             assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
             assert one["selection"] == outcome.mean
             assert one["evaluations"] == 3 + outcome.evaluations - 1
@@ -213,21 +219,14 @@ def test_close_calls_of_a_variant_take_seeds_of_its_own_repetition(compare: Any)
     assert {c.direction for c in further} == {"sure"}
     for one, plain in zip(found["sure"]["seeds"], found["ird"]["seeds"], strict=True):
         seed = one["seed"]
-
-        def raced(_: int, wanted: Any, seed: int = seed) -> list[float | None]:
-            return [score(pair, of, seed) for pair, of in wanted]
-
-        def score(pair: Pair, of: int, seed: int) -> float:
-            name = f"all-{seed}" if pair.samples == 16 else f"ird-trace-{seed}-{pair.samples}"
-            train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
-            return metric_of(Candidate(f"{name}-{pair.params}", pair, of, None, "", train))
-
         more = [seed + RESTART, seed + 2 * RESTART, seed + 3 * RESTART]
-        outcome = ird(START, MINIMUM, [seed], 3, 2, raced, more=more)
+        outcome = search_alone(engine, seed, more=more)
         assert {c.seed for c in further if c.seed % RESTART == seed} <= set(more)
         assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
         assert one["evaluations"] == 3 + outcome.evaluations - 1 > plain["evaluations"]
-        assert one["selection"] == score(outcome.best, seed, seed), "of the repetition's own seed, as all others"
+        assert one["selection"] == score_alone(engine, outcome.best, seed, seed), (
+            "of the repetition's own seed, as all others"
+        )
         assert one["test"] == pytest.approx(0.02 + seed)
     assert [one["selection"] for one in found["sure"]["seeds"]] != [one["selection"] for one in found["ird"]["seeds"]]
 
