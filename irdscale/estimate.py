@@ -19,7 +19,15 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import Pair, most_candidates, most_evaluations, most_more, most_rounds, sample_sets, shrink_of
+from irdscale.search.ird import (
+    Pair,
+    close_calls,
+    most_candidates,
+    most_evaluations,
+    most_rounds,
+    sample_sets,
+    shrink_of,
+)
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import build_model, load_task
 from irdscale.training import Control, fine_tune, sparse_model, trained_whole
@@ -183,6 +191,6 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
     shrink = shrink_of(config.search)
     waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(shrink)] * size.rounds, 2))
-    waves += size.rounds * ceil(most_more(config.search.more_seeds, shrink) / at_once)
+    waves += size.rounds * sum(ceil(n / at_once) for n in close_calls(seeds, config.search.more_seeds, shrink))
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
     return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests

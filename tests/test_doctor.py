@@ -271,6 +271,12 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
     more = dataclasses.replace(size, rankings=7, mask_samples=250)
     assert search_seconds(toy, costs, more) - search_seconds(toy, costs, size) == pytest.approx(4e4 + 150 * 100, abs=20)
+    close = toy.model_copy(update={"search": toy.search.model_copy(update={"more_seeds": 4})})
+    steps = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.1, prediction=0.0)
+    # In each of two rounds two of three candidates go on with 2 and 2 seeds, and so does the best so far.
+    for at_once, waves in ((1, 4 + 4 + 2 + 2), (4, 1 + 1 + 1 + 1)):
+        further = search_seconds(close, steps, size, at_once) - search_seconds(toy, steps, size, at_once)
+        assert further == pytest.approx(2 * waves)
     only_traces = Costs(trace=1.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=0.0)
     equal = toy.model_copy(update={"fisher": toy.fisher.model_copy(update={"equal_samples": True})})
     assert search_seconds(equal, only_traces, size) == 2 * search_seconds(toy, only_traces, size) == 200

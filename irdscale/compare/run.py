@@ -43,7 +43,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_candidates, most_more, most_rounds, rounds, shrink_of, together
+from irdscale.search.ird import Pair, Wanted, close_calls, most_candidates, most_rounds, rounds, shrink_of, together
 from irdscale.search.ird import lattice as sizes
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
@@ -197,7 +197,7 @@ def _most_searched(method: Method, facts: ModelFacts) -> int:
     search, parameters = method.config.search, facts.model["parameters"]
     start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
     most = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, shrink)
-    return (most_candidates(shrink) + most_more(search.more_seeds, shrink)) * most
+    return (most_candidates(shrink) + sum(close_calls(1, search.more_seeds, shrink))) * most
 
 
 def _compared(study: _Study) -> dict[str, Any]:

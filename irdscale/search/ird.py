@@ -195,12 +195,18 @@ def most_evaluations(rounds: int, seeds: int, shrink: Shrink = HALVES, more: int
     Args:
         more: further seeds that decide close calls.
     """
-    return (1 + most_candidates(shrink) * rounds + 2) * seeds + rounds * most_more(more, shrink)
+    return (1 + most_candidates(shrink) * rounds + 2) * seeds + rounds * sum(close_calls(seeds, more, shrink))
 
 
-def most_more(more: int, shrink: Shrink = HALVES) -> int:
-    """How many evaluations the close calls of a round can take: of the better half, and of the best so far."""
-    return (_better_half(most_candidates(shrink)) + 1) * more
+def close_calls(seeds: int, more: int, shrink: Shrink = HALVES) -> list[int]:
+    """How many evaluations the close calls of a round can take, step by step: among its candidates, then with the best
+    so far."""
+    left, count, steps = most_candidates(shrink), seeds, []
+    while count < seeds + more:
+        left, further = _better_half(left), min(count, seeds + more - count)
+        steps.append((left, further))
+        count += further
+    return [left * further for left, further in steps] + [further for _, further in steps]
 
 
 def _better_half(candidates: int) -> int:

@@ -21,6 +21,7 @@ from irdscale.search.ird import (
     Shrink,
     best_of,
     candidates,
+    close_calls,
     further_seeds,
     ird,
     lattice,
@@ -354,6 +355,16 @@ def test_what_is_told_apart_takes_no_further_seed() -> None:
         True,
         True,
     ]
+
+
+def test_how_many_evaluations_close_calls_take() -> None:
+    assert close_calls(2, 0) == []
+    assert close_calls(1, 3) == [2 * 1, 2 * 2, 1, 2]
+    assert close_calls(2, 5, Shrink(both=True)) == [3 * 2, 2 * 3, 2, 3], "three of five, then two"
+    start, noise = Pair(16, 16), {Pair(16, 16): 0.0, Pair(8, 16): 1.0, Pair(8, 8): 0.9, Pair(16, 8): -5.0}
+    alternating = Scores(lambda pair, seed: noise[pair] * (-1) ** seed)
+    outcome = ird(start, Pair(8, 8), [0], 1, 9, alternating, more=[1, 2, 3])
+    assert outcome.evaluations == 1 + 3 + sum(close_calls(1, 3)) == most_evaluations(1, 1, more=3) - 2
 
 
 def test_further_seeds() -> None:
