@@ -13,7 +13,7 @@ from irdscale.compare.run import run_compare  # noqa: E402
 from irdscale.config_file import load_config  # noqa: E402
 from irdscale.search.ledger import Ledger, read_ledger  # noqa: E402
 from tests.search import ray_toy  # noqa: E402
-from tests.search.toy import finished, write_config  # noqa: E402
+from tests.search.toy import finished, killed_after, write_config  # noqa: E402
 
 # LoRA is left out: it needs another package, and its candidates go the same way as full fine-tuning's.
 COMPARED = {
@@ -37,15 +37,8 @@ def test_ray_and_local_tell_the_same_and_go_on_with_each_others(
     expected = run_compare(local, progress=False)
     ray_toy.two_processors(monkeypatch)
     on_ray = load_config(toy, [f"output={tmp_path / 'ray'}", "search.runner=ray"])
-    append = Ledger.append
-
-    def killed_after_nine(self: Ledger, record: dict[str, Any]) -> None:
-        if len(self.records) == 9:
-            raise KeyboardInterrupt
-        append(self, record)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", killed_after_nine)
+        patch.setattr(Ledger, "append", killed_after(9, Ledger.append))
         with pytest.raises(KeyboardInterrupt):
             run_compare(load_config(toy, [f"output={tmp_path / 'ray'}"]), progress=False)
     begun = read_ledger(tmp_path / "ray" / "ledger.jsonl")

@@ -27,7 +27,7 @@ from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.run import run_search
 from irdscale.tasks import build_model, load_task
 from irdscale.verbs import run_fisher
-from tests.search.toy import write_config
+from tests.search.toy import killed_after, write_config
 
 
 @pytest.fixture(scope="module")
@@ -160,19 +160,6 @@ def test_more_than_halves_are_kept(folder: Path, tmp_path: Path, direction: str)
         assert_nearly(Mask.load(mask_folder(tmp_path, masks[pair])), slow.fisher(chosen).diagonal)
     write_report(tmp_path)
     assert "Each round keeps 70 % of the samples, the parameters, or both" in (tmp_path / "report.html").read_text()
-
-
-def killed_after(count: int, append: Any) -> Any:
-    left = count
-
-    def counting(self: Ledger, record: dict[str, Any]) -> None:
-        nonlocal left
-        if not left:
-            raise KeyboardInterrupt
-        left -= 1
-        append(self, record)
-
-    return counting
 
 
 def test_a_folder_from_before_there_were_these_keys(folder: Path, tmp_path: Path) -> None:

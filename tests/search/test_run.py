@@ -27,7 +27,7 @@ from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import build_model, load_task
-from tests.search.toy import essence, write_config
+from tests.search.toy import essence, killed_after, write_config
 from tests.search.toy import finished as evaluations_of
 
 
@@ -290,15 +290,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
 def test_close_calls_take_more_seeds_and_go_on_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["search.seeds=[1]", "search.more_seeds=3", "search.max_rounds=1", "train.steps=6"]
     config = load_config(write_config(folder), [*asked, f"output={folder / 'close'}"])
-    output, real_append = Path(config.output), Ledger.append
-
-    def append(self: Ledger, record: dict[str, Any]) -> None:
-        if len(self.records) == 5:
-            raise KeyboardInterrupt
-        real_append(self, record)
-
+    output = Path(config.output)
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", append)
+        patch.setattr(Ledger, "append", killed_after(5, Ledger.append))
         with pytest.raises(KeyboardInterrupt):
             run_search(config, progress=False)
     result = run_search(config, progress=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from irdscale.search.ledger import read_ledger
+from irdscale.search.ledger import Ledger, read_ledger
 from tests.helpers import tiny_model
 
 WORDS = {0: ["bad", "not", "said"], 1: ["good", "film", "is"]}
@@ -72,3 +72,17 @@ def essence(result: dict[str, Any]) -> dict[str, Any]:
 def finished(output: Path) -> dict[str, float]:
     """Key -> metric of every evaluation that ended well; reading it refuses a key that is there twice."""
     return {r["key"]: r["metric"] for r in read_ledger(output / "ledger.jsonl") if r["status"] == "ok"}
+
+
+def killed_after(count: int, append: Any) -> Any:
+    """`Ledger.append` for a run that is interrupted when it has so many records more."""
+    left = count
+
+    def counting(self: Ledger, record: dict[str, Any]) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        append(self, record)
+
+    return counting
