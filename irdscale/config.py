@@ -16,6 +16,7 @@ Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "mul
 Direction = Literal["ird", "reverse", "random", "both"]
 RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
+Scope = Literal["global", "layerwise"]
 # Whose samples are texts that a language model goes on with.
 LANGUAGE_KINDS = ("causal-lm", "sft", "multiple-choice")
 METRICS: dict[str, tuple[str, ...]] = {
@@ -235,6 +236,11 @@ class FisherConfig(Section):
     )
     score: Score = Field(
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
+    )
+    scope: Scope = Field(
+        "global",
+        description="A mask's entries are the largest of the whole model, or (layerwise) of each parameter in "
+        "proportion to its size.",
     )
     equal_samples: bool = Field(
         False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."

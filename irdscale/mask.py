@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from irdscale.config import Scope
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
 from irdscale.topk import Chosen, largest
@@ -121,10 +122,13 @@ def top_k(fisher: Fisher, k: int) -> Mask:
 
 
 def _largest(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
-    total = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
+    _check_k(k, sum(torch.Size(shape).numel() for shape in fisher.shapes.values()))
+    return largest(fisher.slices(), k, shared=fisher.layout == "sharded"), fisher.shapes
+
+
+def _check_k(k: int, total: int) -> None:
     if not 0 <= k <= total:
         raise InputError(f"top_k: found k = {k}; expected 0 to {total}, the number of scored entries")
-    return largest(fisher.slices(), k, shared=fisher.layout == "sharded"), fisher.shapes
 
 
 def _stored(index: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -158,16 +162,46 @@ class Ranking:
         return Mask(indices, self.shapes)
 
 
-def rank_entries(fisher: Fisher, k: int) -> Ranking:
-    """The k entries with the largest Fisher information in descending order, by the tie rule of `top_k`."""
-    chosen, shapes = _largest(fisher, k)
+def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
+    """The k entries with the largest Fisher information in descending order, by the tie rule of `top_k`.
+
+    Args:
+        scope: with `layerwise` every parameter has its share of each prefix, by its number of entries: the r-th largest
+            of n stands at (2 r - 1) / 2n, as seats are dealt out by Webster's rule.
+    """
+    chosen, shapes = _largest(fisher, k) if scope == "global" else _largest_of_each(fisher, k)
     if not chosen:
         none = torch.zeros(0, dtype=torch.int64)
         return Ranking(none, none, shapes)
     places = {name: place for place, name in enumerate(shapes)}
-    order = torch.cat([entries.scores for entries in chosen.values()]).sort(descending=True, stable=True).indices
+    if scope == "global":
+        keys = [entries.scores for entries in chosen.values()]
+    else:
+        keys = [-_standing(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
+    order = torch.cat(keys).sort(descending=True, stable=True).indices[:k]
     parameter = torch.cat([torch.full_like(entries.index, places[name]) for name, entries in chosen.items()])
     return Ranking(parameter[order], torch.cat([entries.index for entries in chosen.values()])[order], shapes)
+
+
+def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
+    """Of every parameter as many of its largest entries as the k first by standing can hold."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in fisher.shapes.items()}
+    _check_k(k, sum(sizes.values()))
+    # Of n entries n x + 1/2, rounded down, stand at x or before: of all parameters together more than k.
+    standing = (k + len(sizes)) / max(1, sum(sizes.values()))
+    chosen: dict[str, Chosen] = {}
+    for name, piece in fisher.slices().items():
+        count = min(sizes[name], int(sizes[name] * standing + 0.5)) if k else 0
+        chosen |= largest({name: piece}, count, shared=fisher.layout == "sharded")
+    return chosen, fisher.shapes
+
+
+def _standing(scores: Tensor, numel: int) -> Tensor:
+    """(2 r - 1) / 2n for the r-th largest of the n scores, of which these are some of the largest."""
+    order = scores.sort(descending=True, stable=True).indices
+    standing = torch.empty(len(scores), dtype=torch.float64)
+    standing[order] = (2 * torch.arange(len(scores), dtype=torch.float64) + 1) / (2 * numel)
+    return standing
 
 
 def density(mask: Mask) -> dict[str, Any]:

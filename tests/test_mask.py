@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from irdscale.mask import rank_entries
 
 def fisher_of(*scores: torch.Tensor) -> Fisher:
     return Fisher({f"p{i}": s for i, s in enumerate(scores)}, torch.zeros(1, dtype=torch.float64))
+
+
+def fisher_of_one(name: str, scores: torch.Tensor) -> Fisher:
+    return Fisher({name: scores}, torch.zeros(1, dtype=torch.float64))
 
 
 def by_sorting(fisher: Fisher, k: int) -> list[tuple[str, int]]:
@@ -56,6 +61,29 @@ def test_equals_a_stable_sort(lists: list[list[float]], share: float, dtype: tor
         assert [(names[p], i) for p, i in found] == expected
         for part in {0, k // 2, k}:
             assert ranking.prefix(part).hash == top_k(fisher, part).hash
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(values, max_size=12), min_size=1, max_size=4), st.floats(0, 1))
+def test_layerwise_deals_out_a_seat_at_a_time(lists: list[list[float]], share: float) -> None:
+    fisher = fisher_of(*[torch.tensor(scores, dtype=torch.float64) for scores in lists])
+    total = sum(map(len, lists))
+    k = round(share * total)
+    own = {name: by_sorting(fisher_of_one(name, d), d.numel()) for name, d in fisher.diagonal.items()}
+    seats = dict.fromkeys(own, 0)
+    dealt = []
+    for _ in range(k):
+        # Webster: the next seat goes where (2 seats + 1) / 2n is smallest, of equal ones to the first.
+        left = [name for name in own if seats[name] < len(own[name])]
+        name = min(left, key=lambda n: Fraction(2 * seats[n] + 1, 2 * len(own[n])))
+        dealt.append(own[name][seats[name]])
+        seats[name] += 1
+    ranking = rank_entries(fisher, k, "layerwise")
+    names = list(fisher.diagonal)
+    found = [(names[p], i) for p, i in zip(ranking.parameter.tolist(), ranking.index.tolist(), strict=True)]
+    assert found == dealt
+    with pytest.raises(InputError, match=f"found k = {total + 1}; expected 0 to {total}"):
+        rank_entries(fisher, total + 1, "layerwise")
 
 
 def test_large_random_arrays_with_many_ties() -> None:

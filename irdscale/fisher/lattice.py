@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irdscale.config import Score
+from irdscale.config import Scope, Score
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.gradients import SampleGradients
@@ -75,6 +75,7 @@ def ranked_entries_by_prefix(
     k: int,
     *,
     score: Score = "fisher",
+    scope: Scope = "global",
     dtype: torch.dtype = torch.float32,
     layout: Layout = "replicated",
     offload: bool = False,
@@ -90,6 +91,7 @@ def ranked_entries_by_prefix(
     and all get the same.
 
     Args:
+        scope: the largest of all, or of every parameter in proportion to its size (see `rank_entries`).
         layout, offload: of the sums, as in `accumulate_fisher`.
         traces: float64 [N], filled with each visited sample's trace where given.
         weights: float64 [N], by which the samples' losses are multiplied; not with `traces`.
@@ -101,12 +103,12 @@ def ranked_entries_by_prefix(
     if add is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
-        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k))
+        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
     sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
     rankings: dict[int, Ranking] = {}
 
     def snapshot(size: int) -> None:
-        ranking = _ranking(samples, score, sums.tensors, layout, k)
+        ranking = _ranking(samples, score, sums.tensors, layout, k, scope)
         rankings[size] = ranking
         if saved is not None:
             saved.keep(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
@@ -135,7 +137,9 @@ def equal_weights(traces: Tensor) -> Tensor:
     return torch.where(traces > 0, traces.rsqrt(), 0.0)
 
 
-def _ranking(samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int) -> Ranking:
+def _ranking(
+    samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int, scope: Scope
+) -> Ranking:
     scores = entry_scores(score, samples.scored, sums, samples.seed, layout)
     shapes = samples.shapes if layout == "sharded" else None
-    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, shapes), k)
+    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, shapes), k, scope)

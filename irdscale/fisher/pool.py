@@ -124,6 +124,7 @@ def pass_options(config: RunConfig) -> dict[str, Any]:
     """How `ranked_entries_by_prefix` is to sum and score."""
     return {
         "score": config.fisher.score,
+        "scope": config.fisher.scope,
         "dtype": torch.float64 if config.fisher.dtype == "float64" else torch.float32,
         "layout": config.fisher.layout,
         "offload": config.fisher.offload,
@@ -170,14 +171,15 @@ def ranked_entries(
 
 
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
-    """Where the state of a pass of this run is kept until its result is; one of another head is not used."""
+    """Where the state of a pass of this run is kept until its result is; one of another head or scope is not used."""
     steps = config.fisher.head_warmup
-    head = {
+    also = {
+        "scope": config.fisher.scope,
         "seed": config.search.seeds[0],
         "steps": steps,
         "by": config.train.model_dump(mode="json") if steps else None,
     }
-    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, head)
+    return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 
 
 def traces_before(name: str) -> str:

@@ -141,9 +141,11 @@ def _state(of: str, name: str, begin: int = 0) -> str:
 def _made_by(config: RunConfig) -> str:
     made_by = same_search(config.model_dump(mode="json"))
     del made_by["search"]["more_seeds"]  # no mask is made by them
+    # Masks of a folder from before there were these keys are the same.
     if config.search.keep == HALVES.keep:
-        # The masks of a folder from before there was this key are the same.
         del made_by["search"]["keep"]
+    if config.fisher.scope == "global":
+        del made_by["fisher"]["scope"]
     return digest(made_by)
 
 

@@ -18,6 +18,7 @@ from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
+from irdscale.mask import rank_entries
 from irdscale.report import write_report
 from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
@@ -77,6 +78,26 @@ def test_without_options_masks_are_the_ones_of_the_paper(folder: Path, tmp_path:
         # Batches of 4 are the same ones, so that not even rounding differs.
         assert top_k(slow.fisher(order[: pair.samples]), pair.params).hash == mask, pair
     assert masks.facts["sample_gradients"] == 32
+
+
+def test_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
+    plain = configured(folder, tmp_path)
+    config = configured(folder, tmp_path, "fisher.scope=layerwise")
+    slow = Slow(config, 16)
+
+    def expected(chosen: Any, p: int, of: Slow = slow) -> str:
+        return rank_entries(of.fisher(chosen), p, "layerwise").prefix(p).hash
+
+    other = search_masks(plain, slow.task, tmp_path, progress=False)
+    masks = search_masks(config, slow.task, tmp_path, progress=False)
+    order = json.loads((tmp_path / "fisher/traces.json").read_text())["order"]
+    for pair, mask in masks.masks.items():
+        assert mask == expected(order[: pair.samples], pair.params) != other.masks[pair], pair
+    drawn = random_draw_mask(config, slow.task, tmp_path, Pair(6, 200), progress=False)
+    assert drawn["mask"] == expected(range(6), 200, Slow(config, 6, "fish"))
+    found = Mask.load(run_fisher(config, progress=False)["mask"])
+    assert found.hash == expected(range(16), found.k)
+    assert max(len(found.indices[n]) / torch.Size(found.shapes[n]).numel() for n in found.indices) < 0.2
 
 
 @pytest.mark.parametrize("direction", ["ird", "random"])
@@ -166,16 +187,17 @@ def test_a_folder_from_before_there_were_these_keys(folder: Path, tmp_path: Path
     config = configured(folder, tmp_path)
     masks = search_masks(config, load_task(config), tmp_path, progress=False)
     values = config.model_dump(mode="json")
-    del values["search"]["keep"], values["search"]["more_seeds"]
+    del values["search"]["keep"], values["search"]["more_seeds"], values["fisher"]["scope"]
     stored = json.loads((tmp_path / "fisher/masks.json").read_text())
     assert stored["made_by"] == digest(same_search(values))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     refuse_changes(config, tmp_path)
     assert stored_masks(config, tmp_path) == masks
-    finer = configured(folder, tmp_path, "search.keep=0.7")
-    assert stored_masks(finer, tmp_path) is None
-    with pytest.raises(InputError, match=r"search.keep: 0.5 -> 0.7"):
-        refuse_changes(finer, tmp_path)
+    for change, said in (("search.keep=0.7", "keep: 0.5 -> 0.7"), ("fisher.scope=layerwise", "global -> layerwise")):
+        other = configured(folder, tmp_path, change)
+        assert stored_masks(other, tmp_path) is None
+        with pytest.raises(InputError, match=said):
+            refuse_changes(other, tmp_path)
 
 
 def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:
