@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,8 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         sentences += [_about_overlaps(overlap, sizes), *_about_layers(layers, sizes)]
     elif len(sizes) > 1:
         sentences.append("The masks of all sample sets are the same.")
+    held = concentration([load(Path(result["best"]["mask"]).name)])
+    sentences += [] if held is None else [held]
     sentences += _about_fish(result, load)
     stored = output / "fisher" / "drivers.json"
     measured = read_json(stored, "list of what drives a mask") if stored.exists() else {}
@@ -359,6 +362,23 @@ def layer_of(name: str) -> str:
 
 def _scored(mask: Mask) -> int:
     return sum(torch.Size(shape).numel() for shape in mask.shapes.values())
+
+
+def concentration(masks: Sequence[Mask]) -> str | None:
+    """In words: the one parameter that holds most of the entries of these masks, beyond its size; None if none does."""
+    held: Counter[str] = Counter()
+    for mask in masks:
+        held.update({name: len(index) for name, index in mask.indices.items()})
+    [(name, count)] = held.most_common(1) or [("", 0)]
+    if 2 * count <= held.total():
+        return None
+    share, size = count / held.total(), torch.Size(masks[0].shapes[name]).numel() / _scored(masks[0])
+    if 2 * size > share:
+        return None
+    return (
+        f"{percent(share)} of the mask's entries are in {name}, which has {percent(size)} of the scored parameters: "
+        f"fisher.exclude leaves it out, fisher.scope=layerwise gives every parameter entries by its size."
+    )
 
 
 def overlaps(masks: Mapping[str, Mask], p: int) -> Overlap:

@@ -16,6 +16,7 @@ from irdscale.mask import Mask
 from irdscale.report import write_report
 from irdscale.report.analysis import (
     by_layer,
+    concentration,
     drivers,
     eta_squared,
     headline,
@@ -128,6 +129,22 @@ def test_masks_by_layer_and_in_common() -> None:
     assert [layer.chance for layer in layers] == [3 / 40, 3 / 20, 4 / 40]
     assert layers[1].gain == pytest.approx(0.3)
     assert by_layer([large, mask(e=[0])])[0].kept is None
+
+
+def test_one_parameter_that_holds_most_of_a_mask_is_named() -> None:
+    shapes = {"pooler": (5, 4), "word": (9, 20)}
+
+    def of(pooler: int, word: int) -> Mask:
+        return Mask({"pooler": torch.arange(pooler), "word": torch.arange(word)}, shapes)
+
+    said = concentration([of(7, 3), of(8, 2)])
+    assert said is not None
+    assert said.startswith("75 % of the mask's entries are in pooler, which has 10 % of the scored parameters: ")
+    assert "fisher.exclude" in said
+    assert "fisher.scope=layerwise" in said
+    assert concentration([of(5, 5)]) is None, "no more than half"
+    assert concentration([of(0, 10)]) is None, "no more than its size gives it"
+    assert concentration([Mask({}, shapes)]) is None
 
 
 def test_drivers() -> None:
