@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.figures import draw_all
-from irdscale.compare.samples import COLUMNS, about_samples
+from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
+from irdscale.compare.samples import about_samples
 from irdscale.compare.study import read_study
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of
+from irdscale.compare.where import COLUMNS as MASK_COLUMNS
+from irdscale.compare.where import where_masks_lie
 from irdscale.files import write_atomic
 from irdscale.report.pages import write_pages
 
@@ -39,7 +42,9 @@ def write_files(output: Path) -> dict[str, Any]:
         "notes": notes(study),
         "failures": failures(study),
         "samples": about_samples(output, study),
-        "sample_columns": COLUMNS,
+        "sample_columns": SAMPLE_COLUMNS,
+        "masks": where_masks_lie(output, study),
+        "mask_columns": MASK_COLUMNS,
         "captions": CAPTIONS,
     }
     written = write_pages(output, "irdscale.compare", "compare", values, draw_all(study))

@@ -15,7 +15,7 @@ from irdscale.compare.asked import RANKINGS, Method, asked_methods, owner_of, ra
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.files import read_json
-from irdscale.report.analysis import Relation, by_chance, concentration, headline, overlaps, ranking_relations
+from irdscale.report.analysis import Relation, by_chance, headline, overlaps, ranking_relations
 from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
 from irdscale.search.kept import index_file, load_mask, mask_folder, read_masks, traces_file
@@ -143,8 +143,6 @@ def _told(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed
         rows.append(_row("masks of all, of two seeds", "shared entries", pairs, chance))
     if said:
         sentences.append(f"Of {params:,} entries, {'; '.join(said)}; random masks would share {chance}.")
-    held = concentration(list(whole.values()))
-    sentences += [] if held is None else [held]
     return Samples(sentences, rows)
 
 

@@ -167,7 +167,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         sentences += [_about_overlaps(overlap, sizes), *_about_layers(layers, sizes)]
     elif len(sizes) > 1:
         sentences.append("The masks of all sample sets are the same.")
-    held = concentration([load(Path(result["best"]["mask"]).name)])
+    held = concentration(load(Path(result["best"]["mask"]).name))
     sentences += [] if held is None else [held]
     sentences += _about_fish(result, load)
     stored = output / "fisher" / "drivers.json"
@@ -364,17 +364,26 @@ def _scored(mask: Mask) -> int:
     return sum(torch.Size(shape).numel() for shape in mask.shapes.values())
 
 
-def concentration(masks: Sequence[Mask]) -> str | None:
-    """In words: the one parameter that holds most of the entries of these masks, beyond its size; None if none does."""
+def most_held(masks: Sequence[Mask]) -> tuple[str, float, float] | None:
+    """The parameter with the most entries of these masks of one model, and its shares of them and of what was scored.
+
+    None where the masks are empty.
+    """
     held: Counter[str] = Counter()
     for mask in masks:
         held.update({name: len(index) for name, index in mask.indices.items()})
-    [(name, count)] = held.most_common(1) or [("", 0)]
-    if 2 * count <= held.total():
+    if not held.total():
         return None
-    share, size = count / held.total(), torch.Size(masks[0].shapes[name]).numel() / _scored(masks[0])
-    if 2 * size > share:
+    name, count = held.most_common(1)[0]
+    return name, count / held.total(), torch.Size(masks[0].shapes[name]).numel() / _scored(masks[0])
+
+
+def concentration(mask: Mask) -> str | None:
+    """In words: the one parameter that holds most of a mask's entries, beyond its size; None if none does."""
+    held = most_held([mask])
+    if held is None or held[1] <= max(0.5, 2 * held[2]):
         return None
+    name, share, size = held
     return (
         f"{percent(share)} of the mask's entries are in {name}, which has {percent(size)} of the scored parameters: "
         f"fisher.exclude leaves it out, fisher.scope=layerwise gives every parameter entries by its size."

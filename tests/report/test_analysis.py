@@ -21,6 +21,7 @@ from irdscale.report.analysis import (
     eta_squared,
     headline,
     larger_probability,
+    most_held,
     overlaps,
     partial_spearman,
     relations,
@@ -131,20 +132,30 @@ def test_masks_by_layer_and_in_common() -> None:
     assert by_layer([large, mask(e=[0])])[0].kept is None
 
 
-def test_one_parameter_that_holds_most_of_a_mask_is_named() -> None:
+def test_one_parameter_that_holds_most_of_a_mask_is_named(tmp_path: Path) -> None:
     shapes = {"pooler": (5, 4), "word": (9, 20)}
 
     def of(pooler: int, word: int) -> Mask:
         return Mask({"pooler": torch.arange(pooler), "word": torch.arange(word)}, shapes)
 
-    said = concentration([of(7, 3), of(8, 2)])
+    assert most_held([of(7, 3), of(8, 2)]) == ("pooler", 0.75, 0.1)
+    assert most_held([Mask({}, shapes)]) is None
+    said = concentration(of(6, 4))
     assert said is not None
-    assert said.startswith("75 % of the mask's entries are in pooler, which has 10 % of the scored parameters: ")
+    assert said.startswith("60 % of the mask's entries are in pooler, which has 10 % of the scored parameters: ")
     assert "fisher.exclude" in said
     assert "fisher.scope=layerwise" in said
-    assert concentration([of(5, 5)]) is None, "no more than half"
-    assert concentration([of(0, 10)]) is None, "no more than its size gives it"
-    assert concentration([Mask({}, shapes)]) is None
+    assert concentration(of(5, 5)) is None, "no more than half"
+    assert concentration(of(0, 10)) is None, "no more than its size gives it"
+    assert concentration(Mask({}, shapes)) is None
+    write_output(tmp_path)
+    best = json.loads((tmp_path / "result.json").read_text())["best"]
+    query = {"bert.encoder.layer.0.attention.self.query.weight": torch.arange(20)}
+    held = Mask(query, Mask.load(tmp_path / best["mask"]).shapes)
+    held.save(tmp_path / "masks" / held.hash)
+    change(tmp_path, "result.json", best={**best, "mask": f"masks/{held.hash}"})
+    said = "entries are in bert.encoder.layer.0.attention.self.query.weight, which has 13.3 %"
+    assert all(said in page for page in pages(tmp_path))
 
 
 def test_drivers() -> None:
