@@ -108,15 +108,21 @@ class Mask:
                 raise InputError(f"mask: {name}: expected sorted, distinct indices from 0 to {numel - 1}")
 
 
-def top_k(fisher: Fisher, k: int) -> Mask:
+def top_k(fisher: Fisher, k: int, scope: Scope = "global") -> Mask:
     """The mask of the k entries with the largest Fisher information, exactly; ties go by the global flat index.
 
     The global flat index counts through the parameters in the order of `fisher.diagonal`. Collective where the Fisher
     information is sharded: every rank gets the whole mask (see `irdscale.topk`).
 
+    Args:
+        scope: `global`, the largest of the whole model (FISH, arXiv 2111.09839, section 3), or `layerwise`, of each
+            parameter in proportion to its size (see `rank_entries`).
+
     Raises:
         InputError: k is not within 0 and the number of entries, or an entry is NaN, infinite or negative (named).
     """
+    if scope == "layerwise":
+        return rank_entries(fisher, k, scope).prefix(k)
     chosen, shapes = _largest(fisher, k)
     return Mask({name: _stored(entries.index, shapes[name]) for name, entries in chosen.items()}, shapes)
 

@@ -82,6 +82,7 @@ def test_layerwise_deals_out_a_seat_at_a_time(lists: list[list[float]], share: f
     names = list(fisher.diagonal)
     found = [(names[p], i) for p, i in zip(ranking.parameter.tolist(), ranking.index.tolist(), strict=True)]
     assert found == dealt
+    assert entries(top_k(fisher, k, "layerwise")) == set(dealt)
     with pytest.raises(InputError, match=f"found k = {total + 1}; expected 0 to {total}"):
         rank_entries(fisher, total + 1, "layerwise")
 

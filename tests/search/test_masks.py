@@ -18,7 +18,6 @@ from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
-from irdscale.mask import rank_entries
 from irdscale.report import write_report
 from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
@@ -86,7 +85,7 @@ def test_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
     slow = Slow(config, 16)
 
     def expected(chosen: Any, p: int, of: Slow = slow) -> str:
-        return rank_entries(of.fisher(chosen), p, "layerwise").prefix(p).hash
+        return top_k(of.fisher(chosen), p, "layerwise").hash
 
     other = search_masks(plain, slow.task, tmp_path, progress=False)
     masks = search_masks(config, slow.task, tmp_path, progress=False)
