@@ -238,9 +238,9 @@ class FisherConfig(Section):
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
     )
     scope: Scope = Field(
-        "global",
-        description="A mask's entries are the largest of the whole model, or (layerwise) of each parameter in "
-        "proportion to its size.",
+        "layerwise",
+        description="A mask's entries are the largest of each parameter, in proportion to its size, or (global, as in "
+        "the papers) of the whole model, which may be those of one matrix.",
     )
     equal_samples: bool = Field(
         False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."

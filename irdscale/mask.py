@@ -14,13 +14,16 @@ from torch import Tensor
 from irdscale.config import Scope
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
-from irdscale.topk import Chosen, largest
+from irdscale.ranks import gather_texts
+from irdscale.topk import Chosen, Slice, check_scores, largest
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
 
 FORMAT = "irdscale-mask"
 VERSION = 1
+# Of squared gradients: a millionth of the largest gradient, above what float32 leaves of one that is 0.
+ROUNDING = 1e-12
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -173,7 +176,9 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
 
     Args:
         scope: with `layerwise` every parameter has its share of each prefix, by its number of entries: the r-th largest
-            of n stands at (2 r - 1) / 2n, as seats are dealt out by Webster's rule.
+            of n stands at (2 r - 1) / 2n, as seats are dealt out by Webster's rule. Scores below `ROUNDING` times the
+            largest of all count as 0: a parameter without any gradient, as a key's bias, gets the same entries however
+            many ranks there are.
     """
     chosen, shapes = _largest(fisher, k) if scope == "global" else _largest_of_each(fisher, k)
     if not chosen:
@@ -195,11 +200,20 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
     _check_k(k, sum(sizes.values()))
     # Of n entries n x + 1/2, rounded down, stand at x or before: of all parameters together more than k.
     standing = (k + len(sizes)) / max(1, sum(sizes.values()))
+    shared, pieces = fisher.layout == "sharded", fisher.slices()
+    check_scores(pieces, shared)
+    floor = ROUNDING * _largest_score(pieces, shared)
     chosen: dict[str, Chosen] = {}
-    for name, piece in fisher.slices().items():
+    for name, piece in pieces.items():
         count = min(sizes[name], int(sizes[name] * standing + 0.5)) if k else 0
-        chosen |= largest({name: piece}, count, shared=fisher.layout == "sharded")
+        cleared = Slice(piece.start, piece.scores.where(~(piece.scores < floor), 0))
+        chosen |= largest({name: cleared}, count, shared)
     return chosen, fisher.shapes
+
+
+def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:
+    own = max((float(piece.scores.max()) for piece in pieces.values() if piece.scores.numel()), default=0.0)
+    return max(map(float, gather_texts(repr(own)))) if shared else own
 
 
 def _standing(scores: Tensor, numel: int) -> Tensor:

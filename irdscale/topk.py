@@ -7,6 +7,7 @@ then through each parameter's entries.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,7 @@ def largest(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str,
     Raises:
         InputError: an entry is NaN, infinite or negative; names the parameter.
     """
-    if shared:
-        with failing_together():
-            check_scores(slices)
-    else:
-        check_scores(slices)
+    check_scores(slices, shared)
     if k == 0:
         return {}
     bits = {name: ordered_bits(s.scores) for name, s in slices.items()}
@@ -67,12 +64,17 @@ def largest(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str,
     return _everyones(own) if shared else {name: chosen for name, chosen in own.items() if len(chosen.index)}
 
 
-def check_scores(slices: dict[str, Slice]) -> None:
-    """Refuse scores that have no order.
+def check_scores(slices: dict[str, Slice], shared: bool = False) -> None:
+    """Refuse scores that have no order; with `shared` on all ranks at once.
 
     Raises:
         InputError: names the parameter.
     """
+    with failing_together() if shared else nullcontext():
+        _check_own(slices)
+
+
+def _check_own(slices: dict[str, Slice]) -> None:
     for name, piece in slices.items():
         low, high = (float(x) for x in piece.scores.aminmax()) if piece.scores.numel() else (0.0, 0.0)
         if not (low >= 0 and high < float("inf")):

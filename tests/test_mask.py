@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from irdscale import Fisher, Mask, top_k
 from irdscale.errors import InputError
-from irdscale.mask import rank_entries
+from irdscale.mask import ROUNDING, rank_entries
 
 
 def fisher_of(*scores: torch.Tensor) -> Fisher:
@@ -69,7 +69,9 @@ def test_layerwise_deals_out_a_seat_at_a_time(lists: list[list[float]], share: f
     fisher = fisher_of(*[torch.tensor(scores, dtype=torch.float64) for scores in lists])
     total = sum(map(len, lists))
     k = round(share * total)
-    own = {name: by_sorting(fisher_of_one(name, d), d.numel()) for name, d in fisher.diagonal.items()}
+    floor = ROUNDING * max((float(d.max()) for d in fisher.diagonal.values() if len(d)), default=0.0)
+    cleared = {name: torch.tensor([0.0 if x < floor else x for x in d.tolist()]) for name, d in fisher.diagonal.items()}
+    own = {name: by_sorting(fisher_of_one(name, d), d.numel()) for name, d in cleared.items()}
     seats = dict.fromkeys(own, 0)
     dealt = []
     for _ in range(k):
@@ -99,8 +101,10 @@ def test_large_random_arrays_with_many_ties() -> None:
 
 @pytest.mark.parametrize(("value", "found"), [("nan", "NaN"), ("inf", "an infinite"), ("-1", "a negative")])
 def test_unusable_scores_name_the_parameter(value: str, found: str) -> None:
-    with pytest.raises(InputError, match=f"p1: found {found} Fisher information"):
-        top_k(fisher_of(torch.ones(3), torch.tensor([1.0, float(value)])), 1)
+    fisher = fisher_of(torch.ones(3), torch.tensor([1.0, float(value)]))
+    for scope in ("global", "layerwise"):
+        with pytest.raises(InputError, match=f"p1: found {found} Fisher information"):
+            top_k(fisher, 1, scope)
 
 
 @pytest.mark.parametrize("k", [-1, 5])

@@ -30,6 +30,9 @@ def refuse_changes(config: RunConfig, output: Path) -> None:
         before = yaml.safe_load(stored.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{stored}: cannot read the configuration of the earlier search: {error}") from error
+    if isinstance(before, dict) and isinstance(before.get("fisher"), dict):
+        # Before there was this key, masks were of the whole model.
+        before["fisher"].setdefault("scope", "global")
     with suppress(ValidationError):
         # What a newer version can be told has its default in an older folder.
         before = RunConfig.model_validate(before).model_dump(mode="json")

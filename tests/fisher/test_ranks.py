@@ -37,9 +37,8 @@ def lattice(gradients: SampleGradients, order: Any = range(7), **options: Any) -
     return [rankings[s].prefix(p).hash for s, p in PAIRS]
 
 
-def gradients_of(model: Any, exclude: str | None = None, **options: Any) -> SampleGradients:
-    scored = scored_parameters(model, exclude=exclude)
-    return SampleGradients(model, samples(count=7), collate, scored, batch_size=2, **options)
+def gradients_of(model: Any, **options: Any) -> SampleGradients:
+    return SampleGradients(model, samples(count=7), collate, scored_parameters(model), batch_size=2, **options)
 
 
 def work(layout: Any) -> dict[str, Any]:
@@ -75,9 +74,7 @@ def work(layout: Any) -> dict[str, Any]:
         gradients = gradients_of(model, objective=objective)
         found[objective] = {"hashes": lattice(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
     weights = torch.linspace(0, 2, 7, dtype=torch.float64)
-    # A key's bias has a gradient of rounding errors, and its share of entries.
-    gradients = gradients_of(model, exclude="key.bias")
-    found["layerwise"] = {"hashes": lattice(gradients, scope="layerwise", layout=layout)}
+    found["layerwise"] = {"hashes": lattice(gradients_of(model), scope="layerwise", layout=layout)}
     found["weights"] = {"hashes": lattice(gradients_of(model), weights=weights, layout=layout)}
     found["offload"] = {"hashes": lattice(gradients_of(model), layout=layout, offload=True)}
     found["float32"] = {"masks": float32_masks(layout)}

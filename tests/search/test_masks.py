@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(folder: Path, output: Path, *overrides: str) -> RunConfig:
-    return load_config(write_config(folder), [f"output={output}", "fisher.dtype=float64", *overrides])
+    exact = ["fisher.dtype=float64", "fisher.scope=global"]
+    return load_config(write_config(folder), [f"output={output}", *exact, *overrides])
 
 
 class Slow:
@@ -65,7 +66,7 @@ def assert_nearly(mask: Mask, scores: dict[str, Tensor]) -> None:
     assert len(entries[0] & entries[1]) >= 0.99 * mask.k, "but for the rounding of near ties"
 
 
-def test_without_options_masks_are_the_ones_of_the_paper(folder: Path, tmp_path: Path) -> None:
+def test_of_global_scope_masks_are_the_ones_of_the_paper(folder: Path, tmp_path: Path) -> None:
     config = configured(folder, tmp_path)
     slow = Slow(config, 16)
     masks = search_masks(config, slow.task, tmp_path, progress=False)
@@ -79,9 +80,9 @@ def test_without_options_masks_are_the_ones_of_the_paper(folder: Path, tmp_path:
     assert masks.facts["sample_gradients"] == 32
 
 
-def test_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
+def test_without_options_masks_are_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
     plain = configured(folder, tmp_path)
-    config = configured(folder, tmp_path, "fisher.scope=layerwise")
+    config = load_config(write_config(folder), [f"output={tmp_path}", "fisher.dtype=float64"])
     slow = Slow(config, 16)
 
     def expected(chosen: Any, p: int, of: Slow = slow) -> str:
