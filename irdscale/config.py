@@ -132,6 +132,11 @@ class PoolConfig(Section):
         return self
 
 
+def default_scope(kind: str | None) -> Scope:
+    """What `fisher.scope` is if unset: the kind of task decides."""
+    return "layerwise" if kind in LANGUAGE_KINDS else "global"
+
+
 def check_pool(kind: Kind, pool: PoolConfig) -> None:
     """Refuse a way to shape the population that does not fit samples of this kind.
 
@@ -237,10 +242,10 @@ class FisherConfig(Section):
     score: Score = Field(
         "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
     )
-    scope: Scope = Field(
-        "layerwise",
-        description="A mask's entries are the largest of each parameter, in proportion to its size, or (global, as in "
-        "the papers) of the whole model, which may be those of one matrix.",
+    scope: Scope | None = Field(
+        None,
+        description="A mask's entries are the largest of the whole model (global, as in the papers), or of each "
+        "parameter in proportion to its size; if unset, layerwise for language models and global for others.",
     )
     equal_samples: bool = Field(
         False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
@@ -539,6 +544,11 @@ class RunConfig(Section):
     def traced(self) -> bool:
         """Whether a search begins with a pass for the samples' traces."""
         return self.search.direction != "random" or self.fisher.equal_samples
+
+    @property
+    def scope(self) -> Scope:
+        """`fisher.scope`, as it is if unset."""
+        return self.fisher.scope or default_scope(self.task.kind)
 
     @model_validator(mode="after")
     def _language(self) -> RunConfig:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from irdscale.config import RunConfig, Section, nearest
+from irdscale.config import RunConfig, Section, default_scope, nearest
 from irdscale.errors import InputError
 
 
@@ -264,7 +264,9 @@ def dump_config(config: RunConfig) -> str:
 
 def same_search(config: dict[str, Any]) -> dict[str, Any]:
     """What two dumped configurations must share to be one search: all but where they run and write."""
-    search = config.get("search")
+    search, fisher, task = (config.get(section) for section in ("search", "fisher", "task"))
+    if isinstance(fisher, dict) and isinstance(task, dict):
+        config = config | {"fisher": fisher | {"scope": fisher.get("scope") or default_scope(task.get("kind"))}}
     search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
     return {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")} | {"search": search}
 

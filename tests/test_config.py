@@ -119,3 +119,12 @@ def test_bad_ways_to_talk_are_named() -> None:
     assert message("distributed.backend=mpi").startswith("here: distributed.backend: found 'mpi'; expected 'auto'")
     assert "distributed.timeout_minutes: found 0; expected greater than 0" in message("distributed.timeout_minutes=0")
     assert "distributed.silent_seconds: found 5; expected" in message("distributed.silent_seconds=5")
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"), [({}, "global"), ({"kind": "regression"}, "global"), ({"kind": "sft"}, "layerwise")]
+)
+def test_the_scope_of_a_mask_goes_by_the_kind_of_task_unless_said(task: dict[str, str], expected: str) -> None:
+    for given, found in ((None, expected), ("global", "global"), ("layerwise", "layerwise")):
+        config = {"model": {"path": "a"}, "task": {"dataset": "a", **task}, "fisher": {"scope": given}}
+        assert RunConfig.model_validate(config).scope == found

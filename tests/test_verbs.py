@@ -36,7 +36,7 @@ def test_fisher_writes_the_mask_of_the_pool(config: RunConfig) -> None:
     model, new = build_model(config, task, 0)
     pool = draw_samples(config, task, 16, "pool")
     fisher = accumulate_fisher(model, task.train.select(pool), collate_fn=task.collate, exclude=[f"^{n}$" for n in new])
-    expected = top_k(fisher, round(0.05 * result["parameters"]), "layerwise")
+    expected = top_k(fisher, round(0.05 * result["parameters"]))
     written = Mask.load(result["mask"])
     shared = sum(len(set(i.tolist()) & set(written.indices[n].tolist())) for n, i in expected.indices.items())
     assert written.k == expected.k == result["params"]

@@ -52,7 +52,7 @@ def test_passes_see_a_head_that_was_trained_alone(config: RunConfig) -> None:
     exclude = [f"^{name}$" for name in new]
     fisher = accumulate_fisher(cold, pool, collate_fn=task.collate, exclude=exclude, dtype=torch.float64, batch_size=4)
     found = run_fisher(config, progress=False)
-    assert found["hash"] == top_k(fisher, found["params"], "layerwise").hash
+    assert found["hash"] == top_k(fisher, found["params"]).hash
     written = json.loads((Path(config.output) / "traces.json").read_text())["trace"]
     assert written == fisher.sample_trace.tolist()
     untrained = config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})

@@ -124,7 +124,7 @@ def pass_options(config: RunConfig) -> dict[str, Any]:
     """How `ranked_entries_by_prefix` is to sum and score."""
     return {
         "score": config.fisher.score,
-        "scope": config.fisher.scope,
+        "scope": config.scope,
         "dtype": torch.float64 if config.fisher.dtype == "float64" else torch.float32,
         "layout": config.fisher.layout,
         "offload": config.fisher.offload,
@@ -174,7 +174,7 @@ def saved_pass(config: RunConfig, name: str) -> SavedPass:
     """Where the state of a pass of this run is kept until its result is; one of another head or scope is not used."""
     steps = config.fisher.head_warmup
     also = {
-        "scope": config.fisher.scope,
+        "scope": config.scope,
         "seed": config.search.seeds[0],
         "steps": steps,
         "by": config.train.model_dump(mode="json") if steps else None,

@@ -36,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(folder: Path, output: Path, *overrides: str) -> RunConfig:
-    exact = ["fisher.dtype=float64", "fisher.scope=global"]
-    return load_config(write_config(folder), [f"output={output}", *exact, *overrides])
+    return load_config(write_config(folder), [f"output={output}", "fisher.dtype=float64", *overrides])
 
 
 class Slow:
@@ -66,7 +65,7 @@ def assert_nearly(mask: Mask, scores: dict[str, Tensor]) -> None:
     assert len(entries[0] & entries[1]) >= 0.99 * mask.k, "but for the rounding of near ties"
 
 
-def test_of_global_scope_masks_are_the_ones_of_the_paper(folder: Path, tmp_path: Path) -> None:
+def test_without_options_masks_are_the_ones_of_the_paper(folder: Path, tmp_path: Path) -> None:
     config = configured(folder, tmp_path)
     slow = Slow(config, 16)
     masks = search_masks(config, slow.task, tmp_path, progress=False)
@@ -80,9 +79,9 @@ def test_of_global_scope_masks_are_the_ones_of_the_paper(folder: Path, tmp_path:
     assert masks.facts["sample_gradients"] == 32
 
 
-def test_without_options_masks_are_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
+def test_layerwise_everywhere(folder: Path, tmp_path: Path) -> None:
     plain = configured(folder, tmp_path)
-    config = load_config(write_config(folder), [f"output={tmp_path}", "fisher.dtype=float64"])
+    config = configured(folder, tmp_path, "fisher.scope=layerwise")
     slow = Slow(config, 16)
 
     def expected(chosen: Any, p: int, of: Slow = slow) -> str:
@@ -189,7 +188,9 @@ def test_a_folder_from_before_there_were_these_keys(folder: Path, tmp_path: Path
     values = config.model_dump(mode="json")
     del values["search"]["keep"], values["search"]["more_seeds"], values["fisher"]["scope"]
     stored = json.loads((tmp_path / "fisher/masks.json").read_text())
-    assert stored["made_by"] == digest(same_search(values))
+    earlier = same_search(values)
+    del earlier["fisher"]["scope"]
+    assert stored["made_by"] == digest(earlier)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     refuse_changes(config, tmp_path)
     assert stored_masks(config, tmp_path) == masks
@@ -198,6 +199,19 @@ def test_a_folder_from_before_there_were_these_keys(folder: Path, tmp_path: Path
         assert stored_masks(other, tmp_path) is None
         with pytest.raises(InputError, match=said):
             refuse_changes(other, tmp_path)
+
+
+def test_a_language_search_from_before_layerwise_masks_is_another(tmp_path: Path) -> None:
+    task = {"dataset": "a", "kind": "causal-lm", "columns": {"text": ["text"]}}
+    config = RunConfig.model_validate({"model": {"path": "a"}, "task": task})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    refuse_changes(config, tmp_path)
+    values = config.model_dump(mode="json")
+    del values["fisher"]["scope"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=r"fisher.scope: global -> layerwise"):
+        refuse_changes(config, tmp_path)
+    refuse_changes(RunConfig.model_validate(values | {"fisher": {"scope": "global"}}), tmp_path)
 
 
 def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:

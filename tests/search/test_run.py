@@ -288,7 +288,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
 
 
 def test_close_calls_take_more_seeds_and_go_on_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["fisher.scope=global", "search.seeds=[1]", "search.more_seeds=3", "search.max_rounds=1", "train.steps=6"]
+    asked = ["search.seeds=[1]", "search.more_seeds=3", "search.max_rounds=1", "train.steps=6"]
     config = load_config(write_config(folder), [*asked, f"output={folder / 'close'}"])
     output = Path(config.output)
     with monkeypatch.context() as patch:
