@@ -14,7 +14,7 @@ from torch import Tensor
 from irdscale.config import Scope
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
-from irdscale.ranks import gather_texts
+from irdscale.ranks import add_up, gather_texts
 from irdscale.topk import Chosen, Slice, check_scores, largest
 
 if TYPE_CHECKING:
@@ -203,10 +203,15 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
     shared, pieces = fisher.layout == "sharded", fisher.slices()
     check_scores(pieces, shared)
     floor = ROUNDING * _largest_score(pieces, shared)
+    real_P = torch.tensor([int((piece.scores >= floor).sum()) for piece in pieces.values()])
+    if shared:
+        add_up([real_P])
     chosen: dict[str, Chosen] = {}
-    for name, piece in pieces.items():
+    for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
         count = min(sizes[name], int(sizes[name] * standing + 0.5)) if k else 0
-        cleared = Slice(piece.start, piece.scores.where(~(piece.scores < floor), 0))
+        # A copy of the scores is made only where rounding errors would be chosen among.
+        few = real < count
+        cleared = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0)) if few else piece
         chosen |= largest({name: cleared}, count, shared)
     return chosen, fisher.shapes
 
