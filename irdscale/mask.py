@@ -15,7 +15,7 @@ from irdscale.config import Scope
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
 from irdscale.ranks import add_up, gather_texts
-from irdscale.topk import Chosen, Slice, check_scores, largest
+from irdscale.topk import Chosen, Slice, check_scores, largest, largest_of_checked
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
@@ -212,7 +212,7 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
         # A copy of the scores is made only where rounding errors would be chosen among.
         few = real < count
         cleared = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0)) if few else piece
-        chosen |= largest({name: cleared}, count, shared)
+        chosen |= largest_of_checked({name: cleared}, count, shared)
     return chosen, fisher.shapes
 
 

@@ -54,6 +54,11 @@ def largest(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str,
         InputError: an entry is NaN, infinite or negative; names the parameter.
     """
     check_scores(slices, shared)
+    return largest_of_checked(slices, k, shared)
+
+
+def largest_of_checked(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str, Chosen]:
+    """`largest` of scores that `check_scores` has passed."""
     if k == 0:
         return {}
     bits = {name: ordered_bits(s.scores) for name, s in slices.items()}
