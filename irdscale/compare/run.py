@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from irdscale.compare.asked import (
     DRAWN,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 RESULT = "compare.json"
 
 
@@ -109,14 +108,6 @@ class _Study:
     def better(self, metric: float) -> float:
         """A number that is larger for better metrics."""
         return -metric if self.task.lower_is_better else metric
-
-    def call(self, config: RunConfig, work: Callable[..., T], *args: Any) -> T:
-        """Run `work(config, task, output, *args)` where Fisher passes run."""
-        return self.engine.call(_instead, config, work, *args)
-
-
-def _instead(_: RunConfig, task: Task, output: Path, config: RunConfig, work: Callable[..., T], *args: Any) -> T:
-    return work(config, task, output, *args)
 
 
 def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
@@ -254,14 +245,14 @@ def _lattice(study: _Study, method: Method, seed: int) -> SearchMasks:
     owner = owner_of(study.methods, method, seed)
     earlier = study.lattices.get((owner.name, seed))
     name = ranking_name(owner, seed)
-    return earlier or study.call(method.of_seed(seed), search_masks, study.progress, name)
+    return earlier or study.engine.call(search_masks, study.progress, name, config=method.of_seed(seed))
 
 
 def _draw(study: _Study, method: Method, seed: int, draw: int) -> Candidate:
     """A drawn mask's candidate, yet without a learning rate."""
     own, name = method.of_seed(seed + RESTART * draw), f"{slug(method.name)}-{seed}-{draw}"
     if name not in study.drawn:
-        study.drawn[name] = study.call(own, drawn_mask, name)
+        study.drawn[name] = study.engine.call(drawn_mask, name, config=own)
     mask, params = study.drawn[name]
     return Candidate(mask, Pair(0, params), seed, None, method.name)
 
@@ -385,7 +376,8 @@ def _fish_draw(study: _Study, method: Method, seed: int, pair: Pair, again: int)
     """A FISH mask of a pair's size, by its own random samples each time."""
     suffix = f"-{again}" if again else ""
     name, purpose = f"{slug(method.name)}-{seed}{suffix}", f"fish-{pair.samples}-{pair.params}{suffix}"
-    return study.call(method.of_seed(seed), random_draw_mask, pair, study.progress, name, purpose)
+    own = method.of_seed(seed)
+    return study.engine.call(random_draw_mask, pair, study.progress, name, purpose, config=own)
 
 
 def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:

@@ -21,8 +21,9 @@ class LocalEngine:
     def __init__(self, config: RunConfig, task: Task, output: Path) -> None:
         self._given = config, task, output
 
-    def call(self, work: Callable[..., T], *args: Any) -> T:
-        return work(*self._given, *args)
+    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
+        own, task, output = self._given
+        return work(config or own, task, output, *args)
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()

@@ -116,8 +116,8 @@ class RayEngine:
                     raise InputError(f"{problem}; expected less, or a larger cluster")
                 log.warning("%s; waiting for nodes that join", problem)
 
-    def call(self, work: Callable[..., T], *args: Any) -> T:
-        job = partial(_called, self._config, self._output, work, args)
+    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
+        job = partial(_called, self._config, config or self._config, self._output, work, args)
         error: RunError | None = None
         for _ in range(1 + self._config.search.ray.max_failures):
             try:
@@ -296,8 +296,10 @@ def _task(config: str) -> Task:
     return load_task(RunConfig.model_validate_json(config))
 
 
-def _called(config: RunConfig, output: Path, work: Callable[..., T], args: tuple[Any, ...], talk: Talk) -> T:
-    return work(config, _task(config.model_dump_json()), output, *args)
+def _called(
+    run: RunConfig, config: RunConfig, output: Path, work: Callable[..., T], args: tuple[Any, ...], talk: Talk
+) -> T:
+    return work(config, _task(run.model_dump_json()), output, *args)
 
 
 def _evaluated(

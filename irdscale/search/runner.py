@@ -23,8 +23,12 @@ def evaluated(mask: str | None, seed: int) -> Candidate:
 class Engine(Protocol):
     """Where candidates and Fisher passes run."""
 
-    def call(self, work: Callable[..., T], *args: Any) -> T:
-        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result."""
+    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
+        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result.
+
+        Args:
+            config: in the place of the run's own; of the same model and task.
+        """
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()

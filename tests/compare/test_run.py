@@ -62,8 +62,9 @@ class Engine:
         self.tested: list[Candidate] = []
         self.left = 10**6
 
-    def call(self, work: Callable[..., Any], *args: Any) -> Any:
-        return work(*self.given, *args)
+    def call(self, work: Callable[..., Any], *args: Any, config: RunConfig | None = None) -> Any:
+        own, task, output = self.given
+        return work(config or own, task, output, *args)
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()

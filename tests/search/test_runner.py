@@ -25,7 +25,7 @@ class Engine:
         self.asked: list[tuple[Pair, int]] = []
         self.likely: list[tuple[Pair, int]] = []
 
-    def call(self, work: Callable[..., Any], *args: Any) -> Any:
+    def call(self, work: Callable[..., Any], *args: Any, config: RunConfig | None = None) -> Any:
         raise AssertionError
 
     def evaluate(
