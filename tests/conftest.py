@@ -1,4 +1,4 @@
-"""Settings of every test: no network, the repository's root importable, slow tests only when asked for."""
+"""Settings of every test: no network, one thread, the repository's root importable, slow tests only when asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 # Read by huggingface_hub when it is imported, so it must be set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two threads of a tiny model wait for each other, for minutes where other processes want the processors too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
