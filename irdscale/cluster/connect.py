@@ -6,8 +6,10 @@ import logging
 import os
 import platform
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +73,8 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
     try:
         # Of a cluster of our own nobody looks at the dashboard.
         own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus} if address == LOCAL else {}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+        with _sigterm_kept():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
         raise InputError(f"{where}cannot connect: {str(error).splitlines()[0]}") from error
     try:
@@ -84,6 +87,17 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
         yield Cluster(desk, own=address == LOCAL)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Give SIGTERM back to who takes it: Ray ends the process at once with it, before trials have saved their state."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def find_address() -> str:

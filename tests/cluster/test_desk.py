@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,9 +29,11 @@ def desk() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         with connect.connected(cpus=2) as cluster:
             assert cluster.own
             yield cluster.desk
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(desk: Any, name: str, work: Any, gang: Gang | None = None, **options: Any) -> None:
@@ -50,6 +53,11 @@ def until(desk: Any, what: Any) -> list[dict[str, Any]]:
             return jobs
         time.sleep(0.1)
     raise AssertionError(jobs)
+
+
+@pytest.mark.usefixtures("desk")
+def test_who_takes_sigterm_keeps_it() -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 
 
 def test_a_process_is_used_again(desk: Any) -> None:

@@ -89,16 +89,20 @@ def test_a_driver_killed_in_a_trial_and_in_a_round(toy: Path, local: tuple[Path,
     same(output, local)
 
 
-def test_an_interrupt_saves_the_state_and_the_next_run_goes_on(toy: Path, local: tuple[Path, dict[str, Any]]) -> None:
-    """With a state saved only when asked: what is found on disk, the interrupt has saved."""
-    output = toy.parent / "interrupted"
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_an_interrupt_saves_the_state_and_the_next_run_goes_on(toy: Path, ending: signal.Signals) -> None:
+    """With a state saved only when asked: what is found on disk, the interrupt has saved.
+
+    A terminal sends SIGINT to all of the group, a scheduler SIGTERM to the search.
+    """
+    output = toy.parent / f"interrupted-{ending.name}"
     overrides = ["train.save_minutes=1000", "train.steps=400"]
     with command(toy, output, *overrides) as process:
         wait_for(lambda: named(below(process.pid), RANK))
         wait_for(lambda: (output / "tensorboard").is_dir())
         time.sleep(4)
         children = below(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
+        (os.killpg if ending == signal.SIGINT else os.kill)(process.pid, ending)
         started = time.monotonic()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
