@@ -12,6 +12,7 @@ from irdscale.compare.methods import dense_candidate, fitting_methods, model_fac
 from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.lora import insert_lora
+from irdscale.progress import told
 from irdscale.search.candidates import run_candidate, score_on_test
 from irdscale.tasks import build_model, load_task
 from irdscale.training import fine_tune, sparse_model
@@ -52,6 +53,7 @@ def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Pat
     facts = model_facts(config, task, output, True)
     base = dict(build_model(config, task, 1)[0].named_parameters())
     heads = sum(base[name].numel() for name in facts.head)
+    heard: list[tuple[Any, ...]] = []
     for method in fitting_methods(config, facts):
         candidate = dense_candidate(method, facts, 1e-2, 1)
         model = sparse_model(candidate.config(config), task, None, 1, candidate.lora_rank)
@@ -63,8 +65,11 @@ def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Pat
         assert record["status"] == "ok", record
         kept = score_on_test(config, task, output, [(candidate, False)])
         (output / "candidates" / candidate.key(config)).rename(tmp_path / method.name)
-        # Trained again, it is the same.
-        assert score_on_test(config, task, output, [(candidate, False)]) == kept
+        # Trained again, it is the same; a cluster hears that it goes on, and does not end it as silent.
+        heard.clear()
+        with told(lambda *facts: heard.append(facts)):
+            assert score_on_test(config, task, output, [(candidate, False)]) == kept
+        assert ("Training", 2, 2, "") in heard
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

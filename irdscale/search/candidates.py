@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.config import RunConfig, TrainConfig
+from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.evaluation import evaluate_model
 from irdscale.mask import Mask
+from irdscale.progress import bar
 from irdscale.ranks import first_says, rank_and_world
 from irdscale.search.ird import Pair
 from irdscale.search.kept import mask_folder
@@ -170,7 +171,9 @@ def score_on_test(config: RunConfig, task: Task, output: Path, asked: list[tuple
             model = load_adapter(model_with_lora(own, task, seed, candidate.lora_rank)[0], folder)
         else:
             model = _untrained(own, task, output, candidate)
-            fine_tune(model, task, own, seed, state=state_folder(output, key))
+            # No bar of its own, but who listens from outside hears that it goes on.
+            with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
+                fine_tune(model, task, own, seed, Control(advance), state_folder(output, key))
             save_adapter(model, folder, config=adapter_config(own, seed))
             remove_training(state_folder(output, key))
         metrics.append(evaluate_model(model, task, task.test, own.train.eval_batch_size)[task.metric])
