@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from irdscale import cli
+from irdscale.config_file import load_config
 from tests.search.toy import write_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +62,13 @@ def test_every_command_on_a_toy(
     assert set(ran) == verbs
     assert (tmp_path / "runs/quickstart/report.html").stat().st_size > 10_000
     assert (tmp_path / "runs/merged/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}irdscale ((?:compare|search) .*)$", README, flags=re.MULTILINE))
+def test_commands_of_studies_load(line: str) -> None:
+    """Those that take long; tests/test_configs.py runs the studies, cut down."""
+    _, config, *overrides = shlex.split(line, comments=True)
+    load_config(ROOT / config, overrides)
 
 
 def test_scripts_exist() -> None:
