@@ -299,7 +299,9 @@ class RayConfig(Section):
         "pack", description="Ranks, and candidates, on as few nodes as they fit on, or on as many as there are."
     )
     fisher_ranks: int | None = Field(None, ge=1, description="Ranks that share a Fisher pass; `ranks` if unset.")
-    concurrent: int | None = Field(None, ge=1, description="Trials at once; as many as fit if unset.")
+    concurrent: int | None = Field(
+        None, ge=1, description="Trials, or passes of a comparison, at once; as many as fit if unset."
+    )
     max_failures: int = Field(2, ge=0, description="How often a trial starts again whose process or node was lost.")
     trial_minutes: float | None = Field(None, gt=0, description="A trial that takes longer is ended, and starts again.")
     silent_minutes: float = Field(

@@ -48,7 +48,7 @@ from irdscale.search.ird import lattice as sizes
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
-from irdscale.search.runner import Engine, Runner
+from irdscale.search.runner import Call, Engine, Runner
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
 
@@ -231,29 +231,41 @@ def _fewest(study: _Study) -> int | None:
 
 
 def _make_masks(study: _Study) -> None:
-    """The masks of all rankings, and the first drawn ones."""
-    for method in study.methods:
-        for seed in study.seeds:
-            if method.kind in RANKINGS:
-                study.lattices[method.name, seed] = _lattice(study, method, seed)
-            elif method.kind in DRAWN:
-                _draw(study, method, seed, 0)
+    """The masks of all rankings, which methods with the same one share, and the first drawn ones."""
+    owners = {
+        (method.name, seed): owner_of(study.methods, method, seed)
+        for method in study.methods
+        for seed in study.seeds
+        if method.kind in RANKINGS
+    }
+    own = {(owner.name, seed): owner for (_, seed), owner in owners.items()}
+    calls = [
+        Call(search_masks, (study.progress, ranking_name(owner, seed)), owner.of_seed(seed))
+        for (_, seed), owner in own.items()
+    ]
+    made: dict[tuple[str, int], SearchMasks] = dict(zip(own, study.engine.call_all(calls), strict=True))
+    study.lattices |= {(name, seed): made[owner.name, seed] for (name, seed), owner in owners.items()}
+    drawn = [method for method in study.methods if method.kind in DRAWN]
+    _make_draws(study, [(method, seed, 0) for method in drawn for seed in study.seeds])
 
 
-def _lattice(study: _Study, method: Method, seed: int) -> SearchMasks:
-    """The masks of a method's ranking; methods with the same ranking share them."""
-    owner = owner_of(study.methods, method, seed)
-    earlier = study.lattices.get((owner.name, seed))
-    name = ranking_name(owner, seed)
-    return earlier or study.engine.call(search_masks, study.progress, name, config=method.of_seed(seed))
+def _make_draws(study: _Study, asked: Sequence[tuple[Method, int, int]]) -> None:
+    """Draw masks of entries: method, seed, and which draw of this seed."""
+    calls = [
+        Call(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
+        for method, seed, draw in asked
+    ]
+    found = study.engine.call_all(calls)
+    study.drawn |= {_draw_name(*one): mask for one, mask in zip(asked, found, strict=True)}
+
+
+def _draw_name(method: Method, seed: int, draw: int) -> str:
+    return f"{slug(method.name)}-{seed}-{draw}"
 
 
 def _draw(study: _Study, method: Method, seed: int, draw: int) -> Candidate:
     """A drawn mask's candidate, yet without a learning rate."""
-    own, name = method.of_seed(seed + RESTART * draw), f"{slug(method.name)}-{seed}-{draw}"
-    if name not in study.drawn:
-        study.drawn[name] = study.engine.call(drawn_mask, name, config=own)
-    mask, params = study.drawn[name]
+    mask, params = study.drawn[_draw_name(method, seed, draw)]
     return Candidate(mask, Pair(0, params), seed, None, method.name)
 
 
@@ -342,42 +354,54 @@ def _search(study: _Study) -> None:
 
 def _spend_budgets(study: _Study) -> None:
     """FISH draws, random masks and new starts, as many as IRD evaluated candidates with the same seed."""
+    spending = [
+        (method, seed, rate)
+        for method in study.methods
+        for seed in study.seeds
+        if (rate := study.rates[method.name]) is not None and ("ird", seed) in study.spent
+    ]
+    draws = _make_fish_draws(study, [(method, seed) for method, seed, _ in spending if method.kind == "fish_best"])
+    if study.config.compare.equal_budget:
+        random = [(method, seed) for method, seed, _ in spending if method.kind == "random_mask"]
+        _make_draws(study, [(*one, draw) for one in random for draw in range(1, study.spent["ird", one[1]])])
     further: dict[tuple[str, int], list[Candidate]] = {}
-    for method in study.methods:
-        rate = study.rates[method.name]
-        for seed in study.seeds:
-            if rate is not None and ("ird", seed) in study.spent:
-                candidates = _further(study, method, seed)
-                further[method.name, seed] = [trained(method, candidate, rate) for candidate in candidates]
+    for method, seed, rate in spending:
+        candidates = draws.get((method.name, seed)) or _further(study, method, seed)
+        further[method.name, seed] = [trained(method, candidate, rate) for candidate in candidates]
     study.runner.evaluate([candidate for of_one in further.values() for candidate in of_one])
     for of, candidates in further.items():
         study.tried[of] += candidates
         study.spent.setdefault(of, len(study.tried[of]))
 
 
-def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
-    """What a method without a search of its own tries beyond its first candidate."""
-    if method.kind == "fish_best":
+def _make_fish_draws(study: _Study, asked: Sequence[tuple[Method, int]]) -> dict[tuple[str, int], list[Candidate]]:
+    """FISH masks of the pairs that IRD evaluated beyond its start, each by its own random samples."""
+    wanted: list[tuple[Method, int, Pair, int]] = []
+    for method, seed in asked:
         searched, spent = [candidate.pair for candidate in study.tried["ird", seed][1:]], study.spent["ird", seed] - 1
         # Where further seeds decided close calls, there are more evaluations than pairs.
-        pairs = [searched[place % len(searched)] for place in range(spent if searched else 0)]
-        draws = [_fish_draw(study, method, seed, pair, place // len(searched)) for place, pair in enumerate(pairs)]
-        study.gradients[method.name, seed] = sum(draw["sample_gradients"] for draw in draws)
-        return [Candidate(draw["mask"], pair, seed, None, method.name) for draw, pair in zip(draws, pairs, strict=True)]
+        for place in range(spent if searched else 0):
+            wanted.append((method, seed, searched[place % len(searched)], place // len(searched)))
+    calls = []
+    for method, seed, pair, again in wanted:
+        suffix = f"-{again}" if again else ""
+        name, purpose = f"{slug(method.name)}-{seed}{suffix}", f"fish-{pair.samples}-{pair.params}{suffix}"
+        calls.append(Call(random_draw_mask, (pair, study.progress, name, purpose), method.of_seed(seed)))
+    drawn: dict[tuple[str, int], list[Candidate]] = {(method.name, seed): [] for method, seed in asked}
+    for (method, seed, pair, _), draw in zip(wanted, study.engine.call_all(calls), strict=True):
+        drawn[method.name, seed].append(Candidate(draw["mask"], pair, seed, None, method.name))
+        study.gradients[method.name, seed] = study.gradients.get((method.name, seed), 0) + draw["sample_gradients"]
+    return drawn
+
+
+def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
+    """What a method that draws no samples and searches nothing tries beyond its first candidate."""
     if method.kind in RANKINGS or not study.config.compare.equal_budget:
         return []
     again = range(1, study.spent["ird", seed])
     if method.kind == "random_mask":
         return [_draw(study, method, seed, draw) for draw in again]
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
-
-
-def _fish_draw(study: _Study, method: Method, seed: int, pair: Pair, again: int) -> dict[str, Any]:
-    """A FISH mask of a pair's size, by its own random samples each time."""
-    suffix = f"-{again}" if again else ""
-    name, purpose = f"{slug(method.name)}-{seed}{suffix}", f"fish-{pair.samples}-{pair.params}{suffix}"
-    own = method.of_seed(seed)
-    return study.engine.call(random_draw_mask, pair, study.progress, name, purpose, config=own)
 
 
 def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:
@@ -403,12 +427,15 @@ def _test(study: _Study, chosen: Sequence[Candidate]) -> dict[str, float]:
     with failing_together():
         stored = read_json(file, "list of test scores") if file.exists() else {}
     known = {key: float(stored[key]) for key in by_key if key in stored}
-    for key, candidate in by_key.items():
-        if key not in known:
-            (known[key],) = study.engine.call(score_on_test, [(candidate, False)])
-            with failing_together():
-                if rank_and_world()[0] == 0:
-                    write_json(file, stored | known)
+    missing = [key for key in by_key if key not in known]
+
+    def keep(place: int, metrics: list[float]) -> None:
+        (known[missing[place]],) = metrics
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                write_json(file, stored | known)
+
+    study.engine.call_all([Call(score_on_test, ([(by_key[key], False)],)) for key in missing], keep)
     return known
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from irdscale.errors import InputError
-from irdscale.files import read_json
+from irdscale.files import fsync_folder, read_json, writing
 from irdscale.mask import Mask
 from irdscale.search.ird import Pair
 
@@ -91,8 +93,20 @@ def load_mask(output: Path, mask_hash: str) -> Mask:
 
 
 def keep_mask(mask: Mask, output: Path) -> str:
-    """Save a mask under its hash, once; returns the hash."""
+    """Save a mask under its hash, once, whoever else saves it at the same time; returns the hash."""
     folder = mask_folder(output, mask.hash)
-    if not folder.exists():
-        mask.save(folder)
+    if folder.exists():
+        return mask.hash
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            own = Path(scratch) / "mask"
+            mask.save(own)
+            try:
+                os.rename(own, folder)
+            except OSError:
+                # Another job has made the same mask meanwhile, and what is there is whole.
+                if not folder.exists():
+                    raise
+        fsync_folder(folder.parent)
     return mask.hash

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from irdscale.config import RunConfig
 from irdscale.search.candidates import Candidate, run_candidate
+from irdscale.search.runner import Call
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -21,9 +22,17 @@ class LocalEngine:
     def __init__(self, config: RunConfig, task: Task, output: Path) -> None:
         self._given = config, task, output
 
-    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
-        own, task, output = self._given
-        return work(config or own, task, output, *args)
+    def call(self, work: Callable[..., T], *args: Any) -> T:
+        return work(*self._given, *args)
+
+    def call_all(
+        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+    ) -> list[Any]:
+        (own, task, output), results = self._given, []
+        for place, call in enumerate(calls):
+            results.append(call.work(call.config or own, task, output, *call.args))
+            ended(place, results[-1])
+        return results
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()

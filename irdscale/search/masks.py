@@ -184,10 +184,9 @@ def random_draw_mask(
     with failing_together():
         places = draw_samples(config, task, pair.samples, purpose)
         samples = sample_gradients(config, task, model, places, whole)
+    state = _state(f"random-{pair.samples}-{pair.params}", name)
     sizes = [pair.samples]
-    rankings = ranked_entries(
-        config, samples, range(len(places)), sizes, pair.params, _state("random", name), progress=progress
-    )
+    rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, state, progress=progress)
     mask = rankings[pair.samples].prefix(pair.params)
     stored = {
         "mask": mask.hash,
@@ -198,7 +197,7 @@ def random_draw_mask(
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            remove_saved(config, _state("random", name))
+            remove_saved(config, state)
     return stored
 
 

@@ -19,6 +19,7 @@ import logging
 import math
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -40,6 +41,7 @@ from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_early
+from irdscale.search.runner import Call
 from irdscale.tasks import load_task
 from irdscale.training import Control, Paused
 
@@ -116,24 +118,47 @@ class RayEngine:
                     raise InputError(f"{problem}; expected less, or a larger cluster")
                 log.warning("%s; waiting for nodes that join", problem)
 
-    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
-        job = partial(_called, self._config, config or self._config, self._output, work, args)
-        error: RunError | None = None
-        for _ in range(1 + self._config.search.ray.max_failures):
-            try:
-                return cast(T, self._do(work.__name__, job))
-            except RunError as lost:
-                log.warning("%s: %s; starting it again", work.__name__, lost)
-                error = lost
-        assert error is not None
-        raise error
+    def call(self, work: Callable[..., T], *args: Any) -> T:
+        (result,) = self.call_all([Call(work, args)])
+        return cast(T, result)
 
-    def _do(self, name: str, work: Callable[[Talk], Any]) -> Any:
-        desk, silent_s = self._cluster.desk, 60 * self._config.search.ray.silent_minutes
-        answer(
-            desk.start.remote(Job(name, packed(work), self._fisher, silent_s, label={"what": name.replace("_", " ")}))
-        )
-        return unpacked(answer(desk.follow.remote(name))["result"])
+    def call_all(
+        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+    ) -> list[Any]:
+        asked, desk = self._config.search.ray, self._cluster.desk
+        results: list[Any] = [None] * len(calls)
+        failures, left, following = [0] * len(calls), deque(range(len(calls))), dict[Any, int]()
+        try:
+            while left or following:
+                while left and len(following) < (asked.concurrent or len(calls)):
+                    place = left.popleft()
+                    following[self._begin(calls, place)] = place
+                # With a limit, so that an interrupt comes through.
+                for over in ray.wait(list(following), timeout=1.0)[0]:
+                    place = following.pop(over)
+                    try:
+                        results[place] = unpacked(answer(over)["result"])
+                    except RunError as lost:
+                        failures[place] += 1
+                        if failures[place] > asked.max_failures:
+                            raise
+                        log.warning("%s: %s; starting it again", _said(calls, place), lost)
+                        left.append(place)
+                        continue
+                    ended(place, results[place])
+        except Exception:
+            for place in following.values():
+                answer(desk.stop.remote(_name(calls, place)))
+            raise
+        return results
+
+    def _begin(self, calls: Sequence[Call], place: int) -> Any:
+        """Start a call; what its end can be waited for with."""
+        call, desk, silent_s = calls[place], self._cluster.desk, 60 * self._config.search.ray.silent_minutes
+        work = partial(_called, self._config, call.config or self._config, self._output, call.work, call.args)
+        label = {"what": _said(calls, place)}
+        answer(desk.start.remote(Job(_name(calls, place), packed(work), self._fisher, silent_s, label=label)))
+        return desk.follow.remote(_name(calls, place))
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
@@ -183,6 +208,16 @@ class RayEngine:
             optional=optional,
             label={"round": candidate.round, "what": str(candidate)},
         )
+
+
+def _name(calls: Sequence[Call], place: int) -> str:
+    return f"{calls[place].work.__name__}-{place}"
+
+
+def _said(calls: Sequence[Call], place: int) -> str:
+    """What people read of a call."""
+    words = calls[place].work.__name__.replace("_", " ")
+    return words if len(calls) == 1 else f"{words}, {place + 1} of {len(calls)}"
 
 
 class _Journal(tune.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,14 +21,32 @@ def evaluated(mask: str | None, seed: int) -> Candidate:
     return Candidate(mask, Pair(0, 0), seed, None, "")
 
 
+@dataclass(frozen=True)
+class Call:
+    """`work(config, task, output, *args)`.
+
+    Attributes:
+        config: in the place of the run's own; of the same model and task.
+    """
+
+    work: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    config: RunConfig | None = None
+
+
 class Engine(Protocol):
     """Where candidates and Fisher passes run."""
 
-    def call(self, work: Callable[..., T], *args: Any, config: RunConfig | None = None) -> T:
-        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result.
+    def call(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result."""
+
+    def call_all(
+        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+    ) -> list[Any]:
+        """The results of calls, which may run at the same time, in their order.
 
         Args:
-            config: in the place of the run's own; of the same model and task.
+            ended: takes the place and the result of each as soon as it has ended.
         """
 
     def evaluate(

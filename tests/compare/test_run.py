@@ -21,6 +21,8 @@ from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Outcome, Pair, ird, lattice, shrink_of
 from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
+from irdscale.search.local import LocalEngine
+from irdscale.search.runner import Call
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
@@ -62,9 +64,11 @@ class Engine:
         self.tested: list[Candidate] = []
         self.left = 10**6
 
-    def call(self, work: Callable[..., Any], *args: Any, config: RunConfig | None = None) -> Any:
-        own, task, output = self.given
-        return work(config or own, task, output, *args)
+    def call(self, work: Callable[..., Any], *args: Any) -> Any:
+        return work(*self.given, *args)
+
+    def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
+        return LocalEngine(*self.given).call_all(calls, ended)
 
     def evaluate(
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()

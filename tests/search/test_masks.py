@@ -21,7 +21,7 @@ from irdscale.fisher.pool import draw_samples
 from irdscale.report import write_report
 from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
-from irdscale.search.kept import mask_folder
+from irdscale.search.kept import keep_mask, load_mask, mask_folder
 from irdscale.search.ledger import Ledger, read_ledger
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.run import run_search
@@ -225,3 +225,19 @@ def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:
     order = json.loads((tmp_path / "fisher/traces.json").read_text())["order"]
     assert order == rank_samples(values, "ird", 0, classes=labels, drop_top=0.2)
     assert {labels[i] for i in order[:2]} == {0, 1}
+
+
+def test_a_mask_that_another_job_saves_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found in its place when this one's would take it, and stays."""
+    mask = Mask({"w": torch.tensor([1, 3], dtype=torch.int32)}, {"w": (4,)})
+    save, folder = Mask.save, mask_folder(tmp_path, mask.hash)
+
+    def late(self: Mask, target: Path) -> None:
+        save(self, target)
+        if target != folder:
+            save(self, folder)
+
+    monkeypatch.setattr(Mask, "save", late)
+    assert keep_mask(mask, tmp_path) == mask.hash
+    assert load_mask(tmp_path, mask.hash).hash == mask.hash
+    assert [path.name for path in folder.parent.iterdir()] == [mask.hash]

@@ -17,9 +17,11 @@ from irdscale.cli import run  # noqa: E402
 from irdscale.config_file import load_config  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
-from irdscale.search.ray import rungs  # noqa: E402
+from irdscale.search.ray import ray_engine, rungs  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
-from tests.search import ray_toy  # noqa: E402
+from irdscale.search.runner import Call  # noqa: E402
+from irdscale.tasks import load_task  # noqa: E402
+from tests.search import calls, ray_toy  # noqa: E402
 from tests.search.toy import essence, finished, write_config  # noqa: E402
 
 
@@ -96,6 +98,22 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     curves = {p.name for p in (folder / "ray/tensorboard").iterdir()}
     assert f"round0-16samples-{expected['path'][0]['params']}parameters-seed1" in curves
     assert not list((folder / "ray").rglob("*.pkl"))
+
+
+def test_calls_run_side_by_side(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
+    config = load_config(folder / "toy.yaml", ["search.runner=ray", "search.ray.silent_minutes=5"])
+    other = config.model_copy(update={"fisher": config.fisher.model_copy(update={"seed": 7})})
+    ended: dict[int, Any] = {}
+    with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
+        # The last needs the place of one that has ended.
+        both = [Call(calls.meets, (0, 1)), Call(calls.meets, (1, 0), other), Call(calls.fails_once)]
+        found = engine.call_all(both, ended.__setitem__)
+        assert found == [(0, config.fisher.seed), (1, 7), "done"]
+        assert ended == dict(enumerate(found))
+        with pytest.raises(InputError, match="found too few"):
+            engine.call_all([Call(calls.meets, (5, 6)), Call(calls.refuses)])
+        # Both processors are free again.
+        assert engine.call_all([Call(calls.meets, (2, 3)), Call(calls.meets, (3, 2))])[1][0] == 3
 
 
 def test_a_local_search_goes_on_on_ray_and_back(local: tuple[Path, dict[str, Any]], folder: Path) -> None:

@@ -10,7 +10,7 @@ from irdscale.config import RunConfig
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_at, stopped_early
-from irdscale.search.runner import Runner
+from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
 
 A, B, C = Pair(8, 4), Pair(4, 4), Pair(8, 2)
@@ -25,7 +25,10 @@ class Engine:
         self.asked: list[tuple[Pair, int]] = []
         self.likely: list[tuple[Pair, int]] = []
 
-    def call(self, work: Callable[..., Any], *args: Any, config: RunConfig | None = None) -> Any:
+    def call(self, work: Callable[..., Any], *args: Any) -> Any:
+        raise AssertionError
+
+    def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
         raise AssertionError
 
     def evaluate(

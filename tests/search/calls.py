@@ -1,0 +1,40 @@
+"""What engines are given to call in their tests."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from irdscale.config import RunConfig
+from irdscale.errors import InputError, RunError
+
+PATIENCE_S = 60
+
+
+def meets(config: RunConfig, task: Any, output: Path, place: int, other: int) -> tuple[int, int]:
+    """Waits until the other one works too."""
+    (output / f"meets-{place}").touch()
+    _wait_for(output / f"meets-{other}")
+    return place, config.fisher.seed
+
+
+def fails_once(config: RunConfig, task: Any, output: Path) -> str:
+    if (output / "failed").exists():
+        return "done"
+    (output / "failed").touch()
+    raise RunError("once")
+
+
+def refuses(config: RunConfig, task: Any, output: Path) -> None:
+    """Once another one works."""
+    _wait_for(output / "meets-5")
+    raise InputError("fisher.samples: found too few")
+
+
+def _wait_for(file: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {file.name}")
+        time.sleep(0.05)
