@@ -65,7 +65,8 @@ class Size:
     """How much a search does, at most.
 
     Attributes:
-        rounds: of which each asks for three pairs, or five.
+        rounds: of candidates.
+        candidates: of one round.
         evaluations: of the rounds and the baselines, each seed counted.
         steps: of one evaluation.
         samples: of the pool, whose gradients are taken in each pass.
@@ -75,6 +76,7 @@ class Size:
     """
 
     rounds: int
+    candidates: int
     evaluations: int
     steps: int
     samples: int
@@ -118,7 +120,8 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     sets = sample_sets(start.samples, minimum.samples, shrink)
     size = Size(
         rounds=rounds,
-        evaluations=most_evaluations(rounds, seeds, shrink, config.search.more_seeds),
+        candidates=most_candidates(start, minimum, shrink),
+        evaluations=most_evaluations(start, minimum, config.search.max_rounds, seeds, shrink, config.search.more_seeds),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
         rankings=sum(len(sizes) for _, sizes in sets),
@@ -189,8 +192,8 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
         # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
-    shrink = shrink_of(config.search)
-    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[most_candidates(shrink)] * size.rounds, 2))
-    waves += size.rounds * sum(ceil(n / at_once) for n in close_calls(seeds, config.search.more_seeds, shrink))
+    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[size.candidates] * size.rounds, 2))
+    close = close_calls(size.candidates, seeds, config.search.more_seeds)
+    waves += size.rounds * sum(ceil(evaluations / at_once) for evaluations in close)
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
     return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests

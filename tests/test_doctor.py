@@ -198,6 +198,7 @@ def test_the_estimate_of_a_search_measures_its_parts_and_writes_nothing(toy, tmp
     # From 16 samples to 8, and from 5 % to 2.5 %: the longest way takes one at a time.
     assert found["at_most"] == {
         "rounds": 2,
+        "candidates": 3,
         "evaluations": (1 + 3 * 2 + 2) * 2,
         "steps": 24,
         "samples": 16,
@@ -245,7 +246,8 @@ def test_heads_are_warmed_up_as_often_as_is_estimated(toy, monkeypatch):
 def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     from irdscale.estimate import Costs, Size, search_seconds
 
-    size = Size(rounds=2, evaluations=18, steps=10, samples=100, rankings=3, mask_samples=100, selection=20, test=30)
+    splits = {"samples": 100, "selection": 20, "test": 30}
+    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, mask_samples=100, **splits)
     costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13)
     # Waves of (start, two rounds, baselines) at two seeds: 2 + 6 + 6 + 4 one by one, 1 + 2 + 2 + 1 four at once.
     for at_once, ranks, waves in ((1, 1, 18), (4, 1, 6), (4, 2, 6)):

@@ -187,8 +187,10 @@ def _most_searched(method: Method, facts: ModelFacts) -> int:
     """Upper bound of what the search of one seed evaluates after its start."""
     search, parameters = method.config.search, facts.model["parameters"]
     start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
-    most = most_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, shrink)
-    return (most_candidates(shrink) + sum(close_calls(1, search.more_seeds, shrink))) * most
+    minimum = smallest_pair(method.config, start, parameters)
+    each = most_candidates(start, minimum, shrink)
+    of_round = each + sum(close_calls(each, 1, search.more_seeds))
+    return of_round * most_rounds(start, minimum, search.max_rounds, shrink)
 
 
 def _compared(study: _Study) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from irdscale.plan.memory import (
 )
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import SMALL, gradient_traffic, sample_flops, sums_traffic, weight_traffic
-from irdscale.search.ird import Pair, lattice, most_evaluations, most_rounds, sample_sets, shrink_of
+from irdscale.search.ird import Pair, lattice, most_evaluations, sample_sets, shrink_of
 
 # Kind of pass and setting -> bytes of one batch.
 Trace = Callable[[str, Setting], Traced]
@@ -111,7 +111,7 @@ def job_of(
         start, minimum: the pair that the search starts from, and the one below which no candidate goes.
     """
     search, shrink = config.search, shrink_of(config.search)
-    rounds = most_rounds(start, minimum, search.max_rounds, shrink)
+    sizes = start, minimum, search.max_rounds, len(search.seeds)
     gradients = sum(sizes[0] for _, sizes in sample_sets(start.samples, minimum.samples, shrink))
     return Job(
         shapes=shapes,
@@ -125,7 +125,7 @@ def job_of(
         # Before the pool's passes, and before those of the random samples.
         head_steps=2 * config.fisher.head_warmup,
         sizes=len(lattice(start, minimum, shrink)[0]),
-        evaluations=most_evaluations(rounds, len(search.seeds), shrink, search.more_seeds),
+        evaluations=most_evaluations(*sizes, shrink, search.more_seeds),
         traced=config.traced,
         mask_passes=gradients / start.samples,
         drawn_traced=config.fisher.equal_samples,

@@ -184,26 +184,30 @@ def most_rounds(start: Pair, minimum: Pair, max_rounds: int, shrink: Shrink = HA
     return rounds
 
 
-def most_candidates(shrink: Shrink) -> int:
-    """How many candidates a round can have."""
-    return 5 if shrink.both else 3
+def most_candidates(start: Pair, minimum: Pair, shrink: Shrink = HALVES) -> int:
+    """How many candidates a round can have: as many as the first, for a smaller pair shrinks in no more ways."""
+    return len(candidates(start, minimum, shrink))
 
 
-def most_evaluations(rounds: int, seeds: int, shrink: Shrink = HALVES, more: int = 0) -> int:
-    """How many evaluations the start, so many rounds and the two pairs that the winner is compared with can take.
+def most_evaluations(
+    start: Pair, minimum: Pair, max_rounds: int, seeds: int, shrink: Shrink = HALVES, more: int = 0
+) -> int:
+    """How many evaluations the start, all rounds and the two pairs that the winner is compared with can take.
 
     Args:
         more: further seeds that decide close calls.
     """
-    return (1 + most_candidates(shrink) * rounds + 2) * seeds + rounds * sum(close_calls(seeds, more, shrink))
+    rounds, each = most_rounds(start, minimum, max_rounds, shrink), most_candidates(start, minimum, shrink)
+    return (1 + each * rounds + 2) * seeds + rounds * sum(close_calls(each, seeds, more))
 
 
-def close_calls(seeds: int, more: int, shrink: Shrink = HALVES) -> list[int]:
-    """How many evaluations the close calls of a round can take, step by step: among its candidates, then with the best
-    so far."""
-    left, count, steps = most_candidates(shrink), seeds, []
+def close_calls(candidates: int, seeds: int, more: int) -> list[int]:
+    """How many evaluations the close calls of a round of so many candidates can take, step by step: among them, then of
+    the round's best with the best so far."""
+    left, count, steps = candidates, seeds, []
     while count < seeds + more:
-        left, further = _better_half(left), min(count, seeds + more - count)
+        # One alone is not compared with others, but has its seeds all the same when it is with the best so far.
+        left, further = min(left, _better_half(left)), min(count, seeds + more - count)
         steps.append((left, further))
         count += further
     return [left * further for left, further in steps] + [further for _, further in steps]

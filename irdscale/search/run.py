@@ -28,7 +28,6 @@ from irdscale.search.ird import (
     ird,
     likely_next,
     most_evaluations,
-    most_rounds,
     shrink_of,
 )
 from irdscale.search.kept import SearchMasks
@@ -215,9 +214,9 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    shrink = shrink_of(config.search)
-    rounds = most_rounds(masks.start, masks.minimum, config.search.max_rounds, shrink)
-    return most_evaluations(rounds, len(config.search.seeds), shrink, config.search.more_seeds)
+    search = config.search
+    sizes = masks.start, masks.minimum, search.max_rounds, len(search.seeds)
+    return most_evaluations(*sizes, shrink_of(search), search.more_seeds)
 
 
 def _run_baselines(

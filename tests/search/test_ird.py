@@ -304,8 +304,8 @@ def test_close_calls_are_raced(
         used.setdefault(pair, []).append(seed)
     assert all(of_one == order[: len(of_one)] for of_one in used.values())
     assert outcome.evaluations == len(scores.asked)
-    rounds = most_rounds(start, minimum, max_rounds, shrink)
-    assert outcome.evaluations <= most_evaluations(rounds, len(seeds), shrink, more) - 2 * len(seeds)
+    most = most_evaluations(start, minimum, max_rounds, len(seeds), shrink, more) - 2 * len(seeds)
+    assert outcome.evaluations <= most
     state, best = start, start
     for step in outcome.path[1:]:
         state = race(candidates(state, minimum, shrink), metric, order, len(seeds))  # type: ignore[assignment]
@@ -358,13 +358,27 @@ def test_what_is_told_apart_takes_no_further_seed() -> None:
 
 
 def test_how_many_evaluations_close_calls_take() -> None:
-    assert close_calls(2, 0) == []
-    assert close_calls(1, 3) == [2 * 1, 2 * 2, 1, 2]
-    assert close_calls(2, 5, Shrink(both=True)) == [3 * 2, 2 * 3, 2, 3], "three of five, then two"
+    assert close_calls(3, 2, 0) == []
+    assert close_calls(3, 1, 3) == [2 * 1, 2 * 2, 1, 2]
+    assert close_calls(5, 2, 5) == [3 * 2, 2 * 3, 2, 3], "three of five, then two"
+    assert close_calls(1, 1, 3) == [1, 2, 1, 2], "it and the best so far"
     start, noise = Pair(16, 16), {Pair(16, 16): 0.0, Pair(8, 16): 1.0, Pair(8, 8): 0.9, Pair(16, 8): -5.0}
     alternating = Scores(lambda pair, seed: noise[pair] * (-1) ** seed)
     outcome = ird(start, Pair(8, 8), [0], 1, 9, alternating, more=[1, 2, 3])
-    assert outcome.evaluations == 1 + 3 + sum(close_calls(1, 3)) == most_evaluations(1, 1, more=3) - 2
+    assert outcome.evaluations == 1 + 3 + sum(close_calls(3, 1, 3))
+    assert outcome.evaluations == most_evaluations(start, Pair(8, 8), 1, 1, more=3) - 2
+
+
+def test_where_only_samples_shrink_a_round_has_one_candidate() -> None:
+    start, minimum = Pair(128, 100), Pair(32, 100)
+    assert most_evaluations(start, minimum, 9, 2) == (1 + 2 + 2) * 2
+    assert most_evaluations(start, minimum, 9, 2, Shrink(both=True)) == (1 + 2 * 2 + 2) * 2
+    scores = Scores(lambda pair, seed: -float(pair.samples))
+    assert run(scores, start, minimum, [0, 1]).evaluations == (1 + 2) * 2
+    noise = {Pair(128, 100): 0.0, Pair(64, 100): 1.0}
+    alternating = Scores(lambda pair, seed: noise[pair] * (-1) ** seed)
+    outcome = ird(start, Pair(64, 100), [0], 1, 9, alternating, more=[1, 2, 3])
+    assert outcome.evaluations == most_evaluations(start, Pair(64, 100), 1, 1, more=3) - 2
 
 
 def test_further_seeds() -> None:
