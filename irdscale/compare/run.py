@@ -16,9 +16,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from irdscale.compare.asked import (
     DRAWN,
@@ -27,13 +27,14 @@ from irdscale.compare.asked import (
     RESTART,
     SEARCHES,
     Method,
-    described,
     owner_of,
     ranking_name,
     slug,
 )
+from irdscale.compare.entries import fewest_samples, method_entries
 from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
-from irdscale.compare.statistics import interval, paired_methods
+from irdscale.compare.study import FILE
+from irdscale.compare.underway import Study
 from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
 from irdscale.errors import InputError
@@ -44,70 +45,14 @@ from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Pair, Wanted, close_calls, most_candidates, most_rounds, rounds, shrink_of, together
-from irdscale.search.ird import lattice as sizes
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
-from irdscale.search.runner import Call, Engine, Runner
+from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
 
-if TYPE_CHECKING:
-    from irdscale.tasks import Task
-
 log = logging.getLogger(__name__)
-RESULT = "compare.json"
-
-
-@dataclass
-class _Study:
-    """A comparison under way.
-
-    Attributes:
-        steps: of one training.
-        lattices: (method, seed) -> the masks of its ranking's sample sets.
-        drawn: name -> hash and entries of a mask that no sample was read for.
-        rates: method -> the learning rate kept; None where every training failed.
-        grids: method -> each learning rate and its mean on the selection split.
-        tried: (method, seed) -> its candidates at the rate kept, the first one first.
-        spent: (method, seed) -> how many of them were evaluated, where more than the first.
-        gradients: (method, seed) -> sample gradients of FISH's draws.
-        decided: (method, seed) -> what a search with further seeds found best.
-    """
-
-    config: RunConfig
-    task: Task
-    engine: Engine
-    runner: Runner
-    output: Path
-    progress: bool
-    facts: ModelFacts
-    methods: list[Method]
-    steps: int
-    lattices: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
-    drawn: dict[str, tuple[str, int]] = field(default_factory=dict)
-    rates: dict[str, float | None] = field(default_factory=dict)
-    grids: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
-    tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
-    spent: dict[tuple[str, int], int] = field(default_factory=dict)
-    gradients: dict[tuple[str, int], int] = field(default_factory=dict)
-    decided: dict[tuple[str, int], Candidate] = field(default_factory=dict)
-
-    @property
-    def grid(self) -> list[float]:
-        return self.config.compare.learning_rates or [self.config.train.learning_rate]
-
-    @property
-    def reference(self) -> str:
-        return self.config.compare.reference or self.methods[0].name
-
-    @property
-    def seeds(self) -> list[int]:
-        return self.config.compare.seeds
-
-    def better(self, metric: float) -> float:
-        """A number that is larger for better metrics."""
-        return -metric if self.task.lower_is_better else metric
 
 
 def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
@@ -130,7 +75,7 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
         )
     with failing_together():
         refuse_changes(config, output)
-    stored = output / RESULT
+    stored = output / FILE
     if first_says(stored.exists()):
         result: dict[str, Any] = read_json(stored, "result of a comparison")
         asked = config.compare.model_dump(mode="json")
@@ -154,7 +99,7 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
                 runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
                 steps = training_steps(config.train, len(task.trained))
-                study = _Study(config, task, engine, runner, output, progress, facts, methods, steps)
+                study = Study(config, task, engine, runner, output, progress, facts, methods, steps)
                 result = _compared(study)
             with failing_together():
                 if first:
@@ -193,7 +138,7 @@ def _most_searched(method: Method, facts: ModelFacts) -> int:
     return of_round * most_rounds(start, minimum, search.max_rounds, shrink)
 
 
-def _compared(study: _Study) -> dict[str, Any]:
+def _compared(study: Study) -> dict[str, Any]:
     started = time.perf_counter()
     _make_masks(study)
     masked = time.perf_counter()
@@ -213,26 +158,15 @@ def _compared(study: _Study) -> dict[str, Any]:
         "reference": study.reference,
         "seeds": study.seeds,
         "learning_rates": study.grid,
-        "methods": _table(study, chosen, tests),
+        "methods": method_entries(study, chosen, tests),
         "base": base,
-        "fewest": _fewest(study),
+        "fewest": fewest_samples(study),
         "evaluations": len(study.runner.asked),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 
 
-def _fewest(study: _Study) -> int | None:
-    """The fewest samples that a search can come to in its rounds; None without a search."""
-    ends = []
-    for method in study.methods:
-        if method.kind in SEARCHES:
-            masks, search = study.lattices[method.name, study.seeds[0]], method.config.search
-            within = replace(shrink_of(search), reach=search.max_rounds)
-            ends.append(sizes(masks.start, masks.minimum, within)[0][-1])
-    return min(ends, default=None)
-
-
-def _make_masks(study: _Study) -> None:
+def _make_masks(study: Study) -> None:
     """The masks of all rankings, which methods with the same one share, and the first drawn ones."""
     owners = {
         (method.name, seed): owner_of(study.methods, method, seed)
@@ -251,7 +185,7 @@ def _make_masks(study: _Study) -> None:
     _make_draws(study, [(method, seed, 0) for method in drawn for seed in study.seeds])
 
 
-def _make_draws(study: _Study, asked: Sequence[tuple[Method, int, int]]) -> None:
+def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
     """Draw masks of entries: method, seed, and which draw of this seed."""
     calls = [
         Call(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
@@ -265,13 +199,13 @@ def _draw_name(method: Method, seed: int, draw: int) -> str:
     return f"{slug(method.name)}-{seed}-{draw}"
 
 
-def _draw(study: _Study, method: Method, seed: int, draw: int) -> Candidate:
+def _draw(study: Study, method: Method, seed: int, draw: int) -> Candidate:
     """A drawn mask's candidate, yet without a learning rate."""
     mask, params = study.drawn[_draw_name(method, seed, draw)]
     return Candidate(mask, Pair(0, params), seed, None, method.name)
 
 
-def _first(study: _Study, method: Method, seed: int, rate: float) -> Candidate:
+def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
     """What a method tries a learning rate with."""
     if method.kind in RANKINGS:
         lattice = study.lattices[method.name, seed]
@@ -282,7 +216,7 @@ def _first(study: _Study, method: Method, seed: int, rate: float) -> Candidate:
     return dense_candidate(method, study.facts, rate, seed)
 
 
-def _choose_rates(study: _Study) -> None:
+def _choose_rates(study: Study) -> None:
     """Keep each method's best learning rate, by the mean over the seeds on the selection split."""
     firsts = {
         (method.name, rate): [_first(study, method, seed, rate) for seed in study.seeds]
@@ -308,7 +242,7 @@ def _choose_rates(study: _Study) -> None:
     _drop_all_but(study, [candidate for tried in study.tried.values() for candidate in tried])
 
 
-def _search(study: _Study) -> None:
+def _search(study: Study) -> None:
     """All searches, round by round, each at its method's learning rate and with one seed."""
     started = [
         (method, seed)
@@ -354,7 +288,7 @@ def _search(study: _Study) -> None:
             study.decided[method.name, seed] = candidate(method, seed, outcome.best, seed)
 
 
-def _spend_budgets(study: _Study) -> None:
+def _spend_budgets(study: Study) -> None:
     """FISH draws, random masks and new starts, as many as IRD evaluated candidates with the same seed."""
     spending = [
         (method, seed, rate)
@@ -376,7 +310,7 @@ def _spend_budgets(study: _Study) -> None:
         study.spent.setdefault(of, len(study.tried[of]))
 
 
-def _make_fish_draws(study: _Study, asked: Sequence[tuple[Method, int]]) -> dict[tuple[str, int], list[Candidate]]:
+def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[tuple[str, int], list[Candidate]]:
     """FISH masks of the pairs that IRD evaluated beyond its start, each by its own random samples."""
     wanted: list[tuple[Method, int, Pair, int]] = []
     for method, seed in asked:
@@ -396,7 +330,7 @@ def _make_fish_draws(study: _Study, asked: Sequence[tuple[Method, int]]) -> dict
     return drawn
 
 
-def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
+def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
     """What a method that draws no samples and searches nothing tries beyond its first candidate."""
     if method.kind in RANKINGS or not study.config.compare.equal_budget:
         return []
@@ -406,7 +340,7 @@ def _further(study: _Study, method: Method, seed: int) -> list[Candidate]:
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
 
 
-def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:
+def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
     """The candidate that is best on the selection split; ties go to the one tried first."""
     ended = [
         (study.better(metric), candidate)
@@ -416,12 +350,12 @@ def _best(study: _Study, tried: Sequence[Candidate]) -> Candidate | None:
     return max(ended, key=lambda scored: scored[0])[1] if ended else None
 
 
-def _drop_all_but(study: _Study, kept: Sequence[Candidate]) -> None:
+def _drop_all_but(study: Study, kept: Sequence[Candidate]) -> None:
     keys = {candidate.key(study.config) for candidate in kept}
     study.runner.drop_all_but(keys)
 
 
-def _test(study: _Study, chosen: Sequence[Candidate]) -> dict[str, float]:
+def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, float]:
     """key -> test metric of the chosen candidates; each is kept on disk as soon as it is known."""
     _drop_all_but(study, chosen)
     by_key = {candidate.key(study.config): candidate for candidate in chosen}
@@ -439,65 +373,3 @@ def _test(study: _Study, chosen: Sequence[Candidate]) -> dict[str, float]:
 
     study.engine.call_all([Call(score_on_test, ([(by_key[key], False)],)) for key in missing], keep)
     return known
-
-
-def _table(
-    study: _Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
-) -> list[dict[str, Any]]:
-    entries = [_entry(study, method, chosen, tests) for method in study.methods]
-    reference = next(entry for entry in entries if entry["name"] == study.reference)
-    for entry in entries:
-        apart = None if entry is reference else paired_methods(reference, entry, study.task.lower_is_better)
-        entry["difference"] = apart
-    return entries
-
-
-def _entry(
-    study: _Study, method: Method, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
-) -> dict[str, Any]:
-    seeds: list[dict[str, Any]] = []
-    for seed in study.seeds:
-        tried, best = study.tried[method.name, seed], chosen[method.name, seed]
-        seeds.append(
-            {
-                "seed": seed,
-                "selection": None if best is None else study.runner.metric(best),
-                "test": None if best is None else tests[best.key(study.config)],
-                "samples": None if best is None or not best.pair.samples else best.pair.samples,
-                "params": None if best is None else best.pair.params,
-                "mask": None if best is None else best.mask,
-                "evaluations": len(study.grid) + study.spent.get((method.name, seed), 1) - 1,
-                "error": study.runner.error(tried[0]) if best is None else None,
-            }
-        )
-    ended = [one for one in seeds if one["test"] is not None]
-    per_training = study.config.train.batch_size * study.steps
-    warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
-    gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
-    spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
-    return {
-        **described(method),
-        "learning_rate": study.rates[method.name],
-        "grid": study.grids[method.name],
-        "evaluations": _mean([one["evaluations"] for one in seeds]),
-        "fine_tunings": round(spent + gradients / per_training, 3),
-        "params": _mean([one["params"] for one in ended]) if ended else None,
-        "seeds": seeds,
-        "test": interval([one["test"] for one in ended]),
-        "selection": interval([one["selection"] for one in ended]),
-    }
-
-
-def _gradients(study: _Study, method: Method, seed: int) -> int:
-    """Sample gradients that the masks of a method take by themselves, whoever shares them."""
-    if method.kind not in RANKINGS:
-        return 0
-    lattice = study.lattices[method.name, seed]
-    if method.kind == "fish_best":
-        return lattice.start.samples + study.gradients.get((method.name, seed), 0)
-    alone = {"fish": lattice.start.samples, "fish_small": lattice.fewest.samples}
-    return alone.get(method.kind, int(lattice.facts["sample_gradients"]))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
