@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +76,14 @@ def cases(world: int) -> list[Case]:
 
 
 @needs_deepspeed
+@pytest.mark.usefixtures("ranks_of_deepspeed")
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_way_to_train_equals_the_oracle(world: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spawn(equal_oracle, world, folder, monkeypatch, cases(world))
+def test_every_way_to_train_equals_the_oracle(world: int, folder: Path) -> None:
+    spawn(equal_oracle, world, folder, cases(world))
 
 
-def spawn(work: Any, world: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+def spawn(work: Any, world: int, folder: Path, *arguments: Any) -> None:
     """Run `work` on ranks, all of which must come to its end."""
-    # DeepSpeed builds its communication with the ninja of this environment.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for path in (*folder.glob("done-*"), *folder.glob("store-*")):
         path.unlink()
     mp.spawn(work, args=(world, str(folder), *arguments), nprocs=world)
@@ -94,20 +91,23 @@ def spawn(work: Any, world: int, folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @needs_deepspeed
-def test_around_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("ranks_of_deepspeed")
+def test_around_training(folder: Path) -> None:
     """Heads drawn alike in partitions and warmed up alike, a bad loss on one rank, shared evaluation, bytes by k."""
     for dtype in ("float64", "float32"):
         torch.save(warm_head(load(folder / "bert" / "toy.yaml", f"model.dtype={dtype}")), folder / f"warm-{dtype}.pt")
-    spawn(around_training, 2, folder, monkeypatch)
+    spawn(around_training, 2, folder)
 
 
 @needs_deepspeed
-def test_an_adapter_holds_what_every_rank_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spawn(distinct, 2, folder, monkeypatch)
+@pytest.mark.usefixtures("ranks_of_deepspeed")
+def test_an_adapter_holds_what_every_rank_has(folder: Path) -> None:
+    spawn(distinct, 2, folder)
 
 
 @needs_deepspeed
-def test_a_stopped_training_goes_on_with_any_stage_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("ranks_of_deepspeed")
+def test_a_stopped_training_goes_on_with_any_stage_and_ranks(folder: Path) -> None:
     """Bit for bit on the same ranks and stage; within rounding on others, from one state of 12 bytes a number."""
-    spawn(state_of_all_stages, 2, folder, monkeypatch)
-    spawn(go_on, 1, folder, monkeypatch, ["state-2-3", "state-2-ddp"])
+    spawn(state_of_all_stages, 2, folder)
+    spawn(go_on, 1, folder, ["state-2-3", "state-2-ddp"])

@@ -59,7 +59,7 @@ def group(rank: int, world: int, folder: str) -> Iterator[None]:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
     # Unset, accelerate would take two threads a rank.
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     store, timeout = f"file://{folder}/store-{world}", timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
     yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -160,7 +159,6 @@ def on_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     # DeepSpeed asks for a launcher's variables.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     timeout = timedelta(seconds=90)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
     deepspeed.init_distributed("gloo")
@@ -178,8 +176,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
 
 
 @needs_deepspeed
-def test_partitioned_models_equal_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # DeepSpeed builds its communication with the ninja of this environment.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+@pytest.mark.usefixtures("ranks_of_deepspeed")
+def test_partitioned_models_equal_whole_ones(tmp_path: Path) -> None:
     mp.spawn(on_rank, args=(2, str(tmp_path)), nprocs=2)
     assert [(tmp_path / f"done-{rank}").exists() for rank in range(2)] == [True, True]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +87,7 @@ def test_two_ranks(tmp_path: Path, family: str) -> None:
 
 @needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.usefixtures("ranks_of_deepspeed")
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_zero(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # DeepSpeed builds its communication with ninja, which is beside this Python where its environment is not active.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+def test_zero(tmp_path: Path, family: str) -> None:
     check(tmp_path, family, 2, zero_cases(tmp_path))
