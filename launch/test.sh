@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Installs irdscale with the tools for development into .venv, then checks format, lint and types, and runs the tests.
-#   bash launch/test.sh                    everything
-#   bash launch/test.sh tests/test_cli.py  arguments go to pytest
+#   bash launch/test.sh                    everything, two tests at a time
+#   bash launch/test.sh tests/test_cli.py  arguments go to pytest, one test at a time (-n 2 --dist worksteal: two)
 # Needs what launch/install.sh needs. No GPU, and no hub is asked.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Each of the two may start two ranks, or a Ray cluster: more would wait for each other on a small machine.
+[[ $# -gt 0 ]] || set -- -n 2 --dist worksteal
 
 bash launch/install.sh dev
 export HF_HUB_OFFLINE=1

@@ -303,3 +303,4 @@ def test_the_tests_are_checked_in_order_and_arguments_go_to_pytest(checkout):
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] for line in lines[-4:]] == ["ruff", "ruff", "mypy", "pytest"]
     assert lines[-1] == "-m pytest tests/test_x.py -k one"
+    assert call(checkout, "test.sh")[1][-1] == "-m pytest -n 2 --dist worksteal"
