@@ -45,18 +45,31 @@ def _watch(desk: Any, enabled: bool, ended: threading.Event) -> None:
         if enabled and is_live():
             show_below(table(seen["jobs"]))
         elif enabled and seen["jobs"] and time.monotonic() - printed >= PLAIN_SECONDS:
-            say(f"Running: {'; '.join(map(line_of, seen['jobs']))}")
+            say(line(seen["jobs"]))
             printed = time.monotonic()
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
-    """A row for each job: round, candidate, step, metric at the last rung, time left, host."""
+    """A row for each job: round, candidate, step, metric at the last rung, time left, host; one for all that wait."""
     found = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("round", "running", "step", "metric", "left", "on"):
         found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
-    for job in jobs:
+    for job in summed_up(jobs):
         found.add_row(*cells(job))
     return found
+
+
+def line(jobs: list[dict[str, Any]]) -> str:
+    """All jobs in a line of a log file."""
+    return f"Running: {'; '.join(map(line_of, summed_up(jobs)))}"
+
+
+def summed_up(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The jobs that have begun, then those that wait, as one where they are several."""
+    waiting = [job for job in jobs if job["begun"] is None]
+    if len(waiting) > 1:
+        waiting = [{"name": f"{len(waiting)} more", "begun": None, "host": None}]
+    return [job for job in jobs if job["begun"] is not None] + waiting
 
 
 def cells(job: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from irdscale import progress
-from irdscale.cluster.table import cells, line_of, table
+from irdscale.cluster.table import cells, line, line_of, summed_up, table
 
 TRAINING = {
     "name": "k",
@@ -35,6 +35,11 @@ def test_cells() -> None:
 def test_lines() -> None:
     assert line_of(TRAINING) == "8 samples, step 20/60, metric 0.5000, 0:20 left"
     assert line_of(WAITING) == "search masks, waiting"
+    assert (
+        line([WAITING, TRAINING]) == "Running: 8 samples, step 20/60, metric 0.5000, 0:20 left; search masks, waiting"
+    )
+    assert line([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1:30 left; 9 more, waiting"
+    assert summed_up([TRAINING, PASS, WAITING]) == [TRAINING, PASS, WAITING]
 
 
 def test_the_table_stands_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
