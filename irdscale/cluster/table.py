@@ -45,7 +45,7 @@ def _watch(desk: Any, enabled: bool, ended: threading.Event) -> None:
         if enabled and is_live():
             show_below(table(seen["jobs"]))
         elif enabled and seen["jobs"] and time.monotonic() - printed >= PLAIN_SECONDS:
-            say(line(seen["jobs"]))
+            say(line_of_all(seen["jobs"]))
             printed = time.monotonic()
 
 
@@ -59,7 +59,7 @@ def table(jobs: list[dict[str, Any]]) -> Table:
     return found
 
 
-def line(jobs: list[dict[str, Any]]) -> str:
+def line_of_all(jobs: list[dict[str, Any]]) -> str:
     """All jobs in a line of a log file."""
     return f"Running: {'; '.join(map(line_of, summed_up(jobs)))}"
 

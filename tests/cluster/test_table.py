@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from irdscale import progress
-from irdscale.cluster.table import cells, line, line_of, summed_up, table
+from irdscale.cluster import table as shown
+from irdscale.cluster.table import cells, line_of, line_of_all, summed_up, table, watching
 
 TRAINING = {
     "name": "k",
@@ -35,11 +38,25 @@ def test_cells() -> None:
 def test_lines() -> None:
     assert line_of(TRAINING) == "8 samples, step 20/60, metric 0.5000, 0:20 left"
     assert line_of(WAITING) == "search masks, waiting"
-    assert (
-        line([WAITING, TRAINING]) == "Running: 8 samples, step 20/60, metric 0.5000, 0:20 left; search masks, waiting"
-    )
-    assert line([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1:30 left; 9 more, waiting"
+    assert line_of_all([WAITING, PASS]) == "Running: search masks, step 64/256, 1:30 left; search masks, waiting"
+    assert line_of_all([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1:30 left; 9 more, waiting"
     assert summed_up([TRAINING, PASS, WAITING]) == [TRAINING, PASS, WAITING]
+
+
+def test_log_lines_and_jobs_are_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    desk = SimpleNamespace(look=SimpleNamespace(remote=lambda: {"logs": ["a line"], "jobs": [PASS, WAITING, WAITING]}))
+    said: list[str] = []
+    monkeypatch.setattr(ray, "get", lambda found, timeout: found)
+    monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), width=100))
+    for name, value in (("LOOK_S", 0.01), ("PLAIN_SECONDS", 0.0), ("say", said.append)):
+        monkeypatch.setattr(shown, name, value)
+    with watching(desk, enabled=True):
+        until = time.monotonic() + 30
+        while len(said) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
+    expected = ["irdscale: a line", "Running: search masks, step 64/256, 1:30 left; 2 more, waiting"]
+    assert said[:4] == expected * 2
 
 
 def test_the_table_stands_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
