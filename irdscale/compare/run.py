@@ -44,7 +44,7 @@ from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, close_calls, most_candidates, most_rounds, rounds, shrink_of, together
+from irdscale.search.ird import Pair, Wanted, most_of_rounds, rounds, shrink_of, together
 from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
@@ -133,9 +133,7 @@ def _most_searched(method: Method, facts: ModelFacts) -> int:
     search, parameters = method.config.search, facts.model["parameters"]
     start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
     minimum = smallest_pair(method.config, start, parameters)
-    each = most_candidates(start, minimum, shrink)
-    of_round = each + sum(close_calls(each, 1, search.more_seeds))
-    return of_round * most_rounds(start, minimum, search.max_rounds, shrink)
+    return most_of_rounds(start, minimum, search.max_rounds, 1, shrink, search.more_seeds)
 
 
 def _compared(study: Study) -> dict[str, Any]:

@@ -111,7 +111,6 @@ def job_of(
         start, minimum: the pair that the search starts from, and the one below which no candidate goes.
     """
     search, shrink = config.search, shrink_of(config.search)
-    sizes = start, minimum, search.max_rounds, len(search.seeds)
     gradients = sum(sizes[0] for _, sizes in sample_sets(start.samples, minimum.samples, shrink))
     return Job(
         shapes=shapes,
@@ -125,7 +124,7 @@ def job_of(
         # Before the pool's passes, and before those of the random samples.
         head_steps=2 * config.fisher.head_warmup,
         sizes=len(lattice(start, minimum, shrink)[0]),
-        evaluations=most_evaluations(*sizes, shrink, search.more_seeds),
+        evaluations=most_evaluations(start, minimum, search.max_rounds, len(search.seeds), shrink, search.more_seeds),
         traced=config.traced,
         mask_passes=gradients / start.samples,
         drawn_traced=config.fisher.equal_samples,

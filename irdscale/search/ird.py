@@ -197,14 +197,21 @@ def most_evaluations(
     Args:
         more: further seeds that decide close calls.
     """
-    rounds, each = most_rounds(start, minimum, max_rounds, shrink), most_candidates(start, minimum, shrink)
-    return (1 + each * rounds + 2) * seeds + rounds * sum(close_calls(each, seeds, more))
+    return (1 + 2) * seeds + most_of_rounds(start, minimum, max_rounds, seeds, shrink, more)
 
 
-def close_calls(candidates: int, seeds: int, more: int) -> list[int]:
+def most_of_rounds(
+    start: Pair, minimum: Pair, max_rounds: int, seeds: int, shrink: Shrink = HALVES, more: int = 0
+) -> int:
+    """How many evaluations all rounds can take, their close calls included."""
+    each = most_candidates(start, minimum, shrink)
+    return most_rounds(start, minimum, max_rounds, shrink) * (each * seeds + sum(close_calls(each, seeds, more)))
+
+
+def close_calls(of_round: int, seeds: int, more: int) -> list[int]:
     """How many evaluations the close calls of a round of so many candidates can take, step by step: among them, then of
     the round's best with the best so far."""
-    left, count, steps = candidates, seeds, []
+    left, count, steps = of_round, seeds, []
     while count < seeds + more:
         # One alone is not compared with others, but has its seeds all the same when it is with the best so far.
         left, further = min(left, _better_half(left)), min(count, seeds + more - count)

@@ -214,9 +214,8 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    search = config.search
-    sizes = masks.start, masks.minimum, search.max_rounds, len(search.seeds)
-    return most_evaluations(*sizes, shrink_of(search), search.more_seeds)
+    search, seeds = config.search, len(config.search.seeds)
+    return most_evaluations(masks.start, masks.minimum, search.max_rounds, seeds, shrink_of(search), search.more_seeds)
 
 
 def _run_baselines(
