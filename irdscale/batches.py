@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from irdscale.partitioned import is_partitioned
 from irdscale.progress import bar
 from irdscale.ranks import rank_and_world
+
+# Batches whose results are read from the device at once: each reading waits for all that runs there.
+UNREAD = 64
+
+
+class LateRows:
+    """Puts what was measured of some rows of a table on the device into the table in main memory, late.
+
+    Args:
+        table: on the CPU, [N, ...].
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._unread: list[tuple[list[int], Tensor]] = []
+
+    def add(self, places: list[int], rows: Tensor) -> None:
+        """Take the rows [len(places), ...] at these places; no wait, but once in `UNREAD` calls."""
+        self._unread.append((places, rows))
+        if len(self._unread) == UNREAD:
+            self.read()
+
+    def read(self) -> None:
+        """Put all rows taken so far into the table."""
+        if self._unread:
+            places = [place for each, _ in self._unread for place in each]
+            self._table[places] = torch.cat([rows.to(self._table.dtype) for _, rows in self._unread]).cpu()
+            self._unread.clear()
 
 
 def shared_batches(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from irdscale.batches import shared_batches
+from irdscale.batches import LateRows, shared_batches
 from irdscale.fisher.capture import frozen
 from irdscale.language_evaluation import evaluate_language
 from irdscale.partitioned import device_of, gathering, to_gpu
@@ -41,15 +41,17 @@ def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Te
     """Logits [N, C] of every sample, as float64, on every rank."""
     lengths = [len(ids) for ids in split["input_ids"]]
     device, logits_NC = device_of(model), torch.zeros(len(lengths), task.num_labels, dtype=torch.float64)
+    found = LateRows(logits_NC)
 
     def predict(places: list[int]) -> None:
         samples = [split[i] for i in places or [0]]
-        inputs = {k: v.to(device) for k, v in task.collate(samples).items() if k != "labels"}
+        inputs = {k: v.to(device, non_blocking=True) for k, v in task.collate(samples).items() if k != "labels"}
         found_BC = model(**inputs).logits
         if places:
-            logits_NC[places] = found_BC.double().cpu().view(len(places), -1)
+            found.add(places, found_BC.view(len(places), -1))
 
     with gathering(model), frozen(model), torch.no_grad():
         shared_batches(model, lengths, batch_size, predict)
+        found.read()
     add_up([logits_NC])
     return logits_NC

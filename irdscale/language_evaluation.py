@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irdscale.batches import shared_batches
+from irdscale.batches import LateRows, shared_batches
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
 from irdscale.partitioned import device_of, gathering, is_partitioned
@@ -20,11 +20,11 @@ from irdscale.tokenwise import (
     IGNORED,
     Headless,
     finishing,
-    found_losses,
     headless,
+    measured_tokens,
     next_tokens,
     own_forward,
-    right_tokens,
+    target_places,
     token_losses,
 )
 
@@ -94,16 +94,19 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
         parts = headless(model, pad_batch(rows[:1], pad))
 
         def measure(places: list[int]) -> None:
-            batch = {k: v.to(device) for k, v in pad_batch([rows[i] for i in places or [0]], pad).items()}
-            labels_BT = batch.pop("labels")
-            targets_BT = next_tokens(labels_BT)
-            loss_BT, right_BT = _measured(model, parts, batch, targets_BT)
+            batch = pad_batch([rows[i] for i in places or [0]], pad)
+            places_K = target_places(batch["labels"]).to(device, non_blocking=True)
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            targets_BT = next_tokens(batch.pop("labels"))
+            loss_BT, right_BT = _measured(model, parts, batch, targets_BT, places_K)
             if places:
                 there_BT = targets_BT != IGNORED
-                found = (loss_BT.double().sum(1), there_BT.sum(1), (right_BT & there_BT).sum(1))
-                table_NC[places] = torch.stack([column.double() for column in found], 1).cpu()
+                columns = (loss_BT.double().sum(1), there_BT.sum(1), (right_BT & there_BT).sum(1))
+                measured.add(places, torch.stack([column.double() for column in columns], 1))
 
+        measured = LateRows(table_NC)
         shared_batches(model, [len(ids) for ids, _ in texts], batch_size, measure)
+        measured.read()
     add_up([table_NC])
     broken = (~table_NC.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
@@ -112,16 +115,19 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
 
 
 def _measured(
-    model: nn.Module, parts: Headless | None, inputs: dict[str, Any], targets_BT: Tensor
+    model: nn.Module, parts: Headless | None, inputs: dict[str, Any], targets_BT: Tensor, places_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each target [B, T], and whether it is the likeliest token."""
+    """Loss of each target [B, T], and whether it is the likeliest token.
+
+    Args:
+        places_K: flat places that have a target.
+    """
     if parts is None:
         logits_BTV = model(**inputs).logits
         return token_losses(logits_BTV, targets_BT), logits_BTV.argmax(-1) == targets_BT
-    head = parts.head
 
     def finish(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        return found_losses(head, hidden_BTD, targets_BT), right_tokens(head, hidden_BTD, targets_BT)
+        return measured_tokens(parts.head, hidden_BTD, targets_BT, places_K)
 
     with finishing(model, parts, finish):
         found: tuple[Tensor, Tensor] = model(**inputs)

@@ -26,8 +26,12 @@ from irdscale.partitioned import device_of, shape_of
 log = logging.getLogger(__name__)
 
 IGNORED = -100
-# Logits at a time: 64 MiB of float32.
+# Logits at a time on a processor: 64 MiB of float32.
 ENTRIES = 2**24
+# On a GPU so few would read the whole head again and again: logits at a time take this share of its memory.
+GPU_SHARE = 64
+# Bytes of one logit: itself in 16 bits, in float32, as a logarithm of a probability, and both gradients.
+LOGIT_BYTES = 16
 # Tokens on which a model is tried.
 FIRST = 64
 # How far losses by the head alone may be from those of the model's own logits.
@@ -133,17 +137,31 @@ def finishing(model: nn.Module, parts: Headless, finish: Callable[..., Any]) -> 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood of each target [B, T], 0 where there is none; in float32 at least."""
-    logits_BTV = logits_BTV.float() if logits_BTV.dtype in (torch.bfloat16, torch.float16) else logits_BTV
-    return F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none", ignore_index=IGNORED)
+    return _row_losses(logits_BTV.flatten(0, 1), targets_BT.flatten()).view(targets_BT.shape)
 
 
-def found_losses(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """`token_losses` of the head's logits, a few tokens at a time."""
+def _row_losses(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    # The classes are the last dimension: over any other, GPUs take a softmax that is a thousand times as slow.
+    logits_NV = logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
+    return F.cross_entropy(logits_NV, targets_N, reduction="none", ignore_index=IGNORED)
+
+
+def target_places(labels_BT: Tensor) -> Tensor:
+    """Flat places [K] of a batch that have a target, of labels on the CPU: a GPU is waited for to count them."""
+    return (next_tokens(labels_BT) != IGNORED).flatten().nonzero().squeeze(1)
+
+
+def found_losses(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor, places_K: Tensor | None = None) -> Tensor:
+    """`token_losses` of the head's logits, a few tokens at a time.
+
+    Args:
+        places_K: flat places that have a target, where they are known; finding them waits for the device.
+    """
     hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
-    kept = (targets_N != IGNORED).nonzero().squeeze(1)
+    kept = (targets_N != IGNORED).nonzero().squeeze(1) if places_K is None else places_K
     if len(kept) == 0:
         return (hidden_BTD * 0).sum(-1)
-    hidden_KD, targets_K = hidden_ND[kept], targets_N[kept]
+    hidden_KD, targets_K = hidden_ND.index_select(0, kept), targets_N.index_select(0, kept)
     if not torch.is_grad_enabled():
         losses_K = _in_parts(head, partial(_losses, head), hidden_KD, targets_K)
     elif any(p.requires_grad for p in head.parameters()):
@@ -154,16 +172,32 @@ def found_losses(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor) -> Ten
     return losses_K.new_zeros(len(targets_N)).index_copy(0, kept, losses_K).view(targets_BT.shape)
 
 
-def right_tokens(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """bool [B, T]: whether the likeliest token is the target; takes no gradients."""
+def measured_tokens(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor, places_K: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_losses` [B, T], and whether the likeliest token is the target (bool [B, T]), of the same logits.
+
+    Takes no gradients.
+
+    Args:
+        places_K: flat places that have a target; the others have a loss of 0 and no right token.
+    """
     with torch.no_grad():
-        hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
-        return _in_parts(head, lambda h, t: head(h).argmax(-1) == t, hidden_ND, targets_N).view(targets_BT.shape)
+        hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, places_K)
+        targets_K = targets_BT.reshape(-1).index_select(0, places_K)
+        size, losses, right = part_size(head), [], []
+        for hidden_nD, targets_n in zip(hidden_KD.split(size), targets_K.split(size), strict=True):
+            logits_nV = head(hidden_nD)
+            losses.append(_row_losses(logits_nV, targets_n))
+            right.append(logits_nV.argmax(-1) == targets_n)
+        losses_K, right_K = torch.cat(losses), torch.cat(right)
+        count = targets_BT.numel()
+        losses_N = losses_K.new_zeros(count).index_copy(0, places_K, losses_K)
+        right_N = right_K.new_zeros(count).index_copy(0, places_K, right_K)
+    return losses_N.view(targets_BT.shape), right_N.view(targets_BT.shape)
 
 
 def drawn_tokens(head: nn.Module, hidden_BTD: Tensor, labels_BT: Tensor, indices: Sequence[int], seed: int) -> Tensor:
     """Labels [B, T] drawn from the model where there are labels, by each sample's index, not its place in a batch."""
-    u_BT = uniform(indices, labels_BT.shape[1], seed).to(labels_BT.device)
+    u_BT = uniform(indices, labels_BT.shape[1], seed).to(labels_BT.device, non_blocking=True)
     with torch.no_grad():
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         draw = lambda h, u: inverse_cdf(head(h), u.unsqueeze(1)).squeeze(1)  # noqa: E731
@@ -195,7 +229,7 @@ def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
 
 
 def _losses(head: nn.Module, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
-    return token_losses(head(hidden_KD).unsqueeze(0), targets_K.unsqueeze(0)).squeeze(0)
+    return _row_losses(head(hidden_KD), targets_K)
 
 
 def _in_parts(head: nn.Module, work: Callable[[Tensor, Tensor], Tensor], *rows: Tensor) -> Tensor:
@@ -208,7 +242,19 @@ def part_size(head: nn.Module) -> int:
     """Tokens whose logits are in memory at once."""
     weight_VD = head._parameters["weight"]
     assert weight_VD is not None
-    return max(1, ENTRIES // shape_of(weight_VD)[0])
+    device = weight_VD.device
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return tokens_at_once(shape_of(weight_VD)[0], memory)
+
+
+def tokens_at_once(vocabulary: int, gpu_memory: float | None) -> int:
+    """Tokens whose logits are in memory at once.
+
+    Args:
+        gpu_memory: bytes of the GPU; None on a processor.
+    """
+    entries = ENTRIES if gpu_memory is None else max(ENTRIES, int(gpu_memory) // (GPU_SHARE * LOGIT_BYTES))
+    return max(1, entries // vocabulary)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -18,8 +18,9 @@ from irdscale.tokenwise import (
     finishing,
     found_losses,
     headless,
+    measured_tokens,
     next_tokens,
-    right_tokens,
+    target_places,
     token_losses,
 )
 from tests.models import VOCABULARY, collate, samples, tiny
@@ -59,7 +60,11 @@ def test_losses_and_gradients_of_all_logits(learning: bool) -> None:
         torch.testing.assert_close(a, b, **EXACT)
     with torch.no_grad():
         torch.testing.assert_close(found_losses(head, hidden_BTD, targets_BT), expected_BT, **EXACT)
-        assert torch.equal(right_tokens(head, hidden_BTD, targets_BT), head(hidden_BTD).argmax(-1) == targets_BT)
+        places_K = (targets_BT != IGNORED).flatten().nonzero().flatten()
+        torch.testing.assert_close(found_losses(head, hidden_BTD, targets_BT, places_K), expected_BT, **EXACT)
+        measured_BT, right_BT = measured_tokens(head, hidden_BTD, targets_BT, places_K)
+        torch.testing.assert_close(measured_BT, expected_BT, **EXACT)
+        assert torch.equal(right_BT, head(hidden_BTD).argmax(-1) == targets_BT)
 
 
 def test_a_text_without_targets_has_losses_of_zero() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from irdscale.batches import shared_batches
+from irdscale.batches import LateRows, shared_batches
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
@@ -33,13 +33,24 @@ from irdscale.ranks import (
     rank_and_world,
     same_on_every_rank,
 )
-from irdscale.tokenwise import Headless, beginning, drawn_tokens, finishing, found_losses, headless, next_tokens
+from irdscale.tokenwise import (
+    Headless,
+    beginning,
+    drawn_tokens,
+    finishing,
+    found_losses,
+    headless,
+    next_tokens,
+    target_places,
+)
 from irdscale.watch import watched
 
 log = logging.getLogger(__name__)
 
-# Batches between two moments in which ranks that need not keep step hear of each other's errors.
+# Batches between two moments in which losses and traces are read from the device, and ranks hear of each other's errors.
 BATCHES_BETWEEN = 16
+# Where a batch of texts has targets; beside what the model takes.
+PLACES = "target_places"
 # Samples and entries of each parameter by which ranks, or a run and its continuation, are compared.
 COMPARED_SAMPLES = 8
 COMPARED_ENTRIES = 64
@@ -104,6 +115,14 @@ class _Batch:
 
 
 @dataclass
+class _Unread:
+    """What is on the device and was not read yet: (samples, their losses) and (samples, their traces)."""
+
+    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    traces: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+
+
+@dataclass
 class SampleGradients:
     """One model and data set, ready for passes over chosen samples.
 
@@ -136,6 +155,7 @@ class SampleGradients:
     _capture: Capture | None = None
     _weights: Tensor | None = None
     _buffers: Buffers = field(default_factory=Buffers)
+    _unread: _Unread = field(default_factory=lambda: _Unread())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,14 +220,15 @@ class SampleGradients:
         self.prepare(range(len(self.dataset)))
         by_label = replace(self, objective="label")
         losses_N = torch.zeros(len(self.dataset), dtype=torch.float64)
+        found = LateRows(losses_N)
 
         def measure(places: list[int]) -> None:
             taken = places or [0]
             with self._agree():
-                batch = by_label._batch(taken)
+                batch = by_label._placed_batch(taken)
             (loss_B,) = by_label._losses(lambda inputs: self.model(**inputs), batch, taken)
             if places:
-                losses_N[places] = loss_B.double().cpu()
+                found.add(places, loss_B)
 
         # Ranks whose batches were halved have smaller ones; all must cut the samples alike.
         fitting = -largest_of([-self.fitting])[0]
@@ -215,7 +236,9 @@ class SampleGradients:
             # Ranks of a partitioned model agree inside a pass.
             with nullcontext() if self._partitioned else failing_together():
                 shared_batches(self.model, lengths, fitting, measure)
-            add_up([losses_N])
+                found.read()
+        add_up([losses_N])
+        self._refuse_not_finite(range(len(losses_N)), losses_N)
         return losses_N
 
     def arrival_order(self, index: int) -> list[str]:
@@ -316,6 +339,7 @@ class SampleGradients:
         description: str,
         saved: SavedPass | None,
     ) -> None:
+        self._unread = _Unread()
         work = self.prepare(order)
         asked = {"order of samples": digest(list(order)), "sizes of sample sets": sorted(boundaries)}
         if self._weights is not None:
@@ -373,31 +397,42 @@ class SampleGradients:
         partitioned = world > 1 and self._partitioned
         in_step = partitioned or sink.in_step
         again: list[_Batch] = []
-        while True:
+
+        def turn() -> None:
+            if again:
+                batch = again.pop()
+            elif state.left:
+                batch = _Batch(state.left[: self.fitting])
+                del state.left[: self.fitting]
+            elif partitioned:
+                self._backward(_Batch([anyone]), _Nothing(sink), torch.zeros(1, dtype=torch.float64))
+                return
+            else:
+                if in_step:
+                    self._send_nothing(sink, self._passes)
+                return
+            again.extend(self._take(batch, sink, state))
+            advance(world * len(batch.indices))
+
+        def missing() -> int:
+            return min(BATCHES_BETWEEN, len(again) + -(-len(state.left) // self.fitting))
+
+        (turns,) = largest_of([missing()])
+        while turns:
             # Ranks of a partitioned model agree inside a pass; one that fails elsewhere ends alone, and is noticed.
             with nullcontext() if partitioned else failing_together():
-                for _ in range(1 if in_step else BATCHES_BETWEEN):
-                    if again:
-                        batch = again.pop()
-                    elif state.left:
-                        batch = _Batch(state.left[: self.fitting])
-                        del state.left[: self.fitting]
-                    else:
-                        batch = None
-                    if batch is not None:
-                        again += self._take(batch, sink, state)
-                        advance(world * len(batch.indices))
-                    elif partitioned:
-                        self._backward(_Batch([anyone]), _Nothing(sink), torch.zeros(1, dtype=torch.float64))
-                    elif in_step:
-                        self._send_nothing(sink, self._passes)
-                    else:
-                        break
-            more, busy, due = largest_of([bool(state.left or again), bool(again), saved is not None and saved.due()])
+                for left in reversed(range(turns)):
+                    try:
+                        turn()
+                    except Exception:
+                        if in_step and not partitioned:
+                            self._send_nothing(sink, left * self._passes)
+                        raise
+            with failing_together():
+                self._read(state)
+            turns, busy, due = largest_of([missing(), bool(again), saved is not None and saved.due()])
             if saved is not None and due and not busy:
                 saved.save(state)
-            if not more:
-                return
 
     def _take(self, batch: _Batch, sink: Sink, state: PassState) -> list[_Batch]:
         """Deliver a batch's gradients; if it does not fit in memory, returns its halves."""
@@ -410,10 +445,31 @@ class SampleGradients:
                 raise
             halves = self._halves(batch, error)
         if len(state.traces):
-            state.traces.index_add_(0, torch.tensor(batch.indices), trace_B.cpu())
+            self._unread.traces.append((batch.indices, trace_B))
         if not halves:
             state.taken += self._passes * len(batch.indices)
         return halves
+
+    def _read(self, state: PassState) -> None:
+        """Read the losses and traces of the batches since the last time: what waits for the device, once for all.
+
+        Raises:
+            InputError: a loss is not finite; names the sample.
+        """
+        losses, traces = self._unread.losses, self._unread.traces
+        if not losses and not traces:
+            return
+        flat = [loss_B.double() for _, loss_B in losses] + [trace_B for _, trace_B in traces]
+        try:
+            found = torch.cat(flat).cpu()
+            count = sum(len(indices) for indices, _ in losses)
+            self._refuse_not_finite([i for indices, _ in losses for i in indices], found[:count])
+            if traces:
+                places = torch.tensor([i for indices, _ in traces for i in indices])
+                state.traces.index_add_(0, places, found[count:])
+        finally:
+            losses.clear()
+            traces.clear()
 
     def _halves(self, batch: _Batch, error: Exception) -> list[_Batch]:
         size = len(batch.indices)
@@ -469,10 +525,11 @@ class SampleGradients:
 
     def _by_rules(self, indices: Sequence[int], arrive: Arrived, end: Callable[[], None]) -> None:
         with self._agree():
-            batch = self._batch(indices)
+            batch = self._placed_batch(indices)
         capture = self._capture
         assert capture is not None
         losses = self._losses(lambda inputs: capture.forward(inputs, batch_size(batch)), batch, indices)
+        self._unread.losses += [(indices, loss_B.detach()) for loss_B in losses]
         for i, loss_B in enumerate(self._weighted(losses, indices)):
             capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
             end()
@@ -480,7 +537,7 @@ class SampleGradients:
     def _one(self, index: int, arrive: Arrived, end: Callable[[], None]) -> None:
         """A sample's own backward pass; each gradient is delivered, and dropped, as soon as it is whole."""
         with self._agree():
-            batch = self._batch([index])
+            batch = self._placed_batch([index])
 
         def deliver(name: str, parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
@@ -495,17 +552,32 @@ class SampleGradients:
                 handle = parameter.register_post_accumulate_grad_hook(partial(deliver, name))
                 cleaning.callback(handle.remove)
             losses = self._losses(lambda inputs: self.model(**inputs), batch, [index])
+            self._unread.losses += [([index], loss_1.detach()) for loss_1 in losses]
             for i, loss_1 in enumerate(self._weighted(losses, [index])):
                 if loss_1.requires_grad:
                     loss_1.sum().backward(retain_graph=i + 1 < len(losses))
                 end()
 
     def _batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        return self._moved(self._collated(indices))
+
+    def _placed_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A batch that `_losses` takes; of texts with the places of their targets, counted before they are moved."""
+        batch = self._collated(indices)
+        if self._headless is not None:
+            batch = {**batch, PLACES: target_places(batch["labels"])}
+        return self._moved(batch)
+
+    def _collated(self, indices: Sequence[int]) -> dict[str, Any]:
         batch = self.collate_fn([self.dataset[i] for i in indices])
         if "labels" not in batch and self.objective == "label":
             raise InputError(f"sample {indices[0]}: found no labels; expected them for fisher.objective 'label'")
+        return batch
+
+    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.device
-        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        # A copy that blocks waits for all that runs on the device.
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def _losses(
         self, forward: Callable[[dict[str, Any]], Any], batch: dict[str, Any], indices: Sequence[int]
@@ -513,15 +585,12 @@ class SampleGradients:
         """The losses [B] of one forward pass, one for each backward pass that the objective takes."""
         if self._headless is not None:
             with finishing(self.model, self._headless, partial(self._text_losses, self._headless, batch, indices)):
-                losses = [forward(_inputs(batch))]
-            with self._agree():
-                return self._finite(losses, indices)
+                return [forward(_inputs(batch))]
         logits, labels = _logits(forward(_inputs(batch))), batch.get("labels")
         with self._agree():
             kind = loss_kind(self.model, logits, logits.new_zeros(len(logits)) if labels is None else labels)
             reduction = self.token_reduction
-            losses = list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, reduction))
-            return self._finite(losses, indices)
+            return list(objective_losses(self.objective, kind, logits, labels, indices, self.seed, reduction))
 
     def _text_losses(
         self, parts: Headless, batch: dict[str, Any], indices: Sequence[int], hidden_BTD: Tensor
@@ -529,24 +598,23 @@ class SampleGradients:
         labels = batch["labels"]
         if self.objective == "sampled":
             labels = drawn_tokens(parts.head, hidden_BTD, labels, indices, self.seed)
-        return reduced(found_losses(parts.head, hidden_BTD, next_tokens(labels)), labels, self.token_reduction)
+        losses_BT = found_losses(parts.head, hidden_BTD, next_tokens(labels), batch[PLACES])
+        return reduced(losses_BT, labels, self.token_reduction)
 
     def _weighted(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
         if self._weights is None:
             return losses
         weight_B = self._weights[list(indices)]
-        return [loss_B * weight_B.to(loss_B.device, loss_B.dtype) for loss_B in losses]
+        return [loss_B * weight_B.to(loss_B.device, loss_B.dtype, non_blocking=True) for loss_B in losses]
 
-    def _finite(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        for loss_B in losses:
-            bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                row = self.dataset[indices[bad[0]]]
-                row = f" (row {row['row']} of its split)" if isinstance(row, dict) and "row" in row else ""
-                raise InputError(
-                    f"sample {indices[bad[0]]}{row}: found a loss of {loss_B[bad[0]].item()}; expected a finite number"
-                )
-        return losses
+    def _refuse_not_finite(self, indices: Sequence[int], losses_N: Tensor) -> None:
+        bad = (~losses_N.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            row = self.dataset[indices[bad[0]]]
+            row = f" (row {row['row']} of its split)" if isinstance(row, dict) and "row" in row else ""
+            raise InputError(
+                f"sample {indices[bad[0]]}{row}: found a loss of {losses_N[bad[0]].item()}; expected a finite number"
+            )
 
 
 @dataclass
@@ -580,7 +648,7 @@ def _is_of_texts(batch: dict[str, Any]) -> bool:
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
+    return {key: value for key, value in batch.items() if key not in ("labels", PLACES)}
 
 
 def _logits(output: Any) -> Tensor:

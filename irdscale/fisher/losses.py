@@ -104,10 +104,10 @@ def _draw_targets(kind: str, logits: Tensor, labels: Tensor | None, indices: Seq
     if kind == "regression":
         flat_BC = logits.reshape(len(logits), -1)
         drawn = [torch.randn(flat_BC.shape[1], generator=g, dtype=torch.float64) for g in generators(indices, seed)]
-        noise_BC = torch.stack(drawn).to(logits.device)
+        noise_BC = torch.stack(drawn).to(logits.device, non_blocking=True)
         return flat_BC + (noise_BC * 0.5**0.5).to(flat_BC.dtype)
     if kind == "classification":
-        return inverse_cdf(logits, uniform(indices, 1, seed).to(logits.device)).squeeze(1)
+        return inverse_cdf(logits, uniform(indices, 1, seed).to(logits.device, non_blocking=True)).squeeze(1)
     assert labels is not None
-    u_BT1 = uniform(indices, labels.shape[1], seed).to(logits.device).unsqueeze(2)
+    u_BT1 = uniform(indices, labels.shape[1], seed).to(logits.device, non_blocking=True).unsqueeze(2)
     return drawn_labels(inverse_cdf(logits, u_BT1).squeeze(2), labels)

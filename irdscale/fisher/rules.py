@@ -63,8 +63,9 @@ class Call:
 
 # Entries of several samples' gradients that are formed in one call.
 TOGETHER = 600_000
-# Tokens in a row of blocks of a Gram matrix, of which one triangle is formed.
+# Tokens in a row of blocks of a Gram matrix, of which one triangle is formed. A GPU gains less by that than by few calls.
 BLOCK = 64
+GPU_BLOCK = 512
 # Two samples' gradients of so many entries are a small part of what a pass holds.
 PAIRED = 2**24
 
@@ -214,9 +215,9 @@ def _norms(outer: Outer, buffers: Buffers) -> Tensor:
 
 def _gram(x_BTK: Tensor) -> list[Tensor]:
     """The inner products of each sample's tokens, by rows of blocks, each up to its block on the diagonal."""
-    x_BKT = x_BTK.transpose(1, 2)
-    starts = range(0, x_BTK.shape[1], BLOCK)
-    return [torch.bmm(x_BTK[:, i : i + BLOCK], x_BKT[:, :, : i + BLOCK]) for i in starts]
+    x_BKT, block = x_BTK.transpose(1, 2), GPU_BLOCK if x_BTK.is_cuda else BLOCK
+    starts = range(0, x_BTK.shape[1], block)
+    return [torch.bmm(x_BTK[:, i : i + block], x_BKT[:, :, : i + block]) for i in starts]
 
 
 def _cast(term: Term) -> Term:
@@ -432,15 +433,22 @@ def _batch(term: Term) -> int:
 
 
 def _add_row_squares(rows: Rows, total: Tensor | None, trace_B: Tensor | None) -> None:
-    """Sum the gradients of equal ids within a sample before squaring; only rows that occur are touched."""
-    batch, width = rows.grad_BTD.shape[0], rows.grad_BTD.shape[2]
-    beyond = int(rows.ids_BT.max()) + 1
-    sample_BT = torch.arange(batch, device=rows.ids_BT.device).unsqueeze(1)
-    keys, inverse = torch.unique(sample_BT * beyond + rows.ids_BT, return_inverse=True)
-    sums_UD = rows.grad_BTD.new_zeros(len(keys), width)
-    sums_UD.index_add_(0, inverse.reshape(-1), rows.grad_BTD.reshape(-1, width))
-    squares_UD = sums_UD.square_()
+    """Sum the gradients of equal ids within a sample before squaring; only rows that occur are touched.
+
+    Nothing here waits for the device: equal ids are found by sorting, and there is room for as many as there are tokens.
+    """
+    batch, tokens, width = rows.grad_BTD.shape
+    ids_BT, order_BT = rows.ids_BT.sort(1)
+    first_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    first_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+    # The place of each token's run among the runs of its sample, and so of the batch.
+    start_B1 = tokens * torch.arange(batch, device=ids_BT.device).unsqueeze(1)
+    run_N = (start_B1 + first_BT.cumsum(1) - 1).flatten()
+    grad_ND = rows.grad_BTD.reshape(-1, width).index_select(0, (start_B1 + order_BT).flatten())
+    squares_ND = grad_ND.new_zeros(batch * tokens, width).index_add_(0, run_N, grad_ND).square_()
     if total is not None:
-        total.index_add_(0, keys % beyond, squares_UD.to(total.dtype))
+        # A run without tokens adds zeros, to row 0.
+        ids_N = torch.zeros_like(run_N).index_copy_(0, run_N, ids_BT.flatten().long())
+        total.index_add_(0, ids_N, squares_ND.to(total.dtype))
     if trace_B is not None:
-        trace_B.index_add_(0, keys // beyond, squares_UD.sum(1, dtype=torch.float64))
+        trace_B += squares_ND.view(batch, -1).sum(1, dtype=torch.float64)

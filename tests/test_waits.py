@@ -1,0 +1,80 @@
+"""How often the host waits for the device: once for many batches, and never inside one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from irdscale import language_evaluation, tokenwise
+from irdscale.evaluation import evaluate_model
+from irdscale.fisher import SampleGradients, gradients, scored_parameters
+from irdscale.fisher.accumulate import new_sums
+from irdscale.tokenwise import next_tokens, token_losses
+from tests.models import collate, samples, tiny
+from tests.test_language_evaluation import made, texts
+from tests.waits import Waits
+
+
+def model_waits(model: Any, batch: dict[str, Any]) -> int:
+    """Of a plain forward and backward pass: transformers asks whether anything is padded."""
+    with Waits() as waits:
+        model(**{k: v for k, v in batch.items() if k != "labels"}).logits.sum().backward()
+    model.zero_grad()
+    return waits.total
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "llama of texts"])
+@pytest.mark.parametrize("what", ["masks", "traces", "losses"])
+def test_passes_read_the_device_once_for_many_batches(family: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = "lm" if family.endswith("texts") else "classification"
+    model = tiny(family.split()[0], head)
+    rows = [samples(head)[0] | {"row": i} for i in range(4 * gradients.BATCHES_BETWEEN)]
+    monkeypatch.setattr(gradients, "target_places", (waits := Waits()).host(tokenwise.target_places))
+    scored = scored_parameters(model, [r"layers\."] if head == "lm" else None)
+    taken = SampleGradients(model, rows, waits.host(collate), scored, batch_size=2)
+    taken.prepare(range(len(rows)))
+    sums, traces = new_sums(taken, range(len(rows))), torch.zeros(len(rows), dtype=torch.float64)
+    work: dict[str, Any] = {
+        "masks": lambda count: taken.accumulate(range(count), sums, traces),
+        "traces": lambda count: taken.add_traces(range(count), traces),
+        "losses": lambda count: taken.label_losses([1] * len(rows)) if count == len(rows) else None,
+    }
+    found = []
+    for count in (len(rows) // 2, len(rows)):
+        before = waits.total
+        with waits:
+            work[what](count)
+        found.append(waits.total - before)
+    batches = len(rows) // 4 if what != "losses" else len(rows) // 2
+    own = batches * model_waits(model, collate(rows[:2]))
+    assert own <= found[1] - found[0] <= own + 3, waits.counts
+    assert waits.softmax <= {-1}
+
+
+@pytest.mark.parametrize("kind", ["sft", "multiple-choice"])
+def test_evaluation_reads_the_device_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"q": q, "a": a, "c": [a, q], "y": 1} for q, a in zip(texts(24, 0), texts(24, 1), strict=True)]
+    columns = {"prompt": "q", "completion": "a"} if kind == "sft" else {"prompt": "q", "choices": ["c"], "label": "y"}
+    model, task = made(tmp_path, "llama", rows, kind=kind, columns=columns)
+    found = []
+    for batch_size in (24, 2):
+        waits = Waits()
+        monkeypatch.setattr(language_evaluation, "target_places", waits.host(tokenwise.target_places))
+        monkeypatch.setattr(language_evaluation, "pad_batch", waits.host(language_evaluation.pad_batch))
+        with waits:
+            evaluate_model(model, task, task.test, batch_size)
+        assert waits.softmax == {-1}
+        found.append(waits.total)
+    # Eleven batches more (of choices twice as many), in each of which the model asks whether anything is padded.
+    assert found[1] - found[0] <= 2 * (11 if kind == "sft" else 22), waits.counts
+
+
+def test_token_losses_take_their_softmax_over_the_last_dimension() -> None:
+    logits_BTV, labels_BT = torch.randn(2, 5, 7, requires_grad=True), torch.randint(0, 7, (2, 5))
+    with Waits() as waits:
+        token_losses(logits_BTV, next_tokens(labels_BT)).sum().backward()
+    assert waits.softmax == {-1}
+    assert waits.total == 0
