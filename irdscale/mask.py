@@ -15,7 +15,7 @@ from irdscale.config import Scope
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_folder, write_json
 from irdscale.ranks import add_up, gather_texts
-from irdscale.topk import Chosen, Slice, check_scores, largest, largest_of_checked
+from irdscale.topk import Chosen, Slice, check_scores, largest, largest_of_checked, read
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
@@ -203,7 +203,7 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
     shared, pieces = fisher.layout == "sharded", fisher.slices()
     check_scores(pieces, shared)
     floor = ROUNDING * _largest_score(pieces, shared)
-    real_P = torch.tensor([int((piece.scores >= floor).sum()) for piece in pieces.values()])
+    real_P = read([(piece.scores >= floor).sum() for piece in pieces.values()], torch.int64)
     if shared:
         add_up([real_P])
     chosen: dict[str, Chosen] = {}
@@ -217,7 +217,7 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
 
 
 def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:
-    own = max((float(piece.scores.max()) for piece in pieces.values() if piece.scores.numel()), default=0.0)
+    own = max(read([p.scores.max() for p in pieces.values() if p.scores.numel()], torch.float64).tolist(), default=0.0)
     return max(map(float, gather_texts(repr(own)))) if shared else own
 
 

@@ -7,6 +7,7 @@ then through each parameter's entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from irdscale.ranks import add_up, failing_together, gather_flat, rank_and_world
 DIGITS = 11
 # Entries looked at together: what a pass over them allocates stays in the cache, and small beside the scores.
 CHUNK = 2**20
+# On a GPU each look is waited for.
+GPU_CHUNK = 2**26
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def largest_of_checked(slices: dict[str, Slice], k: int, shared: bool = False) -
         return {}
     bits = {name: ordered_bits(s.scores) for name, s in slices.items()}
     threshold, ties = _kth_largest(list(bits.values()), k, shared)
-    equal_P = torch.tensor([_count_equal(flat, threshold) for flat in bits.values()], dtype=torch.int64)
+    equal_P = read([_count_equal(flat, threshold) for flat in bits.values()], torch.int64)
     quota_P = _own_ties(equal_P, ties, shared)
     own = {name: _above(slices[name], bits[name], threshold, int(quota_P[i])) for i, name in enumerate(slices)}
     return _everyones(own) if shared else {name: chosen for name, chosen in own.items() if len(chosen.index)}
@@ -79,9 +82,19 @@ def check_scores(slices: dict[str, Slice], shared: bool = False) -> None:
         _check_own(slices)
 
 
+def read(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Numbers, each alone on any device, as a tensor on the CPU: one wait for each device."""
+    found = torch.zeros(len(numbers), dtype=dtype)
+    for device in dict.fromkeys(number.device for number in numbers):
+        places = [i for i, number in enumerate(numbers) if number.device == device]
+        found[places] = torch.stack([numbers[i].to(dtype) for i in places]).cpu()
+    return found
+
+
 def _check_own(slices: dict[str, Slice]) -> None:
-    for name, piece in slices.items():
-        low, high = (float(x) for x in piece.scores.aminmax()) if piece.scores.numel() else (0.0, 0.0)
+    held = {name: piece.scores.detach().aminmax() for name, piece in slices.items() if piece.scores.numel()}
+    ends = read([end for both in held.values() for end in both], torch.float64).view(-1, 2).tolist()
+    for name, (low, high) in zip(held, ends, strict=True):
         if not (low >= 0 and high < float("inf")):
             found = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
             raise InputError(f"{name}: found {found} Fisher information; expected finite numbers of at least 0")
@@ -92,8 +105,12 @@ def ordered_bits(scores: Tensor) -> Tensor:
     flat = scores.detach().reshape(-1)
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     integers = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
-    # -0.0 has the sign bit alone: as an integer it is the only negative one.
+    # -0.0 has the sign bit alone: as an integer it is the only negative one. To look for it costs less than a copy does.
     return integers if not len(integers) or int(integers.min()) >= 0 else integers.clamp_min(0)
+
+
+def _parts(flat: Tensor) -> tuple[Tensor, ...]:
+    return flat.split(GPU_CHUNK if flat.is_cuda else CHUNK)
 
 
 def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
@@ -105,7 +122,7 @@ def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
         shift = width - known - digits
         counts = torch.zeros(2**digits, dtype=torch.int64)
         for flat in flats:
-            for part in flat.split(CHUNK):
+            for part in _parts(flat):
                 inside = part if known == 0 else part[(part >> (shift + digits)) == prefix]
                 if len(inside):
                     digit = (inside >> shift) & (2**digits - 1)
@@ -119,8 +136,9 @@ def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
     return prefix, left
 
 
-def _count_equal(flat: Tensor, threshold: int) -> int:
-    return sum(int((part == threshold).sum()) for part in flat.split(CHUNK))
+def _count_equal(flat: Tensor, threshold: int) -> Tensor:
+    counts = [(part == threshold).sum() for part in _parts(flat)]
+    return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
 
 
 def _own_ties(equal_P: Tensor, ties: int, shared: bool) -> Tensor:
@@ -137,7 +155,7 @@ def _own_ties(equal_P: Tensor, ties: int, shared: bool) -> Tensor:
 def _above(piece: Slice, flat: Tensor, threshold: int, ties: int) -> Chosen:
     """The entries of a slice above the threshold, and the first `ties` at it."""
     scores, found, first = piece.scores.detach().reshape(-1), [], 0
-    for part in flat.split(CHUNK):
+    for part in _parts(flat):
         chosen = part > threshold
         if ties:
             equal = (part == threshold).nonzero().flatten()[:ties]
