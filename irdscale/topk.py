@@ -105,7 +105,7 @@ def ordered_bits(scores: Tensor) -> Tensor:
     flat = scores.detach().reshape(-1)
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     integers = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
-    # -0.0 has the sign bit alone: as an integer it is the only negative one. To look for it costs less than a copy does.
+    # -0.0 has the sign bit alone: as an integer it is the only negative one. To look for it costs less than a copy.
     return integers if not len(integers) or int(integers.min()) >= 0 else integers.clamp_min(0)
 
 

@@ -20,7 +20,6 @@ from irdscale.tokenwise import (
     headless,
     measured_tokens,
     next_tokens,
-    target_places,
     token_losses,
 )
 from tests.models import VOCABULARY, collate, samples, tiny

@@ -47,7 +47,7 @@ from irdscale.watch import watched
 
 log = logging.getLogger(__name__)
 
-# Batches between two moments in which losses and traces are read from the device, and ranks hear of each other's errors.
+# Batches between two moments in which losses and traces are read from the device, and ranks hear of errors.
 BATCHES_BETWEEN = 16
 # Where a batch of texts has targets; beside what the model takes.
 PLACES = "target_places"
@@ -232,11 +232,11 @@ class SampleGradients:
 
         # Ranks whose batches were halved have smaller ones; all must cut the samples alike.
         fitting = -largest_of([-self.fitting])[0]
-        with watched(), gathering(self.model), frozen(self.model), torch.no_grad():
-            # Ranks of a partitioned model agree inside a pass.
-            with nullcontext() if self._partitioned else failing_together():
-                shared_batches(self.model, lengths, fitting, measure)
-                found.read()
+        # Ranks of a partitioned model agree inside a pass.
+        agreeing = nullcontext() if self._partitioned else failing_together()
+        with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
+            shared_batches(self.model, lengths, fitting, measure)
+            found.read()
         add_up([losses_N])
         self._refuse_not_finite(range(len(losses_N)), losses_N)
         return losses_N

@@ -63,7 +63,7 @@ class Call:
 
 # Entries of several samples' gradients that are formed in one call.
 TOGETHER = 600_000
-# Tokens in a row of blocks of a Gram matrix, of which one triangle is formed. A GPU gains less by that than by few calls.
+# Tokens in a row of blocks of a Gram matrix, of which one triangle is formed. A GPU gains more by fewer calls.
 BLOCK = 64
 GPU_BLOCK = 512
 # Two samples' gradients of so many entries are a small part of what a pass holds.
@@ -435,7 +435,7 @@ def _batch(term: Term) -> int:
 def _add_row_squares(rows: Rows, total: Tensor | None, trace_B: Tensor | None) -> None:
     """Sum the gradients of equal ids within a sample before squaring; only rows that occur are touched.
 
-    Nothing here waits for the device: equal ids are found by sorting, and there is room for as many as there are tokens.
+    Nothing here waits for the device: equal ids are found by sorting, with room for as many as there are tokens.
     """
     batch, tokens, width = rows.grad_BTD.shape
     ids_BT, order_BT = rows.ids_BT.sort(1)
