@@ -29,7 +29,7 @@ READERS = ("cpu", "tolist", "numpy")
 
 
 class Waits(TorchDispatchMode):
-    """Inside, `counts` has how often each waiting operation ran, and `softmax` the dimensions of softmaxes (-1: the last).
+    """Inside, `counts` has how often each waiting operation ran, and `softmax` the dimensions of softmaxes.
 
     What the host does with its own tensors, inside `host`, does not count.
     """
