@@ -61,11 +61,14 @@ class Call:
         return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
 
 
-# Entries of several samples' gradients that are formed in one call.
+# Entries of several samples' gradients that are formed in one call: as many as a cache holds; on a GPU calls cost more.
 TOGETHER = 600_000
+GPU_TOGETHER = 2**24
 # Tokens in a row of blocks of a Gram matrix, of which one triangle is formed. A GPU gains more by fewer calls.
 BLOCK = 64
 GPU_BLOCK = 512
+# Numbers whose squares are summed faster alone than in a batch of such rows.
+LONG = 2**15
 # Two samples' gradients of so many entries are a small part of what a pass holds.
 PAIRED = 2**24
 
@@ -364,7 +367,9 @@ def _add_outer_squares(outer: Outer, total: Tensor, trace_B: Tensor | None, buff
 
 
 def _together(left: Tensor, shape: torch.Size) -> int:
-    """Samples whose products are formed in one call: as many as a cache holds; on CPU threads, two that are wide."""
+    """Samples whose products are formed in one call; on CPU threads, two that are wide."""
+    if left.is_cuda:
+        return max(1, GPU_TOGETHER // max(1, shape.numel()))
     if left.device.type == "cpu" and shape[0] < shape[1] and shape.numel() <= PAIRED and torch.get_num_threads() > 1:
         return max(2, TOGETHER // shape.numel())
     return max(1, TOGETHER // max(1, shape.numel()))
@@ -413,9 +418,13 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
                 for b in terms[i + 1 :]:
                     trace_B += 2 * _inner(a, b).double()
             return
-        for n in range(_batch(first)):
-            flat = per_sample_gradient(terms, n, shape, buffers.take(shape, first.left_BTP)).view(-1)
-            trace_B[n] += torch.dot(flat, flat)
+        together = min(_batch(first), _together(first.left_BTP, shape))
+        gradient_bPQ = buffers.take(torch.Size((together, *shape)), first.left_BTP)
+        left_BPT, right_BTQ = first.left_BTP.transpose(1, 2), first.right_BTQ
+        for start in range(0, _batch(first), together):
+            left_bPT, right_bTQ = left_BPT[start : start + together], right_BTQ[start : start + together]
+            flat_bK = torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ[: len(left_bPT)]).flatten(1)
+            trace_B[start : start + together] += _squared_norms(flat_bK)
     elif len(terms) == 1 and isinstance(first, Rows):
         _add_row_squares(first, None, trace_B)
     elif all(isinstance(t, Dense) for t in terms):
@@ -424,6 +433,13 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
         for n in range(_batch(first)):
             flat = per_sample_gradient(terms, n, shape).reshape(-1)
             trace_B[n] += torch.dot(flat, flat)
+
+
+def _squared_norms(flat_BK: Tensor) -> Tensor:
+    """The sum of squares of each row; on a processor, long rows take less one by one."""
+    if flat_BK.is_cuda or flat_BK.shape[1] < LONG:
+        return torch.linalg.vecdot(flat_BK, flat_BK)
+    return torch.stack([torch.dot(flat_K, flat_K) for flat_K in flat_BK])
 
 
 def _batch(term: Term) -> int:
