@@ -57,6 +57,45 @@ class Sums(Protocol):
         """The sums as they stand."""
 
 
+class MainMemoryAdder:
+    """Adds tensors of a GPU to sums in main memory, one behind: the GPU goes on while one is on its way.
+
+    Holds two pinned buffers of the largest tensor.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: list[Tensor] = []
+        self._on_its_way: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """total += part, at the latest when `finish` returns; `part` may be written to again at once.
+
+        Args:
+            total: contiguous, on the CPU, of as many entries and the same data type as `part`.
+        """
+        if not part.is_cuda:
+            total += part.view_as(total)
+            return
+        if not self._pinned or self._pinned[0].numel() < part.numel():
+            self.finish()
+            self._pinned = [torch.empty(part.numel(), dtype=part.dtype, pin_memory=True) for _ in range(2)]
+        self._pinned.reverse()
+        copied = self._pinned[0][: part.numel()]
+        copied.copy_(part.reshape(-1), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(part.device))
+        self.finish()
+        self._on_its_way = event, total, copied
+
+    def finish(self) -> None:
+        """Wait for what is on its way."""
+        if self._on_its_way is not None:
+            event, total, copied = self._on_its_way
+            event.synchronize()
+            total += copied.view_as(total)
+            self._on_its_way = None
+
+
 class WholeSums:
     """Each rank's own samples, in tensors of the parameters' shapes.
 
@@ -74,6 +113,7 @@ class WholeSums:
         self.tensors = {name: torch.zeros(shape, dtype=dtype, device=where) for name, shape in shapes.items()}
         self._add, self._buffers = add, Buffers()
         self._device, self._offload, self._batch_sums = device, offload, Buffers()
+        self._adder = MainMemoryAdder()
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         total = self.tensors[name]
@@ -84,9 +124,10 @@ class WholeSums:
             return
         batch_sum = self._batch_sums.take(total.shape, total.new_empty(0, device=self._device)).zero_()
         self._add(terms, batch_sum, trace_B, self._buffers)
-        total += batch_sum.cpu()
+        self._adder.add(total, batch_sum)
 
     def end_backward(self) -> None:
+        self._adder.finish()
         self._buffers.forget()
 
     def complete(self) -> None:
@@ -135,7 +176,7 @@ class ShardedSums:
             self.tensors[name] = torch.zeros(stop - start, dtype=dtype, device=where)
         self._pool = torch.empty(max(map(self._padded, shapes)), dtype=dtype, device=device)
         self._used = 0
-        self._add, self._buffers = add, Buffers()
+        self._add, self._buffers, self._adder = add, Buffers(), MainMemoryAdder()
         self._ready: dict[str, Tensor] = {}
         self._sent: list[tuple[dist.Work, str, Tensor, Tensor]] = []
         self._next = 0
@@ -176,7 +217,10 @@ class ShardedSums:
         work, name, _, own = self._sent.pop(0)
         work.wait()
         part = self.tensors[name]
-        part += own[: len(part)].to(part.device)
+        if part.device == own.device:
+            part += own[: len(part)]
+        else:
+            self._adder.add(part, own[: len(part)])
 
     def end_backward(self) -> None:
         while self._next < len(self._order):
@@ -185,6 +229,7 @@ class ShardedSums:
             self._send(self._room(name) if ready is None else ready)
         while self._sent:
             self._receive()
+        self._adder.finish()
         self._next = self._used = 0
         self._buffers.forget()
 

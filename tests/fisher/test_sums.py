@@ -16,6 +16,7 @@ import transformers
 
 from irdscale import accumulate_fisher
 from irdscale.fisher.room import bytes_needed
+from irdscale.fisher.sums import MainMemoryAdder
 from irdscale.ranks import end_rank
 from tests.models import collate, samples
 
@@ -88,3 +89,41 @@ def test_sharded_sums_take_their_share_of_memory_and_a_layers_buffers(
         assert found["sharded"] <= needed + largest + 32 * MIB, {k: v / MIB for k, v in found.items()}
         assert found["replicated"] >= whole, "or the measurement sees nothing"
         assert found["sharded"] < 0.8 * found["replicated"]
+
+
+class _OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_sums_in_main_memory_stay_one_behind_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        count = 0
+
+        def __init__(self) -> None:
+            Event.count += 1
+            self.name = str(Event.count)
+
+        def record(self, _stream: object) -> None:
+            happened.append(f"copy {self.name}")
+
+        def synchronize(self) -> None:
+            happened.append(f"wait {self.name}")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **options: empty(*a, **options))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    adder, totals = MainMemoryAdder(), [torch.ones(2, 3), torch.ones(5), torch.ones(2, 2)]
+    part = torch.zeros(6)
+    for value, total in enumerate(totals, 1):
+        # One buffer on the GPU for all, which is written to again at once.
+        part.fill_(value)
+        adder.add(total, part[: total.numel()].as_subclass(_OnGpu))
+    assert happened == ["copy 1", "copy 2", "wait 1", "copy 3", "wait 2"]
+    adder.finish()
+    adder.finish()
+    assert happened[5:] == ["wait 3"]
+    for value, total in enumerate(totals, 1):
+        assert torch.equal(total, torch.full_like(total, 1.0 + value))
