@@ -5,11 +5,11 @@ Imports without Triton; `usable` says whether the kernel can run.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,35 +25,40 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCKS = ("BLOCK_P", "BLOCK_Q", "BLOCK_T")
-# The three blocks, warps, stages.
-Tile = tuple[int, int, int, int, int]
-# Registers must hold a tile of the gradient and one of the sum.
-HALF_TILES: tuple[Tile, ...] = (
-    (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (64, 256, 64, 8, 3),
-    (64, 128, 64, 4, 3),
-    (128, 64, 64, 4, 3),
-    (64, 64, 32, 4, 3),
-)
-FLOAT_TILES: tuple[Tile, ...] = (
-    (128, 128, 16, 8, 3),
-    (64, 128, 16, 8, 3),
-    (128, 64, 16, 8, 3),
-    (64, 64, 32, 4, 3),
-)
-# Part of the sum spills from the registers, outside the inner loop, for it is read only where a sample ends.
-LARGE_TILES: tuple[Tile, ...] = (
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-)
-# Hopper and the data centre's Blackwell; on others the inner loop spills too.
-LARGE_ON = (9, 10)
-INTERPRETED_TILE: Tile = (16, 32, 16, 4, 1)
+# Lengths in multiples of this let a kernel copy 16 bytes at once, for all data types.
+UNIT = 16
 # Neighbouring programs share the columns of this many rows of tiles, which then stay in the L2 cache.
 GROUP = 8
+
+
+class Tile(NamedTuple):
+    """What is compiled for: a program's part of the gradient, the tokens of one step, and how both are worked on."""
+
+    block_p: int
+    block_q: int
+    block_t: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+
+class Tiles(NamedTuple):
+    """The tiles of a data type on a device: for large gradients, for small ones, and for layouts without UNIT."""
+
+    large: Tile
+    small: Tile
+    unaligned: Tile
+
+
+INTERPRETED_TILE = Tile(16, 32, 16, 4, 1)
+# Registers hold a tile of the gradient and one of the sum; larger tiles than these do not fit there.
+HALF_ON_HOPPER = Tiles(Tile(128, 128, 64, 8, 5), Tile(64, 64, 64, 4, 4), Tile(64, 64, 32, 8, 2))
+HALF = Tiles(Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 8, 2))
+FLOAT = Tiles(Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3))
+# Three products of rounded parts are as exact as one of float32, and hold the sum of a step beside the other two.
+FLOAT_ON_TENSOR_CORES = Tiles(
+    Tile(64, 64, 16, 4, 3, "tf32x3"), Tile(64, 64, 16, 4, 3, "tf32x3"), Tile(64, 64, 16, 8, 3, "tf32x3")
+)
 
 
 def _squares(  # type: ignore[no-untyped-def]
@@ -61,82 +66,112 @@ def _squares(  # type: ignore[no-untyped-def]
     right_ptr,
     total_ptr,
     parts_ptr,
-    rows,
-    columns,
-    batch,
-    tokens,
-    length_class,
-    left_n,
-    left_t,
-    left_p,
-    right_n,
-    right_t,
-    right_q,
-    total_p,
-    total_q,
-    TRACE: tl.constexpr,
-    GROUP: tl.constexpr,
+    rows: tl.int32,
+    columns: tl.int32,
+    batch: tl.int32,
+    tokens: tl.int32,
+    left_n: tl.int64,
+    left_t: tl.int64,
+    left_p: tl.int64,
+    right_n: tl.int64,
+    right_t: tl.int64,
+    right_q: tl.int64,
+    total_p: tl.int64,
+    total_q: tl.int64,
+    traced: tl.int32,
+    ALIGNED: tl.constexpr,
+    PREFETCH: tl.constexpr,
     WIDEN: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One tile of total += sum_n (left_n^T right_n)^2, and its share of each sample's trace in parts [tiles, batch]."""
+    """One tile of total += sum_n (left_n^T right_n)^2, and its share of each sample's trace in parts [batch, tiles].
+
+    ALIGNED: the last dimensions are contiguous, and other sizes and strides are given in multiples of UNIT.
+    """
+    # Any product with a stride may pass 2^31; the interpreter takes no note of the types above.
+    left_n, left_t, right_n, right_t = (
+        left_n.to(tl.int64),
+        left_t.to(tl.int64),
+        right_n.to(tl.int64),
+        right_t.to(tl.int64),
+    )
+    if ALIGNED:
+        rows, columns = rows * UNIT, columns * UNIT
+        left_n, left_t, left_p = left_n * UNIT, left_t * UNIT, 1
+        right_n, right_t, right_q = right_n * UNIT, right_t * UNIT, 1
+        total_p, total_q = total_p * UNIT, 1
     tile = tl.program_id(0)
     tiles_p, tiles_q = tl.cdiv(rows, BLOCK_P), tl.cdiv(columns, BLOCK_Q)
     group = tile // (GROUP * tiles_q)
     height = min(tiles_p - group * GROUP, GROUP)
     within = tile % (GROUP * tiles_q)
+    first_p = (group * GROUP + within % height) * BLOCK_P
+    first_q = (within // height) * BLOCK_Q
 
-    # Any product with a stride may pass 2^31.
-    p = ((group * GROUP + within % height) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-    q = ((within // height) * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
-    t = tl.arange(0, BLOCK_T).to(tl.int64)
-    left_PT = left_ptr + p[:, None] * left_p + t[None, :] * left_t
+    p = (first_p + tl.arange(0, BLOCK_P)).to(tl.int64)
+    q = (first_q + tl.arange(0, BLOCK_Q)).to(tl.int64)
+    t = tl.arange(0, BLOCK_T)
+    in_p, in_q = p[None, :] < rows, q[None, :] < columns
+    if PREFETCH:
+        # The old sums arrive in the L2 cache, one line of 128 bytes at a time, while the gradients are formed.
+        line_p = tl.minimum(p, rows - 1)
+        line_q = tl.minimum(first_q + 32 * tl.arange(0, BLOCK_Q // 32), columns - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [total_ptr + line_p[:, None] * total_p + line_q[None, :] * total_q],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    left_TP = left_ptr + t[:, None] * left_t + p[None, :] * left_p
     right_TQ = right_ptr + t[:, None] * right_t + q[None, :] * right_q
-    in_p, in_q = p[:, None] < rows, q[None, :] < columns
-
     sum_PQ = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    gradient_PQ = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    n = tl.zeros((), tl.int64)
-    start = tl.zeros((), tl.int64)
-    # One loop over all samples' tokens, so that the loads of the next sample are under way when one ends.
-    for _ in range(batch * tl.cdiv(tokens, BLOCK_T)):
-        in_t = start + t < tokens
-        left = tl.load(left_PT + (n * left_n + start * left_t), in_p & in_t[None, :], 0.0)
-        right = tl.load(right_TQ + (n * right_n + start * right_t), in_q & in_t[:, None], 0.0)
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        gradient_PQ = tl.dot(left, right, gradient_PQ, input_precision="ieee")
-        ends = start + BLOCK_T >= tokens
-        if ends:
-            square_PQ = gradient_PQ * gradient_PQ
-            sum_PQ += square_PQ
-            if TRACE:
-                tl.store(parts_ptr + (tile.to(tl.int64) * batch + n), tl.sum(square_PQ))
-            gradient_PQ = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-        n = tl.where(ends, n + 1, n)
-        start = tl.where(ends, 0, start + BLOCK_T)
+    for n in range(batch):
+        left_at, right_at = left_TP + n * left_n, right_TQ + n * right_n
+        gradient_PQ = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+        for start in range(0, tokens, BLOCK_T):
+            in_t = (t < tokens - start)[:, None]
+            left = tl.load(left_at, in_t & in_p, 0.0)
+            right = tl.load(right_at, in_t & in_q, 0.0)
+            if WIDEN:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            gradient_PQ = tl.dot(tl.trans(left), right, gradient_PQ, input_precision=PRECISION)
+            left_at += BLOCK_T * left_t
+            right_at += BLOCK_T * right_t
+        square_PQ = gradient_PQ * gradient_PQ
+        sum_PQ += square_PQ
+        if traced:
+            tl.store(parts_ptr + ((tiles_p * tiles_q).to(tl.int64) * n + tile), tl.sum(square_PQ))
 
     total_PQ = total_ptr + p[:, None] * total_p + q[None, :] * total_q
-    tl.store(total_PQ, tl.load(total_PQ, in_p & in_q, 0.0) + sum_PQ, in_p & in_q)
+    inside = (p[:, None] < rows) & in_q
+    tl.store(total_PQ, tl.load(total_PQ, inside, 0.0) + sum_PQ, inside)
 
 
 def usable(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> bool:
     """Whether the kernel can take these: Triton is there and works, on their device and for their data types.
 
-    The first call for a device and data type runs the kernel on a small example, and logs a failure once.
+    The first call that needs a kernel of its own runs it on a small example, and logs a failure once.
     """
     if _why_not(left_BTP, right_BTQ, total_PQ) is not None:
         return False
-    return interpreting() or _works(left_BTP.device, left_BTP.dtype)
+    if interpreting() or _empty(left_BTP, right_BTQ):
+        return True
+    return _works(left_BTP.device, left_BTP.dtype, *_choose(left_BTP, right_BTQ, total_PQ))
 
 
 def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, trace_B: Tensor | None = None) -> None:
     """total_PQ += sum_n (left_n^T right_n)^2, and trace_B[n] += sum of (left_n^T right_n)^2, in place.
 
-    Products are summed in float32. The result is the same in each run with the same choice of tile, which is tuned
-    once a process for each size of layer.
+    Products are summed in float32. The result is the same in each run on the same kind of device. Triton compiles
+    once for all sizes that are multiples of 16 in contiguous tensors, and keeps that on disk; others are slower.
 
     Args:
         left_BTP, right_BTQ: bfloat16, float16 or float32, both the same; any strides.
@@ -149,8 +184,8 @@ def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, 
     reason = _why_not(left_BTP, right_BTQ, total_PQ)
     if reason is not None:
         raise ValueError(f"add_squared_products: {reason}")
-    tiles = (INTERPRETED_TILE,) if interpreting() else _tiles(left_BTP.dtype, left_BTP.device)
-    _add(tiles, left_BTP, right_BTQ, total_PQ, trace_B)
+    if not _empty(left_BTP, right_BTQ):
+        _add(*_choose(left_BTP, right_BTQ, total_PQ), left_BTP, right_BTQ, total_PQ, trace_B)
 
 
 def _why_not(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> str | None:
@@ -167,16 +202,66 @@ def _why_not(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> str | Non
     return why_not_on(device)
 
 
+def _empty(left_BTP: Tensor, right_BTQ: Tensor) -> bool:
+    return left_BTP.numel() == 0 or right_BTQ.numel() == 0
+
+
+def _choose(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> tuple[Tile, bool]:
+    """The tile, and whether the layout is aligned."""
+    aligned = all(_aligned(x) for x in (left_BTP, right_BTQ, total_PQ))
+    if interpreting():
+        return INTERPRETED_TILE, aligned
+    tiles, processors = _tiles(left_BTP.dtype, left_BTP.device)
+    rows, columns = total_PQ.shape
+    return _tile(tiles, rows, columns, aligned, processors), aligned
+
+
+def _tile(tiles: Tiles, rows: int, columns: int, aligned: bool, processors: int) -> Tile:
+    """The large tile, unless the gradient is smaller or half of the processors would have none."""
+    if not aligned:
+        return tiles.unaligned
+    large = tiles.large
+    fits = rows > large.block_p // 2 and columns > large.block_q // 2
+    return large if fits and 2 * _count(rows, columns, large) > processors else tiles.small
+
+
+def _aligned(x: Tensor) -> bool:
+    *others, last = _strides(x)
+    return last == 1 and all(length % UNIT == 0 for length in (*others, x.shape[-1], x.data_ptr()))
+
+
+def _strides(x: Tensor) -> list[int]:
+    # The stride of a dimension of one entry can be anything.
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
+
+
 @cache
-def _works(device: torch.device, dtype: torch.dtype) -> bool:
+def _tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, int]:
+    """The tiles, and the number of processors that share them."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _tiles_of(dtype, None if torch.version.hip else torch.cuda.get_device_capability(device)), processors
+
+
+def _tiles_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
+    """The tiles for a compute capability; None stands for other makes."""
+    if dtype == torch.float32:
+        # Elsewhere tensor cores multiply TF32 no faster than three times as fast as float32 is multiplied without.
+        return FLOAT_ON_TENSOR_CORES if capability in ((8, 0), (9, 0)) else FLOAT
+    # Hopper and the data centre's Blackwell have twice the shared memory, and multiply from there.
+    return HALF_ON_HOPPER if capability is not None and capability[0] in (9, 10) else HALF
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype, tile: Tile, aligned: bool) -> bool:
     """Whether a small example comes out right; Triton needs a C compiler and a driver that fits, for one."""
-    tiles = _tiles(dtype, device)[-1:]
     # Not random, for the global generators are not ours to move.
-    values = torch.arange(2 * 40 * 72, dtype=torch.float64).sin().view(2, 40, 72)
-    left, right = values[..., :70].to(device, dtype), values.cos().to(device, dtype)
-    total = torch.zeros(70, 72, dtype=torch.float32, device=device)
+    values = torch.arange(2 * 80 * 144, dtype=torch.float64).sin().view(2, 80, 144)
+    # The example is compiled as the real layers are, so that they find the kernel ready.
+    rows = 112 if aligned else 111
+    left, right = values[..., :rows].to(device, dtype).contiguous(), values.cos().to(device, dtype)
+    total = torch.zeros(rows, 144, dtype=torch.float32, device=device)
     try:
-        _add(tiles, left, right, total, None)
+        _add(tile, aligned, left, right, total, None)
         expected = torch.bmm(left.cpu().double().transpose(1, 2), right.cpu().double()).square().sum(0)
         error = float((total.cpu().double() - expected).abs().max() / expected.max())
     except Exception as problem:  # whatever a compiler or driver raises, the plain way works
@@ -187,86 +272,64 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return error < 1e-4
 
 
-@cache
-def _tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
-    """The tiles to choose from; the last is the smallest."""
-    if dtype == torch.float32:
-        return FLOAT_TILES
-    large = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in LARGE_ON
-    return LARGE_TILES + HALF_TILES if large else HALF_TILES
-
-
 def _add(
-    tiles: tuple[Tile, ...],
-    left_BTP: Tensor,
-    right_BTQ: Tensor,
-    total_PQ: Tensor,
-    trace_B: Tensor | None,
-    do_bench: Callable[..., Any] | None = None,
+    tile: Tile, aligned: bool, left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, trace_B: Tensor | None
 ) -> None:
-    """One launch with the best of `tiles`, by `do_bench` (Triton's own by default) where there are several."""
+    """One launch; nothing is empty."""
     batch, tokens, rows = left_BTP.shape
     columns = right_BTQ.shape[2]
-    if batch * tokens * rows * columns == 0:
-        return
+    count = _count(rows, columns, tile)
     traced = trace_B is not None
-    count = max(_count(rows, columns, *tile[:2]) for tile in tiles)
-    parts_NB = torch.zeros((count, batch) if traced else (1, 1), dtype=torch.float32, device=total_PQ.device)
-    # Tuned once for each power of two; multiples of 16 share a compiled kernel.
-    length_class = max(16, triton.next_power_of_2(min(tokens, 4096)))
-    kernel = _jitted() if len(tiles) == 1 else _tuned(tiles, do_bench)
-    options = dict(zip((*BLOCKS, "num_warps", "num_stages"), tiles[0], strict=True)) if len(tiles) == 1 else {}
+    # Nothing is written there without a trace.
+    parts = torch.empty(batch, count, dtype=torch.float32, device=total_PQ.device) if traced else total_PQ
+    lengths = [rows, columns]
+    strides = [stride for x in (left_BTP, right_BTQ, total_PQ) for stride in _strides(x)]
+    if aligned:
+        lengths, strides = [x // UNIT for x in lengths], [x // UNIT for x in strides]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(total_PQ.device) if total_PQ.is_cuda else nullcontext():
-        kernel[lambda meta: (_count(rows, columns, meta["BLOCK_P"], meta["BLOCK_Q"]),)](
+        _jitted(aligned)[(count,)](
             left_BTP,
             right_BTQ,
             total_PQ,
-            parts_NB,
-            rows,
-            columns,
+            parts,
+            *lengths,
             batch,
             tokens,
-            length_class,
-            *left_BTP.stride(),
-            *right_BTQ.stride(),
-            *total_PQ.stride(),
-            TRACE=traced,
-            GROUP=GROUP,
-            # The interpreter multiplies the bits of bfloat16 as integers.
-            WIDEN=interpreting(),
-            **options,
+            *strides,
+            int(traced),
+            **_constants(tile, aligned),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     if trace_B is not None:
-        trace_B += parts_NB.sum(0, dtype=torch.float64)
+        trace_B += parts.sum(1, dtype=torch.float64)
 
 
-def _count(rows: int, columns: int, block_p: int, block_q: int) -> int:
-    return -(-rows // block_p) * -(-columns // block_q)
+def _constants(tile: Tile, aligned: bool) -> dict[str, Any]:
+    return {
+        "ALIGNED": aligned,
+        # The instruction is NVIDIA's.
+        "PREFETCH": aligned and not interpreting() and torch.version.hip is None,
+        # The interpreter multiplies the bits of bfloat16 as integers.
+        "WIDEN": interpreting(),
+        "UNIT": UNIT,
+        "GROUP": GROUP,
+        "PRECISION": tile.precision,
+        "BLOCK_P": tile.block_p,
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_T": tile.block_t,
+    }
+
+
+def _count(rows: int, columns: int, tile: Tile) -> int:
+    return -(-rows // tile.block_p) * -(-columns // tile.block_q)
 
 
 @cache
-def _jitted() -> Any:
-    # Lengths change from batch to batch, and would each be compiled for again.
-    return triton.jit(_squares, do_not_specialize=["batch", "tokens"])
-
-
-@cache
-def _tuned(tiles: tuple[Tile, ...], do_bench: Callable[..., Any] | None) -> Any:
-    """The kernel with its tile chosen on first use for a size.
-
-    Tuning runs the kernel many times: the total is put back after each, and the parts are cleared at the end, for
-    smaller tiles fill more rows of them.
-    """
-    configs = []
-    for *blocks, warps, stages in tiles:
-        blocks_by_name = dict(zip(BLOCKS, blocks, strict=True))
-        configs.append(triton.Config(blocks_by_name, num_warps=warps, num_stages=stages))
-    tune = triton.autotune(
-        configs,
-        key=["rows", "columns", "length_class", "TRACE"],
-        restore_value=["total_ptr"],
-        reset_to_zero=["parts_ptr"],
-        do_bench=do_bench,
-    )
-    return tune(_jitted())
+def _jitted(aligned: bool) -> Any:
+    """The kernel, compiled once for a data type and a tile, whatever the sizes and strides."""
+    # Only pointers are looked at, where all are aligned.
+    watched = ("_ptr",) if aligned else ()
+    names = [x for x in inspect.signature(_squares).parameters if not x.isupper() and not x.endswith(watched)]
+    return triton.jit(_squares, do_not_specialize=names)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from tests.kernels import DEVICE, INTERPRETED, close, draw
 
 P, Q = 21, 40
 BLOCK_P, BLOCK_Q, BLOCK_T = kernels.INTERPRETED_TILE[:3]
+# Each type of data is compiled for again on a GPU.
+DTYPES = kernels.DTYPES if INTERPRETED else (torch.bfloat16, torch.float32)
 
 
 def oracle(left_BTP: Tensor, right_BTQ: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def check(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor | None = None) -
     close(total_PQ, before_PQ + 2 * added_PQ)
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_types(dtype: torch.dtype) -> None:
     check(draw(3, 21, P, dtype=dtype), draw(3, 21, Q, dtype=dtype, seed=1))
 
@@ -61,10 +62,38 @@ def test_types(dtype: torch.dtype) -> None:
         (4, 1, P, Q),
         (1, 5, 1, 1),
         (2, 2 * BLOCK_T, 2 * BLOCK_P, 1),
+        (2, 3 * BLOCK_T + 1, 5 * BLOCK_P, 3 * BLOCK_Q),
+        (1, 1, 16, 16),
     ],
 )
 def test_sizes(batch: int, tokens: int, rows: int, columns: int) -> None:
     check(draw(batch, tokens, rows), draw(batch, tokens, columns, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "tokens outermost", "padded", "one sample for all"])
+def test_aligned_layouts(kind: str) -> None:
+    rows, columns = BLOCK_P + 16, 2 * BLOCK_Q + 16
+    left_BTP, right_BTQ = draw(3, 21, rows, dtype=torch.bfloat16), draw(3, 21, columns, dtype=torch.bfloat16, seed=1)
+    total_PQ = draw(rows, columns, seed=2).square()
+    if kind == "padded":
+        left_BTP, total_PQ = torch.cat([left_BTP, left_BTP], 2)[..., 16 : 16 + rows], total_PQ.repeat(1, 2)[:, :columns]
+    elif kind != "contiguous":
+        left_BTP = STRIDED[kind](left_BTP)
+    assert kernels._choose(left_BTP, right_BTQ, total_PQ)[1]
+    check(left_BTP, right_BTQ, total_PQ)
+
+
+@pytest.mark.parametrize("kind", ["starts between", "odd rows", "odd columns", "a transposed total"])
+def test_one_thing_unaligned(kind: str) -> None:
+    rows, columns = BLOCK_P + 16 - (kind == "odd rows"), BLOCK_Q + 16 - (kind == "odd columns")
+    left_BTP, right_BTQ = draw(3, 21, rows, dtype=torch.bfloat16), draw(3, 21, columns, dtype=torch.bfloat16, seed=1)
+    total_PQ = draw(rows, columns, seed=2).square()
+    if kind == "starts between":
+        left_BTP = draw(3 * 21 * rows + 1, dtype=torch.bfloat16)[1:].view(3, 21, rows)
+    if kind == "a transposed total":
+        total_PQ = total_PQ.t().contiguous().t()
+    assert not kernels._choose(left_BTP, right_BTQ, total_PQ)[1]
+    check(left_BTP, right_BTQ, total_PQ)
 
 
 def test_every_tile_is_met_once() -> None:
@@ -126,51 +155,17 @@ def test_float32_is_not_rounded() -> None:
     assert float(((total_PQ.cpu() - expected).abs() / expected.max()).max()) < 1e-6
 
 
-def _time_all(calls: list[int]) -> Callable[..., list[float]]:
-    """A benchmark that runs each tile twice and finds the later ones faster."""
-
-    def do_bench(call: Callable[[], Any], quantiles: object) -> list[float]:
-        for _ in range(2):
-            call()
-        calls.append(1)
-        return [1.0 / len(calls)] * 3
-
-    return do_bench
-
-
-@pytest.mark.parametrize("traced", [True, False])
-def test_tuning_adds_once(traced: bool) -> None:
-    calls: list[int] = []
-    # The tile chosen last fills fewer parts than the ones tried before it.
-    tiles = ((16, 16, 16, 4, 1), (16, 32, 16, 4, 1), (32, 64, 16, 4, 1))
-    do_bench = _time_all(calls)
-    left_BTP, right_BTQ = draw(2, 21, P), draw(2, 21, Q, seed=1)
-    added_PQ, added_B = oracle(left_BTP, right_BTQ)
-    total_PQ = draw(P, Q, seed=2).square()
-    before_PQ = total_PQ.cpu().double()
-    trace_B = torch.zeros(2, dtype=torch.float64, device=DEVICE) if traced else None
-    for times in (1, 2, 3):
-        kernels._add(tiles, left_BTP, right_BTQ, total_PQ, trace_B, do_bench)
-        close(total_PQ, before_PQ + times * added_PQ)
-        if trace_B is not None:
-            close(trace_B, times * added_B)
-    assert len(calls) == len(tiles)
-    # Another number of tokens in the same class, and another number of samples, are not tuned for again.
-    kernels._add(
-        tiles, left_BTP[:1, :19], right_BTQ[:1, :19], total_PQ, None if trace_B is None else trace_B[:1], do_bench
-    )
-    assert len(calls) == len(tiles)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
 def test_every_tile_of_the_gpu(dtype: torch.dtype) -> None:
-    all_tiles = kernels.FLOAT_TILES if dtype == torch.float32 else kernels.LARGE_TILES + kernels.HALF_TILES
-    tiles = all_tiles if INTERPRETED else kernels._tiles(dtype, torch.device(DEVICE))
-    left_BTP, right_BTQ = draw(2, 70, 130, dtype=dtype), draw(2, 70, 66, dtype=dtype, seed=1)
+    tiles = set(kernels._tiles_of(dtype, (9, 0))) | set(kernels._tiles_of(dtype, (8, 6)))
+    if not INTERPRETED:
+        tiles = set(kernels._tiles(dtype, torch.device(DEVICE))[0])
+    left_BTP, right_BTQ = draw(2, 70, 144, dtype=dtype), draw(2, 70, 80, dtype=dtype, seed=1)
     added_PQ, added_B = oracle(left_BTP, right_BTQ)
-    for tile in tiles:
-        total_PQ, trace_B = torch.zeros(130, 66, device=DEVICE), torch.zeros(2, dtype=torch.float64, device=DEVICE)
-        kernels._add((tile,), left_BTP, right_BTQ, total_PQ, trace_B)
+    # An unaligned layout has one tile, and test_types takes it.
+    for tile in tiles if INTERPRETED else tiles - {kernels._tiles(dtype, torch.device(DEVICE))[0].unaligned}:
+        total_PQ, trace_B = torch.zeros(144, 80, device=DEVICE), torch.zeros(2, dtype=torch.float64, device=DEVICE)
+        kernels._add(tile, True, left_BTP, right_BTQ, total_PQ, trace_B)
         close(total_PQ, added_PQ)
         close(trace_B, added_B)
 
