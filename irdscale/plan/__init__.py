@@ -41,7 +41,8 @@ def run_plan(
         "traffic_gib": what a rank sends, "flops": of all ranks, "hours", "fits", "advice"}, and what they rest on:
         "phase", "phases" (the items of every phase), "samples_per_second", "layouts" (each ZeRO stage and layout of
         the sums), "main_memory_gib" (a node's, for what is offloaded), "room_gib", "gpu", "nodes",
-        "gpus_per_node", "stage", "evaluations", "micro_batch", "tokens".
+        "gpus_per_node", "stage", "evaluations", "micro_batch", "tokens", "rates" ({"device": whose measured shares of
+        the peak the hours rest on, "own": whether that is this GPU}).
 
     Raises:
         InputError: no such GPU or model, or the configuration does not fit the model or so many ranks.
@@ -98,6 +99,7 @@ def run_plan(
         "evaluations": job.evaluations,
         "micro_batch": micro_batch(job, layout),
         "tokens": job.tokens,
+        "rates": {"device": job.gpu.rates.device, "own": job.gpu.measured},
     }
 
 

@@ -10,6 +10,8 @@ Numbers are those of the makers' data sheets, without sparsity; links and networ
 - rtx4090-24gb: NVIDIA Ada architecture whitepaper (165.2 with float32 sums, 82.6, PCIe 4.0 x16); 25 Gb/s a GPU.
 - cpu: a rank of two threads of AVX2, as the products of `irdscale.sparse.products` were measured; the memory is this
   machine's, shared by its ranks; a network of 10 Gb/s.
+
+What of the products is reached is in `irdscale.plan.rates`.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from dataclasses import dataclass, replace
 
 from irdscale.config import nearest
 from irdscale.errors import InputError
+from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
 from irdscale.plan.sizes import GIB
 
-# What training with plain PyTorch reaches of a data sheet's products, and collectives of its links.
-PRODUCTS, LINKS = 0.4, 0.7
+# What collectives are taken to reach of a data sheet's links; not measured.
+LINKS = 0.7
 # Of a GPU's memory: its context and the libraries' workspaces, and what lies idle between allocations.
 CONTEXT, IDLE = 2 * GIB, 0.05
 
@@ -34,7 +37,7 @@ class Gpu:
         memory: bytes.
         bfloat16, float32: floating-point operations a second in matrix products, of the data sheet.
         link, network: bytes a second that it sends to others of its node, and beyond.
-        reached: share of the operations that is taken to be reached.
+        rates: what is taken to be reached of them.
     """
 
     name: str
@@ -43,16 +46,39 @@ class Gpu:
     float32: float
     link: float
     network: float
-    reached: float = PRODUCTS
+    rates: Rates = H100
 
     @property
     def room(self) -> float:
         """Bytes that tensors may take."""
         return self.memory if self.name == "cpu" else (1 - IDLE) * self.memory - CONTEXT
 
-    def flops(self, item: int) -> float:
-        """Operations a second that are reached with entries of so many bytes."""
-        return self.reached * (self.bfloat16 if item == 2 else self.float32)
+    @property
+    def measured(self) -> bool:
+        """Whether the rates are this device's own."""
+        return self.rates.device == self.name
+
+    def pass_flops(self, item: int) -> float:
+        """Operations a second in a pass and the gradients of its inputs, of a model with entries of so many bytes."""
+        return self._shares(item).passes.value * self._peak(item)
+
+    def gradient_flops(self, item: int) -> float:
+        """Operations a second in the gradients of weights."""
+        return self._shares(item).gradients.value * self._peak(item)
+
+    def square_flops(self, item: int) -> float:
+        """Operations a second in the sums of samples' squared gradients, of the product alone."""
+        return self._shares(item).squares.value * self.gradient_flops(item)
+
+    def step_over_limit(self, kind: StepKind) -> float:
+        """Time of a training step, in those of a forward pass and the gradients of inputs."""
+        return self.rates.steps[kind].value
+
+    def _shares(self, item: int) -> Shares:
+        return self.rates.bfloat16 if item == 2 else self.rates.float32
+
+    def _peak(self, item: int) -> float:
+        return self.bfloat16 if item == 2 else self.float32
 
     def bandwidth(self, nodes: int) -> float:
         """Bytes a second that a rank sends in a collective over so many nodes."""
@@ -73,7 +99,7 @@ GPUS = {
         _gpu("a100-80gb", 80, 312, 19.5, 300, 25),
         _gpu("l40s-48gb", 48, 362, 91.6, 32, 12.5),
         _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 3.1),
-        Gpu("cpu", 0, 150e9, 150e9, 4e9, 1.25e9, reached=1.0),
+        Gpu("cpu", 0, 150e9, 150e9, 4e9, 1.25e9, rates=CPU),
     )
 }
 

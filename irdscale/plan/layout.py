@@ -17,8 +17,9 @@ from irdscale.plan.memory import (
     pass_items,
     train_items,
 )
+from irdscale.plan.rates import columns_held
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
-from irdscale.plan.work import SMALL, gradient_traffic, sample_flops, sums_traffic, weight_traffic
+from irdscale.plan.work import gradient_traffic, sample_flops, sums_traffic, weight_traffic
 from irdscale.search.ird import Pair, lattice, most_evaluations, sample_sets, shrink_of
 
 # Kind of pass and setting -> bytes of one batch.
@@ -70,6 +71,7 @@ class Job:
         drawn_traced: whether the mask of the random samples that it is compared with does so, too.
         item: bytes of an entry of the sums.
         language: whether samples are texts that a language model goes on with.
+        scattered: whether the entries of masks lie in all rows and columns, as those do that each matrix has alike.
         ray_ranks: ranks that train a candidate, where Ray runs candidates side by side.
         trace: bytes of a pass.
     """
@@ -90,6 +92,7 @@ class Job:
     drawn_traced: bool
     item: int
     language: bool
+    scattered: bool
     ray_ranks: int | None
     trace: Trace = field(repr=False)
 
@@ -130,6 +133,7 @@ def job_of(
         drawn_traced=config.fisher.equal_samples,
         item=8 if config.fisher.dtype == "float64" else 4,
         language=language,
+        scattered=config.scope == "layerwise",
         ray_ranks=search.ray.ranks if search.runner == "ray" else None,
         trace=trace,
     )
@@ -154,9 +158,11 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
     shapes, train = job.shapes, _training(job, layout)
 
     def traced(kind: str, batch: int) -> Traced:
-        ratio = job.k / max(1, sum(shapes.scored_sizes))
-        on_gpu = job.gpu.name != "cpu"
-        return job.trace(kind, Setting(batch, job.tokens, ratio, layout.checkpointing, on_gpu, job.language))
+        memory = None if job.gpu.name == "cpu" else int(job.gpu.memory)
+        setting = Setting(
+            batch, job.tokens, _ratio(job), layout.checkpointing, job.language, memory, scattered=job.scattered
+        )
+        return job.trace(kind, setting)
 
     # Ranks share the samples, of which one may have fewer than a batch.
     batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
@@ -171,6 +177,11 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
     found["train"] = train_items(shapes, traced("train", micro_batch(job, layout)), train.zero, train.world, job.k)
     found["evaluate"] = evaluate_items(shapes, traced("evaluate", job.eval_batch), train.zero, train.world, job.k)
     return found
+
+
+def _ratio(job: Job) -> float:
+    """The mask's share of the entries that it may hold."""
+    return job.k / max(1, sum(job.shapes.scored_sizes))
 
 
 def main_memory(job: Job, layout: Layout) -> int:
@@ -206,7 +217,8 @@ def cost(job: Job, layout: Layout) -> Cost:
     shapes, train, gpu = job.shapes, _training(job, layout), job.gpu
     one = sample_flops(shapes, job.tokens)
     again = one.forward if layout.checkpointing else 0.0
-    passed, small = one.forward + one.backward + again, SMALL * one.weights
+    limit, small = one.forward + one.backward, columns_held(_ratio(job), job.scattered) * one.weights
+    passed = limit + again
     # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
     one_ranking = job.samples * (passed + one.traces)
     ranking, drawn = job.traced * one_ranking, job.drawn_traced * one_ranking
@@ -237,12 +249,15 @@ def cost(job: Job, layout: Layout) -> Cost:
     steps = job.head_steps + rounds * job.steps
     traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + steps * (gradients + micro)
 
-    speed, exact = gpu.flops(shapes.item), gpu.flops(4)
+    item, speed = shapes.item, gpu.pass_flops(shapes.item)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
-    passing = job.samples * (passed / speed + one.weights / speed) / layout.world + (sums + gathered) / band
-    tracing = job.samples * (passed / speed + one.traces / exact) / layout.world + gathered / band
+    squaring, tracing_one = one.weights / gpu.square_flops(item), one.traces / gpu.gradient_flops(4)
+    passing = job.samples * (passed / speed + squaring) / layout.world + (sums + gathered) / band
+    tracing = job.samples * (passed / speed + tracing_one) / layout.world + gathered / band
+    # Over the limit is what was measured without layers that are run again.
+    over = gpu.step_over_limit("scattered" if job.scattered else "concentrated")
     fisher = job.mask_passes * passing + job.traced * tracing
-    stepping = step / speed / train.world + (gradients + micro) / own
+    stepping = job.batch * (over * limit + again) / speed / train.world + (gradients + micro) / own
     seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
     seconds["search"] = fisher + passing + job.drawn_traced * tracing + steps * stepping
     return Cost(traffic, flops, seconds)

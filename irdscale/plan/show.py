@@ -56,7 +56,11 @@ def _work(result: dict[str, Any]) -> str:
         f"the search at most {hours['search']:.3g} h ({result['evaluations']} trainings, {flops:.3g} operations)",
     ]
     traffic = f"{sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights a step"
+    rates = result["rates"]
+    rest = (
+        f"measured on {rates['device']}" if rates["own"] else f"of {rates['device']}, not measured on {result['gpu']}"
+    )
     return (
-        f"{', '.join(parts)}, without measuring metrics. "
+        f"{', '.join(parts)}, without measuring metrics; by shares of the peak {rest}. "
         f"A rank sends {sent['sums_a_pass']:.3g} GiB for the sums of a pass, and {traffic}."
     )

@@ -76,16 +76,23 @@ class Setting:
         batch, tokens: samples, and tokens of the longest, to which the others are padded.
         ratio: of the trained entries to all that may be.
         checkpointing: layers keep their inputs alone.
-        on_gpu: kernels take bfloat16 as it is, and form no sample's gradient.
         language: the loss is of tokens, by the model's head.
+        memory: bytes of the GPU; None for a CPU.
+        scattered: the trained entries lie in all rows and columns.
     """
 
     batch: int
     tokens: int
     ratio: float
     checkpointing: bool
-    on_gpu: bool
     language: bool
+    memory: int | None
+    scattered: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels take bfloat16 as it is, and form no sample's gradient."""
+        return self.memory is not None
 
 
 @dataclass(frozen=True)

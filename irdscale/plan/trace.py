@@ -25,6 +25,7 @@ from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
 from irdscale.fisher.rules import Buffers, Outer, Rows, Term, add_squares, add_traces
 from irdscale.mask import index_dtype
+from irdscale.plan.rates import columns_held
 from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
@@ -41,7 +42,7 @@ def tracer(model: nn.Module, scored: dict[str, nn.Parameter]) -> Callable[[str, 
     return cache(lambda kind, setting: trace_pass(model, scored, kind, setting))
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of tensors on the meta device that were made inside and still live."""
 
     def __init__(self, before: list[Tensor]) -> None:
@@ -120,7 +121,7 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
         if setting.checkpointing:
             stack.enter_context(_checkpointing(model))
         capture = stack.enter_context(Capture(model, scored))
-        live = stack.enter_context(_counting(model, [*totals.values(), traces_B], setting))
+        live = stack.enter_context(counting(model, [*totals.values(), traces_B], setting.on_gpu))
         inputs = _inputs(setting)
         if setting.language:
             capture._size, capture._uses = setting.batch, {}
@@ -135,15 +136,14 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
 
 def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Traced:
     with ExitStack() as stack:
-        entries = stack.enter_context(_sparse(model, scored, setting.ratio))
+        entries = stack.enter_context(sparse_entries(model, scored, setting.ratio, setting.scattered))
         model.train()
         stack.callback(model.eval)
         if setting.checkpointing:
             stack.enter_context(_checkpointing(model, use_reentrant=False))
         # Their sums by rows ask for numbers; but the gradients come as far down, where entries of them are trained.
-        for embedding in {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
-            stack.callback(embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_()).remove)
-        live = stack.enter_context(_counting(model, [t for e in entries for t in (e.index, e.base)], setting))
+        stack.enter_context(down_to_embeddings(model))
+        live = stack.enter_context(counting(model, [t for e in entries for t in (e.index, e.base)], setting.on_gpu))
         inputs = _inputs(setting)
         for held in entries:
             held.patch()
@@ -153,6 +153,15 @@ def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Tra
         for parameter in model.parameters():
             parameter.grad = None
     return Traced(saved, live.peak)
+
+
+@contextmanager
+def down_to_embeddings(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients go back to the outputs of embeddings, though nothing below them is trained."""
+    with ExitStack() as stack:
+        for embedding in {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
+            stack.callback(embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_()).remove)
+        yield
 
 
 @contextmanager
@@ -167,25 +176,36 @@ def _checkpointing(model: Any, **options: bool) -> Iterator[None]:
 
 
 def _evaluate(model: Any, setting: Setting) -> Traced:
-    with _counting(model, [], setting) as live, torch.no_grad():
+    with counting(model, [], setting.on_gpu) as live, torch.no_grad():
         inputs = _inputs(setting)
         if setting.language:
             hidden_ND = model.base_model(**inputs)[0].flatten(0, 1)
             head = model.get_output_embeddings()
-            head(hidden_ND[: part_size(head)]).float()
+            head(hidden_ND[: _tokens_at_once(head, setting)]).float()
         else:
             model(**inputs)
     return Traced(0, live.peak)
 
 
+def _tokens_at_once(head: nn.Module, setting: Setting) -> int:
+    """Tokens whose logits are in memory at once, on the device that is planned for."""
+    return part_size(head)
+
+
 @contextmanager
-def _counting(model: Any, before: list[Tensor], setting: Setting) -> Iterator[_Live]:
-    live = _Live([*model.parameters(), *model.buffers(), *before])
+def counting(model: Any, before: list[Tensor], on_gpu: bool) -> Iterator[Live]:
+    """Inside, bytes on the meta device are counted, and attention keeps no [T, T] matrix.
+
+    Args:
+        before: what is there already, beside the model.
+        on_gpu: attention's kernels know dropout.
+    """
+    live = Live([*model.parameters(), *model.buffers(), *before])
     attention = F.scaled_dot_product_attention
     cached, model.config.use_cache = getattr(model.config, "use_cache", False), False
 
     def replaced(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-        if options.get("dropout_p") and not setting.on_gpu:
+        if options.get("dropout_p") and not on_gpu:
             # Kernels of the CPU know no dropout: [T, T] matrices it is.
             return attention(query, key, value, attn_mask, **options)
         return cast(Tensor, _Attention.apply(query, key, value, attn_mask))
@@ -220,8 +240,7 @@ class _HeadLoss(torch.autograd.Function):
     """Losses [N] of tokens by a frozen head, some at a time, each one's gradient made in passing."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module) -> Tensor:
-        size = part_size(head)
+    def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module, size: int) -> Tensor:
         losses, gradients = [], []
         # The third part takes and leaves what the second does; those from there on are one.
         for start in range(0, min(2 * size, len(hidden_ND)), size):
@@ -238,9 +257,9 @@ class _HeadLoss(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * upstream_N.unsqueeze(1).to(gradient_ND.dtype), None
+        return gradient_ND * upstream_N.unsqueeze(1).to(gradient_ND.dtype), None, None
 
 
 def _inputs(setting: Setting) -> dict[str, Tensor]:
@@ -255,7 +274,8 @@ def _inputs(setting: Setting) -> dict[str, Tensor]:
 def _text_loss(model: Any, inputs: dict[str, Tensor], setting: Setting) -> Tensor:
     hidden_BTD = model.base_model(**inputs)[0]
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).clone()
-    losses_N = cast(Tensor, _HeadLoss.apply(hidden_ND, model.get_output_embeddings()))
+    head = model.get_output_embeddings()
+    losses_N = cast(Tensor, _HeadLoss.apply(hidden_ND, head, _tokens_at_once(head, setting)))
     return losses_N.view(setting.batch, -1).sum(1)
 
 
@@ -282,11 +302,19 @@ def _know_norms(model: nn.Module) -> None:
 
 
 @contextmanager
-def _sparse(model: Any, scored: dict[str, nn.Parameter], ratio: float) -> Iterator[list[Entries]]:
-    """The model with trainable entries, spread over the scored parameters alike, but for those of embeddings."""
+def sparse_entries(
+    model: Any, scored: dict[str, nn.Parameter], ratio: float, scattered: bool
+) -> Iterator[list[Entries]]:
+    """The model with trainable entries, of the scored parameters' sizes alike, but for those of embeddings.
+
+    Args:
+        ratio: of the trained entries to all scored ones.
+        scattered: they lie in all rows and columns; else in the share of them that a Fisher mask takes.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     required = {name for name, p in model.named_parameters() if p.requires_grad}
-    made = {id(p): _entries(name, p, ratio) for name, p in scored.items() if id(p) not in tables}
+    held = columns_held(ratio, scattered)
+    made = {id(p): _entries(name, p, ratio, held) for name, p in scored.items() if id(p) not in tables}
     attach_all(model, made)
     try:
         yield list(made.values())
@@ -294,11 +322,17 @@ def _sparse(model: Any, scored: dict[str, nn.Parameter], ratio: float) -> Iterat
         detach_all(model, required)
 
 
-def _entries(name: str, parameter: nn.Parameter, ratio: float) -> Entries:
+def _entries(name: str, parameter: nn.Parameter, ratio: float, held: float) -> Entries:
     count, numel = max(1, round(ratio * parameter.numel())), parameter.numel()
     made = make_entries(name, parameter, torch.empty(count, dtype=index_dtype(numel), device="meta"))
     if parameter.dim() == 2:
-        # All rows and columns hold entries, at most.
-        made._product = Product("dense", (parameter.shape[0], parameter.shape[1]), Side(), Side())
+        rows, columns = (_side(size, held) for size in parameter.shape)
+        made._product = Product("dense", (parameter.shape[0], parameter.shape[1]), rows, columns)
     made.patched = True
     return made
+
+
+def _side(size: int, held: float) -> Side:
+    """The rows or columns that hold entries, in a share of `held`; all of them where none may be left out."""
+    taken = max(1, round(held * size))
+    return Side() if taken == size else Side(torch.empty(taken, dtype=torch.int32, device="meta"))

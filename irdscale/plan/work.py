@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from irdscale.plan.memory import F32, Zero
 from irdscale.plan.sizes import Shapes
 
-# A sparse step's product for the k gradients, as a share of the whole weight gradients: Fisher masks concentrate.
-SMALL = 0.1
 # An attention kernel forms its [T, T] products twice forward and five times backward.
 ATTENTION_BACKWARD = 2.5
 

@@ -65,7 +65,8 @@ def make_folder(folder: Path, family: str) -> Path:
             "columns": {"text": ["text"], "label": "label"},
             "max_length": TOKENS,
         },
-        "fisher": {"samples": SAMPLES, "batch_size": BATCH},
+        # The masks here are random, of all matrices alike.
+        "fisher": {"samples": SAMPLES, "batch_size": BATCH, "scope": "layerwise"},
         "search": {"min_samples": SAMPLES},
         "train": {"steps": STEPS, "batch_size": BATCH},
     }

@@ -151,6 +151,23 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
     assert "fisher.layout=sharded" in fewest
 
 
+def test_masks_of_each_layer_scatter_and_those_of_the_model_concentrate(config):
+    """`layerwise` is the default of language models."""
+    each, whole = (plan(config, *scope, tokens=256) for scope in ([], ["fisher.scope=global"]))
+    assert each["hours"]["candidate"] == pytest.approx(1.41 / 1.007 * whole["hours"]["candidate"], rel=1e-3)
+    assert each["hours"]["fisher"] == whole["hours"]["fisher"]
+    assert each["flops"]["step"] > whole["flops"]["step"]
+    assert each["phases"]["train"]["activations"] > whole["phases"]["train"]["activations"]
+
+
+def test_layers_that_run_again_take_a_forward_pass_more(config):
+    """Of a forward pass, its gradients and the mask's, which takes 1.41 times the two first."""
+    once, again = (plan(config, f"train.gradient_checkpointing={value}") for value in ("false", "true"))
+    forward = again["flops"]["step"] - once["flops"]["step"]
+    seconds = 10 * forward / (0.29 * 989e12)
+    assert again["hours"]["candidate"] - once["hours"]["candidate"] == pytest.approx(seconds / 3600, rel=0.01)
+
+
 def test_candidates_of_ray_train_side_by_side(config):
     alone = plan(config, gpus_per_node=4)
     ray = plan(config, "search.runner=ray", gpus_per_node=4)
@@ -163,6 +180,7 @@ def test_command_prints_json_alone(config, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["k"] == round(0.02 * PARAMETERS)
     assert found["gpu"] == "a100-40gb"
+    assert found["rates"] == {"device": "h100-80gb", "own": False}
     for key in ("parameters", "memory_gib", "traffic_gib", "flops", "hours", "fits", "advice"):
         assert key in found
 
@@ -170,7 +188,7 @@ def test_command_prints_json_alone(config, capsys):
 def test_command_prints_tables(config, capsys):
     assert run(["plan", str(config), "gpus_per_node=2"]) == 0
     shown = capsys.readouterr().out
-    for word in ("weights", "make masks", "zero3", "Fits:", "samples/s"):
+    for word in ("weights", "make masks", "zero3", "Fits:", "samples/s", "by shares of the peak measured on h100-80gb"):
         assert word in shown
 
 

@@ -24,8 +24,8 @@ def meta(family: str, head: str = "classification", **more: Any) -> Any:
 
 
 def setting(**changes: Any) -> Setting:
-    given = {"batch": B, "tokens": T, "ratio": 0.1, "checkpointing": False, "on_gpu": False, "language": False}
-    return Setting(**given | changes)
+    given: dict[str, Any] = {"batch": B, "tokens": T, "ratio": 0.1, "checkpointing": False, "language": False}
+    return Setting(**given | {"memory": None, "scattered": True} | changes)
 
 
 @pytest.mark.parametrize("kind", ["train", "masks", "traces"])
@@ -87,6 +87,17 @@ def test_a_gpu_forms_no_gradients_of_samples():
     model = meta("llama", num_hidden_layers=1, hidden_size=64, intermediate_size=4096)
     scored = scored_parameters(model, r"proj\.weight$")
     cpu, gpu = (
-        trace_pass(model, scored, "masks", setting(batch=1, tokens=4, on_gpu=on_gpu)) for on_gpu in (False, True)
+        trace_pass(model, scored, "masks", setting(batch=1, tokens=4, memory=memory)) for memory in (None, 2**30)
     )
     assert cpu.peak - gpu.peak >= 4 * 64 * 4096
+
+
+def test_a_mask_that_concentrates_keeps_few_columns_of_inputs():
+    model = meta("llama", num_hidden_layers=3, hidden_size=64, intermediate_size=200, num_attention_heads=4)
+    scored = scored_parameters(model, r"proj\.weight$")
+    few, every = (
+        trace_pass(model, scored, "train", setting(ratio=0.0025, scattered=scattered)) for scattered in (False, True)
+    )
+    # A fifth of the columns: 13 of 64 in each of six products' inputs, 40 of 200 in the last's; whole ones are shared:
+    # by q, k and v, by gate and up. The attention's output is kept anyway.
+    assert every.saved - few.saved == 3 * 4 * B * T * (64 + 64 + 200 - 6 * 13 - 40)
