@@ -190,7 +190,9 @@ def main_memory(job: Job, layout: Layout) -> int:
     a_rank = 0
     if layout.offload:
         parts = world if layout.sharded else 1
-        a_rank += job.item * sum(-(-n // parts) for n in shapes.scored_sizes)
+        held = [-(-n // parts) for n in shapes.scored_sizes]
+        # The largest is on its way twice.
+        a_rank += job.item * (sum(held) + 2 * max(held))
     if zero.offload_weights:
         a_rank += -(-shapes.parameters // world) * shapes.item
     if zero.offload_optimizer:

@@ -30,7 +30,7 @@ from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
 from irdscale.sparse.products import Product, Side
-from irdscale.tokenwise import part_size
+from irdscale.tokenwise import tokens_at_once
 
 Pass = Literal["train", "masks", "traces", "evaluate"]
 # Layers that are run; the difference of the two is one layer's.
@@ -189,7 +189,7 @@ def _evaluate(model: Any, setting: Setting) -> Traced:
 
 def _tokens_at_once(head: nn.Module, setting: Setting) -> int:
     """Tokens whose logits are in memory at once, on the device that is planned for."""
-    return part_size(head)
+    return tokens_at_once(cast(Tensor, head._parameters["weight"]).shape[0], setting.memory)
 
 
 @contextmanager
