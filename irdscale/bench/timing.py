@@ -73,3 +73,16 @@ def figure(
         "met": met,
         "seconds": {},
     }
+
+
+def line_of(row: dict[str, Any], seconds: float) -> str:
+    """A row for people, as it is measured; a missed bar is marked.
+
+    Args:
+        seconds: that it took to measure.
+    """
+    mark = {True: "met   ", False: "MISSED", None: "      "}[row["met"]]
+    asked = f", asked {row['bar']}" if row["bar"] else ""
+    tokens = f" x {row['tokens']} tokens" if row["tokens"] else ""
+    spread = f"{row['low']:.3g} to {row['high']:.3g}"
+    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {row['ratio']:.3g} ({spread}{asked})"
