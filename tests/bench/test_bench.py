@@ -58,5 +58,5 @@ def test_repeats_are_interleaved() -> None:
 
 
 def test_unknown_part() -> None:
-    with pytest.raises(InputError, match="bench: found 'ray'; expected one of fisher, train, search, all"):
+    with pytest.raises(InputError, match="bench: found 'ray'; expected one of fisher, train, search, gpu, all"):
         bench.run_bench("ray", progress=False)
