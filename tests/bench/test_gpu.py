@@ -47,6 +47,8 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "REPEATS", 2)
     monkeypatch.setattr(gpu_products, "CALLS", 2)
     monkeypatch.setattr(gpu_fisher, "SAMPLES", 4)
+    # Collecting garbage takes half a second in a process of tests.
+    monkeypatch.setattr(gpu_steps, "free", lambda: None)
     yield
     SIZES.clear()
     SIZES.update(real)
@@ -236,7 +238,7 @@ def a_row(what: str) -> dict[str, Any]:
 
 def test_groups_are_told_as_they_are_measured_and_fail_alone(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     caplog.set_level(logging.INFO, logger="irdscale")
-    monkeypatch.setattr(gpu_models, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "free", lambda: None)
 
     def rows(*whats: str, then: Exception | None = None) -> Any:
         def measure() -> Iterator[dict[str, Any]]:
