@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +42,8 @@ LORA_BAR = 0.65
 PLAN_BAR = 1.1
 GIB = 2**30
 Step = Callable[[], None]
+# Size and kind of step -> bytes.
+Peaks = dict[tuple[str, str], int]
 FISHER, SCATTERED, LESS = "Fisher mask 0.5 %", "random mask 0.5 %", "random mask 0.2 %"
 # Over the limit.
 BARS: dict[str, float | None] = {FISHER: 1.03, SCATTERED: 1.12, LESS: 1.06, "LoRA r=8 (PEFT)": None, "full": None}
@@ -59,8 +60,12 @@ PLANNED = {
 ONLY_FIRST = (FISHER, "full")
 
 
-def step_rows(name: str) -> Iterator[dict[str, Any]]:
-    """Peaks of all kinds of steps that fit the GPU, each as it is measured; then their times, side by side."""
+def step_rows(name: str, peaks: Peaks) -> Iterator[dict[str, Any]]:
+    """Peaks of all kinds of steps that fit the GPU, each as it is measured; then their times, side by side.
+
+    Args:
+        peaks: gets the peaks in bytes, for `plan_rows`.
+    """
     size = SIZES[name]
     free()
     before = allocated()
@@ -87,7 +92,8 @@ def step_rows(name: str) -> Iterator[dict[str, Any]]:
             log.warning("bench: found no peft; the rows of LoRA are left out")
             continue
         steps[kind] = step
-        yield from _peak_rows(name, kind, peak)
+        peaks[name, kind] = peak
+        yield figure("train", f"peak memory of a step, GiB: {kind}", name, gpu_models.TOKENS, peak / GIB)
     free()
     seconds = side_by_side(gpu_models.synchronised(steps), REPEATS)
     tokens = gpu_models.TOKENS
@@ -155,13 +161,14 @@ def random_mask(model: nn.Module, ratio: float) -> Mask:
     return Mask({name: index for name, index in indices.items() if len(index)}, shapes)
 
 
-def _peak_rows(name: str, kind: str, peak: int) -> Iterator[dict[str, Any]]:
-    counted = partial(figure, "train", model=name, tokens=gpu_models.TOKENS)
-    yield counted(f"peak memory of a step, GiB: {kind}", value=peak / GIB)
-    planned = planned_peak(name, kind)
-    if planned is not None and peak > 0:
-        apart = max(planned / peak, peak / planned)
-        yield counted(f"plan ({planned / GIB:.1f} GiB) and measured peak apart: {kind}", value=apart, limit=PLAN_BAR)
+def plan_rows(peaks: Peaks) -> Iterator[dict[str, Any]]:
+    """How many times as large as the other the larger of a step's planned and measured peaks is."""
+    for (name, kind), peak in peaks.items():
+        planned = planned_peak(name, kind)
+        if planned is not None:
+            what = f"plan ({planned / GIB:.1f} GiB) and measured peak ({peak / GIB:.1f} GiB) apart: {kind}"
+            apart = max(planned / peak, peak / planned)
+            yield figure("train", what, name, gpu_models.TOKENS, apart, limit=PLAN_BAR)
 
 
 def planned_peak(name: str, kind: str) -> int | None:

@@ -101,16 +101,19 @@ def test_step_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(gpu_steps, "planned_peak", lambda name, kind: 2 * gpu_steps.GIB)
     monkeypatch.setattr(gpu_steps, "peak_of", lambda step: (step(), 3 * gpu_steps.GIB)[1])
-    rows = list(gpu_steps.step_rows("small"))
+    peaks: gpu_steps.Peaks = {}
+    rows = list(gpu_steps.step_rows("small", peaks))
     whats = sound(rows)
     kinds = ["limit", *gpu_steps.BARS]
     assert sorted(w.partition(": ")[2] for w in whats if w.startswith("peak")) == sorted(kinds)
     assert [w.rpartition(": ")[2] for w in whats if "the limit" in w] == [f"{kind}, batch 2" for kind in kinds[1:]]
     assert sum("/ LoRA" in what for what in whats) == 2
-    assert {row["ratio"] for row in rows if row["what"].startswith("plan")} == {1.5}
-    assert not any(row["met"] for row in rows if row["what"].startswith("plan"))
+    plans = list(gpu_steps.plan_rows(peaks))
+    assert len(sound(plans)) == len(kinds)
+    assert {(row["ratio"], row["met"]) for row in plans} == {(1.5, False)}
+    assert plans[0]["what"] == "plan (2.0 GiB) and measured peak (3.0 GiB) apart: limit"
     # A Fisher pass and full fine-tuning are for the first size.
-    others = sound(list(gpu_steps.step_rows("larger")))
+    others = sound(list(gpu_steps.step_rows("larger", {})))
     assert len([w for w in others if w.startswith("peak")]) == 4
 
 
@@ -147,7 +150,7 @@ def test_a_step_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, c
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpu_steps, "_with_lora", full)
-    whats = sound(list(gpu_steps.step_rows("small")))
+    whats = sound(list(gpu_steps.step_rows("small", {})))
     assert not any("LoRA" in what for what in whats)
     assert any("full" in what for what in whats)
     assert "small does not fit the GPU: LoRA" in caplog.text
@@ -270,4 +273,4 @@ def test_there_are_groups_for_both_sizes() -> None:
     groups = gpu._groups()
     assert len(groups) == gpu.GROUPS
     assert list(groups)[:2] == ["Fisher pass, 1B-like", "steps, 1B-like"]
-    assert {"steps, 8B-like", "fine_tune", "compiling"} <= set(groups)
+    assert {"steps, 8B-like", "fine_tune", "compiling", "peaks against the plan"} <= set(groups)
