@@ -56,6 +56,8 @@ def figure(
         spread: the lowest and the highest found; the value itself, unless given.
     """
     low, high = spread or (value, value)
+    # What is shown is what is judged.
+    value = round(value, 3)
     met = None
     if limit is not None:
         met = value <= limit
@@ -66,7 +68,7 @@ def figure(
         "what": what,
         "model": model,
         "tokens": tokens,
-        "ratio": round(value, 3),
+        "ratio": value,
         "low": round(low, 3),
         "high": round(high, 3),
         "bar": f"<= {limit}" if limit is not None else f">= {at_least}" if at_least is not None else "",
