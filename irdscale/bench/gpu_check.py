@@ -89,7 +89,9 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
     from irdscale.tasks import load_task
 
     output = folder / "search"
-    yield checked("search configs/quickstart_llm.yaml", 1.0, partial(_search, output))
+    yield checked(
+        "search configs/quickstart_llm.yaml, the winner's perplexity over the base's", 1.0, partial(_search, output)
+    )
     found = partial(figure, "search", model="260K", tokens=128)
     seconds = _evaluation_seconds(output)
     if seconds:

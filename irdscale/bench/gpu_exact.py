@@ -77,7 +77,7 @@ TUNED_LIMIT = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, how far it is off, how far it may be, and what went wrong instead."""
+    """What was checked, its error (or another number that has an upper limit), and what went wrong instead."""
 
     name: str
     error: float
@@ -92,7 +92,7 @@ class Check:
 
     def line(self) -> str:
         """For people."""
-        found = self.problem or f"off by {self.error:.1e}, at most {self.limit:.0e}"
+        found = self.problem or f"{self.error:.1e}, at most {self.limit:.0e}"
         return f"{'ok    ' if self.ok else 'FAILED'} {self.seconds:6.1f} s  {self.name}: {found}"
 
 
