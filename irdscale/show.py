@@ -61,14 +61,18 @@ def print_bench(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Ratios on {result['threads']} thread(s), torch {result['torch']}", title_justify="left")
+    where = f"{result['threads']} thread(s)" + (f" and {result['device']}" if result["device"] else "")
+    table = Table(title=f"Ratios on {where}, torch {result['torch']}", title_justify="left")
     for column in ("part", "what", "model", "tokens", "ratio", "quartiles", "bar"):
         table.add_column(column, justify="right" if column in ("tokens", "ratio", "quartiles", "bar") else "left")
     for row in result["rows"]:
         quartiles = f"{row['low']:.2f}-{row['high']:.2f}"
         cells = [row["part"], row["what"], row["model"], str(row["tokens"]), f"{row['ratio']:.2f}", quartiles]
         table.add_row(*cells, row["bar"], style="red" if row["met"] is False else None)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for problem in result["failed"]:
+        console.print(f"Failed: {problem}", style="red", soft_wrap=True, markup=False, highlight=False)
 
 
 def _score(value: float) -> str:

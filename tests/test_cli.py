@@ -316,7 +316,13 @@ def test_doctor_says_what_the_cluster_has_and_how_long_a_search_takes(called, ca
 def test_bench_takes_a_part(called, capsys):
     row = {"part": "fisher", "what": "pass / loop", "model": "bert", "tokens": 128, "ratio": 1.234, "low": 1.1}
     row |= {"high": 1.3, "bar": "<= 1.4", "met": True}
-    called.result = {"threads": 2, "torch": "2.13.0", "rows": [row, row | {"bar": "", "met": None}]}
+    called.result = {
+        "threads": 2,
+        "torch": "2.13.0",
+        "device": None,
+        "failed": [],
+        "rows": [row, row | {"bar": "", "met": None}],
+    }
     assert cli.run(["bench"]) == 0
     shown = capsys.readouterr().out
     assert "2 thread(s), torch 2.13.0" in shown
@@ -330,7 +336,11 @@ def test_bench_takes_a_part(called, capsys):
     assert cli.run(["bench", "fishr"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    for words in ("irdscale: part: found 'fishr'", 'did you mean "fisher"?', "expected fisher, train, search, all"):
+    for words in (
+        "irdscale: part: found 'fishr'",
+        'did you mean "fisher"?',
+        "expected fisher, train, search, gpu, all",
+    ):
         assert words in err
     assert len(called.list) == 2
 

@@ -44,7 +44,10 @@ def test_every_command_on_a_toy(
     (tmp_path / "configs" / "llm").symlink_to(ROOT / "configs" / "llm")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("irdscale.bench.run_bench", lambda part, progress: {"threads": 1, "torch": "", "rows": []})
+    monkeypatch.setattr(
+        "irdscale.bench.run_bench",
+        lambda part, progress: {"threads": 1, "torch": "", "device": None, "failed": [], "rows": []},
+    )
     ran = []
     for command in commands():
         if command[0] == "irdscale":

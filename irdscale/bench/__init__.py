@@ -1,47 +1,65 @@
 """Performance as ratios, measured side by side in one run: every figure is a median over interleaved repeats.
 
 Models are random, 20-70M parameters, batches of 8: `bert` and `gpt2` (384 wide, 6 layers) and `llama` (512 wide, 6
-layers), with a classification head; searches are the quickstart's, on MiniLM. Absolute times are printed too, and mean
-nothing on another machine.
+layers), with a classification head; searches are the quickstart's, on MiniLM. Those of a GPU's part are of 1B and 8B
+parameters; see `irdscale.bench.gpu`. Absolute times are printed too, and mean nothing on another machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from irdscale.bench.fisher import MODELS as FISHER_MODELS
 from irdscale.bench.fisher import bench_fisher
+from irdscale.bench.gpu import GROUPS, run_gpu_bench
 from irdscale.bench.search import bench_search
 from irdscale.bench.train import MODELS as TRAIN_MODELS
 from irdscale.bench.train import bench_train
 from irdscale.errors import InputError
 from irdscale.progress import bar
 
-PARTS = ("fisher", "train", "search")
+PARTS = ("fisher", "train", "search", "gpu")
 
 
 def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
-    """Measure `fisher`, `train`, `search` or `all`.
+    """Measure `fisher`, `train`, `search`, `gpu` or `all`, which has the GPU's part where there is one.
 
     Returns:
-        {"threads", "rows": [{"part", "what", "model", "tokens", "ratio", "low", "high", "bar", "met", "seconds"}]}:
-        `ratio` is the median over repeats, `low` and `high` its quartiles, `bar` what was asked for.
+        {"threads", "torch", "device", "failed", "rows": [{"part", "what", "model", "tokens", "ratio", "low", "high",
+        "bar", "met", "seconds"}]}: `ratio` is the median over repeats, `low` and `high` its quartiles, `bar` what was
+        asked for; `device` is the GPU, and `failed` says what of its part could not be measured for an error.
 
     Raises:
-        InputError: there is no such part.
+        InputError: there is no such part, or no GPU for its part.
     """
     if part not in (*PARTS, "all"):
         raise InputError(f"bench: found {part!r}; expected one of {', '.join((*PARTS, 'all'))}")
-    parts = PARTS if part == "all" else (part,)
+    gpu = torch.cuda.is_available()
+    parts = tuple(p for p in PARTS if p != "gpu" or gpu) if part == "all" else (part,)
+    failed: list[str] = []
+
+    def bench_gpu(advance: Callable[..., None]) -> list[dict[str, Any]]:
+        found, problems = run_gpu_bench(advance)
+        failed.extend(problems)
+        return found
+
     rows: list[dict[str, Any]] = []
     measures = {
         "fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3),
         "train": (bench_train, len(TRAIN_MODELS) + 1),
         "search": (bench_search, 3),
+        "gpu": (bench_gpu, GROUPS),
     }
     with bar("Benchmarks", sum(measures[p][1] for p in parts), enabled=progress) as advance:
         for name in parts:
             rows += measures[name][0](advance)
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(0) if gpu else None,
+        "failed": failed,
+        "rows": rows,
+    }

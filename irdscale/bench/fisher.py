@@ -51,10 +51,6 @@ def bench_fisher(advance: Callable[..., None]) -> list[dict[str, Any]]:
     for measure in (_kronfluence, _ranks, _top_k):
         rows += measure()
         advance()
-    if torch.cuda.is_available():
-        from irdscale.bench.gpu import run_gpu_bench
-
-        rows += run_gpu_bench()
     return rows
 
 

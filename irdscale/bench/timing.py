@@ -56,6 +56,8 @@ def figure(
         spread: the lowest and the highest found; the value itself, unless given.
     """
     low, high = spread or (value, value)
+    # What is shown is what is judged.
+    value = round(value, 3)
     met = None
     if limit is not None:
         met = value <= limit
@@ -66,10 +68,23 @@ def figure(
         "what": what,
         "model": model,
         "tokens": tokens,
-        "ratio": round(value, 3),
+        "ratio": value,
         "low": round(low, 3),
         "high": round(high, 3),
         "bar": f"<= {limit}" if limit is not None else f">= {at_least}" if at_least is not None else "",
         "met": met,
         "seconds": {},
     }
+
+
+def line_of(row: dict[str, Any], seconds: float) -> str:
+    """A row for people, as it is measured; a missed bar is marked.
+
+    Args:
+        seconds: that it took to measure.
+    """
+    mark = {True: "met   ", False: "MISSED", None: "      "}[row["met"]]
+    asked = f", asked {row['bar']}" if row["bar"] else ""
+    tokens = f" x {row['tokens']} tokens" if row["tokens"] else ""
+    spread = f"{row['low']:.3g} to {row['high']:.3g}"
+    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {row['ratio']:.3g} ({spread}{asked})"

@@ -57,6 +57,12 @@ def test_repeats_are_interleaved() -> None:
     assert {n: len(s) for n, s in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_a_bar_is_judged_by_what_is_shown() -> None:
+    assert timing.figure("train", "x", "bert", 8, 1.1004, limit=1.1)["met"]
+    assert not timing.figure("train", "x", "bert", 8, 1.1006, limit=1.1)["met"]
+    assert timing.figure("train", "x", "bert", 8, 0.7496, at_least=0.75)["met"]
+
+
 def test_unknown_part() -> None:
-    with pytest.raises(InputError, match="bench: found 'ray'; expected one of fisher, train, search, all"):
+    with pytest.raises(InputError, match="bench: found 'ray'; expected one of fisher, train, search, gpu, all"):
         bench.run_bench("ray", progress=False)
