@@ -17,6 +17,11 @@ def answer(talk: Talk) -> int:
     return os.getpid()
 
 
+def gpu(talk: Talk) -> list[Any]:
+    """The GPUs that a rank sees, and which of them it is to take."""
+    return [os.environ["CUDA_VISIBLE_DEVICES"], int(os.environ["LOCAL_RANK"])]
+
+
 def bad_input(talk: Talk) -> None:
     raise InputError("train.steps: found nothing")
 
