@@ -142,7 +142,8 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
 @contextmanager
 def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
     """The environment that a launcher would give this rank; as it was, for the process's next job, at the end."""
-    if gang.size == 1 and not gang.fresh:
+    if gang.size == 1 and not gang.grouped:
+        # By these variables the Trainer would look for others, also where one rank is all.
         yield
         return
     # Ray shows each rank its own GPUs alone.

@@ -182,12 +182,12 @@ def test_jobs_share_a_gpu_as_far_as_it_goes(desk: Any) -> None:
     start(desk, "most", works.gpu, Gang(gpus=0.75))
     start(desk, "other half", works.gpu, Gang(gpus=0.5))
     # A processor and half a GPU are free: not enough for the one, enough for the other, which sees the same GPU.
-    assert end_of(desk, "other half") == ["0", 0]
+    assert end_of(desk, "other half") == ["0", 0, False]
     (first, waiting) = until(desk, lambda jobs: len(jobs) == 2)
     assert first["begun"] is not None
     assert waiting["begun"] is None
     ray.get(desk.stop.remote("half"))
-    assert end_of(desk, "most") == ["0", 0]
+    assert end_of(desk, "most") == ["0", 0, False]
 
 
 def test_the_output_folder_is_checked_and_left_as_it_was(desk: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from irdscale.cluster.ranks import Talk
 from irdscale.errors import InputError, RunError
+from irdscale.launched import launched
 
 
 def answer(talk: Talk) -> int:
@@ -18,8 +19,8 @@ def answer(talk: Talk) -> int:
 
 
 def gpu(talk: Talk) -> list[Any]:
-    """The GPUs that a rank sees, and which of them it is to take."""
-    return [os.environ["CUDA_VISIBLE_DEVICES"], int(os.environ["LOCAL_RANK"])]
+    """The GPUs that a rank sees, which of them it is to take, and whether the Trainer looks for other ranks."""
+    return [os.environ["CUDA_VISIBLE_DEVICES"], launched()[1], "LOCAL_RANK" in os.environ]
 
 
 def bad_input(talk: Talk) -> None:
