@@ -347,11 +347,18 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
     lines = list(_said_of_search(result["search"]))
     assert lines[-1] == sharing["said"]
     how = "by CUDA MPS;" if mps else "by time slices (start nvidia-cuda-mps-control -d on its node for MPS);"
-    assert f"search.ray.gpus_per_rank=0.25: up to 4 trials share a GPU {how} a trial takes 0.5" in lines[-1]
+    assert f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial takes 0.5" in lines[-1]
     whole = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
     assert (whole["at_once"], whole["sharing"]) == (1, None)
     # Steps take as long for all, models are loaded side by side.
     assert whole["seconds"] > found["seconds"] > 12 * 10 * 0.1
+
+
+def test_the_longest_sample_is_of_what_is_trained_on_and_of_selection(toy):
+    from irdscale.tasks import load_task
+
+    task = load_task(toy)
+    assert task.longest == max(len(ids) for split in (task.train, task.selection) for ids in split["input_ids"])
 
 
 def test_trials_that_do_not_fit_on_a_gpu_are_a_problem(toy, gpus_of_a_cluster):

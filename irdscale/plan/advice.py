@@ -126,7 +126,7 @@ def advice(job: Job, layout: Layout) -> list[str]:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""
         lines.append(
-            f"{trials} trials share a GPU (search.ray.gpus_per_rank={job.share:g}), and are taken to train at "
+            f"{trials} trial(s) share a GPU (search.ray.gpus_per_rank={job.share:g}), and are taken to train at "
             f"1/{trials} of its speed each; it has room for {room_for}{share}."
         )
     here = cheapest(job, layout)

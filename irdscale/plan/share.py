@@ -82,7 +82,7 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
 
 def said_of(sharing: Sharing) -> str:
     """One line for people."""
-    parts = [f"up to {sharing.trials} trials share a GPU"]
+    parts = [f"up to {sharing.trials} trial(s) share a GPU"]
     if sharing.mps is not None:
         parts[0] += (
             " by CUDA MPS" if sharing.mps else " by time slices (start nvidia-cuda-mps-control -d on its node for MPS)"

@@ -70,7 +70,8 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
         steps = training_steps(config.train, len(task.trained))
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         if config.search.ray.shares_gpus:
-            log.info(said_of(sharing(config, task)))
+            shared = sharing(config, task)
+            log.log(logging.WARNING if shared.fits is False else logging.INFO, said_of(shared))
         with watching(cluster.desk, enabled=progress):
             try:
                 yield engine

@@ -45,7 +45,7 @@ def test_trials_that_fit(takes):
     }
     assert json.loads(json.dumps(found.facts())) == found.facts()
     assert said_of(found) == (
-        "search.ray.gpus_per_rank=0.25: up to 4 trials share a GPU by CUDA MPS; a trial takes 5.0 GiB as planned, "
+        "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial takes 5.0 GiB as planned, "
         "5.5 GiB are its share of L4, and 4 trials would fit"
     )
     assert sharing_of(CONFIG, 0.25, [H100]).most == 16
@@ -130,7 +130,9 @@ def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
     assert found["room_gib"] == 0.95 * 80 - 2
     assert found["trial_room_gib"] == 0.95 * 20 - 2
     (said,) = [line for line in found["advice"] if "share a GPU" in line]
-    assert said.startswith("4 trials share a GPU (search.ray.gpus_per_rank=0.25), and are taken to train at 1/4 of its")
+    assert said.startswith(
+        "4 trial(s) share a GPU (search.ray.gpus_per_rank=0.25), and are taken to train at 1/4 of its"
+    )
     assert "it has room for " in said
     alone = run_plan(config.model_copy(update={"search": config.search.model_copy(update={"ray": WHOLE})}), tokens=32)
     assert found["hours"]["candidate"] == pytest.approx(4 * alone["hours"]["candidate"], rel=1e-3)
