@@ -289,11 +289,17 @@ class FisherConfig(Section):
         return _compiles(value)
 
 
+# Ray counts GPUs in ten-thousandths.
+LEAST_SHARE = 0.0001
+
+
 class RayConfig(Section):
     ranks: int = Field(1, ge=1, description="Ranks that train one candidate together.")
     cpus_per_rank: int = Field(1, ge=1, description="Processors of a rank, and its threads.")
-    gpus_per_rank: Literal[0, 1] | None = Field(
-        None, description="GPUs of a rank; one where the cluster has any, if unset."
+    gpus_per_rank: Annotated[int | float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="GPUs of a rank; one where the cluster has any, if unset. A share, such as 0.25: so many trials "
+        "share a GPU and its memory; Fisher passes take whole ones.",
     )
     placement: Literal["pack", "spread"] = Field(
         "pack", description="Ranks, and candidates, on as few nodes as they fit on, or on as many as there are."
@@ -313,6 +319,33 @@ class RayConfig(Section):
     grace_ratio: float = Field(0.25, gt=0, lt=1, description="Share of the steps before a candidate may be stopped.")
     reduction_factor: int = Field(2, ge=2, description="Of so many candidates at a rung, one goes on.")
     speculate: bool = Field(False, description="Idle workers begin with what the next round will likely ask for.")
+
+    @field_validator("gpus_per_rank", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (value == 0 or LEAST_SHARE <= value <= 1):
+            raise ValueError(
+                f"found {value!r}; expected 0, 1, or a share of a GPU from {LEAST_SHARE} on, such as 0.25 for 4 trials"
+            )
+        # 1.0 is 1, also where the configuration is dumped.
+        return int(value) if value in (0, 1) else value
+
+    @model_validator(mode="after")
+    def _shared_by_trials(self) -> RayConfig:
+        if self.shares_gpus and self.ranks > 1:
+            raise ValueError(
+                f"gpus_per_rank: found {self.gpus_per_rank} with ranks {self.ranks}; expected 0 or 1: ranks of one "
+                f"candidate talk by NCCL, which refuses two on a GPU"
+            )
+        return self
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether several trials may share a GPU."""
+        return self.gpus_per_rank is not None and 0 < self.gpus_per_rank < 1
 
 
 class SearchConfig(Section):

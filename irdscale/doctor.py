@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +38,8 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         is found; "search" is None without a configuration, else {"at_most", "local", "ray"}: how much a search does at
         most, and for each runner {"at_once", "seconds", "costs"}: evaluations side by side, an upper bound of the whole
         search, and what its parts take. "ray" is None there unless it is the configuration's runner, and "local" where
-        the cluster alone has GPUs.
+        the cluster alone has GPUs. "ray" has "sharing" too: where trials share GPUs (`search.ray.gpus_per_rank`), what
+        `irdscale.plan.share.Sharing` says of them, and "said", the same in words.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the cluster, or the cluster cannot be reached.
@@ -233,7 +235,9 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
     import torch
 
     from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
-    from irdscale.search.ray import gang_of
+    from irdscale.plan.share import said_of
+    from irdscale.search.ray import gang_of, sharing
+    from irdscale.tasks import load_task
 
     with connected() as cluster:
         ray["cluster"] = {**_described(), "started_here": cluster.own}
@@ -241,12 +245,19 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
         asked, gang = config.search.ray, gang_of(config, config.search.ray.ranks)
         room = fitting(gang)
         if room == 0:
-            why = f"{gang.size} x {gang.cpus} CPUs and {gang.gpus} GPUs (search.ray) do not fit on the cluster"
+            why = f"{gang.size} x {gang.cpus} CPUs and {gang.gpus:g} GPUs (search.ray) do not fit on the cluster"
             _problem(problems, "run a trial", why, True)
+            return None
+        try:
+            shared = sharing(config, load_task(config)) if asked.shares_gpus else None
+        except InputError as error:
+            _problem(problems, "run trials that share a GPU", str(error), True)
             return None
         costs, size = _on_cluster(config, gang)
         at_once = min(room, asked.concurrent or room)
-        there = _taking(config, costs, size, at_once, asked.fisher_ranks or gang.size)
+        beside = 1 if shared is None else shared.trials
+        there = _taking(config, costs, size, at_once, asked.fisher_ranks or gang.size, beside)
+        there["sharing"] = None if shared is None else shared.facts() | {"said": said_of(shared)}
         # Where the GPUs are elsewhere, this machine need not have room for the model.
         elsewhere = has_gpus() and not torch.cuda.is_available()
         here = None if elsewhere else _taking(config, measured(config)[0], size)
@@ -257,10 +268,12 @@ def _at_most(size: Size) -> dict[str, int]:
     return {**asdict(size), "training_steps": size.evaluations * size.steps}
 
 
-def _taking(config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1) -> dict[str, Any]:
+def _taking(
+    config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1, trials_a_gpu: int = 1
+) -> dict[str, Any]:
     from irdscale.estimate import search_seconds
 
-    seconds = round(search_seconds(config, costs, size, at_once, fisher_ranks), 1)
+    seconds = round(search_seconds(config, costs, size, at_once, fisher_ranks, trials_a_gpu), 1)
     return {"at_once": at_once, "seconds": seconds, "costs": {k: round(v, 6) for k, v in asdict(costs).items()}}
 
 
@@ -274,7 +287,8 @@ def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
 
     from irdscale.estimate import measured
 
-    task = ray.remote(num_cpus=gang.cpus, num_gpus=gang.gpus, max_calls=1, max_retries=0)(measured)
+    # The costs are of a GPU alone, which the Fisher passes have.
+    task = ray.remote(num_cpus=gang.cpus, num_gpus=ceil(gang.gpus), max_calls=1, max_retries=0)(measured)
     try:
         return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size)))
     except ray.exceptions.RayTaskError as error:

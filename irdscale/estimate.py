@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from irdscale.cluster.share import shared_turns
 from irdscale.config import RunConfig, training_steps
 from irdscale.evaluation import evaluate_model
 from irdscale.fisher.gradients import SampleGradients
@@ -175,13 +176,16 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1) -> float:
+def search_seconds(
+    config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1, trials_a_gpu: int = 1
+) -> float:
     """How long a search takes that goes through all its rounds.
 
     Ranks are taken to share a pass over samples without loss. What Ray itself takes is not in it: some seconds a round.
 
     Args:
         at_once: evaluations that run side by side; those of a round wait for its last one.
+        trials_a_gpu: of which so many share a GPU, and its speed.
     """
     seeds = len(config.search.seeds)
     # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
@@ -191,9 +195,11 @@ def search_seconds(config: RunConfig, costs: Costs, size: Size, at_once: int = 1
     if config.fisher.head_warmup:
         # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
-    evaluation = costs.begin + size.steps * costs.step + size.selection * costs.prediction
-    waves = sum(ceil(pairs * seeds / at_once) for pairs in (1, *[size.candidates] * size.rounds, 2))
+    computing = size.steps * costs.step + size.selection * costs.prediction
     close = close_calls(size.candidates, seeds, config.search.more_seeds)
-    waves += size.rounds * sum(ceil(evaluations / at_once) for evaluations in close)
+    groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)] + [*close] * size.rounds
+    waves = sum(ceil(evaluations / at_once) for evaluations in groups)
+    turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
+    evaluations = waves * costs.begin + turns * computing
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    return passes + (size.rankings + 1) * costs.ranking + waves * evaluation + tests
+    return passes + (size.rankings + 1) * costs.ranking + evaluations + tests

@@ -137,3 +137,5 @@ def _said_of_search(search: dict[str, Any] | None) -> Iterator[str]:
                 f"search.runner={runner}: at most about {duration(found['seconds'])}, {side}; "
                 f"{costs['step']:.3g} s a step, {costs['gradient']:.3g} s a sample gradient."
             )
+            if found.get("sharing"):
+                yield found["sharing"]["said"]

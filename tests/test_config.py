@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from irdscale.config import RunConfig, nearest
-from irdscale.config_file import changed_config
+from irdscale.config_file import changed_config, dump_config, same_search
 from irdscale.errors import InputError
 
 CONFIG = RunConfig.model_validate({"model": {"path": "a"}, "task": {"dataset": "glue/rte"}})
@@ -40,6 +40,18 @@ def message(*overrides: str) -> str:
         ("search.min_ratio=0.1", "search.min_ratio: found 0.1; expected at most ratio (0.005)"),
         ("search.keep=1.0", "search.keep: found 1.0; expected less than 1"),
         ("search.keep=0.0", "search.keep: found 0.0; expected greater than 0"),
+        *(
+            (
+                f"search.ray.gpus_per_rank={found}",
+                f"search.ray.gpus_per_rank: found {shown}; expected 0, 1, or a share of",
+            )
+            for found, shown in (("2", "2"), ("1.5", "1.5"), ("-0.5", "-0.5"), ("0.00009", "9e-05"), ("true", "True"))
+        ),
+        ("search.ray.gpus_per_rank=half", "search.ray.gpus_per_rank: found 'half'; expected 0, 1, or a share of a GPU"),
+        (
+            "search.ray={gpus_per_rank: 0.5, ranks: 2}",
+            "search.ray.gpus_per_rank: found 0.5 with ranks 2; expected 0 or 1: ranks of one candidate talk by NCCL",
+        ),
         ("search.min_samples=1000", "search.min_samples: found 1000; expected at most fisher.samples (256)"),
         (
             "search={direction: random, rank_by: loss}",
@@ -108,6 +120,36 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
 )
 def test_language_tasks_that_contradict_themselves(overrides: list[str], expected: str) -> None:
     assert expected in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "dumped"),
+    [
+        ("null", None, "null"),
+        ("0", 0, "0"),
+        ("0.0", 0, "0"),
+        ("1", 1, "1"),
+        ("1.0", 1, "1"),
+        ("0.25", 0.25, "0.25"),
+        ("0.0001", 0.0001, "0.0001"),
+    ],
+)
+def test_gpus_of_a_rank_are_kept_as_they_were(given: str, kept: float | None, dumped: str) -> None:
+    """Whole ones as integers, for configurations that were dumped before there were shares."""
+    config = changed_config(CONFIG, [f"search.ray.gpus_per_rank={given}"], "here")
+    found = config.search.ray.gpus_per_rank
+    assert (found, type(found)) == (kept, type(kept))
+    assert config.search.ray.shares_gpus is isinstance(kept, float)
+    assert f"\n    gpus_per_rank: {dumped}\n" in dump_config(config)
+    assert changed_config(config, [], "here") == config
+    # It is another way to run the same search.
+    assert same_search(config.model_dump(mode="json")) == same_search(CONFIG.model_dump(mode="json"))
+
+
+def test_fisher_passes_of_several_ranks_go_with_shares() -> None:
+    """Their ranks have whole GPUs."""
+    asked = changed_config(CONFIG, ["search.ray={gpus_per_rank: 0.5, fisher_ranks: 4}"], "here").search.ray
+    assert asked.shares_gpus
 
 
 def test_nearest() -> None:

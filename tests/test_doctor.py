@@ -284,6 +284,101 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     assert search_seconds(equal, only_traces, size) == 2 * search_seconds(toy, only_traces, size) == 200
 
 
+def test_the_time_of_evaluations_that_share_a_gpu(toy):
+    from irdscale.estimate import Costs, Size, search_seconds
+
+    splits = {"samples": 100, "selection": 20, "test": 30}
+    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, mask_samples=100, **splits)
+    steps = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.1, prediction=0.0)
+    begins = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=1.0, step=0.0, prediction=0.0)
+    # Of 2, 6, 6 and 4 evaluations four at once share one GPU: no step is saved, but the waiting for models is.
+    assert search_seconds(toy, steps, size, 4, 1, 4) == search_seconds(toy, steps, size) == pytest.approx(18)
+    assert search_seconds(toy, begins, size, 4, 1, 4) == search_seconds(toy, begins, size, 4) == 6 + 6
+    # Of two GPUs with four each, the first is filled before the second.
+    assert search_seconds(toy, steps, size, 8, 1, 4) == pytest.approx(2 + 4 + 4 + 4)
+
+
+class NoCluster:
+    own = True
+
+
+@pytest.fixture
+def gpus_of_a_cluster(monkeypatch):
+    """A cluster of one GPU by name, on which nothing runs; returns what fakes are made with."""
+    import contextlib
+
+    pytest.importorskip("ray")
+    from irdscale import estimate
+    from irdscale.cluster import connect
+    from irdscale.estimate import Costs, Size
+
+    measured = Costs(0.0, 0.0, 0.0, 1.0, 0.1, 0.0), Size(1, 3, 12, 10, 16, 2, 16, 8, 8)
+    nodes = [{"id": "", "host": "one", "has": {"CPU": 8.0, "GPU": 1.0}}]
+    monkeypatch.setattr(connect, "nodes", lambda: nodes)
+    monkeypatch.setattr(connect, "connected", lambda: contextlib.nullcontext(NoCluster()))
+    monkeypatch.setattr(connect, "check_nodes", lambda output: None)
+    monkeypatch.setattr(doctor, "_described", lambda: {"nodes": 1, "cpus": 8, "gpus": 1, "memory_gib": 1.0})
+    monkeypatch.setattr(doctor, "_on_cluster", lambda config, gang: measured)
+    monkeypatch.setattr(estimate, "measured", lambda config: measured)
+    return monkeypatch.setattr
+
+
+def on_ray(toy, **ray):
+    search = {**toy.search.model_dump(), "runner": "ray", "ray": ray}
+    return type(toy).model_validate({**toy.model_dump(), "search": search})
+
+
+@pytest.mark.parametrize("mps", [False, True])
+def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
+    from irdscale.cluster.share import Card
+    from irdscale.search import ray
+    from irdscale.show import _said_of_search
+
+    gpus_of_a_cluster(ray, "cards", lambda share: [Card("one", "H100", 80 * 2**30, mps)])
+    result = doctor.diagnose(on_ray(toy, gpus_per_rank=0.25))
+    assert result["ok"], result["problems"]
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    found = result["search"]["ray"]
+    assert found["at_once"] == 4
+    sharing = found["sharing"]
+    assert (sharing["trials"], sharing["gpu_gib"], sharing["mps"], sharing["fits"]) == (4, 80.0, mps, True)
+    # A toy of a few thousand parameters: what CUDA takes for a process is nearly all.
+    assert 0.5 <= sharing["trial_gib"] < 0.6
+    lines = list(_said_of_search(result["search"]))
+    assert lines[-1] == sharing["said"]
+    how = "by CUDA MPS;" if mps else "by time slices (start nvidia-cuda-mps-control -d on its node for MPS);"
+    assert f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial takes 0.5" in lines[-1]
+    whole = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
+    assert (whole["at_once"], whole["sharing"]) == (1, None)
+    # Steps take as long for all, models are loaded side by side.
+    assert whole["seconds"] > found["seconds"] > 12 * 10 * 0.1
+
+
+def test_the_longest_sample_is_of_what_is_trained_on_and_of_selection(toy):
+    from irdscale.tasks import load_task
+
+    task = load_task(toy)
+    assert task.longest == max(len(ids) for split in (task.train, task.selection) for ids in split["input_ids"])
+
+
+def test_trials_that_do_not_fit_on_a_gpu_are_a_problem(toy, gpus_of_a_cluster):
+    from irdscale.cluster.share import Card
+    from irdscale.plan import share
+    from irdscale.search import ray
+
+    gpus_of_a_cluster(ray, "cards", lambda share: [Card("one", "L4", 22 * 2**30, False)])
+    gpus_of_a_cluster(share, "trial_peak", lambda config, tokens: ("train", 7 * 2**30))
+    result = doctor.diagnose(on_ray(toy, gpus_per_rank=0.25))
+    assert not result["ok"]
+    assert result["search"] is None
+    assert result["problems"][-1] == {
+        "cannot": "run trials that share a GPU",
+        "why": "search.ray.gpus_per_rank: found 0.25, 4 trials of 7.5 GiB each on a GPU of 22.0 GiB (L4 of one); "
+        "expected at least 0.5, for 2 trials",
+        "blocks_search": True,
+    }
+
+
 def test_ranks_that_cannot_share_a_batch_are_refused(toy):
     from irdscale.estimate import measured
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from irdscale.cluster.desk import Desk, cause_of
 from irdscale.cluster.ranks import Gang
+from irdscale.cluster.share import is_share, jobs_a_gpu
 from irdscale.errors import InputError
 
 # Only for what this process and the cluster that it starts do; none is set where the user has set it.
@@ -166,10 +167,15 @@ def nodes() -> list[dict[str, Any]]:
 
 def fitting(gang: Gang) -> int:
     """How many such gangs the cluster has room for at once, when nothing else runs."""
-    ranks = sum(
-        min(int(node["has"].get(name, 0.0) // amount) for name, amount in gang.bundle.items()) for node in nodes()
-    )
-    return ranks // gang.size
+    return sum(min(_room(node["has"], *wanted) for wanted in gang.bundle.items()) for node in nodes()) // gang.size
+
+
+def _room(has: dict[str, float], name: str, amount: float) -> int:
+    """How often a node has so much of a resource."""
+    if name == "GPU" and is_share(amount):
+        # Of one GPU: what is left of two makes no third.
+        return int(has.get(name, 0.0)) * jobs_a_gpu(amount)
+    return int(has.get(name, 0.0) // amount)
 
 
 def has_gpus() -> bool:

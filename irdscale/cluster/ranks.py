@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from irdscale.cluster.share import kept_to
 from irdscale.launched import free_port, interfaces, joined
 from irdscale.progress import told
 
@@ -28,7 +29,7 @@ class Gang:
 
     Attributes:
         size: how many ranks; several have a group.
-        cpus, gpus: of each rank; with as many threads.
+        cpus, gpus: of each rank; with as many threads, and perhaps a share of one GPU.
         spread: on as many nodes as there are, rather than as few.
         grouped: whether one rank has a group too, as DeepSpeed wants it.
         distributed: what they talk with, and how long they wait; the defaults if None.
@@ -36,7 +37,7 @@ class Gang:
 
     size: int = 1
     cpus: int = 1
-    gpus: int = 0
+    gpus: float = 0
     spread: bool = False
     grouped: bool = False
     distributed: DistributedConfig | None = None
@@ -130,6 +131,7 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
     with (
         _as_rank(rank, gang, address, ip),
         _logged(desk, name, rank),
+        kept_to(gang.gpus),
         told(lambda *facts: talk.say(progress=facts)),
         joined(gang.distributed, always=gang.grouped),
     ):
@@ -140,7 +142,8 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
 @contextmanager
 def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
     """The environment that a launcher would give this rank; as it was, for the process's next job, at the end."""
-    if gang.size == 1 and not gang.fresh:
+    if gang.size == 1 and not gang.grouped:
+        # By these variables the Trainer would look for others, also where one rank is all.
         yield
         return
     # Ray shows each rank its own GPUs alone.

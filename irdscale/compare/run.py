@@ -369,5 +369,5 @@ def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, float]:
             if rank_and_world()[0] == 0:
                 write_json(file, stored | known)
 
-    study.engine.call_all([Call(score_on_test, ([(by_key[key], False)],)) for key in missing], keep)
+    study.engine.call_all([Call(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
     return known

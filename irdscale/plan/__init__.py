@@ -12,7 +12,7 @@ from typing import Any
 from irdscale.config import LANGUAGE_KINDS, RunConfig, training_steps
 from irdscale.errors import InputError
 from irdscale.plan.hardware import find_gpu
-from irdscale.plan.layout import Job, Layout, cost, job_of, main_memory, micro_batch, phases
+from irdscale.plan.layout import TRIAL, Job, Layout, cost, job_of, main_memory, micro_batch, phases
 from irdscale.plan.memory import zero_from
 from irdscale.plan.sizes import GIB
 from irdscale.search.ird import Pair
@@ -40,9 +40,10 @@ def run_plan(
         {"parameters", "k", "memory_gib": GiB a rank by item at the peak of the phase that takes the most,
         "traffic_gib": what a rank sends, "flops": of all ranks, "hours", "fits", "advice"}, and what they rest on:
         "phase", "phases" (the items of every phase), "samples_per_second", "layouts" (each ZeRO stage and layout of
-        the sums), "main_memory_gib" (a node's, for what is offloaded), "room_gib", "gpu", "nodes",
-        "gpus_per_node", "stage", "evaluations", "micro_batch", "tokens", "rates" ({"device": whose measured shares of
-        the peak the hours rest on, "own": whether that is this GPU}).
+        the sums), "main_memory_gib" (a node's, for what is offloaded), "room_gib", "trials_a_gpu"
+        (that share its memory and its speed), "trial_room_gib", "gpu", "nodes", "gpus_per_node", "stage",
+        "evaluations", "micro_batch", "tokens", "rates" ({"device": whose measured shares of the peak the hours rest
+        on, "own": whether that is this GPU}).
 
     Raises:
         InputError: no such GPU or model, or the configuration does not fit the model or so many ranks.
@@ -81,7 +82,7 @@ def run_plan(
             "search": _rounded(price.seconds["search"] / 3600),
             "train": _rounded(price.seconds["candidate"] / 3600),
         },
-        "fits": items.total <= job.gpu.room,
+        "fits": fits(job, layout),
         "advice": advice(job, layout),
         "phase": phase,
         "phases": {name: held.gib() for name, held in found.items()},
@@ -92,6 +93,8 @@ def run_plan(
         "layouts": layouts,
         "main_memory_gib": round(main_memory(job, layout) / GIB, 2),
         "room_gib": round(job.gpu.room / GIB, 2),
+        "trials_a_gpu": job.trials_a_gpu,
+        "trial_room_gib": round(job.room("train") / GIB, 2),
         "gpu": job.gpu.name,
         "nodes": nodes,
         "gpus_per_node": gpus_per_node,
@@ -101,6 +104,22 @@ def run_plan(
         "tokens": job.tokens,
         "rates": {"device": job.gpu.rates.device, "own": job.gpu.measured},
     }
+
+
+def trial_peak(config: RunConfig, tokens: int | None = None) -> tuple[str, int]:
+    """The phase of a trial on a GPU that takes the most memory, and the bytes of a rank's tensors in it.
+
+    Args:
+        tokens: of the longest sample; `task.max_length` if None.
+
+    Raises:
+        InputError: as `run_plan`.
+    """
+    # The kind of GPU decides how fast a trial is, and the length of a training does not change what it takes.
+    job, layout = _prepared(config, 1, config.search.ray.ranks, "h100-80gb", tokens, train_samples=1)
+    found = {phase: items.total for phase, items in phases(job, layout).items() if phase in TRIAL}
+    phase = max(found, key=lambda name: found[name])
+    return phase, found[phase]
 
 
 def _named(stage: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from irdscale.cluster.share import share_of
 from irdscale.plan.layout import Job, Layout, cost, main_memory, phases
 from irdscale.plan.memory import Zero, shipped
 from irdscale.plan.sizes import GIB, Items
@@ -15,13 +16,13 @@ MOST_NODES = 256
 
 
 def peak(job: Job, layout: Layout) -> tuple[str, Items]:
-    """The phase that takes the most memory, and its items."""
-    return max(phases(job, layout).items(), key=lambda item: item[1].total)
+    """The phase that takes the most of the memory that it may take, and its items."""
+    return max(phases(job, layout).items(), key=lambda item: item[1].total / max(1.0, job.room(item[0])))
 
 
 def fits(job: Job, layout: Layout) -> bool:
     """Whether every phase leaves room in a rank's memory."""
-    return peak(job, layout)[1].total <= job.gpu.room
+    return all(items.total <= job.room(phase) for phase, items in phases(job, layout).items())
 
 
 def with_stage(layout: Layout, stage: int | None) -> Layout:
@@ -117,10 +118,17 @@ def _file(zero: Zero) -> str:
 def advice(job: Job, layout: Layout) -> list[str]:
     """Lines for people: whether it fits and by what, what would, and what is cheaper."""
     phase, items = peak(job, layout)
-    room = f"{job.gpu.room / GIB:.1f} GiB of {job.gpu.name}"
+    room = f"{job.room(phase) / GIB:.1f} GiB of {job.gpu.name}"
     said = f"{items.total / GIB:.1f} GiB a rank at the peak, in {PHASES[phase]}"
-    fitting = items.total <= job.gpu.room
+    fitting = fits(job, layout)
     lines = [f"Fits: {said}; {room} can be used." if fitting else f"Does not fit: {said}; {room} can be used."]
+    if job.share < 1:
+        trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
+        share = f" ({share_of(room_for):g})" if room_for else ""
+        lines.append(
+            f"{trials} trial(s) share a GPU (search.ray.gpus_per_rank={job.share:g}), and are taken to train at "
+            f"1/{trials} of its speed each; it has room for {room_for}{share}."
+        )
     here = cheapest(job, layout)
     if here is not None and here != layout:
         old, new = (cost(job, x).seconds["search"] for x in (layout, here))

@@ -51,7 +51,11 @@ class Gpu:
     @property
     def room(self) -> float:
         """Bytes that tensors may take."""
-        return self.memory if self.name == "cpu" else (1 - IDLE) * self.memory - CONTEXT
+        return self.room_of(1)
+
+    def room_of(self, share: float) -> float:
+        """Bytes that the tensors of one process may take that has a share of the GPU."""
+        return self.memory if self.name == "cpu" else (1 - IDLE) * share * self.memory - CONTEXT
 
     @property
     def measured(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
 
+from irdscale.cluster.share import counted, jobs_a_gpu, share_of, shared_turns
 from irdscale.config import RunConfig
 from irdscale.plan.hardware import Gpu
 from irdscale.plan.memory import (
@@ -22,6 +23,9 @@ from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import gradient_traffic, sample_flops, sums_traffic, weight_traffic
 from irdscale.search.ird import Pair, lattice, most_evaluations, sample_sets, shrink_of
 
+# Phases of a trial; in the others a rank has its GPU alone.
+TRIAL = ("begin", "train", "evaluate")
+MOST_TRIALS = 64
 # Kind of pass and setting -> bytes of one batch.
 Trace = Callable[[str, Setting], Traced]
 
@@ -73,6 +77,7 @@ class Job:
         language: whether samples are texts that a language model goes on with.
         scattered: whether the entries of masks lie in all rows and columns, as those do that each matrix has alike.
         ray_ranks: ranks that train a candidate, where Ray runs candidates side by side.
+        share: of a GPU that such a rank has; trials share the rest.
         trace: bytes of a pass.
     """
 
@@ -94,7 +99,25 @@ class Job:
     language: bool
     scattered: bool
     ray_ranks: int | None
+    share: float
     trace: Trace = field(repr=False)
+
+    @property
+    def trials_a_gpu(self) -> int:
+        """Candidates that train on one GPU at the same time."""
+        return jobs_a_gpu(self.share)
+
+    def room(self, phase: str) -> float:
+        """Bytes that tensors of a rank may take in a phase."""
+        return self.gpu.room_of(self.share if phase in TRIAL else 1)
+
+    def most_trials(self, found: dict[str, Items]) -> int:
+        """How many trials of these phases a GPU has room for at the same time; 0 if not for one."""
+        held = max(found[phase].total for phase in TRIAL if phase in found)
+        most = 0
+        while most < MOST_TRIALS and held <= self.gpu.room_of(share_of(most + 1)):
+            most += 1
+        return most
 
 
 def job_of(
@@ -135,8 +158,14 @@ def job_of(
         language=language,
         scattered=config.scope == "layerwise",
         ray_ranks=search.ray.ranks if search.runner == "ray" else None,
+        share=_share(config, gpu),
         trace=trace,
     )
+
+
+def _share(config: RunConfig, gpu: Gpu) -> float:
+    shared = config.search.runner == "ray" and config.search.ray.shares_gpus and gpu.name != "cpu"
+    return counted(config.search.ray.gpus_per_rank or 1) if shared else 1
 
 
 def micro_batch(job: Job, layout: Layout) -> int:
@@ -245,8 +274,11 @@ def cost(job: Job, layout: Layout) -> Cost:
         "fisher": job.mask_passes * sums + passes * gathered,
         "candidate": job.steps * (gradients + micro),
     }
-    at_once = max(1, layout.world // train.world)
+    beside = job.trials_a_gpu
+    at_once = max(1, layout.world // train.world) * beside
     rounds = ceil(job.evaluations / at_once)
+    # Who compute all the time share a GPU's speed: a round takes as long as all trials of one GPU one after another.
+    turns = shared_turns(job.evaluations, at_once, beside)
     # Steps one after another; a head's is taken for a whole one, which takes more.
     steps = job.head_steps + rounds * job.steps
     traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + steps * (gradients + micro)
@@ -260,6 +292,7 @@ def cost(job: Job, layout: Layout) -> Cost:
     over = gpu.step_over_limit("scattered" if job.scattered else "concentrated")
     fisher = job.mask_passes * passing + job.traced * tracing
     stepping = job.batch * (over * limit + again) / speed / train.world + (gradients + micro) / own
-    seconds = {"fisher": fisher, "step": stepping, "candidate": job.steps * stepping}
+    seconds = {"fisher": fisher, "step": beside * stepping, "candidate": beside * job.steps * stepping}
+    steps = job.head_steps + turns * job.steps
     seconds["search"] = fisher + passing + job.drawn_traced * tracing + steps * stepping
     return Cost(traffic, flops, seconds)

@@ -33,10 +33,12 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.desk import Job
 from irdscale.cluster.ranks import Gang, Talk, packed, unpacked
+from irdscale.cluster.share import cards, counted, is_share
 from irdscale.cluster.table import watching
 from irdscale.cluster.trial import JobTrial
 from irdscale.config import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
+from irdscale.plan.share import Sharing, said_of, sharing_of
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
@@ -60,12 +62,16 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
     """Connect to the cluster, check its nodes, and run the body; an interrupt lets trials save their state first.
 
     Raises:
-        InputError: there is no cluster, a node does not share the output folder, or no trial can ever fit.
+        InputError: there is no cluster, a node does not share the output folder, no trial can ever fit, or trials that
+            share a GPU take more memory than it has.
     """
     with connected() as cluster:
         check_nodes(output)
         steps = training_steps(config.train, len(task.trained))
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
+        if config.search.ray.shares_gpus:
+            shared = sharing(config, task)
+            log.log(logging.WARNING if shared.fits is False else logging.INFO, said_of(shared))
         with watching(cluster.desk, enabled=progress):
             try:
                 yield engine
@@ -75,12 +81,28 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
                 raise
 
 
-def gang_of(config: RunConfig, ranks: int) -> Gang:
-    """The ranks of one job, on the cluster that this process is connected to."""
+def gang_of(config: RunConfig, ranks: int, whole: bool = False) -> Gang:
+    """The ranks of one job, on the cluster that this process is connected to.
+
+    Args:
+        whole: each has its GPU alone, also where trials share one.
+    """
     asked = config.search.ray
-    gpus = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
+    gpus: float = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
+    if is_share(gpus):
+        gpus = 1 if whole else counted(gpus)
     grouped = config.train.deepspeed is not None
     return Gang(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
+
+
+def sharing(config: RunConfig, task: Task) -> Sharing:
+    """How trials share the GPUs of the cluster that this process is connected to.
+
+    Raises:
+        InputError: they take more memory than there is.
+    """
+    share = gang_of(config, config.search.ray.ranks).gpus
+    return sharing_of(config, share, cards(share), task.longest)
 
 
 class RayEngine:
@@ -107,12 +129,13 @@ class RayEngine:
         self._evaluation = evaluation or _evaluated
         asked = config.search.ray
         self._trial = gang_of(config, asked.ranks)
-        self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks)
+        # Sums over samples take more than a trial does, and no trial runs beside them.
+        self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks, whole=True)
         for key, gang in (("ranks", self._trial), ("fisher_ranks", self._fisher)):
             if fitting(gang) == 0:
                 problem = (
-                    f"search.ray.{key}: found {gang.size} x {gang.cpus} CPUs and {gang.gpus} GPUs, which do not fit on "
-                    f"the cluster ({'; '.join(map(_described, nodes()))})"
+                    f"search.ray.{key}: found {gang.size} x {gang.cpus} CPUs and {gang.gpus:g} GPUs, which do not fit "
+                    f"on the cluster ({'; '.join(map(_described, nodes()))})"
                 )
                 if cluster.own:
                     raise InputError(f"{problem}; expected less, or a larger cluster")
@@ -157,7 +180,8 @@ class RayEngine:
         call, desk, silent_s = calls[place], self._cluster.desk, 60 * self._config.search.ray.silent_minutes
         work = partial(_called, self._config, call.config or self._config, self._output, call.work, call.args)
         label = {"what": _said(calls, place)}
-        answer(desk.start.remote(Job(_name(calls, place), packed(work), self._fisher, silent_s, label=label)))
+        gang = self._trial if call.light and is_share(self._trial.gpus) else self._fisher
+        answer(desk.start.remote(Job(_name(calls, place), packed(work), gang, silent_s, label=label)))
         return desk.follow.remote(_name(calls, place))
 
     def evaluate(

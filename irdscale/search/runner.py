@@ -27,11 +27,13 @@ class Call:
 
     Attributes:
         config: in the place of the run's own; of the same model and task.
+        light: takes no more memory than a trial, with which it may share a GPU.
     """
 
     work: Callable[..., Any]
     args: tuple[Any, ...] = ()
     config: RunConfig | None = None
+    light: bool = False
 
 
 class Engine(Protocol):

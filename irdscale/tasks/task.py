@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -66,6 +67,12 @@ class Task:
     def trained(self) -> Dataset:
         """What is trained on: the samples of the train split, or the blocks that they were packed into."""
         return self.train if self.blocks is None else self.blocks
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample that is trained on, or that a candidate's metric is measured on."""
+        tables = (split.with_format("arrow")[:] for split in (self.trained, self.selection))
+        return max(int(pc.max(pc.list_value_length(table["input_ids"])).as_py()) for table in tables)
 
     @property
     def population(self) -> Dataset:

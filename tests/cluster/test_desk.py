@@ -1,4 +1,7 @@
-"""The desk against real processes: what they return, die of, and are ended for. One cluster of two processors."""
+"""The desk against real processes: what they return, die of, and are ended for.
+
+One cluster of two processors, and of one GPU by name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
-from irdscale.cluster import connect  # noqa: E402
+from irdscale.cluster import connect, share  # noqa: E402
 from irdscale.cluster.desk import Job  # noqa: E402
 from irdscale.cluster.ranks import Gang, packed, unpacked  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
@@ -29,6 +32,7 @@ def desk() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         with connect.connected(cpus=2) as cluster:
             assert cluster.own
@@ -166,7 +170,24 @@ def test_what_fits(desk: Any) -> None:
         0,
         0,
     ]
-    assert connect.fitting(Gang(gpus=1)) == 0
+    assert [connect.fitting(Gang(gpus=gpus)) for gpus in (1, 0.5, 0.25, 0.75)] == [1, 2, 2, 1]
+    assert connect.fitting(Gang(size=2, gpus=1)) == 0
+
+
+def test_jobs_share_a_gpu_as_far_as_it_goes(desk: Any) -> None:
+    """Each on a processor of its own; a GPU without CUDA is one by name, whose memory nobody asks for."""
+    assert share.cards(0.5) == []
+    start(desk, "half", works.slow, Gang(gpus=0.5))
+    until(desk, lambda jobs: jobs and jobs[0]["begun"] is not None)
+    start(desk, "most", works.gpu, Gang(gpus=0.75))
+    start(desk, "other half", works.gpu, Gang(gpus=0.5))
+    # A processor and half a GPU are free: not enough for the one, enough for the other, which sees the same GPU.
+    assert end_of(desk, "other half") == ["0", 0, False]
+    (first, waiting) = until(desk, lambda jobs: len(jobs) == 2)
+    assert first["begun"] is not None
+    assert waiting["begun"] is None
+    ray.get(desk.stop.remote("half"))
+    assert end_of(desk, "most") == ["0", 0, False]
 
 
 def test_the_output_folder_is_checked_and_left_as_it_was(desk: Any, tmp_path: Path) -> None:

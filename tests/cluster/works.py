@@ -11,10 +11,16 @@ from typing import Any
 
 from irdscale.cluster.ranks import Talk
 from irdscale.errors import InputError, RunError
+from irdscale.launched import launched
 
 
 def answer(talk: Talk) -> int:
     return os.getpid()
+
+
+def gpu(talk: Talk) -> list[Any]:
+    """The GPUs that a rank sees, which of them it is to take, and whether the Trainer looks for other ranks."""
+    return [os.environ["CUDA_VISIBLE_DEVICES"], launched()[1], "LOCAL_RANK" in os.environ]
 
 
 def bad_input(talk: Talk) -> None:

@@ -68,6 +68,8 @@ class Engine:
         return work(*self.given, *args)
 
     def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
+        # Test scores may share a GPU, passes that make masks may not.
+        assert all(call.light is (call.work is run.score_on_test) for call in calls)
         return LocalEngine(*self.given).call_all(calls, ended)
 
     def evaluate(

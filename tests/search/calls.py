@@ -19,6 +19,14 @@ def meets(config: RunConfig, task: Any, output: Path, place: int, other: int) ->
     return place, config.fisher.seed
 
 
+def gpus(config: RunConfig, task: Any, output: Path) -> float:
+    """How many are asked of Ray for this job."""
+    import ray
+
+    found: float = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+    return found
+
+
 def fails_once(config: RunConfig, task: Any, output: Path) -> str:
     if (output / "failed").exists():
         return "done"

@@ -22,15 +22,19 @@ EVERY_STEP = ["train.save_minutes=0"]
 
 
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have searches of this process start a cluster of two processors; call the result with what workers run first."""
+    """Have searches of this process start a cluster of two processors; call the result with what workers run first.
+
+    It takes the number of GPUs, too.
+    """
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     real = ray.init
 
-    def prepare(setup: Callable[[], None] | None = None) -> None:
+    def prepare(setup: Callable[[], None] | None = None, gpus: int = 0) -> None:
         def init(**options: Any) -> Any:
             if options["address"] == "local":
-                options["num_cpus"] = 2
+                # GPUs by name only.
+                options |= {"num_cpus": 2, "num_gpus": gpus}
             if setup is not None:
                 options |= {"runtime_env": {"worker_process_setup_hook": setup}}
             return real(**options)

@@ -116,6 +116,15 @@ def test_calls_run_side_by_side(folder: Path, on_ray: Callable[..., None], tmp_p
         assert engine.call_all([Call(calls.meets, (2, 3)), Call(calls.meets, (3, 2))])[1][0] == 3
 
 
+def test_light_calls_share_a_gpu_as_trials_do(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
+    """Of one GPU by name they have half each; what is not light waits until it has the whole."""
+    on_ray(gpus=1)
+    config = load_config(folder / "toy.yaml", ["search.runner=ray", "search.ray.gpus_per_rank=0.5"])
+    with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
+        both = [Call(calls.meets, (place, 1 - place), light=True) for place in (0, 1)]
+        assert engine.call_all([*both, Call(calls.gpus)]) == [(0, config.fisher.seed), (1, config.fisher.seed), 1.0]
+
+
 def test_a_local_search_goes_on_on_ray_and_back(local: tuple[Path, dict[str, Any]], folder: Path) -> None:
     """The runner does not make it another search; one that has ended starts no cluster."""
     config = load_config(
@@ -140,6 +149,7 @@ def test_all_failing_ends_with_the_error(folder: Path, on_ray: Callable[..., Non
         ("search.ray.ranks=5", "train.batch_size"),
         ("search.ray.ranks=8", r"search.ray.ranks: found 8 x 1 CPUs and 0 GPUs, which do not fit on the cluster"),
         ("search.ray.cpus_per_rank=4", "search.ray.ranks: found 1 x 4 CPUs"),
+        ("search.ray.gpus_per_rank=0.5", "search.ray.ranks: found 1 x 1 CPUs and 0.5 GPUs"),
         ("search.ray.gpus_per_rank=1", "search.ray.ranks: found 1 x 1 CPUs and 1 GPUs"),
         ("search.ray.fisher_ranks=3", "search.ray.fisher_ranks: found 3 x 1 CPUs"),
         ("search.ray.placement=pac", 'did you mean "pack"'),
