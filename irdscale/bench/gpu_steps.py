@@ -30,6 +30,8 @@ from irdscale.bench.gpu_models import (
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.fisher import accumulate_fisher, scored_parameters
 from irdscale.mask import Mask, index_dtype, top_k
+from irdscale.plan.rates import StepKind
+from irdscale.plan.steps import step_peak
 from irdscale.sparse import sparsify
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ FISHER, SCATTERED, LESS = "Fisher mask 0.5 %", "random mask 0.5 %", "random mask
 # Over the limit.
 BARS: dict[str, float | None] = {FISHER: 1.03, SCATTERED: 1.12, LESS: 1.06, "LoRA r=8 (PEFT)": None, "full": None}
 # As the plan calls what is trained, and the mask's share.
-PLANNED = {
+PLANNED: dict[str, tuple[StepKind, float]] = {
     "limit": ("limit", RATIO),
     FISHER: ("concentrated", RATIO),
     SCATTERED: ("scattered", RATIO),
@@ -165,18 +167,13 @@ def plan_rows(peaks: Peaks) -> Iterator[dict[str, Any]]:
     """How many times as large as the other the larger of a step's planned and measured peaks is."""
     for (name, kind), peak in peaks.items():
         planned = planned_peak(name, kind)
-        if planned is not None:
-            what = f"plan ({planned / GIB:.1f} GiB) and measured peak ({peak / GIB:.1f} GiB) apart: {kind}"
-            apart = max(planned / peak, peak / planned)
-            yield figure("train", what, name, gpu_models.TOKENS, apart, limit=PLAN_BAR)
+        what = f"plan ({planned / GIB:.1f} GiB) and measured peak ({peak / GIB:.1f} GiB) apart: {kind}"
+        apart = max(planned / peak, peak / planned)
+        yield figure("train", what, name, gpu_models.TOKENS, apart, limit=PLAN_BAR)
 
 
-def planned_peak(name: str, kind: str) -> int | None:
-    """Bytes that `irdscale.plan` expects at the peak of a step of this kind; None where it cannot say."""
-    try:
-        from irdscale.plan.steps import step_peak
-    except ImportError:
-        return None
+def planned_peak(name: str, kind: str) -> int:
+    """Bytes that `irdscale.plan` expects at the peak of a step of this kind."""
     size, (planned, ratio) = SIZES[name], PLANNED[kind]
     model = make_model(size, "meta")
-    return int(step_peak(model, planned, size.batch, gpu_models.TOKENS, ratio=ratio, rank=LORA_RANK))
+    return step_peak(model, planned, size.batch, gpu_models.TOKENS, ratio=ratio, rank=LORA_RANK)
