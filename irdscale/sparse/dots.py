@@ -76,8 +76,9 @@ def _rows(  # type: ignore[no-untyped-def]
 
     What is loaded, Y = QUADS x 2 x WARPS x 8 i x 4, lies in the threads that the tensor cores want it in.
     """
+    # Read once, and not to push the slab out of the cache.
     if PACKED:
-        word = tl.load(stream_ptr + token_Y + tl.minimum(pair_Y, last_p // 2))
+        word = tl.load(stream_ptr + token_Y + tl.minimum(pair_Y, last_p // 2), eviction_policy="evict_first")
         low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
         high = (word >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
@@ -395,9 +396,8 @@ def _launch(stream_TR: Tensor, slab_TC: Tensor, dots: Dots, values: Tensor) -> N
     for first, end in _launches(dots.chunk_starts, 4 * blocks * SLOTS * WARPS):
         first_trip, trips = dots.chunk_starts[first], dots.chunk_starts[end] - dots.chunk_starts[first]
         partials = values.new_empty(blocks * trips * SLOTS * WARPS)
-        splits = _splits(blocks * dots.parts, end - first, _multiprocessors(values.device))
-        each = -(-(end - first) // splits)
-        _dot_entries[(blocks, dots.parts, splits)](
+        each = -(-(end - first) // _splits(blocks * dots.parts, end - first, _multiprocessors(values.device)))
+        _dot_entries[(blocks, dots.parts, -(-(end - first) // each))](
             stream,
             slab,
             dots.slots,
