@@ -76,9 +76,9 @@ def _rows(  # type: ignore[no-untyped-def]
 
     What is loaded, Y = QUADS x 2 x WARPS x 8 i x 4, lies in the threads that the tensor cores want it in.
     """
-    # Read once, and not to push the slab out of the cache.
+    # Whole sectors of 32 bytes, read once: past the L1 cache, which is for the slab.
     if PACKED:
-        word = tl.load(stream_ptr + token_Y + tl.minimum(pair_Y, last_p // 2), eviction_policy="evict_first")
+        word = tl.load(stream_ptr + token_Y + tl.minimum(pair_Y, last_p // 2), cache_modifier=".cg")
         low = (word & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
         high = (word >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
