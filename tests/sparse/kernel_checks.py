@@ -129,6 +129,7 @@ def test_dots_of_types(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
         (3, 300, 16, 90),  # two chunks, the second not full
         (3, 16, 530, 1),  # chunks without entries
         (2, 1200, 1100, 90),  # two parts of the narrower side, the second not full
+        (2, 1200, 1100, 12),  # and parts without entries
         (2, 1, 1, 1),
     ],
 )
@@ -180,8 +181,8 @@ def test_dots_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dots_beyond_two_to_the_31() -> None:
-    # Of 4 GiB, few are touched.
-    stride = 2**31 // 4 + 2
+    # Of 8 GiB, few are touched. Two numbers are loaded as one, so that 2^32 of them are 2^31.
+    stride = 2**32 // 4 + 2
     base = torch.empty(4 * stride + 64, dtype=torch.bfloat16, device=DEVICE)
     left = base.as_strided((5, 48), (stride, 1))
     left.copy_(draw(5, 48, dtype=torch.bfloat16))
