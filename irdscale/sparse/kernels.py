@@ -1,7 +1,6 @@
 """A Triton kernel that forms only those tiles of a weight's gradient that hold entries, and writes only the entries.
 
-Imports without Triton; `usable` says whether the kernel can run. Its speed has not been measured: nothing here has run
-on a GPU, only in Triton's interpreter.
+Imports without Triton; `usable` says whether the kernel can run.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 64
 # Entries gathered at once.
 ENTRIES = 256
-# Tokens at once, warps, stages.
+# Tokens at once, warps, stages: the most that fit the 99 KiB of shared memory of the smallest GPU without spilling.
 Block = tuple[int, int, int]
-HALF_BLOCKS: tuple[Block, ...] = ((128, 4, 3), (64, 4, 4), (64, 8, 4), (32, 4, 4))
-FLOAT_BLOCKS: tuple[Block, ...] = ((32, 4, 3), (16, 4, 3), (32, 8, 3))
+HALF_BLOCK: Block = (64, 4, 4)
+FLOAT_BLOCK: Block = (32, 4, 3)
 INTERPRETED_BLOCK: Block = (16, 4, 1)
 
 
@@ -48,7 +47,6 @@ def _tile_entries(  # type: ignore[no-untyped-def]
     rows,
     columns,
     tokens,
-    length_class,
     left_t,
     left_p,
     right_t,
@@ -109,9 +107,9 @@ class Tiles:
     order: Tensor
 
 
-def count_tiles(row_k: Tensor, column_k: Tensor, width: int) -> int:
-    """How many tiles hold the entries at these rows and columns."""
-    return len(_tile_of(row_k, column_k, width).unique())
+def tile_numbers(row_k: Tensor, column_k: Tensor, shape: tuple[int, int]) -> tuple[Tensor, int]:
+    """The tile of each of the entries at these rows and columns of a matrix, and how many tiles there are."""
+    return _tile_of(row_k, column_k, shape[1]), -(-shape[0] // TILE) * -(-shape[1] // TILE)
 
 
 def make_tiles(row_k: Tensor, column_k: Tensor, width: int) -> Tiles:
@@ -131,7 +129,7 @@ def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
 
     The first call for a device and data type runs the kernel on a small example, and logs a failure once.
     """
-    if _why_not(left_TP, right_TQ) is not None:
+    if why_not(left_TP, right_TQ) is not None:
         return False
     return interpreting() or _works(left_TP.device, left_TP.dtype)
 
@@ -146,14 +144,14 @@ def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles)
     Raises:
         ValueError: Triton is missing, or a tensor is not as above.
     """
-    reason = _why_not(left_TP, right_TQ)
+    reason = why_not(left_TP, right_TQ)
     if reason is not None:
         raise ValueError(f"tile_entries: {reason}")
-    blocks = FLOAT_BLOCKS if left_TP.dtype == torch.float32 else HALF_BLOCKS
-    return _entries((INTERPRETED_BLOCK,) if interpreting() else blocks, left_TP, right_TQ, index, tiles)
+    return _entries(left_TP, right_TQ, index, tiles)
 
 
-def _why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
+def why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
+    """What was found and expected where kernels cannot multiply these; None where they can."""
     if left_TP.dim() != 2 or right_TQ.dim() != 2 or len(left_TP) != len(right_TQ):
         return f"found shapes {list(left_TP.shape)} and {list(right_TQ.shape)}; expected [T, P] and [T, Q]"
     if left_TP.dtype not in DTYPES or left_TP.dtype != right_TQ.dtype:
@@ -168,12 +166,12 @@ def _why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a small example comes out right; Triton needs a C compiler and a driver that fits, for one."""
     # Not random, for the global generators are not ours to move.
-    values = torch.arange(40 * 72, dtype=torch.float64).sin().view(40, 72)
-    left, right = values[:, :70].to(device, dtype), values.cos().to(device, dtype)
-    index = torch.arange(0, 70 * 72, 3, dtype=torch.int32, device=device)
-    blocks = FLOAT_BLOCKS if dtype == torch.float32 else HALF_BLOCKS
+    values = torch.arange(40 * 80, dtype=torch.float64).sin().view(40, 80)
+    # Sizes that 16 divides, as layers have them: Triton compiles for others anew.
+    left, right = values.to(device, dtype), values.cos().to(device, dtype)
+    index = torch.arange(0, 80 * 80, 3, dtype=torch.int32, device=device)
     try:
-        found = _entries(blocks[-1:], left, right, index, make_tiles(index // 72, index % 72, 72))
+        found = _entries(left, right, index, make_tiles(index // 80, index % 80, 80))
         expected = (left.cpu().double().t() @ right.cpu().double()).view(-1)[index.cpu().long()]
         error = float((found.cpu().double() - expected).abs().max() / expected.abs().max())
     except Exception as problem:  # whatever a compiler or driver raises, the plain way works
@@ -184,17 +182,16 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return error < 1e-4
 
 
-def _entries(blocks: tuple[Block, ...], left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
-    """One launch with the best of `blocks`, chosen on first use for a size where there are several."""
+def _entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     tokens, rows = left_TP.shape
     values = torch.zeros(len(index), dtype=torch.float32, device=left_TP.device)
     if tokens * len(index) == 0:
         return values
-    kernel = _jitted() if len(blocks) == 1 else _tuned(blocks)
-    options = dict(zip(("BLOCK_T", "num_warps", "num_stages"), blocks[0], strict=True)) if len(blocks) == 1 else {}
+    block = FLOAT_BLOCK if left_TP.dtype == torch.float32 else HALF_BLOCK
+    length, warps, stages = INTERPRETED_BLOCK if interpreting() else block
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
-        kernel[(len(tiles.tiles),)](
+        _jitted()[(len(tiles.tiles),)](
             left_TP,
             right_TQ,
             index,
@@ -205,15 +202,15 @@ def _entries(blocks: tuple[Block, ...], left_TP: Tensor, right_TQ: Tensor, index
             rows,
             right_TQ.shape[1],
             tokens,
-            # Tuned once for each power of two.
-            max(16, triton.next_power_of_2(min(tokens, 4096))),
             *left_TP.stride(),
             *right_TQ.stride(),
             TILE=TILE,
             ENTRIES=ENTRIES,
             # The interpreter multiplies the bits of bfloat16 as integers.
             WIDEN=interpreting(),
-            **options,
+            BLOCK_T=length,
+            num_warps=warps,
+            num_stages=stages,
         )
     return values
 
@@ -222,11 +219,3 @@ def _entries(blocks: tuple[Block, ...], left_TP: Tensor, right_TQ: Tensor, index
 def _jitted() -> Any:
     # Lengths change from batch to batch, and would each be compiled for again.
     return triton.jit(_tile_entries, do_not_specialize=["tokens"])
-
-
-@cache
-def _tuned(blocks: tuple[Block, ...]) -> Any:
-    configs = [
-        triton.Config({"BLOCK_T": length}, num_warps=warps, num_stages=stages) for length, warps, stages in blocks
-    ]
-    return triton.autotune(configs, key=["rows", "columns", "length_class"])(_jitted())

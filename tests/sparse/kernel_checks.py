@@ -1,4 +1,4 @@
-"""The Triton kernel against a float64 oracle, on the GPU or in Triton's interpreter.
+"""The Triton kernels against a float64 oracle, on the GPU or in Triton's interpreter.
 
 Run by test_kernels.py in a process of its own.
 """
@@ -6,14 +6,15 @@ Run by test_kernels.py in a process of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from irdscale.sparse import kernels, products
+from irdscale.sparse import dots, kernels, products
 from irdscale.sparse.kernels import TILE
-from irdscale.sparse.products import prepare
+from irdscale.sparse.products import Kind, prepare
 from tests.kernels import DEVICE, INTERPRETED, close, draw
 
 BLOCK_T = kernels.INTERPRETED_BLOCK[0]
@@ -35,7 +36,8 @@ def oracle(left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
 def check(left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> None:
     width = right_TQ.shape[1]
     tiles = kernels.make_tiles(index // width, index % width, width)
-    assert len(tiles.tiles) == kernels.count_tiles(index // width, index % width, width)
+    numbers, _ = kernels.tile_numbers(index // width, index % width, (left_TP.shape[1], width))
+    assert torch.equal(tiles.tiles.long(), numbers.unique())
     assert kernels.usable(left_TP, right_TQ)
     found = kernels.tile_entries(left_TP, right_TQ, index, tiles)
     assert found.dtype == torch.float32
@@ -102,21 +104,105 @@ def test_nothing_to_add(tokens: int) -> None:
     check(draw(tokens, P), draw(tokens, Q), index)
 
 
-def test_every_block_of_the_gpu() -> None:
-    index = some(P, Q, 500)
-    tiles = kernels.make_tiles(index // Q, index % Q, Q)
-    for dtype, blocks in ((torch.bfloat16, kernels.HALF_BLOCKS), (torch.float32, kernels.FLOAT_BLOCKS)):
-        left, right = draw(150, P, dtype=dtype), draw(150, Q, dtype=dtype, seed=1)
-        for block in blocks:
-            close(kernels._entries((block,), left, right, index, tiles), oracle(left, right, index))
+def check_dots(left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> None:
+    width = right_TQ.shape[1]
+    made = dots.make_dots(index // width, index % width, (left_TP.shape[1], width))
+    assert dots.usable(left_TP, right_TQ)
+    found = dots.dot_entries(left_TP, right_TQ, len(index), made)
+    assert found.dtype == torch.float32
+    close(found, oracle(left_TP, right_TQ, index))
+    assert torch.equal(found, dots.dot_entries(left_TP, right_TQ, len(index), made))
 
 
-def test_products_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    index, taken = some(P, Q, 200), []
-    run = kernels.tile_entries
-    monkeypatch.setattr(kernels, "tile_entries", lambda *args: (taken.append(1), run(*args))[1])
-    product = prepare(index, (P, Q), "tiles")
-    left, right = draw(21, P, dtype=torch.bfloat16), draw(21, Q, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_dots_of_types(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+    check_dots(draw(70, 48, dtype=dtype), draw(70, 32, dtype=dtype, seed=1), some(48, 32, 150).to(index_dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "k"),
+    [
+        (1, 48, 32, 40),  # one token
+        (64, 48, 32, 48 * 32),  # a whole block, all entries
+        (3, 32, 48, 90),  # columns are the wider side
+        (3, 300, 16, 90),  # two chunks, the second not full
+        (3, 16, 530, 1),  # chunks without entries
+        (2, 1200, 1100, 90),  # two parts of the narrower side, the second not full
+        (2, 1200, 1100, 12),  # and parts without entries
+        (2, 1, 1, 1),
+    ],
+)
+def test_dots_of_sizes(tokens: int, rows: int, columns: int, k: int) -> None:
+    left, right = draw(tokens, rows, dtype=torch.bfloat16), draw(tokens, columns, dtype=torch.bfloat16, seed=1)
+    check_dots(left, right, some(rows, columns, k))
+
+
+@pytest.mark.parametrize(
+    "at", [[0], [48 * 32 - 1], [15 * 32 + 31, 16 * 32], list(range(32)), list(range(0, 48 * 32, 32))]
+)
+def test_dots_of_single_places_rows_and_columns(at: list[int]) -> None:
+    left, right = draw(5, 48, dtype=torch.bfloat16), draw(5, 32, dtype=torch.bfloat16, seed=1)
+    check_dots(left, right, torch.tensor(at, dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_dots_of_strides(kind: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = draw(5, 48, dtype=dtype), draw(5, 32, dtype=dtype, seed=1)
+        check_dots(STRIDED[kind](left), STRIDED[kind](right), some(48, 32, 90))
+
+
+def test_dots_of_odd_sides_and_places() -> None:
+    index = some(35, 17, 90)
+    left, right = draw(5, 36, dtype=torch.float16), draw(5, 17, dtype=torch.float16, seed=1)
+    check_dots(left[:, 1:], right, index)
+    check_dots(left[:, :35], right, index)
+
+
+def test_dots_of_an_infinite_and_a_large_number() -> None:
+    left, right = draw(5, 48, dtype=torch.bfloat16), draw(5, 32, dtype=torch.bfloat16, seed=1)
+    left[2, 7], right[4, 3] = float("inf"), 1e30
+    index = some(48, 32, 48 * 32)
+    made = dots.make_dots(index // 32, index % 32, (48, 32))
+    found = dots.dot_entries(left, right, len(index), made).view(48, 32).cpu()
+    assert not found[7].isfinite().any()
+    assert found[[row for row in range(48) if row != 7]].isfinite().all()
+
+
+def test_dots_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, int]] = []
+    launches = dots._launches
+    monkeypatch.setattr(dots, "_launches", lambda *args: launched.extend(launches(*args)) or launches(*args))
+    # One trip of 256 slots and one block of tokens takes 1 KiB.
+    monkeypatch.setattr(dots, "PARTIALS", 2048)
+    check_dots(draw(3, 1100), draw(3, 16, seed=1), some(1100, 16, 90))
+    assert launched[:3] == [(0, 1), (1, 3), (3, 5)]
+
+
+def test_dots_beyond_two_to_the_31() -> None:
+    # Of 8 GiB, few are touched. Two numbers are loaded as one, so that 2^32 of them are 2^31.
+    stride = 2**32 // 4 + 2
+    base = torch.empty(4 * stride + 64, dtype=torch.bfloat16, device=DEVICE)
+    left = base.as_strided((5, 48), (stride, 1))
+    left.copy_(draw(5, 48, dtype=torch.bfloat16))
+    check_dots(left, draw(5, 32, dtype=torch.bfloat16, seed=1), some(48, 32, 90))
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_dots_of_nothing(tokens: int) -> None:
+    check_dots(draw(tokens, 48), draw(tokens, 32), some(48, 32, 0 if tokens else 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name"), [("tiles", kernels, "tile_entries"), ("dots", dots, "dot_entries")]
+)
+def test_products_take_it(kind: Kind, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, taken = some(48, 32, 90), []
+    run = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: (taken.append(1), run(*args))[1])
+    product = prepare(index, (48, 32), kind)
+    left, right = draw(21, 48, dtype=torch.bfloat16), draw(21, 32, dtype=torch.bfloat16, seed=1)
     close(product.entries(left, right, index), oracle(left, right, index))
     assert taken == [1]
     # What the kernel cannot take goes the plain way.
@@ -140,9 +226,18 @@ def test_refused(case: str) -> None:
     assert not kernels.usable(left, right)
     with pytest.raises(ValueError, match=message):
         kernels.tile_entries(left, right, index, kernels.make_tiles(index // 5, index % 5, 5))
+    assert not dots.usable(left, right)
+    with pytest.raises(ValueError, match=message):
+        dots.dot_entries(left, right, 1, dots.make_dots(index // 5, index % 5, (4, 5)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-def test_a_concentrated_mask_on_a_gpu_takes_it() -> None:
+def test_masks_that_crowd_and_scatter_on_a_gpu() -> None:
     index = torch.cat([torch.arange(64, device=DEVICE) + 4096 * row for row in range(0, 4096, 128)]).to(torch.int32)
     assert products.prepare(index, (4096, 4096)).kind in ("tiles", "dense")
+    index = torch.arange(0, 4096 * 4096, 211, dtype=torch.int32, device=DEVICE)
+    product = products.prepare(index, (4096, 4096))
+    assert product.kind == "dots"
+    left, right = draw(200, 4096, dtype=torch.bfloat16), draw(200, 4096, dtype=torch.bfloat16, seed=1)
+    expected = (left.double().t() @ right.double()).view(-1)[index.long()]
+    close(product.entries(left, right, index), expected.cpu())

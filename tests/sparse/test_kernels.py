@@ -1,20 +1,28 @@
-"""The Triton kernel: its checks in the interpreter and, where there is a GPU, on it; and life without Triton."""
+"""The Triton kernels: their checks in the interpreter and, where there is a GPU, on it; what they compile to.
+
+And life without Triton.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from irdscale.sparse import kernels
-from irdscale.sparse.products import prepare
-from tests.kernels import needs_triton, run_checks
+from irdscale.sparse import dots, kernels
+from irdscale.sparse.products import Kind, prepare
+from tests.kernels import ROOT, needs_triton, run_checks
 
-CHECKS = Path(__file__).with_name("kernel_checks.py")
+CHECKS, COMPILE = Path(__file__).with_name("kernel_checks.py"), "tests.sparse.kernel_compile"
+KERNELS: tuple[Kind, ...] = ("tiles", "dots")
 
 
 @needs_triton
@@ -28,12 +36,35 @@ def test_on_the_gpu() -> None:
     run_checks(CHECKS, interpret=False)
 
 
+@needs_triton
+def test_compiled_ahead_of_time() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(row["kernel"], row["architecture"]) for row in compiled} == set(product(("dots", "tiles"), (80, 89, 90)))
+    for row in compiled:
+        # 99 KiB are the least that a GPU with tensor cores for bfloat16 has.
+        assert row["stack"] == 0, row
+        assert row["shared"] <= 99 * 1024, row
+        if row["kernel"] == "dots":
+            # Numbers go from the L1 cache to the registers of the tensor cores, 16 bytes at once, and nowhere else.
+            assert (row["shared"], row["barriers"]) == (0, 0), row
+            assert (row["wide_loads"], row["products"]) == (4, 8), row
+        else:
+            assert row["wide_copies"] > 0, row
+
+
 def test_not_on_a_cpu() -> None:
     left, right, index = torch.ones(3, 4), torch.ones(3, 5), torch.tensor([1, 7])
     assert not kernels.usable(left, right)
     with pytest.raises(ValueError, match=r"^tile_entries: found (device cpu; expected cuda|no triton; .*)$"):
         kernels.tile_entries(left, right, index, kernels.make_tiles(index // 5, index % 5, 5))
-    assert torch.equal(prepare(index, (4, 5), "tiles").entries(left, right, index), torch.tensor([3.0, 3.0]))
+    assert not dots.usable(left, right)
+    with pytest.raises(ValueError, match=r"^dot_entries: found (device cpu; expected cuda|no triton; .*)$"):
+        dots.dot_entries(left, right, 2, dots.make_dots(index // 5, index % 5, (4, 5)))
+    for kind in KERNELS:
+        assert torch.equal(prepare(index, (4, 5), kind).entries(left, right, index), torch.tensor([3.0, 3.0]))
 
 
 def test_without_triton() -> None:
@@ -41,25 +72,68 @@ def test_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from irdscale.sparse import kernels
-print(kernels.usable(torch.ones(2, 3), torch.ones(2, 4)))
+from irdscale.sparse import dots, kernels
+print(kernels.usable(torch.ones(2, 3), torch.ones(2, 4)), dots.usable(torch.ones(2, 3), torch.ones(2, 4)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "False False\n"
 
 
 @needs_triton
-def test_a_failing_kernel_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (kernels, "Sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"),
+        (dots, "Scattered sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"),
+    ],
+)
+def test_a_failing_kernel_is_logged_once(
+    module: Any, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(kernels, "_why_not", lambda *_: None)
-    monkeypatch.setattr(kernels, "_entries", fail)
+    monkeypatch.setattr(module, "why_not", lambda *_: None)
+    monkeypatch.setattr(module, "_entries", fail)
     left, right = torch.ones(2, 4), torch.ones(2, 5)
-    kernels._works.cache_clear()
+    module._works.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [kernels.usable(left, right) for _ in range(2)] == [False, False]
-    kernels._works.cache_clear()
-    assert [r.getMessage() for r in caplog.records] == [
-        "Sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"
-    ]
+        assert [module.usable(left, right) for _ in range(2)] == [False, False]
+    module._works.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [what]
+
+
+@pytest.mark.parametrize(
+    ("starts", "bound", "expected"),
+    [
+        ((0, 2, 4, 6, 8), 80, [(0, 4)]),
+        ((0, 2, 4, 6, 8), 79, [(0, 2), (2, 4)]),
+        ((0, 6, 7, 8, 9), 70, [(0, 2), (2, 4)]),
+        # One chunk alone may pass the bound.
+        ((0, 6, 7, 8, 9), 50, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_partial_sums_are_bounded(
+    starts: tuple[int, ...], bound: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dots, "PARTIALS", bound)
+    assert dots._launches(starts, 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("programs", "chunks", "splits"), [(128, 32, 1), (16, 32, 8), (1, 4, 4), (157, 32, 4), (264, 32, 1)]
+)
+def test_programs_fill_the_gpu(programs: int, chunks: int, splits: int) -> None:
+    assert dots._splits(programs, chunks, 132) == splits
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(8192, 2048, 83886), (2048, 8192, 33554), (512, 1024, 5000)])
+def test_bytes_of_dots(rows: int, columns: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(rows * columns, generator=generator)[:k].sort().values.to(torch.int32)
+    made = dots.make_dots(index // columns, index % columns, (rows, columns))
+    for tokens, itemsize, blocks in ((4096, 2, 64), (65, 2, 2), (65, 4, 3)):
+        slab = blocks * 128 * min(rows, columns)
+        sums = 4 * blocks * len(made.slots)
+        assert abs(dots.dots_bytes(tokens, rows, columns, k, itemsize) - slab - sums) <= 0.05 * (slab + sums)
+    assert dots.dots_bytes(2**20, rows, columns, k, 2) <= 2**21 * min(rows, columns) + max(2**26, 2**18 * k)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from irdscale.sparse import products
-from irdscale.sparse.products import CPU, GPU, Kind, Rates, choose, cost, prepare
+from irdscale.sparse.products import CPU, GPU, DotRates, Kind, Rates, choose, cost, prepare
 
-KINDS: tuple[Kind, ...] = ("dense", "sampled", "tiles")
+KINDS: tuple[Kind, ...] = ("dense", "sampled", "tiles", "dots")
 T = 7
 
 
@@ -129,20 +129,42 @@ def test_what_is_kept_is_one_place_an_entry(kind: Kind, monkeypatch: pytest.Monk
     assert kept <= 4 * (len(index) + 60 + 50 + 60 + 1)
 
 
+def test_what_dots_keep() -> None:
+    index = torch.randperm(512 * 300, generator=torch.Generator().manual_seed(0))[:2000].sort().values.to(torch.int32)
+    tensors = prepare(index, (512, 300), "dots").tensors()
+    assert {t.dtype for t in tensors} == {torch.int32}
+    # All groups of 16 rows in a chunk of 256 get as many slots, by sixteens, as the one with most entries.
+    most = torch.bincount(index // 300 // 16).view(2, 16).amax(1)
+    slots = sum(16 * 16 * -(-entries // 16) for entries in most.tolist())
+    assert sum(t.nbytes for t in tensors) == 4 * (2 * slots + 3)
+    assert slots < 1.5 * len(index)
+
+
 def test_whole_dense_products_keep_nothing() -> None:
     assert prepare(torch.arange(60 * 50, dtype=torch.int32), (60, 50), "dense").tensors() == []
 
 
 def test_cost_counts_what_is_done() -> None:
-    rates = Rates(take=2, transpose=3, dot=5)
+    dots = DotRates(entry=7, row=11, copy=17, launch=19)
+    rates = Rates(take=2, transpose=3, read=3, sampled=5, tile=23, dots=dots)
     shape, active = (10, 20), (4, 5)
     assert cost("dense", shape, active, (False, False), 6, rates) == 10 * 20
     assert cost("dense", shape, active, (True, False), 6, rates) == 2 * 4 + 4 * 20
     assert cost("dense", shape, active, (False, True), 6, rates) == 2 * 5 + 10 * 5
-    assert cost("dense", shape, active, (True, True), 6, rates) == 2 * (4 + 5) + 4 * 5
+    # Reading few rows and columns takes longer than multiplying them.
+    assert cost("dense", shape, active, (True, True), 6, rates) == 2 * (4 + 5) + 3 * (4 + 5)
     assert cost("sampled", shape, active, (False, False), 6, rates) == 3 * (10 + 20) + 5 * 6
     assert cost("sampled", shape, active, (True, False), 6, rates) == 2 * 4 + 3 * (4 + 20) + 5 * 6
     assert cost("sampled", shape, active, (True, True), 6, rates) == 2 * 9 + 3 * 9 + 5 * 6
+    assert cost("tiles", shape, active, (False, False), 6, rates, 3) == 23 * 3 * 64 * 64
+    few = Rates(take=2, tile=23, tiles=8)
+    assert cost("tiles", shape, active, (False, False), 6, few, 3) == 23 * 8 * 64 * 64
+    rates = Rates(take=2, read=13, dots=dots)
+    for k, inner in ((6, 13 * 30), (60, 7 * 60 + 11 * 20)):
+        assert cost("dots", shape, active, (False, False), k, rates) == inner + 17 * 10 + 19
+    # Two parts of the narrower side: the wider one is loaded for each.
+    assert cost("dots", (2048, 9), active, (False, False), 10**6, rates) == 7 * 10**6 + 11 * 2048 + 17 * 9 + 19
+    assert cost("dots", (1025, 9000), active, (False, False), 10**6, rates) == 7 * 10**6 + 22 * 9000 + 17 * 1025 + 19
 
 
 @pytest.mark.parametrize("rates", [CPU, GPU])
@@ -154,12 +176,48 @@ def test_choice(rates: Rates) -> None:
     assert scattered == (("sampled", (False, False)) if rates is CPU else ("dense", (False, False)))
 
 
+@pytest.mark.parametrize("share", [0.0005, 0.002, 0.005])
+@pytest.mark.parametrize("shape", [(2048, 2048), (8192, 2048), (2048, 8192), (14336, 4096)])
+def test_scattered_entries_of_large_matrices_go_by_dots_on_a_gpu(shape: tuple[int, int], share: float) -> None:
+    tiles = shape[0] * shape[1] // 64**2
+    assert choose(shape, shape, int(share * shape[0] * shape[1]), GPU, tiles) == ("dots", (False, False))
+
+
+def test_dots_lose_to_dense_where_entries_are_many() -> None:
+    shape = (8192, 2048)
+    assert GPU.dots is not None
+    fixed = GPU.dots.row * 8192 * 2 + GPU.dots.copy * 2048 + GPU.dots.launch
+    border = int((8192 * 2048 - fixed) / GPU.dots.entry)
+    for k, kind in ((border, "dots"), (border + 1, "dense")):
+        assert choose(shape, shape, k, GPU, 4096) == (kind, (False, False))
+
+
 def test_tiles_win_where_few_hold_entries() -> None:
-    # 1.3 * 64^2 tiles = 4096 * 4096
-    border = int(4096 * 4096 / (1.3 * 64 * 64))
+    assert GPU.tile is not None
+    shape, k = (4096, 4096), 10**6
+    border = int(4096 * 4096 / (GPU.tile * 64 * 64))
     for tiles, kind in ((border, "tiles"), (border + 1, "dense")):
-        assert choose((4096, 4096), (4096, 4096), 10**5, GPU, tiles) == (kind, (False, False))
-    assert cost("tiles", (4096, 4096), (9, 9), (False, False), 9, GPU, 3) == 1.3 * 3 * 64 * 64
+        assert choose(shape, shape, k, GPU, tiles) == (kind, (False, False))
+
+
+def test_a_mask_is_prepared_with_few_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+
+    def count(name: str) -> None:
+        run = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, *args, **more: (waits.append(name), run(self, *args, **more))[1])
+
+    for name in ("tolist", "item", "nonzero", "unique", "unique_consecutive", "__bool__", "__int__", "__float__"):
+        count(name)
+    # Cheap enough to win on a small matrix.
+    cheap = DotRates(entry=0, row=0, copy=0, launch=0)
+    monkeypatch.setattr(products, "CPU", Rates(take=1, tile=1, dots=cheap))
+    index = torch.tensor([5, 77, 78, 401, 640, 1199], dtype=torch.int32)
+    assert prepare(index, (40, 30)).kind == "dots"
+    assert waits == ["tolist", "tolist"]
+    waits.clear()
+    assert prepare(index, (40, 30), "dense").kind == "dense"
+    assert waits == ["tolist"]
 
 
 def test_choice_turns_where_the_costs_cross() -> None:
