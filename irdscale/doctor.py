@@ -276,7 +276,7 @@ def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
 
     task = ray.remote(num_cpus=gang.cpus, num_gpus=gang.gpus, max_calls=1, max_retries=0)(measured)
     try:
-        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size)))
+        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size, not gang.fresh)))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None

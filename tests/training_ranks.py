@@ -202,14 +202,14 @@ def warm_head(config: RunConfig) -> dict[str, torch.Tensor]:
     """The head that Fisher passes see after some steps, and the samples' traces by it."""
     fisher = config.fisher.model_copy(update={"head_warmup": 10})
     config, task = config.model_copy(update={"fisher": fisher}), load_task(config)
-    model, new = model_to_score(config, task, progress=False)
-    samples = sample_gradients(config, task, model, range(13), new)
-    traces = torch.zeros(13, dtype=torch.float64)
-    samples.add_traces(range(13), traces)
-    found = {"traces": traces}
-    for name in new:
-        with whole([model.get_parameter(name)]):
-            found[name] = model.get_parameter(name).detach().clone()
+    with model_to_score(config, task, progress=False) as (model, new):
+        samples = sample_gradients(config, task, model, range(13), new)
+        traces = torch.zeros(13, dtype=torch.float64)
+        samples.add_traces(range(13), traces)
+        found = {"traces": traces}
+        for name in new:
+            with whole([model.get_parameter(name)]):
+                found[name] = model.get_parameter(name).detach().clone()
     return found
 
 
