@@ -105,6 +105,7 @@ class _Held:
         self._head = new_head(model, new, seed) if new else None
         self._record = Recorded(model, without=new)
         self._hashes: dict[frozenset[str], str] = {}
+        vouch(model, self._hashes)
 
     def draw(self, seed: int) -> bool:
         """Give the new head the values of this seed; False where only a load can."""
