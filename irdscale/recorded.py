@@ -70,6 +70,9 @@ class Recorded:
                 found = parameters.get(name)
                 if found is not recorded:
                     return False
+                if type(found) is not nn.Parameter:
+                    # One of a quantised model, which knows more than its data.
+                    renewed[id(found)] = found
                 if id(found) not in renewed:
                     full = self._names[id(found)]
                     data = given.get(full, found.data)

@@ -354,7 +354,7 @@ def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], m
 
 
 def test_a_search_leaves_no_model_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(write_config(tmp_path, train__steps=2, search__max_rounds=0))
+    config = load_config(write_config(tmp_path, train__steps=2, search__max_rounds=1))
     held: list[weakref.ref[nn.Module]] = []
     real = _Held.__init__
 

@@ -37,9 +37,9 @@ def vouch(model: nn.Module, hashes: Mapping[frozenset[str], str]) -> None:
     vars(model)[VOUCHED] = {left_out: (_stamp(model, left_out), known) for left_out, known in hashes.items()}
 
 
-def vouched_hash(model: nn.Module) -> str:
-    """`base_hash(model)`; `known_hash` of a model whose base somebody vouches for."""
-    return known_hash(model, sparse_state(model).dense) if VOUCHED in vars(model) else base_hash(model)
+def is_vouched(model: nn.Module) -> bool:
+    """Whether somebody vouches for what is known of the base."""
+    return VOUCHED in vars(model)
 
 
 def known_hashes(model: nn.Module) -> dict[frozenset[str], str]:
