@@ -383,6 +383,7 @@ def _on_rank(rank: int, world: int, folder: str) -> None:
         assert kept.loads == 1
 
 
+@pytest.mark.usefixtures("ranks_of_deepspeed")
 def test_ranks_that_train_together_keep_theirs(tmp_path: Path) -> None:
     write_config(tmp_path)
     mp.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
