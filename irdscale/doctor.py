@@ -290,7 +290,7 @@ def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
     # The costs are of a GPU alone, which the Fisher passes have.
     task = ray.remote(num_cpus=gang.cpus, num_gpus=ceil(gang.gpus), max_calls=1, max_retries=0)(measured)
     try:
-        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size)))
+        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size, not gang.fresh)))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None

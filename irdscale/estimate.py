@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from irdscale.base_model import KeptBase, base_model, keeping
 from irdscale.cluster.share import shared_turns
 from irdscale.config import RunConfig, training_steps
 from irdscale.evaluation import evaluate_model
@@ -30,8 +33,8 @@ from irdscale.search.ird import (
     shrink_of,
 )
 from irdscale.search.masks import smallest_pair
-from irdscale.tasks import build_model, load_task
-from irdscale.training import Control, fine_tune, sparse_model, trained_whole
+from irdscale.tasks import load_task
+from irdscale.training import Control, fine_tune, make_sparse, trained_whole
 from irdscale.zero import micro_batch
 
 if TYPE_CHECKING:
@@ -48,9 +51,10 @@ class Costs:
     Attributes:
         trace, gradient: of a sample, in the pass that ranks the samples and in the one that makes masks.
         ranking: of all entries, once for each number of samples.
-        begin: until a candidate's first step: its model and its Trainer.
+        begin: until a candidate's first step: its mask in a model that is there, and its Trainer.
         step: of training.
         prediction: of a sample, when a metric is measured.
+        load: of the model.
     """
 
     trace: float
@@ -59,6 +63,7 @@ class Costs:
     begin: float
     step: float
     prediction: float
+    load: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,13 @@ class Size:
     test: int
 
 
-def measured(config: RunConfig, threads: int | None = None, ranks: int = 1) -> tuple[Costs, Size]:
+def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept: bool = True) -> tuple[Costs, Size]:
     """Measure a few steps of a search on this machine; writes nothing.
 
     Args:
         threads: of the processor; those that torch chooses if None.
         ranks: that share a training step: one rank's part of it is measured.
+        kept: whether a process keeps its model from one evaluation to the next; if not, `begin` has a load in it.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the ranks.
@@ -101,7 +107,8 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1) -> t
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with joined(config.distributed, always=config.train.deepspeed is not None):
+        always = config.train.deepspeed is not None
+        with joined(config.distributed, always=always), keeping(KeptBase()) if kept else nullcontext():
             return _measured(config, ranks)
     finally:
         torch.set_num_threads(before)
@@ -109,9 +116,19 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1) -> t
 
 def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     part = micro_batch(config, ranks) * config.train.gradient_accumulation
-    task, seed = load_task(config), config.search.seeds[0]
-    model, new = build_model(config, task, seed)
-    whole = trained_whole(config, model, new)
+    task = load_task(config)
+    started = time.perf_counter()
+    with base_model(config, task, config.search.seeds[0]) as (model, new):
+        load = time.perf_counter() - started
+        size, passes, mask = _of_passes(config, task, model, trained_whole(config, model, new))
+    begin, step, prediction = _training(config, task, mask, part)
+    return Costs(*passes, begin, step, prediction, load), size
+
+
+def _of_passes(
+    config: RunConfig, task: Task, model: nn.Module, whole: list[str]
+) -> tuple[Size, tuple[float, float, float], Mask]:
+    """The search's size, the costs of its passes, and a mask of its size."""
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     samples = sample_gradients(config, task, model, pool, whole)
     start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
@@ -131,9 +148,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
         test=len(task.test),
     )
     trace, gradient, ranking, mask = _passes(config, samples, start)
-    del model, samples
-    begin, step, prediction = _training(config, task, mask, part)
-    return Costs(trace, gradient, ranking, begin, step, prediction), size
+    return size, (trace, gradient, ranking), mask
 
 
 def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:
@@ -157,17 +172,24 @@ def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[f
 def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
     """Seconds until a candidate's first step, of a step, and of a sample when its metric is measured."""
     started, seed = time.perf_counter(), config.search.seeds[0]
-    model = sparse_model(config, task, mask, seed)
-    built = time.perf_counter() - started
+    with base_model(config, task, seed) as (model, new):
+        make_sparse(config, model, new, mask, seed)
+        built = time.perf_counter() - started
+        begun, step, prediction = _steps(config, task, model, batch_size)
+    return built + begun, step, prediction
+
+
+def _steps(config: RunConfig, task: Task, model: nn.Module, batch_size: int) -> tuple[float, float, float]:
+    """Seconds until a sparse model's first step, of a step, and of a sample when its metric is measured."""
     stamps: list[float] = []
     train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
     control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
-    fine_tune(model, task, config.model_copy(update={"train": train}), seed, control)
+    fine_tune(model, task, config.model_copy(update={"train": train}), config.search.seeds[0], control)
     step = statistics.median(b - a for a, b in zip(stamps[FIRST:], stamps[FIRST + 1 :], strict=False))
     size = config.train.eval_batch_size
     split = task.selection.select(range(min(len(task.selection), 2 * size)))
     prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
-    return built + max(0.0, stamps[1] - stamps[0] - step), step, prediction
+    return max(0.0, stamps[1] - stamps[0] - step), step, prediction
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -202,4 +224,6 @@ def search_seconds(
     turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
     evaluations = waves * costs.begin + turns * computing
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    return passes + (size.rankings + 1) * costs.ranking + evaluations + tests
+    # Processes load side by side; those of the evaluations are others than the passes' where there are several.
+    loads = (1 if at_once == 1 else 2) * costs.load
+    return loads + passes + (size.rankings + 1) * costs.ranking + evaluations + tests

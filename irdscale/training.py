@@ -95,18 +95,20 @@ def training_order(samples: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def model_with_lora(config: RunConfig, task: Task, seed: int, rank: int | None) -> tuple[nn.Module, list[str]]:
-    """The task's model, with LoRA matrices of this rank in its linear layers (none for None), initialised by `seed`.
+def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, rank: int | None) -> list[str]:
+    """Put LoRA matrices of this rank into a model's linear layers (none for None), in place, initialised by `seed`.
+
+    Args:
+        new: names of the parameters that the checkpoint does not hold.
 
     Returns:
-        The model, and the names of the parameters that are trained outside a mask: these matrices and the head.
+        The names of the parameters that are trained outside a mask: these matrices and the head.
 
     Raises:
-        InputError: as `build_model`, `trained_whole` and `irdscale.lora.insert_lora`.
+        InputError: as `trained_whole` and `irdscale.lora.insert_lora`.
     """
-    model, new = build_model(config, task, seed)
     whole = trained_whole(config, model, new)
-    return model, whole if rank is None else [*whole, *insert_lora(model, rank, seed, whole)]
+    return whole if rank is None else [*whole, *insert_lora(model, rank, seed, whole)]
 
 
 def sparse_model(
@@ -120,7 +122,22 @@ def sparse_model(
     Raises:
         InputError: the mask does not fit the model, or there is nothing to train.
     """
-    model, whole = model_with_lora(config, task, seed, lora_rank)
+    model, new = build_model(config, task, seed)
+    return make_sparse(config, model, new, mask, seed, lora_rank)
+
+
+def make_sparse(
+    config: RunConfig, model: nn.Module, new: list[str], mask: Mask | None, seed: int, lora_rank: int | None = None
+) -> nn.Module:
+    """`sparse_model` of a model that is built already, in place.
+
+    Args:
+        new: names of the parameters that the checkpoint does not hold.
+
+    Raises:
+        InputError: as `sparse_model`.
+    """
+    whole = put_lora(config, model, new, seed, lora_rank)
     mask = mask if mask is not None else Mask({}, {})
     if mask.k == 0 and not whole:
         raise InputError("train.always_train: found no parameter and an empty mask; expected something to train")

@@ -42,24 +42,24 @@ COMPARED_ROWS = 16
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
     """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
     started = time.perf_counter()
-    model, whole = model_to_score(config, task, progress)
-    with failing_together():
-        pool = draw_samples(config, task, config.fisher.samples, "pool")
-        samples = sample_gradients(config, task, model, pool, whole)
-        scored = sum(map(numel_of, samples.scored.values()))
-        k = mask_size(config, model, scored)
-    traces = torch.zeros(len(pool), dtype=torch.float64)
-    size = len(pool)
-    rankings = ranked_entries(config, samples, range(size), [size], k, "mask", traces=traces, progress=progress)
-    mask = rankings[size].prefix(k)
-    facts = {
-        "params": k,
-        "parameters": sum(map(numel_of, model.parameters())),
-        "scored": scored,
-        "samples": len(pool),
-        "sample_gradients": samples.taken,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    with model_to_score(config, task, progress) as (model, whole):
+        with failing_together():
+            pool = draw_samples(config, task, config.fisher.samples, "pool")
+            samples = sample_gradients(config, task, model, pool, whole)
+            scored = sum(map(numel_of, samples.scored.values()))
+            k = mask_size(config, model, scored)
+        traces = torch.zeros(len(pool), dtype=torch.float64)
+        size = len(pool)
+        rankings = ranked_entries(config, samples, range(size), [size], k, "mask", traces=traces, progress=progress)
+        mask = rankings[size].prefix(k)
+        facts = {
+            "params": k,
+            "parameters": sum(map(numel_of, model.parameters())),
+            "scored": scored,
+            "samples": len(pool),
+            "sample_gradients": samples.taken,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
     return mask, traces_of(task, pool, traces), facts
 
 

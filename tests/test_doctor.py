@@ -248,7 +248,7 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
 
     splits = {"samples": 100, "selection": 20, "test": 30}
     size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, mask_samples=100, **splits)
-    costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13)
+    costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13, load=10.0)
     # Waves of (start, two rounds, baselines) at two seeds: 2 + 6 + 6 + 4 one by one, 1 + 2 + 2 + 1 four at once.
     for at_once, ranks, waves in ((1, 1, 18), (4, 1, 6), (4, 2, 6)):
         only = {
@@ -258,6 +258,8 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
             "begin": (waves + 6) * 1e6,
             "step": waves * 10 * 1e9,
             "prediction": (100 / ranks + waves * 20 + 6 * 30) * 1e13,
+            # The passes' process, and those of the evaluations where they are others.
+            "load": 10.0 if at_once == 1 else 20.0,
         }
         for name, expected in only.items():
             zero = {field.name: 0.0 for field in dataclasses.fields(costs)}

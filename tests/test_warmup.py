@@ -38,7 +38,8 @@ def test_passes_see_a_head_that_was_trained_alone(config: RunConfig) -> None:
     fine_tune(by_hand, task, few, 0)
     _, head = trained_numbers(by_hand)
     cold, _ = build_model(config, task, 0)
-    model, whole = model_to_score(config, task, progress=False)
+    with model_to_score(config, task, progress=False) as (model, whole):
+        pass
     assert set(whole) == set(new) == set(head)
     start = dict(cold.named_parameters())
     assert [name for name, _ in model.named_parameters()] == list(start)
@@ -76,5 +77,6 @@ def test_a_model_without_a_new_head_has_none_to_warm(config: RunConfig, tmp_path
     build_model(config, task, 0)[0].save_pretrained(tmp_path)
     task.tokenizer.save_pretrained(tmp_path)
     complete = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
-    with pytest.raises(InputError, match=r"^fisher.head_warmup: found 20; expected 0: the checkpoint holds all"):
-        model_to_score(complete, task, progress=False)
+    refused = pytest.raises(InputError, match=r"^fisher.head_warmup: found 20; expected 0: the checkpoint holds all")
+    with refused, model_to_score(complete, task, progress=False):
+        pass

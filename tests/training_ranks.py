@@ -19,6 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from irdscale import merge
+from irdscale.base_model import KeptBase
 from irdscale.config import RunConfig
 from irdscale.errors import TrainingError
 from irdscale.evaluation import evaluate_model
@@ -27,7 +28,7 @@ from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.ranks import add_up, end_rank
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import Control, fine_tune, sparse_model
+from irdscale.training import Control, fine_tune, make_sparse, sparse_model
 from irdscale.warmup import model_to_score
 from tests.training_oracle import changed, load, mask_of
 
@@ -154,6 +155,10 @@ def around_training(rank: int, world: int, folder: str) -> None:
         heads(config, zero, task)
         bad_loss_on_one_rank(config, task, rank)
         evaluated(config, zero, task)
+        for stage in (2, 1, None, 3):
+            lent(
+                config if stage is None else changed(config, deepspeed=settings_file(Path(folder), stage)), task, stage
+            )
         # Before what counts DDP's bytes: a training with DeepSpeed leaves nothing behind that changes the next one.
         warmed(Path(folder))
         for stage in (None, 1, 2, 3):
@@ -198,18 +203,32 @@ def evaluated(config: RunConfig, zero: RunConfig, task: Task) -> None:
             assert found == expected
 
 
+def lent(config: RunConfig, task: Task, stage: int | None) -> None:
+    """Trainings on one base model come to the numbers of those on their own; in ZeRO-3 partitions each has its own."""
+    config, kept = changed(config, steps=3), KeptBase()
+    for turn, seed in enumerate((0, 1, 0)):
+        numbers = []
+        for place in (kept, KeptBase()):
+            with place.lend(config, task, seed) as (model, new):
+                make_sparse(config, model, new, mask_of(config, task, 0.1 + 0.1 * turn), seed)
+                fine_tune(model, task, config, seed)
+                numbers.append(trained_numbers(model))
+        same(numbers[0], numbers[1], 0.0, f"lent model, stage {stage}, turn {turn}")
+    assert kept.loads == (3 if stage == 3 else 1), stage
+
+
 def warm_head(config: RunConfig) -> dict[str, torch.Tensor]:
     """The head that Fisher passes see after some steps, and the samples' traces by it."""
     fisher = config.fisher.model_copy(update={"head_warmup": 10})
     config, task = config.model_copy(update={"fisher": fisher}), load_task(config)
-    model, new = model_to_score(config, task, progress=False)
-    samples = sample_gradients(config, task, model, range(13), new)
-    traces = torch.zeros(13, dtype=torch.float64)
-    samples.add_traces(range(13), traces)
-    found = {"traces": traces}
-    for name in new:
-        with whole([model.get_parameter(name)]):
-            found[name] = model.get_parameter(name).detach().clone()
+    with model_to_score(config, task, progress=False) as (model, new):
+        samples = sample_gradients(config, task, model, range(13), new)
+        traces = torch.zeros(13, dtype=torch.float64)
+        samples.add_traces(range(13), traces)
+        found = {"traces": traces}
+        for name in new:
+            with whole([model.get_parameter(name)]):
+                found[name] = model.get_parameter(name).detach().clone()
     return found
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from irdscale.base_model import base_model
 from irdscale.compare.asked import Method, asked_methods
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
@@ -15,7 +18,6 @@ from irdscale.lora import insert_lora
 from irdscale.partitioned import numel_of
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
-from irdscale.tasks import build_model
 from irdscale.training import trained_whole
 
 if TYPE_CHECKING:
@@ -39,16 +41,19 @@ class ModelFacts:
 
 
 def model_facts(config: RunConfig, task: Task, output: Path, lora: bool) -> ModelFacts:
-    """Build the model once, and count; collective.
+    """Count what is in the model; collective.
 
     Args:
         lora: count LoRA's matrices too.
 
     Raises:
-        InputError: as `build_model` and `insert_lora`.
+        InputError: as `base_model` and `insert_lora`.
     """
-    model, new = build_model(config, task, config.compare.seeds[0])
-    head = trained_whole(config, model, new)
+    with base_model(config, task, config.compare.seeds[0]) as (model, new):
+        return _counted(config, task, model, trained_whole(config, model, new), lora)
+
+
+def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], lora: bool) -> ModelFacts:
     sizes = {name: numel_of(parameter) for name, parameter in model.named_parameters()}
     biases = [name for name in sizes if name.endswith("bias") and name not in head]
     counted = {

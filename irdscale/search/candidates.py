@@ -6,13 +6,15 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from irdscale.base_model import base_model
 from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.evaluation import evaluate_model
@@ -23,15 +25,14 @@ from irdscale.search.ird import Pair
 from irdscale.search.kept import mask_folder
 from irdscale.search.ledger import evaluation_key
 from irdscale.sparse import load_adapter, save_adapter
-from irdscale.tasks import build_model
 from irdscale.training import (
     Control,
     Paused,
     adapter_config,
     adapter_dtype,
     fine_tune,
-    model_with_lora,
-    sparse_model,
+    make_sparse,
+    put_lora,
 )
 from irdscale.training_state import remove_training
 
@@ -134,23 +135,24 @@ def run_candidate(
     control = control or Control()
     if report is not None:
         control = replace(control, at_rung=lambda step: report(step, measure()))
-    try:
-        model = _untrained(config, task, output, candidate)
-        fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
-        record |= {"metric": measure(), "status": "ok"}
-    except Paused:
-        raise
-    except Exception as error:  # whatever one candidate dies of, the others go on
-        agreed = isinstance(error, TrainingError)
-        if isinstance(error, InputError | RunError) and not agreed:
+    with ExitStack() as lent:
+        try:
+            model = lent.enter_context(_untrained(config, task, output, candidate))
+            fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
+            record |= {"metric": measure(), "status": "ok"}
+        except Paused:
             raise
-        # What one rank alone dies of leaves the others waiting for it.
-        if rank_and_world()[1] > 1 and not agreed:
-            raise
-        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        log.warning("%s failed: %s", candidate, record["error"])
-    if model is not None and record["status"] == "ok":
-        save_adapter(model, adapter_folder(output, key), config=adapter_config(config, candidate.seed))
+        except Exception as error:  # whatever one candidate dies of, the others go on
+            agreed = isinstance(error, TrainingError)
+            if isinstance(error, InputError | RunError) and not agreed:
+                raise
+            # What one rank alone dies of leaves the others waiting for it.
+            if rank_and_world()[1] > 1 and not agreed:
+                raise
+            record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("%s failed: %s", candidate, record["error"])
+        if model is not None and record["status"] == "ok":
+            save_adapter(model, adapter_folder(output, key), config=adapter_config(config, candidate.seed))
     remove_training(state_folder(output, key))
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -165,28 +167,37 @@ def score_on_test(config: RunConfig, task: Task, output: Path, asked: list[tuple
     """
     metrics = []
     for candidate, keep in asked:
-        key, own, seed = candidate.key(config), candidate.config(config), candidate.seed
-        folder = adapter_folder(output, key)
-        if first_says(folder.exists()):
-            model = load_adapter(model_with_lora(own, task, seed, candidate.lora_rank)[0], folder)
-        else:
-            model = _untrained(own, task, output, candidate)
-            # No bar of its own, but who listens from outside hears that it goes on.
-            with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
-                fine_tune(model, task, own, seed, Control(advance), state_folder(output, key))
-            save_adapter(model, folder, config=adapter_config(own, seed))
-            remove_training(state_folder(output, key))
-        metrics.append(evaluate_model(model, task, task.test, own.train.eval_batch_size)[task.metric])
-        if keep:
-            save_adapter(model, output / "adapter", adapter_config(own, seed), adapter_dtype(own))
+        own = candidate.config(config)
+        with _trained(config, task, output, candidate) as model:
+            metrics.append(evaluate_model(model, task, task.test, own.train.eval_batch_size)[task.metric])
+            if keep:
+                save_adapter(model, output / "adapter", adapter_config(own, candidate.seed), adapter_dtype(own))
     return metrics
+
+
+@contextmanager
+def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> Iterator[nn.Module]:
+    key, own, seed = candidate.key(config), candidate.config(config), candidate.seed
+    folder = adapter_folder(output, key)
+    if first_says(folder.exists()):
+        with base_model(own, task, seed) as (model, new):
+            put_lora(own, model, new, seed, candidate.lora_rank)
+            yield load_adapter(model, folder)
+        return
+    with _untrained(own, task, output, candidate) as trained:
+        # No bar of its own, but who listens from outside hears that it goes on.
+        with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
+            fine_tune(trained, task, own, seed, Control(advance), state_folder(output, key))
+        save_adapter(trained, folder, config=adapter_config(own, seed))
+        remove_training(state_folder(output, key))
+        yield trained
 
 
 def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, float]:
     """The metric of the model as it came, on the selection and on the test split; collective."""
-    model = build_model(config, task, config.search.seeds[0])[0]
     size, splits = config.train.eval_batch_size, (task.selection, task.test)
-    selection, test = (evaluate_model(model, task, split, size)[task.metric] for split in splits)
+    with base_model(config, task, config.search.seeds[0]) as (model, _):
+        selection, test = (evaluate_model(model, task, split, size)[task.metric] for split in splits)
     return selection, test
 
 
@@ -196,6 +207,8 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _untrained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> nn.Module:
+@contextmanager
+def _untrained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> Iterator[nn.Module]:
     mask = None if candidate.mask is None else Mask.load(mask_folder(output, candidate.mask))
-    return sparse_model(config, task, mask, candidate.seed, candidate.lora_rank)
+    with base_model(config, task, candidate.seed) as (model, new):
+        yield make_sparse(config, model, new, mask, candidate.seed, candidate.lora_rank)

@@ -99,21 +99,20 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     if list(task.population.select(pool)["row"]) != traces["row"]:
         raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")
-    model, outside = model_to_score(config, task, progress)
-    samples = sample_gradients(config, task, model, pool, outside)
     begin = result["best"].get("begin", 0)
     kept = traces["order"][begin : begin + result["best"]["samples"]]
-    found_N = masked_traces(
-        samples,
-        kept,
-        mask,
-        weights=equal_weights(torch.tensor(traces["trace"], dtype=torch.float64))
-        if config.fisher.equal_samples
-        else None,
-        dtype=torch.float64 if config.fisher.dtype == "float64" else torch.float32,
-        offload=config.fisher.offload,
-        progress=progress,
-    )
+    with model_to_score(config, task, progress) as (model, outside):
+        found_N = masked_traces(
+            sample_gradients(config, task, model, pool, outside),
+            kept,
+            mask,
+            weights=equal_weights(torch.tensor(traces["trace"], dtype=torch.float64))
+            if config.fisher.equal_samples
+            else None,
+            dtype=torch.float64 if config.fisher.dtype == "float64" else torch.float32,
+            offload=config.fisher.offload,
+            progress=progress,
+        )
     total = float(found_N.sum())
     if total == 0:
         raise RunError(f"{output}: no sample has a gradient inside the winner's mask")

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
     """Where `search.runner` says that the work is done."""
     if config.search.runner == "local":
-        yield LocalEngine(config, task, output)
+        local = LocalEngine(config, task, output)
+        try:
+            yield local
+        finally:
+            local.release()
         return
     require_ray()
     from irdscale.search.ray import ray_engine

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from irdscale.base_model import KeptBase, keeping
 from irdscale.config import RunConfig
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.runner import Call
@@ -17,20 +18,26 @@ T = TypeVar("T")
 
 
 class LocalEngine:
-    """Runs everything where it is called; see `irdscale.search.runner.Engine`."""
+    """Runs everything where it is called, on one base model; see `irdscale.search.runner.Engine`."""
 
     def __init__(self, config: RunConfig, task: Task, output: Path) -> None:
-        self._given = config, task, output
+        self._given, self._base = (config, task, output), KeptBase()
+
+    def release(self) -> None:
+        """Forget the base model."""
+        self._base.release()
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
-        return work(*self._given, *args)
+        with keeping(self._base):
+            return work(*self._given, *args)
 
     def call_all(
         self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
         (own, task, output), results = self._given, []
         for place, call in enumerate(calls):
-            results.append(call.work(call.config or own, task, output, *call.args))
+            with keeping(self._base):
+                results.append(call.work(call.config or own, task, output, *call.args))
             ended(place, results[-1])
         return results
 
@@ -38,4 +45,6 @@ class LocalEngine:
         self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
     ) -> None:
         for candidate in candidates:
-            ended(run_candidate(*self._given, candidate))
+            with keeping(self._base):
+                record = run_candidate(*self._given, candidate)
+            ended(record)

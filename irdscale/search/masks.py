@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from irdscale.base_model import base_model
 from irdscale.config import RunConfig
 from irdscale.config_file import same_search
 from irdscale.errors import InputError
@@ -30,7 +33,6 @@ from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import HALVES, Pair, lattice, sample_sets, shrink_of
 from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
-from irdscale.tasks import build_model
 from irdscale.training import trained_whole
 from irdscale.warmup import model_to_score
 
@@ -59,7 +61,20 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     if earlier is not None:
         return earlier
     started = time.perf_counter()
-    model, whole = model_to_score(config, task, progress)
+    with model_to_score(config, task, progress) as (model, whole):
+        return _made_masks(config, task, output, progress, name, model, whole, started)
+
+
+def _made_masks(
+    config: RunConfig,
+    task: Task,
+    output: Path,
+    progress: bool,
+    name: str,
+    model: nn.Module,
+    whole: list[str],
+    started: float,
+) -> SearchMasks:
     with failing_together():
         pool = draw_samples(config, task, config.fisher.samples, "pool")
         samples = sample_gradients(config, task, model, pool, whole)
@@ -180,17 +195,18 @@ def random_draw_mask(
             load_mask(output, stored["mask"])
         return stored
     started = time.perf_counter()
-    model, whole = model_to_score(config, task, progress)
-    with failing_together():
-        places = draw_samples(config, task, pair.samples, purpose)
-        samples = sample_gradients(config, task, model, places, whole)
-    state = _state(f"random-{pair.samples}-{pair.params}", name)
-    sizes = [pair.samples]
-    rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, state, progress=progress)
-    mask = rankings[pair.samples].prefix(pair.params)
+    with model_to_score(config, task, progress) as (model, whole):
+        with failing_together():
+            places = draw_samples(config, task, pair.samples, purpose)
+            samples = sample_gradients(config, task, model, places, whole)
+        state = _state(f"random-{pair.samples}-{pair.params}", name)
+        sizes = [pair.samples]
+        rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, state, progress=progress)
+        mask = rankings[pair.samples].prefix(pair.params)
+        taken = samples.taken
     stored = {
         "mask": mask.hash,
-        "sample_gradients": samples.taken,
+        "sample_gradients": taken,
         "seconds": round(time.perf_counter() - started, 2),
     }
     with failing_together():
@@ -215,11 +231,12 @@ def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[
                 raise InputError(f"{file}: not a drawn mask; delete it to have it made again")
             load_mask(output, stored["mask"])
         return stored["mask"], stored["params"]
-    with failing_together():
-        model, new = build_model(config, task, config.search.seeds[0])
-        samples = sample_gradients(config, task, model, [0], trained_whole(config, model, new))
-        k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
-    mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
+    with ExitStack() as lent:
+        with failing_together():
+            model, new = lent.enter_context(base_model(config, task, config.search.seeds[0]))
+            samples = sample_gradients(config, task, model, [0], trained_whole(config, model, new))
+            k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
+        mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
     with failing_together():
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)

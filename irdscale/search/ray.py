@@ -30,6 +30,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from irdscale.base_model import KeptBase, keeping
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.desk import Job
 from irdscale.cluster.ranks import Gang, Talk, packed, unpacked
@@ -355,10 +356,17 @@ def _task(config: str) -> Task:
     return load_task(RunConfig.model_validate_json(config))
 
 
+@lru_cache(maxsize=1)
+def kept_base() -> KeptBase:
+    """What this process keeps for its next job."""
+    return KeptBase()
+
+
 def _called(
     run: RunConfig, config: RunConfig, output: Path, work: Callable[..., T], args: tuple[Any, ...], talk: Talk
 ) -> T:
-    return work(config, _task(run.model_dump_json()), output, *args)
+    with keeping(kept_base()):
+        return work(config, _task(run.model_dump_json()), output, *args)
 
 
 def _evaluated(
@@ -378,7 +386,7 @@ def _evaluated(
         talk.report(step, metric)
 
     early = config.search.ray.early_stopping and not optional and candidate.round is not None
-    with curves(output, candidate) as draw:
+    with curves(output, candidate) as draw, keeping(kept_base()):
         control = Control(
             advance,
             talk.pausing,

@@ -17,7 +17,7 @@ from irdscale.files import read_json, read_tensors, write_atomic, write_folder, 
 from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import shape_of
 from irdscale.ranks import failing_together, rank_and_world
-from irdscale.sparse.base import known_hash
+from irdscale.sparse.base import is_vouched, known_hash
 from irdscale.sparse.card import model_card
 from irdscale.sparse.hub import adapter_folder
 from irdscale.sparse.model import (
@@ -91,7 +91,7 @@ def save_adapter(
         raise InputError(f"dtype: found {dtype}; expected {' or '.join(map(str, STORED))}")
     state = sparse_state(model)
     deltas, dense = trained_numbers(model)
-    found_hash = base_hash(model)
+    found_hash = known_hash(model, state.dense) if is_vouched(model) else base_hash(model)
     with failing_together():
         if rank_and_world()[0] > 0:
             return

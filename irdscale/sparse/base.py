@@ -1,13 +1,17 @@
-"""The hash of a sparse model's frozen base, remembered for as long as nothing was seen to write to it."""
+"""The hash of a sparse model's frozen base, remembered for as long as nothing was seen to write to it.
+
+Who lends one base model to many, and compares its weights each time that it comes back, vouches for its hashes: they
+outlast the sparse model, and adapters are saved with them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from irdscale.sparse.model import base_hash, sparse_state
+from irdscale.sparse.model import VOUCHED, base_hash, is_sparse, sparse_state
 
 
 def known_hash(model: nn.Module, without: Iterable[str]) -> str:
@@ -24,9 +28,29 @@ def known_hash(model: nn.Module, without: Iterable[str]) -> str:
     return known[1]
 
 
+def vouch(model: nn.Module, hashes: Mapping[frozenset[str], str]) -> None:
+    """Tell a plain model what its base's hashes are, for when it is sparse.
+
+    Args:
+        hashes: names of the parameters that are left out -> `base_hash` without them.
+    """
+    vars(model)[VOUCHED] = {left_out: (_stamp(model, left_out), known) for left_out, known in hashes.items()}
+
+
+def is_vouched(model: nn.Module) -> bool:
+    """Whether somebody vouches for what is known of the base."""
+    return VOUCHED in vars(model)
+
+
+def known_hashes(model: nn.Module) -> dict[frozenset[str], str]:
+    """The hashes of a sparse model's base that are known and hold, by the parameters that are left out."""
+    known = sparse_state(model).known_bases.items()
+    return {left_out: found for left_out, (stamp, found) in known if stamp == _stamp(model, left_out)}
+
+
 def _stamp(model: nn.Module, left_out: frozenset[str]) -> tuple[Any, ...]:
     """Where each frozen parameter lies, and how often autograd saw it written to."""
-    values = {id(entries.values) for entries in sparse_state(model).patched}
+    values = {id(entries.values) for entries in sparse_state(model).patched} if is_sparse(model) else set()
     return tuple(
         (name, p.data_ptr(), p.dtype, p.device, p._version)
         for name, p in model.named_parameters()

@@ -19,6 +19,9 @@ from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
 
+# Where a model keeps the hashes of its base that `irdscale.sparse.base.vouch` was given.
+VOUCHED = "_irdscale_vouched"
+
 
 @dataclass
 class SparseState:
@@ -139,7 +142,8 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     for name in dense:
         parameters[name].requires_grad_(name not in masters)
     hooks = [model.register_forward_pre_hook(_start_pass), model.register_forward_hook(_end_pass, always_call=True)]
-    model._irdscale = SparseState(mask, entries, copies, masters, required_grad, hooks)  # type: ignore[assignment]
+    known = dict(vars(model).get(VOUCHED, {}))
+    model._irdscale = SparseState(mask, entries, copies, masters, required_grad, hooks, known)  # type: ignore[assignment]
     return model
 
 

@@ -49,8 +49,14 @@ def faulty(raising: str, dying: str, folder: Path) -> Callable[[], None]:
     """A set-up of workers in which one candidate raises at its third step, and one is killed, once, at its fifth."""
 
     def setup() -> None:
+        import logging
+
         from irdscale.cluster.ranks import Talk
 
+        loads = logging.FileHandler(folder / "loads")
+        loads.setFormatter(logging.Formatter("%(process)d %(message)s"))
+        logging.getLogger("irdscale.base_model").setLevel(logging.DEBUG)
+        logging.getLogger("irdscale.base_model").addHandler(loads)
         real = Talk.say
 
         def say(self: Talk, now: bool = False, **facts: Any) -> None:
@@ -98,6 +104,11 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     curves = {p.name for p in (folder / "ray/tensorboard").iterdir()}
     assert f"round0-16samples-{expected['path'][0]['params']}parameters-seed1" in curves
     assert not list((folder / "ray").rglob("*.pkl"))
+    loads = (tmp_path / "loads").read_text().splitlines()
+    processes = [line.split()[0] for line in loads]
+    # Two at a time, and one in the place of the killed one.
+    assert 1 <= len(set(processes)) == len(processes) <= 4, loads
+    assert all("load 1 of " in line for line in loads)
 
 
 def test_calls_run_side_by_side(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
