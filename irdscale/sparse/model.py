@@ -17,7 +17,7 @@ from irdscale.config import nearest
 from irdscale.errors import InputError
 from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
+from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, patch_all
 
 
 @dataclass
@@ -144,10 +144,10 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
 
 
 def _start_pass(model: nn.Module, _args: Any) -> None:
-    for entries in sparse_state(model).patched:
-        if not entries.partitioned:
-            entries.patch()
-            entries.patched = True
+    whole_ones = [entries for entries in sparse_state(model).patched if not entries.partitioned]
+    patch_all(whole_ones)
+    for entries in whole_ones:
+        entries.patched = True
 
 
 def _end_pass(model: nn.Module, _args: Any, _output: Any) -> None:
