@@ -91,15 +91,16 @@ class SparseEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        seen_U, inverse = ids.reshape(-1).unique(return_inverse=True)
-        width = dy.shape[-1]
-        sums_UD = dy.new_zeros(len(seen_U), width).index_add_(0, inverse, dy.reshape(-1, width))
+        ids_N, width = ids.reshape(-1), dy.shape[-1]
+        dy_ND = dy.reshape(-1, width)
         if ctx.padding_idx is not None:
-            sums_UD[seen_U == ctx.padding_idx] = 0
-        place_V = ids.new_full((ctx.shape[0],), -1)
-        place_V[seen_U] = torch.arange(len(seen_U), device=ids.device)
-        place_k = place_V[ctx.index // width]
-        gradient = sums_UD.view(-1).index_select(0, place_k.clamp_min(0) * width + ctx.index % width)
+            dy_ND = dy_ND.masked_fill((ids_N == ctx.padding_idx).unsqueeze(1), 0)
+        # Equal ids are summed at one of their places, whichever was written last: nothing waits to count them.
+        place_V = torch.full((ctx.shape[0],), -1, dtype=torch.int64, device=ids.device)
+        place_V.index_copy_(0, ids_N, torch.arange(len(ids_N), device=ids.device))
+        sums_ND = dy.new_zeros(dy_ND.shape).index_add_(0, place_V.index_select(0, ids_N), dy_ND)
+        place_k = place_V.index_select(0, ctx.index // width)
+        gradient = sums_ND.view(-1).index_select(0, place_k.clamp_min(0) * width + ctx.index % width)
         return None, None, gradient.masked_fill_(place_k < 0, 0).to(ctx.dtype), None, None
 
 

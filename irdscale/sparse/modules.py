@@ -25,6 +25,10 @@ from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul
 from irdscale.sparse.products import Product, prepare
 
+# Has `torch.compile` leave a function out of its graphs, which know neither what is written through `.data` nor which
+# pass patched what, and would go on with stale weights. This one imports the compiler late.
+outside_graphs = torch._disable_dynamo
+
 
 @dataclass
 class Entries:
@@ -200,6 +204,7 @@ class SparseModule(nn.Module):
     _sparse: dict[str, Entries]
 
 
+@outside_graphs
 def _effective(module: SparseModule, local_name: str) -> Tensor:
     entries = module._sparse[local_name]
     parameter, values = module._parameters[local_name], entries.values
@@ -213,6 +218,7 @@ def _effective(module: SparseModule, local_name: str) -> Tensor:
     return parameter
 
 
+@outside_graphs
 def _matmul_forward(module: Any, x: Tensor) -> Tensor:
     weight, bias = module._sparse.get("weight"), module._sparse.get("bias")
     for entries in (weight, bias):
@@ -232,6 +238,7 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
     )
 
 
+@outside_graphs
 def _embedding_forward(module: Any, input: Tensor) -> Tensor:
     entries = module._sparse["weight"]
     entries.ready()
