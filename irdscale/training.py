@@ -332,8 +332,8 @@ class _Callback(TrainerCallback):
         made = self._between - max(0, self._left)
         each = max(time.monotonic() - self._looked, 1e-6) / made
         between = max(1, int((LOOK_S if self._state is None else min(LOOK_S, self._seconds)) / each))
-        found, self._due, self._pausing, between = largest_of([bad is not None, due, pausing, between])
-        self._due, self._pausing = bool(self._due), bool(self._pausing)
+        *flags, between = largest_of([bad is not None, due, pausing, between])
+        found, self._due, self._pausing = map(bool, flags)
         if found:
             texts = gather_texts(bad or "")
             rank = next(rank for rank, text in enumerate(texts) if text)
