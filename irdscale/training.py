@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 
+# Losses are read, and ranks agree on what goes on, about so often; slow steps each.
+LOOK_S = 1.0
+
+
 class Paused(Exception):  # noqa: N818 - nothing went wrong
     """A training was asked to make room; its state is saved, and the same call goes on from there."""
 
@@ -56,10 +60,12 @@ class Control:
 
     Attributes:
         advance: called on each rank with the number of steps just made, first those of an earlier run.
-        pausing: asked on rank 0 before each step is made; true saves the state and ends with `Paused`.
+        pausing: asked on rank 0 before each step is made, of several ranks about once a second; true saves the state
+            and ends with `Paused`.
         rungs: steps after which every rank calls `at_rung`; not the last one.
         at_rung: takes how many steps are made; collective.
-        seen: takes how many steps are made, the loss of this rank's last pass, and the learning rate.
+        seen: takes how many steps were made, the loss of this rank's last pass, and the learning rate; called for each
+            step in turn, when the losses of several are read.
     """
 
     advance: Callable[..., None] = lambda n=1: None
@@ -259,9 +265,13 @@ def _arguments(
         ddp_find_unused_parameters=False,
         save_strategy="no",
         logging_strategy="no",
+        # It asks the device in each pass; all losses are looked at, some steps at a time.
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
+        # Otherwise each batch waits until the device has done all that it was given before.
+        accelerator_config={"non_blocking": gpu},
         label_names=["labels"],
         # Samples are collated by the task, which takes what it needs.
         remove_unused_columns=False,
@@ -272,7 +282,11 @@ def _arguments(
 
 
 class _Callback(TrainerCallback):
-    """Sets the random streams, stops at a loss that is no number, and saves the state."""
+    """Sets the random streams, stops at a loss that is no number, and saves the state.
+
+    Losses stay on the device until a look: reading one waits for all work that was given to the device before it. A
+    look comes about once a second, and before everything that others see: a saved state, a rung, the end.
+    """
 
     trainer: _SparseTrainer
 
@@ -287,7 +301,11 @@ class _Callback(TrainerCallback):
     ) -> None:
         self._seed, self._done, self._control, self._state = seed, done, control, state
         self._seconds, self._made_by = 60 * minutes, made_by
+        self._alone = rank_and_world()[1] == 1
         self._saved, self._due, self._pausing = time.monotonic(), False, False
+        # Steps to the next look, and from the last one to it.
+        self._left = self._between = 1
+        self._looked = time.monotonic()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         # Nothing that came before, such as the size of a mask, may shift the dropout stream.
@@ -296,6 +314,7 @@ class _Callback(TrainerCallback):
         if self._done:
             assert self._state is not None
             load_training(self._state, self.trainer.plain_model, self.trainer.optimizer, self._done)
+        self._looked = time.monotonic()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if self._done and self.trainer.state.global_step == 0:
@@ -303,29 +322,60 @@ class _Callback(TrainerCallback):
             load_generators(self._state, self._done)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Agree on what any rank found; DeepSpeed has made its step already, which a bad loss spoils."""
-        due = time.monotonic() - self._saved >= self._seconds
-        pausing = rank_and_world()[0] == 0 and self._control.pausing()
-        bad, self._due, self._pausing = map(bool, largest_of([self.trainer.bad is not None, due, pausing]))
-        if bad:
-            texts = gather_texts(self.trainer.bad or "")
+        """Look, if it is time to; DeepSpeed has made its step already, which a bad loss spoils."""
+        step = self._done + self.trainer.state.global_step + 1
+        self._left -= 1
+        if self._left <= 0 or step == self.trainer.steps or step in self._control.rungs:
+            self._look(step, self._is_due(), self._is_pausing())
+        elif self._alone:
+            # One rank need not agree with others, so it answers at once.
+            due, pausing = self._is_due(), self._is_pausing()
+            if due or pausing:
+                self._look(step, due, pausing)
+
+    def _is_due(self) -> bool:
+        return self._state is not None and time.monotonic() - self._saved >= self._seconds
+
+    def _is_pausing(self) -> bool:
+        return rank_and_world()[0] == 0 and self._control.pausing()
+
+    def _look(self, step: int, due: bool, pausing: bool) -> None:
+        """Read the losses, and have all ranks agree on what any of them found, and on when to look again; collective.
+
+        Raises:
+            TrainingError: a loss of any rank is no number.
+        """
+        bad = self.trainer.read_losses()
+        made = self._between - max(0, self._left)
+        each = max(time.monotonic() - self._looked, 1e-6) / made
+        between = max(1, int((LOOK_S if self._state is None else min(LOOK_S, self._seconds)) / each))
+        *flags, between = largest_of([bad is not None, due, pausing, between])
+        found, self._due, self._pausing = map(bool, flags)
+        if found:
+            texts = gather_texts(bad or "")
             rank = next(rank for rank, text in enumerate(texts) if text)
             raise TrainingError(texts[rank] if len(texts) == 1 else f"rank {rank}: {texts[rank]}")
+        self._left = self._between = between
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._control.advance(1)
         step = self._done + self.trainer.state.global_step
-        if self._control.seen is not None:
-            self._control.seen(step, *self.trainer.seen)
+        for made, loss, rate in self.trainer.take_seen():
+            if self._control.seen is not None:
+                self._control.seen(made, loss, rate)
         if step == self.trainer.steps:
             return
         if step in self._control.rungs:
             self._control.at_rung(step)
         if self._state is not None and (self._due or self._pausing):
+            self._due = False
             save_training(self._state, self.trainer.plain_model, self.trainer.optimizer, step, self._made_by)
             self._saved = time.monotonic()
             if self._pausing:
                 raise Paused(f"paused after step {step}")
+        if self._left == self._between:
+            # Neither a rung nor a saved state is a part of what a step takes.
+            self._looked = time.monotonic()
 
 
 class _SparseTrainer(Trainer):
@@ -335,14 +385,16 @@ class _SparseTrainer(Trainer):
         done: steps that an earlier run has made.
         steps: of the whole training, which the learning rate follows.
         train_config: how to train.
-        bad: what is wrong with a loss, until the ranks have agreed on it.
-        seen: the last loss, and its learning rate.
     """
 
     train_config: TrainConfig
     done, steps = 0, 0
-    bad: str | None = None
-    seen = (math.nan, math.nan)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Of each pass: its step, its loss, still on the device, and its learning rate.
+        self._unread: list[tuple[int, Tensor, float]] = []
+        self._seen: dict[int, tuple[float, float]] = {}
 
     @property
     def plain_model(self) -> nn.Module:
@@ -355,11 +407,32 @@ class _SparseTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
-        self.seen = float(loss), float(rate)
-        if not math.isfinite(self.seen[0]) and self.bad is None:
-            step = self.done + self.state.global_step + 1
-            self.bad = f"the loss is {self.seen[0]} at step {step}, learning rate {rate:.3g}"
+        self._unread.append((self.done + self.state.global_step + 1, loss, float(rate)))
         return loss
+
+    def read_losses(self) -> str | None:
+        """Read all losses since the last time, in one transfer; what is wrong with the first bad one."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return None
+        for (step, _, rate), loss in zip(unread, torch.stack([loss for _, loss, _ in unread]).tolist(), strict=True):
+            if not math.isfinite(loss):
+                return f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
+            self._seen[step] = loss, rate
+        return None
+
+    def take_seen(self) -> list[tuple[int, float, float]]:
+        """Each read step, the loss of its last pass and its learning rate, once."""
+        seen, self._seen = self._seen, {}
+        return [(step, *found) for step, found in seen.items()]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: nobody asks, and counting walks over all parameters in each pass."""
+        return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Left where it is: nobody asks, and reading it waits for the device."""
+        return grad_norm
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate of the whole training, from the step at which this one begins."""

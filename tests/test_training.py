@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from irdscale import Mask, top_k, unload
+from irdscale import Mask, top_k, training, unload
 from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
@@ -17,7 +19,7 @@ from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients
 from irdscale.sparse import entries_of, sparse_state, sparsify
 from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import fine_tune, sparse_model, trained_whole
+from irdscale.training import Control, fine_tune, sparse_model, trained_whole
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
 
@@ -156,6 +158,75 @@ def test_a_loss_that_is_no_number_stops_with_step_and_rate(toy: tuple[RunConfig,
     model.get_submodule("classifier").register_forward_hook(poison)
     with pytest.raises(RunError, match=r"the loss is nan at step 3, learning rate 0.00\d+"):
         fine_tune(model, task, config, 0)
+
+
+class Waits(TorchDispatchMode):
+    """How often the host asks a device for a number: `item`, `float`, `bool`, `nonzero` and what is made of them."""
+
+    ASKING = ("aten._local_scalar_dense", "aten.nonzero", "aten._unique2", "aten.equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function).startswith(self.ASKING):
+            # The model itself asks in each pass whether an attention mask is all ones.
+            self.count += not any(f.filename.endswith("masking_utils.py") for f in traceback.extract_stack())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_wait_for_the_device(toy: tuple[RunConfig, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are read with the first step and at the end, whatever the number of steps between, and all are seen."""
+    config, task = toy
+    monkeypatch.setattr(training, "LOOK_S", 1e6)
+    reads, waits = [], []
+    read = training._SparseTrainer.read_losses
+    monkeypatch.setattr(training._SparseTrainer, "read_losses", lambda self: (reads.append(1), read(self))[1])
+    for steps in (4, 9):
+        model = sparse_model(config, task, some_mask(config, task), 0)
+        reads.clear()
+        seen: list[tuple[int, float, float]] = []
+        changed = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
+        with Waits() as counted:
+            fine_tune(model, task, changed, 0, Control(seen=lambda *found, seen=seen: seen.append(found)))
+        assert len(reads) == 2
+        assert [step for step, _, _ in seen] == list(range(1, steps + 1))
+        assert all(loss > 0 and rate >= 0 for _, loss, rate in seen)
+        waits.append(counted.count)
+    assert waits[0] == waits[1]
+
+
+def test_a_late_bad_loss_is_read_before_anything_is_kept(
+    toy: tuple[RunConfig, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read late, it names its own step; a rung, a pause and the end come after it."""
+    config, task = toy
+    monkeypatch.setattr(training, "LOOK_S", 1e6)
+    asked: list[int] = []
+
+    def at_rung(step: int) -> None:
+        raise AssertionError(f"a rung after step {step}")
+
+    def pausing() -> bool:
+        asked.append(1)
+        return len(asked) == 6
+
+    long = config.model_copy(update={"train": config.train.model_copy(update={"steps": 8, "save_minutes": 1e6})})
+    for control in (Control(), Control(rungs=frozenset({5}), at_rung=at_rung), Control(pausing=pausing)):
+        model = sparse_model(long, task, None, 0)
+        calls: list[int] = []
+
+        def poison(_module: Any, _args: Any, output: Any, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            return output * float("nan") if len(calls) == 3 else output
+
+        model.get_submodule("classifier").register_forward_hook(poison)
+        state = tmp_path / "state"
+        with pytest.raises(RunError, match=r"the loss is nan at step 3, learning rate 0.00\d+"):
+            fine_tune(model, task, long, 0, control, state)
+        assert not state.exists()
+        assert len(calls) > 3
 
 
 def test_what_is_trained_whole(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:

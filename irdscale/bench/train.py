@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from irdscale.bench.models import collate, make_model, make_rows
+from irdscale.bench.models import BATCH, collate, make_model, make_rows
 from irdscale.bench.timing import figure, row, side_by_side
+from irdscale.bench.trainer import trainer_row
 from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
@@ -33,6 +34,7 @@ TARGETS = {
     "bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+TRAINER_BAR = 1.03
 FULL_BARS = {"bert": 0.80, "llama": 0.74}
 
 
@@ -64,6 +66,8 @@ def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
         ):
             rows.append(row("train", what, name, TOKENS, seconds, over, under, limit=bar))
         rows += _memory_rows(name, mask, batch)
+        if name == "llama":
+            rows.append(trainer_row(name, _sparse(name, mask), BATCH, TOKENS, TRAINER_BAR))
         advance()
     rows += bench_zero()
     advance()

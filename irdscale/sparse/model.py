@@ -17,7 +17,7 @@ from irdscale.config import nearest
 from irdscale.errors import InputError
 from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
+from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, outside_graphs, patch_all
 
 # Where a model keeps the hashes of its base that `irdscale.sparse.base.vouch` was given.
 VOUCHED = "_irdscale_vouched"
@@ -147,13 +147,15 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     return model
 
 
+@outside_graphs
 def _start_pass(model: nn.Module, _args: Any) -> None:
-    for entries in sparse_state(model).patched:
-        if not entries.partitioned:
-            entries.patch()
-            entries.patched = True
+    whole_ones = [entries for entries in sparse_state(model).patched if not entries.partitioned]
+    patch_all(whole_ones)
+    for entries in whole_ones:
+        entries.patched = True
 
 
+@outside_graphs
 def _end_pass(model: nn.Module, _args: Any, _output: Any) -> None:
     for entries in sparse_state(model).patched:
         entries.patched = False

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from irdscale import bench
-from irdscale.bench import fisher, timing, train
+from irdscale.bench import fisher, timing, train, trainer
 from irdscale.errors import InputError
 from tests.models import config_of
 
@@ -26,6 +26,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fisher, train):
         monkeypatch.setattr(module, "make_model", make_model)
         monkeypatch.setattr(module, "REPEATS", 2)
+    monkeypatch.setattr(trainer, "REPEATS", 2)
+    monkeypatch.setattr(trainer, "STEPS", 2)
     monkeypatch.setattr(fisher, "TOPK_ENTRIES", 10_000)
     monkeypatch.setattr(fisher, "TOPK_K", 100)
     # Its processes would start with the real models.
@@ -39,7 +41,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows() -> None:
     result = bench.run_bench("all", progress=False)
     others = 1 + (importlib.util.find_spec("kronfluence") is not None)
-    assert len(result["rows"]) == 3 * 2 * 3 + others + 2 * 8
+    assert len(result["rows"]) == 3 * 2 * 3 + others + 2 * 8 + 1
     for row in result["rows"]:
         counted = row["what"].endswith(" k")
         assert counted or row["low"] > 0

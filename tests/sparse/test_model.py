@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irdscale import Mask, accumulate_fisher, merge, sparsify, top_k, unload
 from irdscale.errors import InputError
-from irdscale.sparse import base_hash, entries_of, functions, products, sparse_state
+from irdscale.sparse import base_hash, entries_of, functions, modules, products, sparse_state
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
 from tests.models import FAMILIES, collate, samples, tiny
@@ -295,3 +297,70 @@ def test_refused() -> None:
     sparsify(model, mask)
     with pytest.raises(InputError, match="sparse already"):
         sparsify(model, mask)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_model_trains_alike(family: str) -> None:
+    """Gradients of every step, and values that were changed between the steps, reach the compiled model."""
+    model, batch = tiny(family), collate(samples())
+    sparsify(model, random_mask(model, 0.1))
+    plain = copy.deepcopy(model)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (model, plain)]
+    seen = []
+    for _ in range(3):
+        losses = [compiled(**batch).loss, plain(**batch).loss]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+        for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(float(losses[0]))
+    assert len(set(seen)) == 3
+    with torch.no_grad():
+        for m in (model, plain):
+            for entries in entries_of(m).values():
+                entries.values.data.add_(0.5)
+        moved = float(compiled(**batch).loss)
+        assert moved == pytest.approx(float(plain(**batch).loss), rel=1e-6)
+    assert abs(moved - seen[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_patches_all_parameters_at_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One conversion of indices for many parameters; one write for each; the bits of base plus delta."""
+    model, batch = tiny("llama").to(dtype), collate(samples())
+    sparsify(model, random_mask(model, 0.1))
+    with torch.no_grad():
+        for entries in entries_of(model).values():
+            entries.values.copy_(torch.randn_like(entries.values))
+    count = len(entries_of(model))
+    for at_once, groups in ((10**9, 1), (1, count)):
+        monkeypatch.setattr(modules, "PATCHED_AT_ONCE", at_once)
+        with torch.no_grad(), Counted() as counted:
+            model(**batch)
+        writes = counted.calls["aten.scatter_.src"] + counted.calls["aten.index_copy_.default"]
+        assert (writes, counted.wide) == (count, groups)
+        for entries in entries_of(model).values():
+            expected = (entries.base + entries.values).to(dtype)
+            assert torch.equal(entries.parameter.view(-1)[entries.index.long()], expected)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation ran, and how many one-dimensional int32 tensors became int64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.wide = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(function)] += 1
+        result = function(*args, **(kwargs or {}))
+        if str(function) == "aten._to_copy.default" and args[0].dtype == torch.int32 and args[0].dim() == 1:
+            self.wide += result.dtype == torch.int64
+        return result
