@@ -26,6 +26,8 @@ from irdscale.partitioned import device_of, shape_of
 log = logging.getLogger(__name__)
 
 IGNORED = -100
+# Where a batch of texts has targets (`target_places`); beside what the model takes.
+PLACES = "target_places"
 # Logits at a time on a processor: 64 MiB of float32.
 ENTRIES = 2**24
 # On a GPU so few would read the whole head again and again: logits at a time take this share of its memory.
@@ -120,11 +122,11 @@ def finishing(model: nn.Module, parts: Headless, finish: Callable[..., Any]) -> 
     `finish` runs inside the model's own forward pass, where whatever wraps the model expects its modules to run.
 
     Args:
-        finish: also gets `labels` and `num_items_in_batch` by name where the inputs have them.
+        finish: also gets `labels`, `num_items_in_batch` and `PLACES` by name where the inputs have them.
     """
 
     def forward(**inputs: Any) -> Any:
-        mine = {key: inputs.pop(key) for key in ("labels", "num_items_in_batch") if key in inputs}
+        mine = {key: inputs.pop(key) for key in ("labels", "num_items_in_batch", PLACES) if key in inputs}
         return finish(parts.hidden(inputs), **mine)
 
     with own_forward(model):

@@ -37,7 +37,7 @@ from irdscale.partitioned import gathering, release_engine, to_gpu
 from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world, same_on_every_rank
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
-from irdscale.tokenwise import IGNORED, finishing, found_losses, headless, next_tokens
+from irdscale.tokenwise import PLACES, finishing, found_losses, headless, next_tokens, target_places
 from irdscale.training_state import digest_seed, load_generators, load_training, save_training, saved_step
 from irdscale.watch import watched
 from irdscale.zero import forget_settings, micro_batch, zero_settings
@@ -186,7 +186,7 @@ def fine_tune(
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
     order = training_order(len(task.trained), steps * train.batch_size, seed)[done * train.batch_size :]
-    losing = _text_loss(model, task) if task.is_language and done < steps else nullcontext()
+    losing, collate = _text_loss(model, task) if task.is_language and done < steps else (nullcontext(), task.collate)
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     callback = _Callback(seed, done, control, state, train.save_minutes, made_by)
@@ -196,7 +196,7 @@ def fine_tune(
                 model=model,
                 args=_arguments(scratch, train, settings, micro, steps - done, seed),
                 train_dataset=task.trained.select(order),
-                data_collator=task.collate,
+                data_collator=collate,
                 callbacks=[callback],
             )
             trainer.remove_callback(PrinterCallback)
@@ -216,20 +216,29 @@ def fine_tune(
     model.eval()
 
 
-def _text_loss(model: nn.Module, task: Task) -> AbstractContextManager[None]:
-    """Inside, the model gives the mean loss of the batch's target tokens, without the logits of all at once."""
+def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[None], Callable[..., Any]]:
+    """What the model gives the mean loss of a batch's target tokens in, without the logits of all at once; its collate.
+
+    Batches come with the places of their targets, which are counted before the device has them.
+    """
     to_gpu(model)
     with gathering(model), frozen(model):
         parts = headless(model, task.collate([task.train[0]]))
     if parts is None:
-        return nullcontext()
+        return nullcontext(), task.collate
 
-    def finish(hidden_BTD: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> CausalLMOutput:
+    def finish(
+        hidden_BTD: Tensor, labels: Tensor, target_places: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> CausalLMOutput:
         targets_BT = next_tokens(labels)
-        count = (targets_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=found_losses(parts.head, hidden_BTD, targets_BT).sum() / count)
+        count = len(target_places) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=found_losses(parts.head, hidden_BTD, targets_BT, target_places).sum() / count)
 
-    return finishing(model, parts, finish)
+    def collate(samples: list[Any]) -> dict[str, Any]:
+        batch = task.collate(samples)
+        return {**batch, PLACES: target_places(batch["labels"])}
+
+    return finishing(model, parts, finish), collate
 
 
 # What changes how a training runs, but not what it computes.

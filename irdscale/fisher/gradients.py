@@ -34,6 +34,7 @@ from irdscale.ranks import (
     same_on_every_rank,
 )
 from irdscale.tokenwise import (
+    PLACES,
     Headless,
     beginning,
     drawn_tokens,
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 
 # Batches between two moments in which losses and traces are read from the device, and ranks hear of errors.
 BATCHES_BETWEEN = 16
-# Where a batch of texts has targets; beside what the model takes.
-PLACES = "target_places"
 # Samples and entries of each parameter by which ranks, or a run and its continuation, are compared.
 COMPARED_SAMPLES = 8
 COMPARED_ENTRIES = 64
