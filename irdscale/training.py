@@ -361,9 +361,12 @@ class _Callback(TrainerCallback):
         *flags, between = largest_of([bad is not None, due, pausing, between])
         found, self._due, self._pausing = map(bool, flags)
         if found:
-            texts = gather_texts(bad or "")
-            rank = next(rank for rank, text in enumerate(texts) if text)
-            raise TrainingError(texts[rank] if len(texts) == 1 else f"rank {rank}: {texts[rank]}")
+            said = gather_texts("" if bad is None else f"{bad[0]} {bad[1]}")
+            steps = {rank: int(text.partition(" ")[0]) for rank, text in enumerate(said) if text}
+            # By a shared gradient one rank's bad loss is every rank's in the next step, so the earliest one tells.
+            rank = min(steps, key=lambda rank: (steps[rank], rank))
+            text = said[rank].partition(" ")[2]
+            raise TrainingError(text if len(said) == 1 else f"rank {rank}: {text}")
         self._left = self._between = between
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -419,14 +422,14 @@ class _SparseTrainer(Trainer):
         self._unread.append((self.done + self.state.global_step + 1, loss, float(rate)))
         return loss
 
-    def read_losses(self) -> str | None:
-        """Read all losses since the last time, in one transfer; what is wrong with the first bad one."""
+    def read_losses(self) -> tuple[int, str] | None:
+        """Read all losses since the last time, in one transfer; the step of the first bad one, and what is wrong."""
         unread, self._unread = self._unread, []
         if not unread:
             return None
         for (step, _, rate), loss in zip(unread, torch.stack([loss for _, loss, _ in unread]).tolist(), strict=True):
             if not math.isfinite(loss):
-                return f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
+                return step, f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
             self._seen[step] = loss, rate
         return None
 
