@@ -100,12 +100,36 @@ def joined(settings: DistributedConfig | None = None, always: bool = False) -> I
             reasons not to come (it is named).
         RunError: a rank does not come.
     """
-    global _met
     rank, local_rank, world = launched()
     asked = "auto" if settings is None else settings.backend
     if world == 1 and not always and asked != "nccl":
         yield
         return
+    # What is set here would have later work in this process, and its children, look for ranks that are gone.
+    variables = environment_restored("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    with variables, _group(settings, asked, rank, local_rank, world, always):
+        yield
+
+
+@contextmanager
+def environment_restored(*names: str) -> Iterator[None]:
+    """Environment variables have the values of before after the body."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _group(
+    settings: DistributedConfig | None, asked: str, rank: int, local_rank: int, world: int, always: bool
+) -> Iterator[None]:
+    global _met
     import torch
     import torch.distributed as dist
 

@@ -426,7 +426,7 @@ def test_help_has_an_example_that_fits_a_line(capsys, verb):
 
 
 def test_the_example_in_the_help_is_understood(called, capsys, tmp_path, monkeypatch):
-    called.result = {"ok": True}
+    called.result = {"ok": True, "failed": []}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "studies").mkdir(parents=True)
     for name in ("quickstart", "studies/lm_mixed"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cluster.share import kept_to
-from irdscale.launched import free_port, interfaces, joined
+from irdscale.launched import environment_restored, free_port, interfaces, joined
 from irdscale.progress import told
 
 if TYPE_CHECKING:
@@ -155,16 +155,9 @@ def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
     # gloo would take the interface of the host's name, which may be the loopback.
     for interface in interfaces(ip):
         given["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
-    before = {name: os.environ.get(name) for name in {*given, "MASTER_ADDR", "MASTER_PORT"}}
-    os.environ |= given
-    try:
+    with environment_restored(*{*given, "MASTER_ADDR", "MASTER_PORT"}):
+        os.environ |= given
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class _ToDesk(logging.Handler):
