@@ -154,7 +154,7 @@ class SampleGradients:
     _capture: Capture | None = None
     _weights: Tensor | None = None
     _buffers: Buffers = field(default_factory=Buffers)
-    _unread: _Unread = field(default_factory=lambda: _Unread())
+    _unread: _Unread = field(default_factory=_Unread)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
