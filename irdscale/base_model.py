@@ -40,7 +40,7 @@ class KeptBase:
     """A place for one base model, which it keeps until another one is asked for, or `release`.
 
     Attributes:
-        loads: how often a checkpoint was read.
+        loads: number of times that a checkpoint was read.
     """
 
     def __init__(self) -> None:

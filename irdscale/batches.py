@@ -19,7 +19,7 @@ class LateRows:
     """Puts what was measured of some rows of a table on the device into the table in main memory, late.
 
     Args:
-        table: on the CPU, [N, ...].
+        table: tensor [N, ...] on the CPU.
     """
 
     def __init__(self, table: Tensor) -> None:

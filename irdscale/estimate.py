@@ -54,7 +54,7 @@ class Costs:
         begin: until a candidate's first step: its mask in a model that is there, and its Trainer.
         step: of training.
         prediction: of a sample, when a metric is measured.
-        load: of the model.
+        load: reading of the model.
     """
 
     trace: float
@@ -207,7 +207,7 @@ def search_seconds(
 
     Args:
         at_once: evaluations that run side by side; those of a round wait for its last one.
-        trials_a_gpu: of which so many share a GPU, and its speed.
+        trials_a_gpu: evaluations that share a GPU, and its speed.
     """
     seeds = len(config.search.seeds)
     # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.

@@ -57,10 +57,10 @@ class Limits:
     error is compared with the norm: they gave at most 0.07 and 0.11.
 
     Attributes:
-        diagonal: of the Fisher diagonal.
+        diagonal: error of the Fisher diagonal.
         floor: a parameter's largest entry counts for this much of the model's at least: some gradients are 0 but for
             rounding.
-        deltas: of what is trained.
+        deltas: error of what is trained.
         norm: whether norms are compared.
     """
 
@@ -233,7 +233,7 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], floor: 
     """The largest error of a parameter: of its entries by its largest, or of its norm.
 
     Args:
-        floor: what counts as a parameter's largest entry (its norm) at least, by the model's.
+        floor: least share of the model's largest entry (norm) that counts as a parameter's own.
     """
 
     def size(x: Tensor) -> Tensor:

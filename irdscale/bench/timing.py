@@ -81,7 +81,7 @@ def line_of(row: dict[str, Any], seconds: float) -> str:
     """A row for people, as it is measured; a missed bar is marked.
 
     Args:
-        seconds: that it took to measure.
+        seconds: time that it took to measure.
     """
     mark = {True: "met   ", False: "MISSED", None: "      "}[row["met"]]
     asked = f", asked {row['bar']}" if row["bar"] else ""

@@ -27,7 +27,7 @@ def trainer_row(name: str, model: nn.Module, batch: int, tokens: int, limit: flo
     """The row of a sparse classifier, on the device that `fine_tune` takes: the GPU where there is one.
 
     Args:
-        name: what the row calls the model.
+        name: the model's, in the row.
         model: a sparse one; it is trained.
         batch, tokens: samples a step, and tokens of each; the samples are random.
         limit: the bar.
