@@ -136,15 +136,24 @@ def micro_batch(config: RunConfig, world: int) -> int:
     """Samples of one forward pass on one rank.
 
     Raises:
-        InputError: `train.batch_size` is not a multiple of the ranks times the accumulated passes.
+        InputError: `train.batch_size` is not a multiple of the ranks times the accumulated passes; names settings that
+            are, with no more samples a pass.
     """
-    parts = world * config.train.gradient_accumulation
-    if config.train.batch_size % parts:
+    batch, passes = config.train.batch_size, config.train.gradient_accumulation
+    if batch % (world * passes):
         raise InputError(
-            f"train.batch_size: found {config.train.batch_size}; expected a multiple of {parts}: "
-            f"{world} rank(s) x train.gradient_accumulation {config.train.gradient_accumulation}"
+            f"train.batch_size: found {batch}; expected a multiple of {world * passes}: {world} rank(s) x "
+            f"train.gradient_accumulation {passes}; {' '.join(_dividing(batch, passes, world))} would do"
         )
-    return config.train.batch_size // parts
+    return batch // (world * passes)
+
+
+def _dividing(batch: int, passes: int, world: int) -> list[str]:
+    """Settings by which a step's samples divide among the ranks; the batch stays where it is a multiple of them."""
+    of_rank, most = -(-batch // world), max(1, batch // passes)
+    fewest = next(count for count in range(1, of_rank + 1) if of_rank % count == 0 and of_rank // count <= most)
+    changed = [] if of_rank * world == batch else [f"train.batch_size={of_rank * world}"]
+    return changed + ([] if fewest == passes else [f"train.gradient_accumulation={fewest}"])
 
 
 def _drop_optimizer(file: str, settings: dict[str, Any]) -> None:

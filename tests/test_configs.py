@@ -1,16 +1,22 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import RobertaConfig
 
 from irdscale import cli
 from irdscale.cli import app
 from irdscale.config import LANGUAGE_KINDS
 from irdscale.config_file import load_config
+from irdscale.errors import InputError
+from irdscale.plan import run_plan
+from irdscale.zero import micro_batch
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]
+LLM = sorted((ROOT / "configs" / "llm").glob("*.yaml"))
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml")) + STUDIES
 VERBS = {command.name or command.callback.__name__ for command in app.registered_commands}
@@ -48,6 +54,50 @@ def test_the_quickstart_has_rounds_and_seeds_and_needs_no_hub():
     assert len(config.search.seeds) >= 2
     assert config.model.path.startswith("package:")
     assert Path(config.task.dataset).is_absolute()
+
+
+def named_by_a_refusal(path: Path, world: int) -> list[str]:
+    """The settings that the refusal of a configuration on so many ranks names; none where it is not refused."""
+    try:
+        micro_batch(load_config(path), world)
+    except InputError as error:
+        return re.findall(r"train\.(?:batch_size|gradient_accumulation)=\d+", str(error))
+    return []
+
+
+def planned(path: Path, folder: Path, world: int) -> dict[str, Any]:
+    """The plan of a shipped configuration on so many GPUs, without the hub."""
+    local = ROOT / "tests" / "llm" / path.stem.rpartition("_")[0]
+    changes = stand_ins(path, folder) if path.parent.name == "studies" else []
+    if local.is_dir():
+        changes = [f"model.path={local}"]
+    elif not changes and "/" in (base := load_config(path).model.path) and not base.startswith(("package:", "/")):
+        RobertaConfig().save_pretrained(folder / "base")
+        changes = [f"model.path={folder / 'base'}"]
+    options: dict[str, Any] = {"nodes": -(-world // 8), "gpus_per_node": min(8, world), "train_samples": 6400}
+    return run_plan(load_config(path, [*changes, *named_by_a_refusal(path, world)]), **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize(
+    "path",
+    [p if p.stem == "quickstart_llm" else pytest.param(p, marks=pytest.mark.slow) for p in [*CONFIGS, *LLM]],
+    ids=lambda path: path.stem,
+)
+def test_is_planned_on_any_number_of_gpus(path, world, tmp_path):
+    """Each as it is, or with the settings that its refusal names."""
+    plan = planned(path, tmp_path, world)
+    assert plan["memory_gib"]["total"] > 0
+    assert len(plan["layouts"]) > (world > 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 64])
+@pytest.mark.parametrize("path", [*CONFIGS, *LLM], ids=lambda path: path.stem)
+def test_steps_divide_among_ranks_or_the_refusal_says_what_does(path, world):
+    """Every one on a GPU and on two as it is; with the settings that a refusal names on any number."""
+    named = named_by_a_refusal(path, world)
+    assert micro_batch(load_config(path, named), world) >= 1
+    assert world > 2 or not named
 
 
 def stand_ins(path: Path, folder: Path) -> list[str]:

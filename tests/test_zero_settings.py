@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,19 @@ def test_a_step_divides_among_ranks_and_passes() -> None:
         InputError, match=r"train.batch_size: found 16; expected a multiple of 6: 3 rank\(s\) x train.g"
     ):
         micro_batch(config(None, batch_size=16, gradient_accumulation=2), world=3)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8, 64, 100])
+@pytest.mark.parametrize(("batch", "passes"), [(32, 8), (32, 1), (16, 2), (10, 5), (1, 1), (7, 7)])
+def test_a_refusal_names_settings_that_divide(world: int, batch: int, passes: int) -> None:
+    asked = {"batch_size": batch, "gradient_accumulation": passes}
+    if batch % (world * passes) == 0:
+        assert micro_batch(config(None, **asked), world) == batch // (world * passes)
+        return
+    with pytest.raises(InputError, match=r" would do$") as raised:
+        micro_batch(config(None, **asked), world)
+    named = dict(re.findall(r"train\.(batch_size|gradient_accumulation)=(\d+)", str(raised.value)))
+    changed = asked | {key: int(value) for key, value in named.items()}
+    # No more samples a pass than were asked for, for they must fit in memory.
+    assert micro_batch(config(None, **changed), world) <= max(1, batch // passes)
+    assert changed["batch_size"] == -(-batch // world) * world
