@@ -32,13 +32,29 @@ from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
 from irdscale.lora import insert_lora
+from irdscale.loss_trend import loss_trend
 from irdscale.mask import Mask
 from irdscale.partitioned import gathering, release_engine, to_gpu
-from irdscale.ranks import current_group, failing_together, gather_texts, largest_of, rank_and_world, same_on_every_rank
+from irdscale.ranks import (
+    add_up,
+    current_group,
+    failing_together,
+    gather_texts,
+    largest_of,
+    rank_and_world,
+    same_on_every_rank,
+)
 from irdscale.sparse import matching_parameters, sparse_state, sparsify, trained_on
 from irdscale.tasks import build_model
 from irdscale.tokenwise import PLACES, finishing, found_losses, headless, next_tokens, target_places
-from irdscale.training_state import digest_seed, load_generators, load_training, save_training, saved_step
+from irdscale.training_state import (
+    digest_seed,
+    load_generators,
+    load_training,
+    save_training,
+    saved_losses,
+    saved_step,
+)
 from irdscale.watch import watched
 from irdscale.zero import forget_settings, micro_batch, zero_settings
 
@@ -157,7 +173,7 @@ def fine_tune(
     seed: int,
     control: Control | None = None,
     state: Path | None = None,
-) -> None:
+) -> dict[str, Any] | None:
     """Train a sparse model in place on the train split. Collective where torch.distributed is initialised.
 
     At equal seed the batches are equal, whatever the mask and the number of ranks; the dropout stream is a rank's own.
@@ -165,6 +181,9 @@ def fine_tune(
 
     Args:
         state: the folder of the training's state, which all ranks share; what it holds of this training goes on.
+
+    Returns:
+        Where the loss began and ended, steps of an earlier run included; see `irdscale.loss_trend.loss_trend`.
 
     Raises:
         InputError: `train.batch_size` does not divide among the ranks, or `train.deepspeed` cannot be used.
@@ -189,7 +208,8 @@ def fine_tune(
     losing, collate = _text_loss(model, task) if task.is_language and done < steps else (nullcontext(), task.collate)
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-    callback = _Callback(seed, done, control, state, train.save_minutes, made_by)
+    losses = saved_losses(state) if state is not None and done else []
+    callback = _Callback(seed, done, control, state, train.save_minutes, made_by, losses)
     with tempfile.TemporaryDirectory() as scratch, watched() if done < steps else nullcontext():
         if done < steps:
             trainer = _SparseTrainer(
@@ -207,6 +227,7 @@ def fine_tune(
                 with losing:
                     trainer.train()
                 release_engine(trainer.model_wrapped)
+                losses = callback.losses()
             finally:
                 forget_settings()
     if train.gradient_checkpointing:
@@ -214,6 +235,7 @@ def fine_tune(
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(False)
     model.eval()
+    return loss_trend(losses)
 
 
 def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[None], Callable[..., Any]]:
@@ -307,7 +329,9 @@ class _Callback(TrainerCallback):
         state: Path | None,
         minutes: float,
         made_by: dict[str, Any],
+        losses: list[float],
     ) -> None:
+        self._earlier = losses
         self._seed, self._done, self._control, self._state = seed, done, control, state
         self._seconds, self._made_by = 60 * minutes, made_by
         self._alone = rank_and_world()[1] == 1
@@ -315,6 +339,12 @@ class _Callback(TrainerCallback):
         # Steps to the next look, and from the last one to it.
         self._left = self._between = 1
         self._looked = time.monotonic()
+
+    def losses(self) -> list[float]:
+        """The loss of each step, those of an earlier run first: the mean of what the ranks found; collective."""
+        own = torch.tensor(self.trainer.step_losses(), dtype=torch.float64)
+        add_up([own])
+        return [*self._earlier, *(own / rank_and_world()[1]).tolist()]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         # Nothing that came before, such as the size of a mask, may shift the dropout stream.
@@ -381,7 +411,8 @@ class _Callback(TrainerCallback):
             self._control.at_rung(step)
         if self._state is not None and (self._due or self._pausing):
             self._due = False
-            save_training(self._state, self.trainer.plain_model, self.trainer.optimizer, step, self._made_by)
+            model, optimizer = self.trainer.plain_model, self.trainer.optimizer
+            save_training(self._state, model, optimizer, step, self._made_by, self.losses())
             self._saved = time.monotonic()
             if self._pausing:
                 raise Paused(f"paused after step {step}")
@@ -407,6 +438,7 @@ class _SparseTrainer(Trainer):
         # Of each pass: its step, its loss, still on the device, and its learning rate.
         self._unread: list[tuple[int, Tensor, float]] = []
         self._seen: dict[int, tuple[float, float]] = {}
+        self._losses: dict[int, float] = {}
 
     @property
     def plain_model(self) -> nn.Module:
@@ -431,7 +463,13 @@ class _SparseTrainer(Trainer):
             if not math.isfinite(loss):
                 return step, f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
             self._seen[step] = loss, rate
+            # The Trainer has divided the loss of a pass by their number.
+            self._losses[step] = self._losses.get(step, 0.0) + loss
         return None
+
+    def step_losses(self) -> list[float]:
+        """The loss of each step that was read, as this rank found it."""
+        return list(self._losses.values())
 
     def take_seen(self) -> list[tuple[int, float, float]]:
         """Each read step, the loss of its last pass and its learning rate, once."""

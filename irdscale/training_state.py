@@ -1,7 +1,8 @@
 """The state of a training on disk, so that one that was killed goes on where it was, on whatever ranks and ZeRO stage.
 
     FOLDER/state.json            step, and of which training it is
-    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, whole; rng/RANK
+    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, whole; rng/RANK;
+                                 losses, one of each step
 
 The frozen base is not in it: 12 bytes a trained number. The numbers are gathered from all ranks' parts, so neither the
 number of ranks nor DeepSpeed's way to divide them shows in the files; DeepSpeed's own checkpoints, which are pickled,
@@ -24,22 +25,26 @@ from irdscale.ranks import add_up, failing_together, gather_flat, rank_and_world
 
 FORMAT = "irdscale-training"
 VERSION = 1
+LOSSES = "losses"
 VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 
 
-def save_training(folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any]) -> None:
+def save_training(
+    folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any], losses: list[float]
+) -> None:
     """Write the state after `step` optimizer steps; collective, and rank 0 writes, in the place of the state before.
 
     Args:
         optimizer: AdamW, or what DeepSpeed made of it.
         made_by: what the training is of.
+        losses: one of each step made.
 
     Raises:
         RunError: the disk refuses it; the state before stays.
     """
     from safetensors.torch import save_file
 
-    tensors = _generators()
+    tensors = {LOSSES: torch.tensor(losses, dtype=torch.float64), **_generators()}
     for key in (VALUE, *MOMENTS):
         tensors |= {f"{key}/{name}": found for name, found in _whole(_trained(model), optimizer, key).items()}
 
@@ -66,6 +71,12 @@ def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
         raise InputError(f"{file}: not the state of a training; delete {folder} to start it anew")
     return int(meta["step"]) if meta.get("made_by") == digest(made_by) else 0
+
+
+def saved_losses(folder: Path) -> list[float]:
+    """The loss of each step that the saved state has behind it."""
+    losses = read_tensors(folder / "numbers.safetensors", "state of a training").get(LOSSES)
+    return [] if losses is None else losses.tolist()
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:

@@ -14,6 +14,7 @@ from irdscale.config import RunConfig
 from irdscale.config_file import load_config
 from irdscale.errors import InputError, RunError
 from irdscale.evaluation import evaluate_model
+from irdscale.loss_trend import loss_trend
 from irdscale.sparse import trained_numbers
 from irdscale.tasks import Task, load_task
 from irdscale.training import Control, Paused, fine_tune, sparse_model, training_order
@@ -39,7 +40,12 @@ def train(config: RunConfig, task: Task, **options: Any) -> Any:
 def test_a_paused_training_goes_on_to_the_same_bits(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:
     """Asked to pause at its fifth step, and measured on the way, which must not move a random stream."""
     config, task = changed(toy[0], save_minutes=1000.0), toy[1]
-    expected, steps, metrics, asked = train(config, task), [], {}, []
+    steps, metrics, asked, losses = [], {}, [], []
+    model = sparse_model(config, task, mask_of(config, task), 3)
+    trend = fine_tune(model, task, config, 3, Control(seen=lambda step, loss, rate: losses.append(loss)))
+    assert trend == loss_trend(losses)
+    assert len(losses) == 8
+    expected = trained_numbers(model)
     model = sparse_model(config, task, mask_of(config, task), 3)
 
     def pausing() -> bool:
@@ -55,7 +61,8 @@ def test_a_paused_training_goes_on_to_the_same_bits(toy: tuple[RunConfig, Task],
     assert sum(steps) == 5
     steps.clear()
     model = sparse_model(config, task, mask_of(config, task), 3)
-    fine_tune(model, task, config, 3, control, tmp_path / "state")
+    # The steps of before the pause are a part of it.
+    assert fine_tune(model, task, config, 3, control, tmp_path / "state") == trend
     assert steps == [5, 1, 1, 1]
     assert set(metrics) == {2, 6}, "the last step is the end, not a rung"
     same(trained_numbers(model), expected, 0.0, "paused")
