@@ -487,6 +487,6 @@ def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | N
     else:
         from irdscale.config_file import leaves
 
-        for key, value in leaves(result):
+        for key, value in leaves({key: value for key, value in result.items() if value != []}):
             print(f"{key:24} {readable(value)}")
     sys.stdout.flush()

@@ -28,6 +28,12 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 KNOWN_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 LOWER_IS_BETTER = ("perplexity",)
+# The smallest and the largest value of each metric.
+METRIC_RANGES = {
+    **dict.fromkeys(KNOWN_METRICS, (0.0, 1.0)),
+    **dict.fromkeys(("matthews_correlation", "pearson", "spearman"), (-1.0, 1.0)),
+    "perplexity": (1.0, float("inf")),
+}
 # The ways to name a data set's columns, by kind of task.
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sequence-classification": (("text", "label"),),

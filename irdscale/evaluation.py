@@ -27,14 +27,31 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
     Raises:
         TrainingError: a logit, or the loss of a text, is NaN or infinite.
     """
+    return _evaluated(model, task, split, batch_size, errors=False)[0]
+
+
+def evaluate_with_errors(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`evaluate_model`, and the standard error of each metric: what another draw of as many samples would change it by.
+
+    Raises:
+        TrainingError: as `evaluate_model`.
+    """
+    return _evaluated(model, task, split, batch_size, errors=True)
+
+
+def _evaluated(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, errors: bool
+) -> tuple[dict[str, float], dict[str, float]]:
     to_gpu(model)
     with watched():
         if task.is_language:
             return evaluate_language(model, task, split, batch_size)
-        logits = _logits(model, task, split, batch_size)
+        logits = _logits(model, task, split, batch_size).numpy()
         with failing_together():
             labels = np.asarray(split.with_format("numpy")["labels"])
-            return task.compute_metrics(logits.numpy(), labels)
+            return task.compute_metrics(logits, labels), task.standard_errors(logits, labels) if errors else {}
 
 
 def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:

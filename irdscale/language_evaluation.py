@@ -15,6 +15,7 @@ from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
 from irdscale.partitioned import device_of, gathering, is_partitioned
 from irdscale.ranks import add_up, rank_and_world
+from irdscale.tasks.metrics.errors import of_ratio, of_share
 from irdscale.tasks.tokens import labelled, pad_batch
 from irdscale.tokenwise import (
     IGNORED,
@@ -38,8 +39,10 @@ COLUMNS = 3
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 
-def evaluate_language(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
-    """Every metric of the task on a split; see `irdscale.evaluation.evaluate_model`.
+def evaluate_language(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Every metric of the task on a split, and its standard error; see `irdscale.evaluation.evaluate_with_errors`.
 
     - perplexity: exp of the mean loss of all target tokens of the split.
     - token_accuracy: share of the target tokens that the model finds likeliest, given those before.
@@ -52,20 +55,30 @@ def evaluate_language(model: nn.Module, task: Task, split: Dataset, batch_size: 
         return _metrics(model, task, split, batch_size)
 
 
-def _metrics(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+def _metrics(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
     if task.kind == "multiple-choice":
         return _choice_accuracies(model, task, split, batch_size)
     table_NC = _text_table(model, task, list(zip(split["input_ids"], split["labels"], strict=True)), batch_size)
+    loss_N, tokens_N, right_N = table_NC.unbind(1)
     loss, tokens, right = table_NC.sum(0).tolist()
     mean = loss / tokens
     # A perplexity beyond the largest number is infinite, which no candidate is chosen for.
     metrics = {"perplexity": math.exp(mean) if mean < 700 else math.inf, "token_accuracy": right / tokens}
+    errors = {
+        "perplexity": metrics["perplexity"] * of_ratio(loss_N, tokens_N),
+        "token_accuracy": of_ratio(right_N, tokens_N),
+    }
     if "exact_match" in task.metrics:
         metrics["exact_match"] = _exact_match(model, task, split, batch_size)
-    return {name: metrics[name] for name in task.metrics}
+        errors["exact_match"] = of_share(metrics["exact_match"], len(split))
+    return {name: metrics[name] for name in task.metrics}, {name: errors[name] for name in task.metrics}
 
 
-def _choice_accuracies(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+def _choice_accuracies(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
     texts: list[tuple[list[int], list[int]]] = []
     choices = list(split["choices"])
     for sample, prompts in zip(choices, split["choice_prompts"], strict=True):
@@ -78,7 +91,8 @@ def _choice_accuracies(model: nn.Module, task: Task, split: Dataset, batch_size:
         right["accuracy"] += int(loss_C.argmin()) == answer
         right["accuracy_norm"] += int((loss_C / tokens_C).argmin()) == answer
         start += len(sample)
-    return {name: right[name] / len(choices) for name in task.metrics}
+    metrics = {name: right[name] / len(choices) for name in task.metrics}
+    return metrics, {name: of_share(share, len(choices)) for name, share in metrics.items()}
 
 
 def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:

@@ -20,6 +20,13 @@ def readable(value: Any) -> str:
     return str(value)
 
 
+def with_error(value: float | None, error: float | None) -> str:
+    """A metric with its standard error: 0.8730 ± 0.0150."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def print_search(result: dict[str, Any], output: Path) -> None:
     """The winner and what it is compared with, and where all of it is."""
     from rich.console import Console
@@ -38,9 +45,14 @@ def print_search(result: dict[str, Any], output: Path) -> None:
     rows.append(("the model as it came", baseline.get("base")))
     for name, entry in rows:
         if entry is not None:
-            cells = [entry.get("samples"), entry["params"], entry["metric"], entry["test_metric"]]
+            cells = [entry.get("samples"), entry["params"], entry["metric"]]
             numbers = [_score(cell) if isinstance(cell, float) else readable(cell) for cell in cells]
-            table.add_row(name, *numbers, style="bold" if entry is best else None)
+            table.add_row(
+                name,
+                *numbers,
+                with_error(entry["test_metric"], entry.get("test_error")),
+                style="bold" if entry is best else None,
+            )
     console = Console()
     console.print(table)
     share = 100 * best["params"] / result["model"]["parameters"]
@@ -49,6 +61,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
         f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters"
         + (", and the head." if result["model"]["head"] else "."),
         f"Ended: {result['stop']}; {result['evaluations']} evaluations ({result['reused']} reused) in {seconds}.",
+        *(f"Warning: {text}" for text in result.get("warnings", [])),
         f"Adapter: {output.absolute() / best['adapter']}",
         f"Report:  {output.absolute() / 'report.html'}",
     ]

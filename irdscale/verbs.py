@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ import torch
 
 from irdscale.config import RunConfig, nearest, training_steps
 from irdscale.errors import InputError
-from irdscale.evaluation import evaluate_model
+from irdscale.evaluation import evaluate_model, evaluate_with_errors
 from irdscale.files import digest, read_json, write_folder, write_json
 from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, remove_saved, sample_gradients, traces_of
+from irdscale.loss_trend import said_of_rise
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
@@ -33,6 +35,7 @@ from irdscale.warmup import model_to_score
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
+log = logging.getLogger(__name__)
 EXPORT_FORMATS = ("merged", "shira")
 HUB = "hub:"
 # Of the training data, to notice a rank that has others.
@@ -94,7 +97,8 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     saved last, in OUTPUT/training.
 
     Returns:
-        {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "seconds"}: metrics by split.
+        {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "test_error", "loss", "warnings",
+        "seconds"}: metrics by split, the standard error of each on test, and where the loss began and ended.
 
     Raises:
         InputError: the mask does not fit the model, or the configuration does not fit the data, the model or the ranks.
@@ -111,10 +115,15 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     same_on_every_rank(work)
     steps = training_steps(config.train, len(task.trained))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
-        fine_tune(model, task, config, seed, Control(advance), state)
+        trend = fine_tune(model, task, config, seed, Control(advance), state)
+    warnings = [said_of_rise(trend)] if trend is not None and trend["rose"] else []
+    for text in warnings if rank_and_world()[0] == 0 else ():
+        log.warning(text)
     save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
     remove_training(state)
-    state_of = sparse_state(model)
+    state_of, size = sparse_state(model), config.train.eval_batch_size
+    selection = evaluate_model(model, task, task.selection, size)
+    test, errors = evaluate_with_errors(model, task, task.test, size)
     return {
         "adapter": str(output / "adapter"),
         "mask": chosen.hash,
@@ -122,8 +131,11 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
         "head": state_of.dense_parameters,
         "steps": steps,
         "seed": seed,
-        "selection": evaluate_model(model, task, task.selection, config.train.eval_batch_size),
-        "test": evaluate_model(model, task, task.test, config.train.eval_batch_size),
+        "selection": selection,
+        "test": test,
+        "test_error": errors,
+        "loss": trend,
+        "warnings": warnings,
         "seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -176,7 +188,8 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
     """Metrics of an adapter on the selection and the test split. Collective where torch.distributed is initialised.
 
     Returns:
-        {"adapter", "params", "head", "selection", "test"}
+        {"adapter", "params", "head", "selection", "test", "test_error"}: metrics by split, and the standard error of
+        each on test.
 
     Raises:
         InputError: the adapter is missing or damaged, or belongs to another base.
@@ -187,9 +200,11 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
     with bar("Evaluating", 2, enabled=progress and rank_and_world()[0] == 0) as advance:
-        for name, split in (("selection", task.selection), ("test", task.test)):
-            result[name] = evaluate_model(model, task, split, config.train.eval_batch_size)
-            advance()
+        result["selection"] = evaluate_model(model, task, task.selection, config.train.eval_batch_size)
+        advance()
+        found = evaluate_with_errors(model, task, task.test, config.train.eval_batch_size)
+        result["test"], result["test_error"] = found
+        advance()
     return result
 
 

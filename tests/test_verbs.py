@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def trained(config: RunConfig) -> dict[str, object]:
+def trained(config: RunConfig) -> dict[str, Any]:
     return run_train(config, progress=False)
 
 
@@ -59,10 +60,26 @@ def test_train_with_a_given_mask_equals_training_with_a_ratio(
     assert bytes_of[0] == bytes_of[1]
 
 
+def test_a_loss_that_rises_is_a_warning(
+    config: RunConfig, trained: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert trained["loss"]["ended"] < trained["loss"]["began"]
+    assert trained["warnings"] == []
+    wild = config.model_copy(update={"output": str(tmp_path)})
+    wild.train = config.train.model_copy(update={"learning_rate": 30.0, "always_train": "auto"})
+    result = run_train(wild, mask=str(Path(config.output) / "mask"), progress=False)
+    (said,) = result["warnings"]
+    assert said.startswith(
+        f"The loss ended at {result['loss']['ended']:.4g}, above {result['loss']['began']:.4g} where"
+    )
+    assert said in caplog.messages
+
+
 def test_evaluate_gives_what_training_said(config: RunConfig, trained: dict[str, object]) -> None:
     result = run_evaluate(config, str(trained["adapter"]), progress=False)
     assert result["selection"] == trained["selection"]
     assert result["test"] == trained["test"]
+    assert result["test_error"] == trained["test_error"]
     assert result["params"] == trained["params"]
 
 

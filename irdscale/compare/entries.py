@@ -9,25 +9,26 @@ from typing import Any
 from irdscale.compare.asked import RANKINGS, SEARCHES, Method, described
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.compare.underway import Study
+from irdscale.config import METRIC_RANGES
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import lattice as sizes
 from irdscale.search.ird import shrink_of
 
 
 def method_entries(
-    study: Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
+    study: Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
     """What compare.json tells of each method.
 
     Args:
         chosen: (method, seed) -> its candidate that is best on the selection split; None where all failed.
-        tests: key -> test metric of the chosen candidates.
+        tests: key -> test metric of the chosen candidates, and its standard error.
     """
     entries = [_entry(study, method, chosen, tests) for method in study.methods]
     reference = next(entry for entry in entries if entry["name"] == study.reference)
+    lower, within = study.task.lower_is_better, METRIC_RANGES[study.task.metric]
     for entry in entries:
-        apart = None if entry is reference else paired_methods(reference, entry, study.task.lower_is_better)
-        entry["difference"] = apart
+        entry["difference"] = None if entry is reference else paired_methods(reference, entry, lower, within)
     return entries
 
 
@@ -43,24 +44,31 @@ def fewest_samples(study: Study) -> int | None:
 
 
 def _entry(
-    study: Study, method: Method, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, float]
+    study: Study,
+    method: Method,
+    chosen: dict[tuple[str, int], Candidate | None],
+    tests: dict[str, tuple[float, float]],
 ) -> dict[str, Any]:
     seeds: list[dict[str, Any]] = []
     for seed in study.seeds:
         tried, best = study.tried[method.name, seed], chosen[method.name, seed]
+        test, error = (None, None) if best is None else tests[best.key(study.config)]
         seeds.append(
             {
                 "seed": seed,
                 "selection": None if best is None else study.runner.metric(best),
-                "test": None if best is None else tests[best.key(study.config)],
+                "test": test,
+                "test_error": error,
                 "samples": None if best is None or not best.pair.samples else best.pair.samples,
+                "pool": study.lattices[method.name, seed].start.samples if method.kind in RANKINGS else None,
                 "params": None if best is None else best.pair.params,
                 "mask": None if best is None else best.mask,
+                "loss": None if best is None else study.runner.trend(best),
                 "evaluations": len(study.grid) + study.spent.get((method.name, seed), 1) - 1,
                 "error": study.runner.error(tried[0]) if best is None else None,
             }
         )
-    ended = [one for one in seeds if one["test"] is not None]
+    ended, within = [one for one in seeds if one["test"] is not None], METRIC_RANGES[study.task.metric]
     per_training = study.config.train.batch_size * study.steps
     warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
     gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
@@ -73,8 +81,10 @@ def _entry(
         "fine_tunings": round(spent + gradients / per_training, 3),
         "params": _mean([one["params"] for one in ended]) if ended else None,
         "seeds": seeds,
-        "test": interval([one["test"] for one in ended]),
-        "selection": interval([one["selection"] for one in ended]),
+        "test": interval([one["test"] for one in ended], within),
+        # All seeds have the same test samples, so that a mean over them is no better known for that.
+        "test_error": _mean([one["test_error"] for one in ended]) if ended else None,
+        "selection": interval([one["selection"] for one in ended], within),
     }
 
 

@@ -39,6 +39,7 @@ from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
 from irdscale.errors import InputError
 from irdscale.files import read_json, write_atomic, write_json
+from irdscale.loss_trend import said_of_rises
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.candidates import Candidate, score_base, score_on_test
@@ -148,7 +149,8 @@ def _compared(study: Study) -> dict[str, Any]:
     tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
     base = None
     if not study.facts.head:
-        base = dict(zip(("selection", "test"), study.engine.call(score_base), strict=True))
+        base = dict(zip(("selection", "test", "test_error"), study.engine.call(score_base), strict=True))
+    methods = method_entries(study, chosen, tests)
     ended = time.perf_counter()
     seconds = {"masks": masked - started, "train": trained - masked, "test": ended - trained, "total": ended - started}
     return {
@@ -156,7 +158,10 @@ def _compared(study: Study) -> dict[str, Any]:
         "reference": study.reference,
         "seeds": study.seeds,
         "learning_rates": study.grid,
-        "methods": method_entries(study, chosen, tests),
+        "methods": methods,
+        "warnings": said_of_rises(
+            {f"{one['label']}, seed {seed['seed']}": seed["loss"] for one in methods for seed in one["seeds"]}
+        ),
         "base": base,
         "fewest": fewest_samples(study),
         "evaluations": len(study.runner.asked),
@@ -353,18 +358,18 @@ def _drop_all_but(study: Study, kept: Sequence[Candidate]) -> None:
     study.runner.drop_all_but(keys)
 
 
-def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, float]:
-    """key -> test metric of the chosen candidates; each is kept on disk as soon as it is known."""
+def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:
+    """key -> test metric of the chosen candidates and its standard error; kept on disk as soon as it is known."""
     _drop_all_but(study, chosen)
     by_key = {candidate.key(study.config): candidate for candidate in chosen}
     file = study.output / "test_scores.json"
     with failing_together():
         stored = read_json(file, "list of test scores") if file.exists() else {}
-    known = {key: float(stored[key]) for key in by_key if key in stored}
+    known: dict[str, tuple[float, float]] = {key: tuple(stored[key]) for key in by_key if key in stored}
     missing = [key for key in by_key if key not in known]
 
-    def keep(place: int, metrics: list[float]) -> None:
-        (known[missing[place]],) = metrics
+    def keep(place: int, scores: list[tuple[float, float]]) -> None:
+        (known[missing[place]],) = scores
         with failing_together():
             if rank_and_world()[0] == 0:
                 write_json(file, stored | known)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from irdscale.compare.asked import FEW
-from irdscale.compare.statistics import paired_methods
+from irdscale.compare.asked import FEW, SEARCHES
+from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
+from irdscale.config import METRIC_RANGES
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.
@@ -61,8 +62,9 @@ def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
         return f"{figures}; no seed has both it and {against}."
     difference = method["difference"]
     shown = f"difference {signed_interval(difference)}"
-    if found["n"] == 1:
-        return f"{figures}; {shown}, and one seed cannot tell a difference from chance."
+    if found["n"] < FEWEST_SEEDS:
+        few = "one seed" if found["n"] == 1 else f"{found['n']} seeds"
+        return f"{figures}; {shown}, and {few} cannot tell a difference from chance."
     where = side(found)
     if where == 0:
         return f"{figures}; it cannot be told apart from {against} ({shown})."
@@ -86,8 +88,26 @@ def cost_and_gain(study: dict[str, Any]) -> str:
     ]
     if over:
         sentences += ["Gains are on the test split, positive where it is better.", *over]
-        sentences.append(_judged(study, fish, best))
+        sentences.append(_FISH_MASKS if _dropped_none(study, reference) else _judged(study, fish, best))
     return " ".join(sentences) + _without_search(study, " ".join(sentences))
+
+
+_FISH_MASKS = (
+    "For no seed did the search drop a sample: its masks are FISH masks, so that a difference comes from their number "
+    "of parameters or from choosing among several, not from ranking samples."
+)
+
+
+def _kept_all(study: dict[str, Any], method: dict[str, Any]) -> list[int]:
+    """The seeds for which a search's mask is of all samples that were drawn for it: a FISH mask."""
+    if _ranking(study, method)[0] not in SEARCHES:
+        return []
+    return [one["seed"] for one in method["seeds"] if one.get("pool") and one["samples"] == one["pool"]]
+
+
+def _dropped_none(study: dict[str, Any], method: dict[str, Any]) -> bool:
+    ended = [one for one in method["seeds"] if one["test"] is not None]
+    return bool(ended) and len(_kept_all(study, method)) >= len(ended)
 
 
 def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
@@ -118,8 +138,8 @@ def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, 
     if not known:
         return "So whether it pays is not known."
     seeds = min(known)
-    if seeds == 1:
-        return "One seed cannot tell a gain from chance."
+    if seeds < FEWEST_SEEDS:
+        return f"{'One seed' if seeds == 1 else f'{seeds} seeds'} cannot tell a gain from chance."
     one, many = side(gains["fish"]), side(gains["fish_best"])
     if one > 0 and many > 0:
         text = f"So here {label} pays: it is better than one FISH mask and than as many random ones"
@@ -159,7 +179,7 @@ def _without_search(study: dict[str, Any], said: str) -> str:
     kind, changes = _ranking(study, reference)
     top = next((one for one in study["methods"] if _ranking(study, one) == ("top_samples", changes)), None)
     found = gain(study, top)
-    if kind != "ird" or top is None or found is None or found["n"] == 1:
+    if kind != "ird" or top is None or found is None or found["n"] < FEWEST_SEEDS:
         return ""
     count = next((f"{one['samples']:,} " for one in top["seeds"] if one["samples"]), "")
     mask, where, seeds = f"ne mask of the {count}samples that rank first ({top['label']})", side(found), found["n"]
@@ -191,7 +211,9 @@ def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
     ):
         control = method_named(study, name)
         if control is not None:
-            over = _as_gain(study, paired_methods(top, control, study["task"]["lower_is_better"]))
+            task = study["task"]
+            within = METRIC_RANGES.get(task["metric"], ANY)
+            over = _as_gain(study, paired_methods(top, control, task["lower_is_better"], within))
             if over is None or side(over) <= 0:
                 return ""
             pays = "is what pays, not the search" if where < 0 else "pays, and nothing shows that the search adds to it"
@@ -216,13 +238,29 @@ def notes(study: dict[str, Any]) -> list[str]:
         f"The 95 % t intervals and p are not corrected for the number of comparisons ({others}): "
         "of twenty differences that are none, one is expected to look like one.",
     ]
+    for method in study["methods"]:
+        kept = len(_kept_all(study, method))
+        if kept:
+            said.append(
+                f"{method['label']} dropped no sample for {kept} of {seeds} seed{'s' if seeds > 1 else ''}: "
+                "its mask there is a FISH mask."
+            )
     if seeds < ENOUGH_SEEDS:
-        count = "One seed gives no intervals" if seeds == 1 else f"{seeds} seeds give wide intervals"
+        count = "One seed gives" if seeds == 1 else f"{seeds} seeds give"
+        count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
         said.append(f"{count}: what is seen here is a hint, not a proof; use {ENOUGH_SEEDS} or more.")
+    errors = [method["test_error"] for method in study["methods"] if method.get("test_error") is not None]
+    if errors:
+        low, high = f"{min(errors):.4f}", f"{max(errors):.4f}"
+        said.append(
+            f"By its {study['task']['test']:,} samples alone the test split gives each test metric a standard error of "
+            f"{low if low == high else f'{low} to {high}'}; intervals over seeds say nothing of that."
+        )
     base = study["base"]
     if base and base["test"] is not None:
         said.append(f"The model as it came: {study['task']['metric']} {base['test']:.4f} on the test split.")
-    return said + _out_of_reach(study) + _edges(study)
+    warned = [f"Warning, of the trainings tested: {text}" for text in study.get("warnings", [])]
+    return warned + said + _out_of_reach(study) + _edges(study)
 
 
 def _out_of_reach(study: dict[str, Any]) -> list[str]:

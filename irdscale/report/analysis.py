@@ -315,12 +315,35 @@ def headline(found: list[Relation], ranked: str) -> str:
     if not known:
         return f"Nothing is known of the samples that the {ranked} could follow."
     if not follows:
-        names = [r.name for r in known]
-        listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-        return f"There is no sign that the {ranked} is {listed} in disguise: {'; '.join(map(_figure, known))}."
+        faint = [r for r in known if _beyond_chance(r)]
+        rest = [r for r in known if r not in faint]
+        said = []
+        if faint:
+            said.append(
+                f"The {ranked} follows {_listed(faint, 'and')} a little, more than by chance: {_figures(faint)}."
+            )
+        if rest:
+            said.append(f"There is no sign that the {ranked} is {_listed(rest, 'or')} in disguise: {_figures(rest)}.")
+        return " ".join(said)
     how = "largely" if follows[0].strength >= LARGELY else "partly"
     more = f" It also follows {'; '.join(f'{r.name}: {_figure(r)}' for r in follows[1:])}." if follows[1:] else ""
     return f"The {ranked} is {how} {follows[0].name} in disguise: {_figure(follows[0])}.{more}"
+
+
+def _beyond_chance(relation: Relation) -> bool:
+    """Whether the relation, or what is left of it with another property held, is outside what chance does."""
+    low, high = relation.chance
+    held = relation.held is not None and not low <= relation.held <= high
+    return relation.strength > 0 or not low <= relation.value <= high or held
+
+
+def _listed(found: list[Relation], last: str) -> str:
+    names = [r.name for r in found]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def _figures(found: list[Relation]) -> str:
+    return "; ".join(f"{_figure(r)}, by chance {by_chance(r)}" for r in found)
 
 
 def _figure(relation: Relation) -> str:

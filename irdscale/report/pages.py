@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def write_pages(
             irdscale.report can be included in them.
         values: what the templates name, besides the `figures`, which they get in base64.
         figures: name -> PNG.
-        filters: name -> what the templates call beside `score`, `percent`, `duration` and `cell`.
+        filters: name -> what the templates call beside `score`, `tested`, `percent`, `duration` and `cell`.
 
     Returns:
         {"markdown", "html", "figures"}: paths.
@@ -41,8 +41,8 @@ def write_pages(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": score, "percent": percent, "duration": duration, "cell": _markdown_cell}
-    environment.filters |= filters or {}
+    environment.filters |= {"score": score, "tested": tested, "percent": percent, "duration": duration}
+    environment.filters |= {"cell": _markdown_cell, **(filters or {})}
     values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}
     pages = {page: environment.get_template(f"{page}.jinja").render(values) for page in (f"{name}.md", f"{name}.html")}
     for figure, data in figures.items():
@@ -59,6 +59,12 @@ def write_pages(
 def score(value: float | None) -> str:
     """A metric with four decimals."""
     return "failed" if value is None else f"{value:.4f}"
+
+
+def tested(entry: Mapping[str, Any]) -> str:
+    """The test metric of a result's entry, with its standard error where that is known."""
+    value, error = entry.get("test_metric"), entry.get("test_error")
+    return score(value) if value is None or error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _markdown_cell(value: object) -> str:

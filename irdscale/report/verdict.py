@@ -21,10 +21,16 @@ def verdict(result: dict[str, Any]) -> list[str]:
     ]
     if best["test_metric"] is None:
         return [*sentences, "It has no test metric."]
-    sentences.append(f"On the test split its {task['metric']} is {best['test_metric']:.4f}{_over(best)}.")
+    error = ""
+    if best.get("test_error") is not None:
+        error = f" The standard error by the {task['test']:,} test samples alone is {best['test_error']:.4f}."
+    sentences.append(f"On the test split its {task['metric']} is {best['test_metric']:.4f}{_over(best)}.{error}")
     baseline = result["baseline"]
     sign = -1 if task.get("lower_is_better") else 1
-    sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)", sign))
+    if is_fish_mask(result):
+        sentences.append(_of_draws(best, baseline.get("fish_random")))
+    else:
+        sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)", sign))
     if "linear_probe" in baseline:
         sentences.append(_against(best, baseline["linear_probe"], "the head alone (linear probe)", sign))
     elif "base" in baseline:
@@ -32,6 +38,27 @@ def verdict(result: dict[str, Any]) -> list[str]:
     else:
         sentences.append("The checkpoint holds its head, so there is no linear probe to compare with.")
     return sentences
+
+
+def warnings(result: dict[str, Any]) -> list[str]:
+    """What the search warned of."""
+    return [f"Warning: {text}" for text in result.get("warnings", [])]
+
+
+def is_fish_mask(result: dict[str, Any]) -> bool:
+    """Whether a search's mask is of samples drawn at random: it dropped none of its pool, or dropped by chance."""
+    return bool(result["direction"] == "random" or result["best"]["samples"] == result["path"][0]["samples"])
+
+
+def _of_draws(best: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """A winner that is a FISH mask, beside one of another draw."""
+    said = f"Its {best['samples']:,} samples were drawn at random, and no ranking dropped any of them"
+    said += ": its mask is a FISH mask, and nothing here tells of the ranking."
+    if other is None or other["test_metric"] is None or other.get("same_mask_as_best"):
+        return said
+    apart = best["test_metric"] - other["test_metric"]
+    figures = f"{other['test_metric']:.4f}; difference {apart:+.4f}"
+    return f"{said} Another draw of as many samples gave {figures}: that is chance of the draw."
 
 
 def _over(entry: dict[str, Any]) -> str:

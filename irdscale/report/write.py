@@ -10,7 +10,7 @@ from irdscale.report.analysis import by_chance
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.pages import write_pages
-from irdscale.report.verdict import percent, verdict
+from irdscale.report.verdict import percent, verdict, warnings
 
 CAPTIONS = {
     "metric": "Metric against trainable parameters. Grey dots are single seeds; {better} is better.",
@@ -36,7 +36,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     values = {
         "facts": facts,
         "result": facts.result,
-        "verdict": verdict(facts.result),
+        "verdict": [*verdict(facts.result), *warnings(facts.result)],
         "captions": {name: caption.format(better=better, chance=chance) for name, caption in CAPTIONS.items()},
         "auto": "AutoModelForCausalLM" if task["kind"] in LANGUAGE_KINDS else "AutoModelForSequenceClassification",
         "output": str(output),

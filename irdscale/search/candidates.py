@@ -17,7 +17,7 @@ from torch import nn
 from irdscale.base_model import base_model
 from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, RunError, TrainingError
-from irdscale.evaluation import evaluate_model
+from irdscale.evaluation import evaluate_model, evaluate_with_errors
 from irdscale.mask import Mask
 from irdscale.progress import bar
 from irdscale.ranks import first_says, rank_and_world
@@ -138,8 +138,8 @@ def run_candidate(
     with ExitStack() as lent:
         try:
             model = lent.enter_context(_untrained(config, task, output, candidate))
-            fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
-            record |= {"metric": measure(), "status": "ok"}
+            trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
+            record |= {"metric": measure(), "status": "ok", "loss": trend}
         except Paused:
             raise
         except Exception as error:  # whatever one candidate dies of, the others go on
@@ -157,8 +157,10 @@ def run_candidate(
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def score_on_test(config: RunConfig, task: Task, output: Path, asked: list[tuple[Candidate, bool]]) -> list[float]:
-    """The metrics on the test split of finished evaluations; collective.
+def score_on_test(
+    config: RunConfig, task: Task, output: Path, asked: list[tuple[Candidate, bool]]
+) -> list[tuple[float, float]]:
+    """The metric of each finished evaluation on the test split, and its standard error; collective.
 
     Each one's adapter is loaded, or trained again where it was dropped.
 
@@ -169,7 +171,8 @@ def score_on_test(config: RunConfig, task: Task, output: Path, asked: list[tuple
     for candidate, keep in asked:
         own = candidate.config(config)
         with _trained(config, task, output, candidate) as model:
-            metrics.append(evaluate_model(model, task, task.test, own.train.eval_batch_size)[task.metric])
+            values, errors = evaluate_with_errors(model, task, task.test, own.train.eval_batch_size)
+            metrics.append((values[task.metric], errors[task.metric]))
             if keep:
                 save_adapter(model, output / "adapter", adapter_config(own, candidate.seed), adapter_dtype(own))
     return metrics
@@ -193,12 +196,15 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
         yield trained
 
 
-def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, float]:
-    """The metric of the model as it came, on the selection and on the test split; collective."""
-    size, splits = config.train.eval_batch_size, (task.selection, task.test)
+def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, float, float]:
+    """The metric of the model as it came on the selection and the test split, and the latter's standard error;
+    collective.
+    """
+    size = config.train.eval_batch_size
     with base_model(config, task, config.search.seeds[0]) as (model, _):
-        selection, test = (evaluate_model(model, task, split, size)[task.metric] for split in splits)
-    return selection, test
+        selection = evaluate_model(model, task, task.selection, size)
+        test, errors = evaluate_with_errors(model, task, task.test, size)
+    return selection[task.metric], test[task.metric], errors[task.metric]
 
 
 def remove_folder(folder: Path) -> None:

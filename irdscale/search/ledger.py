@@ -18,6 +18,8 @@ from irdscale.errors import InputError
 from irdscale.files import digest, fsync_folder, writing
 
 FIELDS = ("round", "samples", "params", "seed", "direction", "mask", "metric", "status", "error", "seconds", "key")
+# Where the training's loss began and ended; see `irdscale.loss_trend.loss_trend`.
+MORE_FIELDS = ("loss",)
 
 _STOPPED = re.compile(r"stopped early at step (\d+),")
 _BEGINNING = b'{"round": '
@@ -119,7 +121,8 @@ class Ledger:
             raise ValueError(f"ledger record has metric {record['metric']}; expected a finite number")
         if finished and record["key"] in self.finished:
             raise ValueError(f"ledger has key {record['key']} already")
-        line = f"\n{json.dumps({name: record[name] for name in FIELDS}, allow_nan=False)}\n".encode()
+        written = {name: record[name] for name in (*FIELDS, *MORE_FIELDS) if name in record}
+        line = f"\n{json.dumps(written, allow_nan=False)}\n".encode()
         with writing(self.path):
             if os.write(self._descriptor, line) != len(line):
                 raise OSError("the disk took a part of a record")

@@ -114,6 +114,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             "reused": reused,
             "training_steps": runner.training_steps(training_steps(config.train, len(task.trained))),
             "seconds": seconds,
+            "warnings": runner.rises(),
             **what_was_searched(config, task, masks.facts),
         }
         with failing_together():
@@ -245,10 +246,11 @@ def _run_baselines(
     return baselines
 
 
-def _base(config: RunConfig, selection: float, test: float) -> dict[str, Any]:
+def _base(config: RunConfig, selection: float, test: float, error: float) -> dict[str, Any]:
     """The model as it came, the same for every seed, where it has no new head that says nothing yet."""
-    seeds = [{"seed": seed, "metric": selection, "test_metric": test} for seed in config.search.seeds]
-    return {"params": 0, "metric": selection, "test_metric": test, "seeds": seeds, "error": None}
+    found = {"metric": selection, "test_metric": test, "test_error": error}
+    seeds = [{"seed": seed, **found} for seed in config.search.seeds]
+    return {"params": 0, **found, "seeds": seeds, "error": None}
 
 
 def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
@@ -261,7 +263,11 @@ def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str,
 
 
 def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lower_is_better: bool) -> None:
-    """Add the test metrics to what `_selection` found; of the first entry, the seed best on selection is kept."""
+    """Add the test metrics and their standard errors to what `_selection` found; of the first entry, the adapter of the
+    seed best on selection is kept.
+
+    A mean over seeds has the mean of their errors: all are of the same samples.
+    """
     scored = [(mask, entry) for mask, entry in entries if entry["metric"] is not None]
     asked = []
     for mask, entry in scored:
@@ -272,11 +278,12 @@ def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lowe
         ]
     found = iter(engine.call(score_on_test, asked))
     for _, entry in entries:
-        entry["test_metric"] = None
+        entry["test_metric"] = entry["test_error"] = None
     for _, entry in scored:
         for one in entry["seeds"]:
-            one["test_metric"] = next(found)
-        entry["test_metric"] = _mean(entry["seeds"], "test_metric")
+            one["test_metric"], one["test_error"] = next(found)
+        for name in ("test_metric", "test_error"):
+            entry[name] = _mean(entry["seeds"], name)
 
 
 def _mean(seeds: list[dict[str, Any]], name: str) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from irdscale.config import RunConfig
+from irdscale.loss_trend import said_of_rises
 from irdscale.search.candidates import Candidate, adapter_folder, remove_folder
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import stopped_at
@@ -34,6 +35,10 @@ class Call:
     args: tuple[Any, ...] = ()
     config: RunConfig | None = None
     light: bool = False
+
+
+def _named(record: dict[str, Any]) -> str:
+    return f"{record['samples']} samples, {record['params']} parameters, seed {record['seed']} ({record['key'][:8]})"
 
 
 class Engine(Protocol):
@@ -150,6 +155,16 @@ class Runner:
         key = candidate.key(self._config)
         failed = [record["error"] for record in self._ledger.records if record["key"] == key]
         return failed[-1] if failed else None
+
+    def trend(self, candidate: Candidate) -> dict[str, Any] | None:
+        """Where the loss of a finished evaluation began and ended; None where that is not known."""
+        record = self._ledger.finished.get(candidate.key(self._config), {})
+        return record.get("loss")
+
+    def rises(self) -> list[str]:
+        """One line on the asked evaluations whose loss ended above where it began; none where there is none."""
+        records = [self._ledger.finished[key] for key in self.asked if key in self._ledger.finished]
+        return said_of_rises({_named(record): record.get("loss") for record in records})
 
     def training_steps(self, steps: int) -> int:
         """Optimizer steps of the asked evaluations, of `steps` each but for those that were stopped early."""

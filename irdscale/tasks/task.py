@@ -16,6 +16,7 @@ from irdscale.tasks.data import Source, Split, find_source, read_rows, read_spli
 from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
+from irdscale.tasks.metrics.errors import standard_errors
 from irdscale.tasks.models import load_model_config, load_tokenizer
 from irdscale.tasks.pool import shaped_pool
 from irdscale.tasks.splits import PARTS, Part, assign, draw
@@ -90,6 +91,10 @@ class Task:
             TrainingError: a logit is NaN or infinite.
         """
         return compute(self.metrics, self.kind, self.num_labels, logits, labels)
+
+    def standard_errors(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """What another draw of as many samples would change each metric by; the standard error."""
+        return standard_errors(self.metrics, self.kind, self.num_labels, logits, labels)
 
 
 def load_task(config: RunConfig) -> Task:

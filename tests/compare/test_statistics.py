@@ -28,7 +28,24 @@ def test_interval_is_scipys() -> None:
 def test_too_few_for_an_interval() -> None:
     assert interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
     assert interval([None, 0.5, None]) == {"mean": 0.5, "low": None, "high": None, "n": 1}
-    assert interval([0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 2}
+    assert interval([0.5, 0.7]) == {"mean": 0.6, "low": None, "high": None, "n": 2}
+    assert interval([0.5, 0.5, 0.5]) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 3}
+    two = paired({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.3}, lower_is_better=False)
+    assert (two["low"], two["high"], two["p"], two["wins"]) == (None, None, None, 2)
+
+
+def test_intervals_end_where_the_metric_does() -> None:
+    values = [0.99, 1.0, 0.9]
+    assert interval(values)["high"] > 1.05
+    inside = interval(values, (0.0, 1.0))
+    assert inside["high"] == 1.0
+    assert inside["low"] == interval(values)["low"]
+    assert interval([-0.9, -1.0, 0.2], (-1.0, 1.0))["low"] == -1.0
+    assert interval([1.2, 9.0, 1.1], (1.0, float("inf")))["low"] == 1.0
+    assert interval([1.0, 1.0, 1.0], (0.0, 1.0))["high"] == 1.0
+    apart = paired({0: 1.0, 1: 0.1, 2: 1.0}, {0: 0.0, 1: 0.0, 2: 0.1}, False, (0.0, 1.0))
+    assert apart["high"] == 1.0
+    assert paired({0: 1.0, 1: 0.1, 2: 1.0}, {0: 0.0, 1: 0.0, 2: 0.1}, False)["high"] > 1.5
 
 
 def test_paired_is_scipys() -> None:

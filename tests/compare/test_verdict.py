@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from irdscale.compare.table import rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of, side
 from tests.compare.fake import around, study
 
@@ -79,6 +80,25 @@ def test_few_seeds_are_a_hint() -> None:
     assert not any("hint" in note for note in notes(study({"ird": IRD, "fish": FAR})))
 
 
+@pytest.mark.parametrize(("kept", "masks"), [(5, True), (2, False), (0, False)])
+def test_a_search_that_dropped_no_sample_proves_no_ranking(kept: int, masks: bool) -> None:
+    found = study({"ird": IRD, "fish_best": FAR, "fish": FAR})
+    for place, one in enumerate(found["methods"][0]["seeds"]):
+        one |= {"pool": 64, "samples": 64 if place < kept else 32}
+    said = cost_and_gain(found)
+    assert (PAYS in said) != masks
+    assert ("its masks are FISH masks, so that a difference comes from their number of parameters" in said) == masks
+    told = f"IRD dropped no sample for {kept} of 5 seeds: its mask there is a FISH mask."
+    assert (told in notes(found)) == (kept > 0)
+
+
+def test_the_error_of_the_test_set_is_told() -> None:
+    found = study({"ird": IRD, "fish": FAR}, changes={"ird": {"test_error": 0.0219}, "fish": {"test_error": 0.0228}})
+    told = "By its 437 samples alone the test split gives each test metric a standard error of 0.0219 to 0.0228"
+    assert any(note.startswith(told) for note in notes(found))
+    assert [row[4] for row in rows(found)] == ["0.0219", "0.0228"]
+
+
 def test_one_seed_says_nothing() -> None:
     one = study({"ird": [0.7], "fish_best": [0.6], "fish": [0.6]})
     assert cost_and_gain(one).endswith("One seed cannot tell a gain from chance.")
@@ -104,8 +124,9 @@ def test_failures_are_told() -> None:
         *(f"full fine-tuning, seed {seed}: TrainingError: the loss is nan <b>" for seed in range(3)),
     ]
     assert said_of(found, found["methods"][2]) == "full fine-tuning: no test metric, every seed failed."
-    assert "for 2 of 2 seeds" in said_of(found, found["methods"][1])
-    assert "With 2 seeds that is a hint" in cost_and_gain(found)
+    assert said_of(found, found["methods"][1]).endswith("and 2 seeds cannot tell a difference from chance.")
+    assert cost_and_gain(found).endswith("2 seeds cannot tell a gain from chance.")
+    assert not any("interval" in said for said in (cost_and_gain(found), said_of(found, found["methods"][1])[40:]))
 
 
 def test_a_reference_that_failed() -> None:

@@ -15,6 +15,7 @@ from irdscale.files import write_json
 from irdscale.mask import Mask
 from irdscale.report import write_report
 from irdscale.report.analysis import (
+    Relation,
     by_layer,
     concentration,
     drivers,
@@ -105,6 +106,25 @@ def traces(**changes: Any) -> dict[str, Any]:
 def test_headline(trace: list[float], kind: str, known: dict[str, Any], expected: str) -> None:
     given = {key: value for key, value in traces(**known).items() if value is not None}
     assert headline(relations(trace, given, kind), "ranking").startswith(expected)
+
+
+def test_a_relation_above_chance_is_not_called_none() -> None:
+    rows = 200
+    places = np.random.default_rng(0).permutation(rows)
+    values = np.arange(rows) + 2.5 * places
+    faint = relations(values, {"length": list(range(rows)), "label": [0, 1] * 100}, "sequence-classification")
+    assert 0.14 < faint[0].value < 0.3
+    said = headline(faint, "ranking")
+    assert said.startswith("The ranking follows length a little, more than by chance: Spearman +0.26 with")
+    assert "by chance ±0.14. There is no sign that the ranking is class in disguise: the class explains" in said
+
+
+def test_a_relation_that_another_one_hides_is_not_called_none() -> None:
+    """Of no relation with the loss as it is, and a strong one with the length held."""
+    hidden = Relation("loss", "Spearman", 0.05, (-0.14, 0.14), 0.0, held=0.4)
+    said = headline([hidden], "ranking")
+    assert said.startswith("The ranking follows loss a little, more than by chance: Spearman +0.05 with loss (+0.40")
+    assert "no sign" not in said
 
 
 def test_few_samples_prove_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,13 @@ from tests.report.fake import write_output
 def report(folder: Path, **changes: object) -> tuple[str, str]:
     write_report(write_output(folder, **changes))  # type: ignore[arg-type]
     return (folder / "report.md").read_text(), (folder / "report.html").read_text()
+
+
+def of_fewer_samples(folder: Path) -> dict[str, Any]:
+    """The result, as if the search had begun with more samples than its winner has."""
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    result["path"][0]["samples"] = 64
+    return result
 
 
 def test_tables_hold_the_figures_of_the_files(tmp_path: Path) -> None:
@@ -74,8 +82,7 @@ def test_facts(tmp_path: Path) -> None:
 )
 def test_verdict(changes: dict[str, object], expected: str, tmp_path: Path) -> None:
     write_output(tmp_path, **changes)  # type: ignore[arg-type]
-    result = json.loads((tmp_path / "result.json").read_text())
-    text = " ".join(verdict(result))
+    text = " ".join(verdict(of_fewer_samples(tmp_path)))
     assert expected in text
     assert "20 of the model's 5,000 parameters (0.4 %)" in text
     assert "a new head of 18" in text
@@ -83,7 +90,7 @@ def test_verdict(changes: dict[str, object], expected: str, tmp_path: Path) -> N
 
 def test_seeds_that_disagree_prove_nothing(tmp_path: Path) -> None:
     write_output(tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = of_fewer_samples(tmp_path)
     fish = result["baseline"]["fish_random"]
     for one, test in zip(fish["seeds"], (0.75, 0.70), strict=True):
         one["test_metric"] = test
@@ -91,6 +98,19 @@ def test_seeds_that_disagree_prove_nothing(tmp_path: Path) -> None:
     text = " ".join(verdict(result))
     assert "It cannot be told apart from random samples" in text
     assert "by seed -0.0300 to +0.0400" in text
+
+
+@pytest.mark.parametrize("direction", ["ird", "reverse", "random"])
+def test_a_fish_mask_is_not_compared_with_another(direction: str, tmp_path: Path) -> None:
+    write_output(tmp_path, seeds=(0, 1, 2, 3, 4))
+    kept_all = json.loads((tmp_path / "result.json").read_text()) | {"direction": direction}
+    text = " ".join(verdict(kept_all))
+    assert "its mask is a FISH mask, and nothing here tells of the ranking" in text
+    assert "gave 0.6900; difference +0.0400: that is chance of the draw" in text
+    assert "than random samples" not in text
+    fewer = " ".join(verdict(of_fewer_samples(tmp_path) | {"direction": direction}))
+    assert ("its mask is a FISH mask" in fewer) == (direction == "random")
+    assert ("better than random samples" in fewer) == (direction != "random")
 
 
 def test_failures_are_shown(tmp_path: Path) -> None:

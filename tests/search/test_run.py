@@ -52,6 +52,8 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -
     assert len({r["key"] for r in ok}) == len(ok) == len(records)
     assert {r["round"] for r in ok} - {None} <= set(range(len(result["path"])))
     assert result["sample_gradients"] <= 2 * config.fisher.samples
+    assert all(set(r["loss"]) == {"began", "ended", "rose"} for r in ok)
+    assert len(result["warnings"]) == any(r["loss"]["rose"] for r in ok)
     best = result["best"]
     start = Pair(16, round(0.05 * result["model"]["parameters"]))
     sizes, ks = lattice(start, Pair(4, round(0.01 * result["model"]["parameters"])))
@@ -98,6 +100,9 @@ def test_the_adapter_gives_the_stated_metrics(finished: tuple[Path, dict[str, An
     chosen = max(result["best"]["seeds"], key=lambda s: s["metric"])
     assert evaluate_model(model, task, task.selection, 64)["accuracy"] == chosen["metric"]
     assert evaluate_model(model, task, task.test, 64)["accuracy"] == chosen["test_metric"]
+    share = chosen["test_metric"]
+    assert chosen["test_error"] == pytest.approx((share * (1 - share) / len(task.test)) ** 0.5)
+    assert result["best"]["test_error"] == sum(s["test_error"] for s in result["best"]["seeds"]) / 2
     assert sparse_state(model).k == result["best"]["params"]
 
 

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from irdscale.config import METRICS
 from irdscale.errors import InputError, RunError
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
+from irdscale.tasks.metrics.errors import of_ratio, standard_errors
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -54,6 +55,54 @@ def test_constant_predictions_score_zero_and_not_nan() -> None:
     classes = np.array([0, 1, 0, 1])
     found = compute(("f1", "matthews_correlation"), "sequence-classification", 2, logits, classes)
     assert found == {"f1": 0.0, "matthews_correlation": 0.0}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_standard_errors_of_classes_are_those_of_other_draws(classes: int) -> None:
+    """Against the spread of the metrics over many test sets from the same population."""
+    rng = np.random.default_rng(classes)
+
+    def drawn() -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.integers(0, classes, size=400)
+        return np.eye(classes)[labels] + rng.normal(scale=0.8, size=(400, classes)), labels
+
+    names, kind = METRICS["sequence-classification"], "sequence-classification"
+    found = standard_errors(names, kind, classes, *drawn())
+    many = [compute(names, kind, classes, *drawn()) for _ in range(60)]
+    for name in names:
+        # The spread of 60 values has an error of 9 % of it.
+        assert found[name] == pytest.approx(np.std([one[name] for one in many], ddof=1), rel=0.3), name
+
+
+def test_standard_errors_of_accuracy_by_hand() -> None:
+    logits, labels = np.tile([0.0, 1.0], (400, 1)), np.array([1] * 300 + [0] * 100)
+    found = standard_errors(("accuracy",), "sequence-classification", 2, logits, labels)
+    assert found == {"accuracy": pytest.approx((0.75 * 0.25 / 400) ** 0.5)}
+
+
+def test_standard_errors_of_correlations() -> None:
+    rng = np.random.default_rng(3)
+    pairs = rng.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=400)
+    found = standard_errors(METRICS["regression"], "regression", 1, pairs[:, 0], pairs[:, 1])
+    # Of a normal population: (1 - r^2) / sqrt(n - 1), and some 6 % more of ranks.
+    assert found["pearson"] == pytest.approx((1 - 0.36) / 399**0.5, rel=0.15)
+    assert found["spearman"] == pytest.approx(found["pearson"], rel=0.25)
+    constant = standard_errors(METRICS["regression"], "regression", 1, np.ones(9), np.arange(9.0))
+    assert constant == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_standard_error_of_a_ratio() -> None:
+    """Of a mean over tokens, whose samples have more or fewer of them; against many draws."""
+    rng = np.random.default_rng(0)
+
+    def drawn() -> tuple[np.ndarray, np.ndarray]:
+        tokens = rng.integers(1, 40, size=300)
+        return rng.normal(3.0, 1.0, size=300) * tokens, tokens
+
+    many = [loss.sum() / tokens.sum() for loss, tokens in (drawn() for _ in range(400))]
+    assert of_ratio(*drawn()) == pytest.approx(np.std(many, ddof=1), rel=0.2)
+    same = rng.normal(size=50)
+    assert of_ratio(same, np.ones(50)) == pytest.approx(np.std(same, ddof=1) / 50**0.5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
