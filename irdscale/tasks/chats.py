@@ -103,7 +103,8 @@ def chat_sample(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        until = _rendered(tokenizer, messages[: number + 1], False, where)
+        ended = number + 1 == len(messages)
+        until = whole.text if ended else _rendered(tokenizer, messages[: number + 1], False, where)
         before = _rendered(tokenizer, messages[:number], True, where) if number else _before_first(tokenizer, until)
         prompt, stop = _answer_tokens(whole, before, until, f"{where}: message {number}")
         labels[prompt:stop] = whole.tokens[prompt:stop]
@@ -140,7 +141,8 @@ def _answer_tokens(whole: _Text, before: str, until: str, where: str) -> tuple[i
         before: what the template writes before the answer.
         until: what it writes when the chat ends with the answer.
     """
-    tokens, first, last = whole.tokens, _tokens(whole.tokenizer, before), _tokens(whole.tokenizer, until)
+    tokens, first = whole.tokens, _tokens(whole.tokenizer, before)
+    last = tokens if until == whole.text else _tokens(whole.tokenizer, until)
     if tokens[: len(last)] == last and last[: len(first)] == first and len(first) < len(last):
         return len(first), len(last)
     if until == before:

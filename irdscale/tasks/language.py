@@ -163,8 +163,14 @@ def _completions(
                     f"task.columns.completion: {rows.where}, row {row}: found no text; expected some, to learn from"
                 )
         pairs = [(prompts[row], completions[row]) for row in chosen]
-        encoded = _joined(tokenizer, pairs, _JOINTS["sft"], _ending(tokenizer))
+        end = _ending(tokenizer)
+        encoded = _joined(tokenizer, pairs, _JOINTS["sft"], end)
         for row, (tokens, prompt) in zip(chosen, encoded, strict=True):
+            if prompt >= len(tokens) - len(end):
+                raise InputError(
+                    f"task.columns.completion: {rows.where}, row {row}: found no token of the completion alone; the "
+                    f"tokenizer drops it, or joins it with the prompt (a prompt that ends in white space may part them)"
+                )
             tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
             yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
 
