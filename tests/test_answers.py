@@ -99,7 +99,7 @@ TEMPLATE += "{% if add_generation_prompt %}<bot> {% endif %}"
 
 
 class Reciting(LlamaForCausalLM):
-    """A model that goes on from the last token by a fixed rule: its logits know nothing else."""
+    """A model that goes on from the last token by a fixed rule, and where that is banned with `e`, or ends."""
 
     follows: dict[str, str]
 
@@ -107,7 +107,8 @@ class Reciting(LlamaForCausalLM):
         output = super().forward(input_ids=input_ids, **more)
         rule = torch.zeros(len(ID), len(ID))
         for word, behind in self.follows.items():
-            rule[ID[word], ID[behind]] = 9
+            rule[ID[word], ID["e"]], rule[ID[word], ID[behind]] = 5, 9
+        rule[:, ID["<eos>"]] += 1
         output.logits = rule[input_ids].to(output.logits.dtype)
         return output
 
@@ -221,7 +222,6 @@ def ending(end: str) -> str:
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"suppress_tokens": [ID["c"]]}),
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"begin_suppress_tokens": [ID["c"]]}),
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"bad_words_ids": [[ID["c"]]]}),
-        ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"forced_eos_token_id": ID["<eos>"], "max_length": 2}),
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"sequence_bias": [[[ID["d"]], 99.0]]}),
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"do_sample": True, "temperature": 99.0, "num_beams": 3}),
         ({"<bot>": "c", "c": "<end>"}, ending("<end>"), "c", {"num_beams": 2, "num_return_sequences": 2}),
