@@ -117,18 +117,19 @@ def same_answer(found: str, expected: str) -> bool:
     """
     if found.split() == expected.split():
         return True
-    _, marked, behind = expected.partition(MARK)
-    wanted = _first_line(behind) if marked else expected
+    # Where lines follow the last `####`, it is a heading; so are those before it.
+    *headings, behind = expected.split(MARK)
+    wanted = _first_line(behind) if headings else expected
     number = _sole_number(wanted)
-    _, found_marked, found_behind = found.partition(MARK)
-    given = _first_line(found_behind) if found_marked else found
+    parts = found.split(MARK)
+    place = min(max(1, len(headings)), len(parts) - 1)
+    given = _first_line(parts[place]) if place else found
     if number is None:
-        # Where more follows, `####` is a heading.
-        return bool(marked) and wanted == behind.strip() and given.split() == wanted.split()
+        return bool(headings) and wanted == behind.strip() and given.split() == wanted.split()
     numbers = list(_numbers(given))
     if not numbers:
         return False
-    other = numbers[0 if found_marked else -1]
+    other = numbers[0 if place else -1]
     return other is not None and other[0] == number[0] and (other[1] == number[1] or not (other[1] and number[1]))
 
 
