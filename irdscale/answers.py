@@ -51,10 +51,14 @@ class AnswerEnds:
     def _parts(self, end: str) -> tuple[int | None, str]:
         """The first special token of an end, if any, and the text before it: of white space, only what breaks lines."""
         tokens = self.tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]
-        token = next((each for each in tokens if each in self._added and each != self.tokenizer.unk_token_id), None)
+        token = next((each for each in tokens if each in self._added and self._shows(each)), None)
         if token is None:
             return None, end.strip() or ("\n" if "\n" in end else "")
         return token, end.partition(str(self.tokenizer.convert_ids_to_tokens(token)))[0].strip()
+
+    def _shows(self, token: int) -> bool:
+        """Whether an added token is more than white space, and a token of its own."""
+        return token != self.tokenizer.unk_token_id and bool(str(self.tokenizer.decode([token])).strip())
 
     def answer(self, place: int, tokens: list[int]) -> str:
         """The answer of the generated tokens to the prompt of the sample at `place`."""

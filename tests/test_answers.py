@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as parts
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from irdscale.answers import same_answer
+from irdscale.answers import AnswerEnds, same_answer
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
@@ -272,3 +272,13 @@ def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(InputError, match=message):
             made(tmp_path, broken, {"c": "a"})
+
+
+def test_white_space_is_no_end_though_it_is_an_added_token(tmp_path: Path) -> None:
+    """As the line breaks of Gemma's tokenizers are."""
+    _, task = made(tmp_path, chat("c \n d"), {}, ending("\n"))
+    task.tokenizer.add_tokens(["\n"])
+    assert ID["\n"] in task.tokenizer.added_tokens_decoder
+    ends = AnswerEnds(task.tokenizer, task.test, None)
+    assert ends.tokens == [ID["<eos>"], ID["<user>"]]
+    assert ends.answer(0, [ID[word] for word in ("c", "\n", "d", "<user>", "e")]).split() == ["c", "d"]

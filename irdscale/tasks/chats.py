@@ -105,7 +105,9 @@ def chat_sample(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
             continue
         ended = number + 1 == len(messages)
         until = whole.text if ended else _rendered(tokenizer, messages[: number + 1], False, where)
-        before = _rendered(tokenizer, messages[:number], True, where) if number else _before_first(tokenizer, until)
+        # Templates refuse to ask for an answer to nothing, and some to a system prompt alone.
+        asked = _probed(tokenizer, messages[:number], True) if number else None
+        before = _before_content(tokenizer, messages[:number], until, where) if asked is None else asked
         prompt, stop = _answer_tokens(whole, before, until, f"{where}: message {number}")
         labels[prompt:stop] = whole.tokens[prompt:stop]
     return Chat(whole.tokens, labels, prompt, *_last_answer(whole, messages, before))
@@ -175,12 +177,19 @@ def _answer_tokens(whole: _Text, before: str, until: str, where: str) -> tuple[i
     return own[0], own[-1] + 1
 
 
-def _before_first(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What the template writes before an answer that a chat begins with: a default system prompt, and its header."""
-    around = _around(tokenizer, [])
-    if around is None or not text.startswith(around[0]):
-        return ""
-    before = around[0]
+def _before_content(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, where: str) -> str:
+    """What the template writes before an answer, told from `text`, where it ends: default system prompt and header.
+
+    Raises:
+        InputError: the template does not write the content of an answer.
+    """
+    around = _around(tokenizer, messages)
+    if around is None:
+        raise InputError(
+            f"{where}: the chat template does not show where an answer to {len(messages)} messages begins; "
+            f"expected a chat that begins with a message of the user"
+        )
+    before = text[: _shared(text, around[0])]
     asked, plain = (_probed(tokenizer, [{"role": "user", "content": _CONTENTS[0]}], asking) for asking in (True, False))
     if asked is not None and plain is not None and asked.startswith(plain):
         # Where templates write more than the header before a content, such as an empty thought, that is learnt.

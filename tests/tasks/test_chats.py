@@ -36,6 +36,8 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Wants a message of the user before it asks for an answer.
+ASKING = "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}" + CHATML
 # Asks for a thought, and then writes none.
 FORGETTING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -101,6 +103,8 @@ def learnt(made: Any, chat: Chat) -> list[str]:
         # An empty thought is learnt with every answer, the first one too.
         (THINKING, said("hello", first="assistant"), ["<think>\n\n</think>\n\nhello<|im_end|>\n"]),
         (TEXTUAL, said("Where?", "Paris", "hello", "fine"), [" Paris\n", " fine\n"]),
+        (ASKING, said("Where?", "Paris", "hello", "fine"), ["Paris<|im_end|>\n", "fine<|im_end|>\n"]),
+        (ASKING, [{"role": "system", "content": "x"}, *said("hello", first="assistant")], ["hello<|im_end|>\n"]),
     ],
 )
 def test_answers_alone_are_learnt(template: str, messages: Any, expected: list[str], trimmed: bool) -> None:
@@ -170,6 +174,14 @@ def test_the_true_reason_of_a_refusal(template: str, messages: Any, match: str) 
         chat_sample(tokenizer(template), messages, "here")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("here: ")
+
+
+def test_a_chat_that_begins_with_a_call_of_a_tool() -> None:
+    """Its header is not that of an answer in text."""
+    made = tokenizer(STRIPPING.replace("\n\n{% if m", "{{ ' calls ' if m.tool_calls else '\n\n' }}{% if m"))
+    messages = [{**CALL[1], "tool_calls": [{"function": {"arguments": {"city": "Paris"}}}]}]
+    chat = chat_sample(made, messages, "here")
+    assert learnt(made, chat) == [' calls {"city": "Paris"}<|eom|>']
 
 
 def column(chats: list[Any], features: Any = None) -> Any:
