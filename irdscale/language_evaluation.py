@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from irdscale.answers import AnswerEnds, same_answer
 from irdscale.batches import LateRows, shared_batches
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 # Of a text: the sum of its tokens' losses, how many they are, and how many of them the model finds likeliest.
 COLUMNS = 3
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
 
 def evaluate_language(
@@ -46,8 +46,8 @@ def evaluate_language(
 
     - perplexity: exp of the mean loss of all target tokens of the split.
     - token_accuracy: share of the target tokens that the model finds likeliest, given those before.
-    - exact_match: share of the samples whose answer, decoded greedily, has the number of the expected one (see
-      `same_answer`).
+    - exact_match: share of the samples whose answer, decoded greedily until it ends, is the expected one (see
+      `same_answer`). What the model's `generation_config` asks for beside ends of sequences is left out.
     - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum of its tokens' log
       likelihoods or by their mean.
     """
@@ -153,51 +153,45 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
     ids, prompts, answers = list(split["input_ids"]), list(split["prompt_length"]), list(split["answer"])
     right_N = torch.zeros(len(answers), dtype=torch.float64)
     rows = [{"input_ids": tokens[:prompt]} for tokens, prompt in zip(ids, prompts, strict=True)]
+    ends = AnswerEnds(tokenizer, split, model.generation_config.eos_token_id)
 
     def answer(places: list[int]) -> None:
         batch = pad_batch([rows[i] for i in places or [0]], tokenizer.pad_token_id, side="left")
         generated_BT = model.generate(
             **{k: v.to(device) for k, v in batch.items()},
-            max_new_tokens=task.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # `frozen` turns it off, for other passes.
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
             # Ranks that gather together go on until the last one is done.
             synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
         )
-        new_BT = generated_BT[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new_BT, skip_special_tokens=True)
-        for place, text in zip(places, texts, strict=False):
-            right_N[place] = same_answer(text, answers[place])
+        new = generated_BT[:, batch["input_ids"].shape[1] :].tolist()
+        for place, tokens in zip(places, new, strict=False):
+            right_N[place] = same_answer(ends.answer(place, tokens), answers[place])
 
-    with gathering(model), frozen(model), torch.no_grad():
+    with _greedy(model, task, ends.tokens), gathering(model), frozen(model), torch.no_grad():
         shared_batches(model, prompts, batch_size, answer)
     add_up([right_N])
     return float(right_N.mean())
 
 
-def same_answer(found: str, expected: str) -> bool:
-    """Whether two answers agree: in their number if the expected one has any, else in their words.
+@contextmanager
+def _greedy(model: Any, task: Task, ends: list[int]) -> Iterator[None]:
+    """Inside, the model generates the likeliest tokens until one of `ends`, whatever its own settings are.
 
-    The number is the one behind `####`, as GSM8K writes it, or else the last one; thousands' commas do not count. The
-    first line break after a `####` answer ends it: a model that goes on and on is judged by its first answer.
+    Values that are given to `generate` do not turn off penalties, bans and other ways to generate of these settings.
     """
-    number = _final_number(expected)
-    if number is not None:
-        return _final_number(found) == number
-    return found.split() == expected.split()
+    from transformers import GenerationConfig
 
-
-def _final_number(text: str) -> float | None:
-    _, marked, behind = text.partition("####")
-    if marked:
-        first = _NUMBER.search(behind.strip().split("\n")[0])
-        return None if first is None else _value(first[0])
-    numbers = _NUMBER.findall(text)
-    return _value(numbers[-1]) if numbers else None
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=task.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        # `frozen` turns it off, for other passes.
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=task.tokenizer.pad_token_id,
+        bos_token_id=own.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

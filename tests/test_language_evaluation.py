@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from irdscale import tokenwise
+from irdscale.answers import same_answer
 from irdscale.config import RunConfig
 from irdscale.errors import TrainingError
 from irdscale.evaluation import evaluate_model
-from irdscale.language_evaluation import same_answer
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.tokenwise import IGNORED
 from tests.helpers import tiny_model

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from irdscale.config import ColumnsConfig, Kind, TaskConfig
 from irdscale.errors import InputError
+from irdscale.tasks.chats import chat_messages, chat_sample
 from irdscale.tasks.data import Rows
-from irdscale.tasks.hub import one_line
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
 from irdscale.tokenwise import IGNORED
@@ -33,7 +33,10 @@ _JOINTS = {"sft": "\n", "multiple-choice": " "}
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample's tokens, how many of them are its prompt, and by kind the expected answer and every choice alike."""
+    """A sample's tokens, how many of them are its prompt, and by kind the expected answer and every choice alike.
+
+    Of chats, what the template writes before the answer's content, and by which texts it ends the answer.
+    """
 
     row: int
     input_ids: list[int]
@@ -41,6 +44,8 @@ class _Sample:
     prompt_length: int = 0
     answer: Any = None
     choices: Sequence[tuple[list[int], int]] = ()
+    opening: str = ""
+    ends: Sequence[str] = ()
 
 
 def language_samples(
@@ -56,7 +61,8 @@ def language_samples(
 
     Returns:
         Columns `input_ids`, `labels`, `row` (of the source split); of sft `prompt_length` (tokens before the last
-        completion) and `answer` (its text); of multiple-choice `prompt_length`, `answer` (the right choice's number)
+        completion) and `answer` (its text), `opening` (what a chat template writes before that text) and `ends` (the
+        texts by which it ends it); of multiple-choice `prompt_length`, `answer` (the right choice's number)
         and `choices` (each one's tokens, the prompt's with it) with their `choice_prompts`.
 
     Raises:
@@ -76,6 +82,12 @@ def language_samples(
         samples = list(_chats(tokenizer, rows, part, task, columns.messages))
     else:
         samples = list(_completions(tokenizer, rows, part, task, columns))
+    for sample in samples:
+        if all(label == IGNORED for label in sample.labels):
+            raise InputError(
+                f"task.dataset: {rows.where}, row {sample.row}: found no token to learn behind the first one, which "
+                f"nothing predicts; expected a prompt, or a longer text"
+            )
     if not samples:
         raise InputError(f"task.dataset: {rows.where}: found no text in {len(part.rows)} rows; expected some")
     arrays: dict[str, pa.Array] = {
@@ -86,6 +98,9 @@ def language_samples(
     if kind != "causal-lm":
         arrays["prompt_length"] = pa.array([sample.prompt_length for sample in samples])
         arrays["answer"] = pa.array([sample.answer for sample in samples])
+    if kind == "sft":
+        arrays["opening"] = pa.array([sample.opening for sample in samples], pa.string())
+        arrays["ends"] = pa.array([sample.ends for sample in samples], pa.list_(pa.string()))
     if kind == "multiple-choice":
         arrays["choices"] = pa.array([[ids for ids, _ in s.choices] for s in samples], pa.list_(_TOKENS))
         arrays["choice_prompts"] = pa.array([[prompt for _, prompt in s.choices] for s in samples], _TOKENS)
@@ -148,8 +163,14 @@ def _completions(
                     f"task.columns.completion: {rows.where}, row {row}: found no text; expected some, to learn from"
                 )
         pairs = [(prompts[row], completions[row]) for row in chosen]
-        encoded = _joined(tokenizer, pairs, _JOINTS["sft"], _ending(tokenizer))
+        end = _ending(tokenizer)
+        encoded = _joined(tokenizer, pairs, _JOINTS["sft"], end)
         for row, (tokens, prompt) in zip(chosen, encoded, strict=True):
+            if prompt >= len(tokens) - len(end):
+                raise InputError(
+                    f"task.columns.completion: {rows.where}, row {row}: found no token of the completion alone; the "
+                    f"tokenizer drops it, or joins it with the prompt (a prompt that ends in white space may part them)"
+                )
             tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
             yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
 
@@ -163,9 +184,14 @@ def _joined(
     encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     found = []
     for first, tokens, offsets in zip(firsts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token counts where it begins, but for spaces before it; special tokens begin nowhere (0, 0).
-        begins = len(first.rstrip(" "))
-        behind = (place for place, (start, stop) in enumerate(offsets) if begins <= start < stop)
+        # A token counts where it begins, but for spaces before it, and for white space that it joins with what follows;
+        # special tokens begin nowhere (0, 0).
+        begins, blank, whole = len(first.rstrip(" ")), len(first.rstrip()), len(first)
+        behind = (
+            place
+            for place, (start, stop) in enumerate(offsets)
+            if begins <= start < stop or blank <= start < whole < stop
+        )
         prompt = next(behind, len(tokens))
         found.append((tokens if tokens[-1:] == end else [*tokens, *end], prompt))
     return found
@@ -217,6 +243,14 @@ def _choices(
             _fitting(tokenizer, tokens, prompt, task, where)
             for tokens, prompt in _joined(tokenizer, pairs, _JOINTS["multiple-choice"], [])
         ]
+        if not all(prompt for _, prompt in encoded):
+            # What the first token of a choice is worth would not count, and nothing would of a choice of one token.
+            raise InputError(
+                f"task.columns.prompt: {where}: found a prompt without tokens; expected some text before the choices"
+            )
+        for choice, (tokens, prompt) in zip(choices[row], encoded, strict=True):
+            if prompt == len(tokens):
+                raise InputError(f"task.columns.choices: {where}: found {choice!r}, without tokens; expected some text")
         tokens, prompt = encoded[label]
         yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
 
@@ -251,61 +285,10 @@ def _chats(
             f"task.columns.messages: found {name!r}, but the model's tokenizer has no chat template; "
             f"expected one, or task.columns {{prompt: .., completion: ..}}"
         )
-    chats = rows.column(name, "messages").to_pylist()
+    chats = rows.column(name, "messages")
     for row in map(int, part.rows):
         where = f"task.columns.messages: {rows.where}: column {name!r}, row {row}"
-        messages = _messages(chats[row], where)
-        tokens, labels, prompt = _chat_tokens(tokenizer, messages, where)
-        tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
-        labels = [IGNORED, *labels[len(labels) - len(tokens) + 1 :]]
-        yield _Sample(row, tokens, labels, prompt, messages[-1]["content"])
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """A chat that ends with a message of the assistant."""
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: found {_kind(value)}; expected a list of {{role, content}}")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f"{where}: message {number}: found {message!r}; expected a role and a content, as text")
-    messages = [{k: v for k, v in message.items() if v is not None} for message in value]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise InputError(f"{where}: found no message of the role assistant; expected one, to learn from")
-    return messages
-
-
-def _chat_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str
-) -> tuple[list[int], list[int], int]:
-    """A chat's tokens, its labels (the assistant's messages), and how many tokens come before the last of them."""
-    tokens = _templated(tokenizer, messages, False, where)
-    labels, prompt = [IGNORED] * len(tokens), 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _templated(tokenizer, messages[:number], True, where)
-        until = _templated(tokenizer, messages[: number + 1], False, where)
-        if until[: len(before)] != before or tokens[: len(until)] != until or len(until) == len(before):
-            raise InputError(
-                f"{where}: message {number}: the chat template renders it in another way when the chat goes on; "
-                f"expected a template that appends (or chats with one message of the assistant)"
-            )
-        prompt = len(before)
-        labels[prompt : len(until)] = until[prompt:]
-    return tokens, labels, prompt
-
-
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], asking: bool, where: str
-) -> list[int]:
-    if not messages:
-        return []
-    try:
-        found: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=asking, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # templates raise what they like, by jinja2's classes
-        raise InputError(f"{where}: the chat template refuses it: {one_line(error)}") from error
-    return [int(token) for token in found]
+        chat = chat_sample(tokenizer, chat_messages(chats, row, where), where)
+        tokens, prompt = _fitting(tokenizer, chat.input_ids, chat.prompt_length, task, f"{rows.where}, row {row}")
+        labels = [IGNORED, *chat.labels[len(chat.labels) - len(tokens) + 1 :]]
+        yield _Sample(row, tokens, labels, prompt, chat.answer, opening=chat.opening, ends=chat.ends)

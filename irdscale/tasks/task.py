@@ -175,6 +175,9 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         name: language_samples(source.kind, tokenizer, splits[part.split], part, config.task, source.columns)
         for name, part in parts.items()
     }
+    if "exact_match" in metrics:
+        for name in PARTS[1:]:
+            _check_prompts(samples[name], splits[parts[name].split].where, source.columns.prompt is not None)
     pool, pool_in_words = shaped_pool(config, source.kind, samples["train"], tokenizer)
     if pool is None and config.fisher.samples > len(samples["train"]):
         raise InputError(
@@ -196,6 +199,16 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         pool=pool,
         pool_in_words=pool_in_words,
     )
+
+
+def _check_prompts(samples: Dataset, where: str, columns: bool) -> None:
+    """Refuse a prompt of no token, which no answer can be generated to; `columns`: whether prompts have their own."""
+    for row, prompt in zip(samples["row"], samples["prompt_length"], strict=True):
+        if prompt == 0:
+            raise InputError(
+                f"task.columns.{'prompt' if columns else 'messages'}: {where}, row {row}: found a prompt without "
+                f"tokens; expected some text, to generate an answer for exact_match"
+            )
 
 
 def _numbers(

@@ -273,3 +273,66 @@ def test_the_shipped_texts(tmp_path: Path) -> None:
         361,
         362,
     )
+
+
+def spaced(folder: Path, tokenizer: Any) -> Path:
+    """A model with another tokenizer, which has no token for the beginning of a text."""
+    tiny_model("llama", folder, causal=True, vocab_size=len(tokenizer))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_completions_that_a_token_joins_with_the_prompt(tmp_path: Path) -> None:
+    """Byte-level BPE joins any one white space with the word behind it, and line breaks with each other."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as parts
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(parts.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\s*[\r\n]+|\s+|[^\s\p{L}]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    texts = ["Where?\tParis\n\nIs it? Paris\n\n?\u00a0Paris"] * 50
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["</s>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>")
+    model = spaced(tmp_path / "model", tokenizer)
+    prompts = ["Where?\t", "Where? ", "Where?\u00a0", "Where?\n", "Where?"]
+    rows = [{"q": prompt, "a": "Paris"} for prompt in prompts] + [{"q": "Where?\n", "a": "\nParis"}]
+    task = load_task(config(model, tmp_path, rows, **PAIRS))
+    found = [tokenizer.decode([i for i in labels if i != IGNORED]) for labels in task.train["labels"]]
+    assert found == ["\tParis</s>", " Paris</s>", "\u00a0Paris</s>", "Paris</s>", "Paris</s>", "\n\nParis</s>"]
+    rows = [{"q": "Where", "a": "Paris"}, {"q": "", "a": "Paris"}, {"q": "", "c": ["Paris", "Is"], "a": "x", "y": 0}]
+    task = load_task(config(model, tmp_path, rows, **PAIRS))
+    assert task.train["prompt_length"] == [2, 0, 0]
+    rows = [{"q": "Where", "c": ["Paris", "Is"], "y": 0}, {"q": "", "c": ["Paris", "Is"], "y": 0}]
+    refused("task.columns.prompt: .*row 1: found a prompt without tokens", model, tmp_path, rows, **CHOICES)
+
+
+def test_completions_without_a_token_of_their_own(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+    from tokenizers import models as parts
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["</s>", "[UNK]", "is", "it", "bad"]
+    raw = Tokenizer(parts.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))  # type: ignore[call-arg]
+    raw.normalizer = normalizers.Replace("#", "")  # type: ignore[assignment]
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # type: ignore[assignment]
+    model = spaced(
+        tmp_path / "model", PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="[UNK]")
+    )
+    rows = [{"q": "is it ", "a": "bad"}, {"q": "is it", "a": "bad"}]
+    refused("row 1: found no token of the completion alone; the tokenizer drops it, or joins it with the prompt",
+            model, tmp_path, rows, **PAIRS)  # fmt: skip
+    refused("row 0: found no token of the completion alone", model, tmp_path, [{"q": "is ", "a": "#"}], **PAIRS)
+    refused("row 0: found '#', without tokens; expected some text",
+            model, tmp_path, [{"q": "is ", "c": ["bad", "#"], "y": 0}], **CHOICES)  # fmt: skip
