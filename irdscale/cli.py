@@ -54,6 +54,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, such as search.ratio=0.01."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Remove what irdscale wrote to the output folder before, and begin anew.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
@@ -77,55 +80,58 @@ def _irdscale(
 
 
 @app.command(epilog="Example:\n\nirdscale search configs/quickstart.yaml output=runs/short")
-def search(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+def search(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Search for the best samples and parameters, train the winner, write the report.
 
     Interrupted, the same command goes on from there. Under torchrun or deepspeed, all ranks share the Fisher passes and
     train each candidate together; with search.runner=ray, candidates run side by side on a Ray cluster.
     """
-    with _ending(interrupted="the same command goes on from there"):
+    with _ending(saves=True) as ending:
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
         with _ranks(settings) if settings.search.runner == "local" else _cluster(settings):
             from irdscale.report import write_report
             from irdscale.search.run import run_search
 
-            result = run_search(settings, progress=True)
+            ending.promise = "the same command goes on from there"
+            result = run_search(settings, progress=True, **_anew(overwrite))
             if launched()[0] == 0:
                 write_report(Path(settings.output))
     _show(result, as_json, lambda: print_search(result, Path(settings.output)))
 
 
-@app.command(epilog="Example:\n\nirdscale fisher configs/quickstart.yaml search.ratio=0.001")
-def fisher(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+@app.command(epilog="Example:\n\nirdscale fisher configs/quickstart.yaml output=runs/fisher search.ratio=0.001")
+def fisher(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Measure the Fisher information and write the mask of the largest entries.
 
     Interrupted, the same command goes on from there. Under torchrun, all ranks share the samples.
     """
-    with _ending(interrupted="the same command goes on from there"):
+    with _ending(saves=True) as ending:
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
         with _ranks(settings, train=settings.fisher.head_warmup > 0):
             from irdscale.verbs import run_fisher
 
-            result = run_fisher(settings, progress=True)
+            ending.promise = "the same command goes on from there"
+            result = run_fisher(settings, progress=True, **_anew(overwrite))
     _show(result, as_json)
 
 
-@app.command(epilog="Example:\n\nirdscale train configs/quickstart.yaml mask=runs/fisher/mask")
-def train(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+@app.command(epilog="Example:\n\nirdscale train configs/quickstart.yaml output=runs/train mask=runs/fisher/mask")
+def train(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio.
 
     Interrupted, the same command goes on from the state saved last. Under torchrun or deepspeed, all ranks train
     together.
     """
-    with _ending(interrupted="the same command goes on from the state saved last"):
+    with _ending(saves=True) as ending:
         settings, given = _load(config, overrides, takes=("mask",))
         check_writable(settings.output, "output")
         with _ranks(settings):
             from irdscale.verbs import run_train
 
-            result = run_train(settings, mask=given.get("mask"), progress=True)
+            ending.promise = "the same command goes on from the state saved last"
+            result = run_train(settings, mask=given.get("mask"), progress=True, **_anew(overwrite))
     _show(result, as_json)
 
 
@@ -161,21 +167,22 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
 
 
 @app.command(epilog="Example:\n\nirdscale compare configs/studies/lm_mixed.yaml")
-def compare(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+def compare(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Compare ways to fine-tune, over seeds: IRD, FISH, other masks, LoRA, BitFit, full fine-tuning; write the report.
 
     Every method has the same learning rates and number of trainings; choices are made on the selection split, and what
     was chosen is measured on the test split. Interrupted, the same command goes on from there; so it does with more
     methods, seeds or learning rates.
     """
-    with _ending(interrupted="the same command goes on from there"):
+    with _ending(saves=True) as ending:
         settings, _ = _load(config, overrides)
         check_writable(settings.output, "output")
         with _ranks(settings) if settings.search.runner == "local" else _cluster(settings):
             from irdscale.compare import write_comparison
             from irdscale.compare.run import run_compare
 
-            result = run_compare(settings, progress=True)
+            ending.promise = "the same command goes on from there"
+            result = run_compare(settings, progress=True, **_anew(overwrite))
             if launched()[0] == 0:
                 write_comparison(Path(settings.output))
     from irdscale.compare.show import print_comparison
@@ -387,12 +394,30 @@ class _Handler(logging.Handler):
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
+def _anew(overwrite: bool) -> dict[str, bool]:
+    return {"overwrite": True} if overwrite else {}
+
+
+class _Ending:
+    """How a verb ends.
+
+    Attributes:
+        promise: what an interrupt says from now on, unless the verb says that nothing is saved.
+    """
+
+    promise = ""
+
+
 @contextmanager
-def _ending(interrupted: str = "") -> Iterator[None]:
+def _ending(saves: bool = False) -> Iterator[_Ending]:
     """Run a verb's body quietly, stdout kept for the result, and end the ways a user expects with one line.
 
     A bug still shows its traceback.
+
+    Args:
+        saves: the verb saves its state when it is interrupted.
     """
+    ending = _Ending()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # DeepSpeed, which transformers imports where it is installed, warns of every machine without a GPU.
@@ -403,19 +428,20 @@ def _ending(interrupted: str = "") -> Iterator[None]:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings(), _terminable(bool(interrupted)):
+        with redirect_stdout(sys.stderr), warnings.catch_warnings(), _terminable(saves):
             if not sys.warnoptions:
                 # Meant for those who write libraries; nobody who runs a verb can act on it.
                 warnings.simplefilter("ignore", FutureWarning)
-            yield
+            yield ending
     except InputError as error:
         with suppress(InputError):
             tell_others(str(error))
         raise typer.Exit(_complain(str(error), 2)) from None
     except RunError as error:
         raise typer.Exit(_complain(str(error), 1)) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(_complain("interrupted" + (interrupted and f"; {interrupted}"), 130)) from None
+    except KeyboardInterrupt as interrupt:
+        promise = ending.promise if getattr(interrupt, "saved", True) else ""
+        raise typer.Exit(_complain("interrupted" + (promise and f"; {promise}"), 130)) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

@@ -6,6 +6,7 @@ come from the command line. Every error is one line with the file, the line, the
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -262,8 +263,17 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped configuration without the paths of what is read, which tell nothing of what is there."""
+    found = copy.deepcopy(config)
+    for section, key in _places(found):
+        del section[key]
+    return found
+
+
 def same_search(config: dict[str, Any]) -> dict[str, Any]:
-    """What two dumped configurations must share to be one search: all but where they run and write."""
+    """What two dumped configurations must share to be one search: all but where they run, read and write."""
+    config = without_places(config)
     search, fisher, task = (config.get(section) for section in ("search", "fisher", "task"))
     if isinstance(fisher, dict) and isinstance(task, dict):
         config = config | {"fisher": fisher | {"scope": fisher.get("scope") or default_scope(task.get("kind"))}}

@@ -43,6 +43,13 @@ class Mask:
     indices: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the entries are the same, in whatever order and type their names and indices are kept."""
+        return self.hash == other.hash if isinstance(other, Mask) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
     @cached_property
     def k(self) -> int:
         """Number of entries."""

@@ -19,8 +19,12 @@ console = Console(stderr=True)
 
 
 class Advance(Protocol):
-    def __call__(self, n: float = 1, note: str = "") -> None:
-        """Add `n` finished items; a `note` is shown after the bar until the next one."""
+    def __call__(self, n: float = 1, note: str = "", earlier: bool = False) -> None:
+        """Add `n` finished items; a `note` is shown after the bar until the next one.
+
+        Args:
+            earlier: another run finished them, so that they say nothing of this one's rate.
+        """
 
 
 Listener = Callable[[str, float, float | None, str], None]
@@ -59,7 +63,7 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
         yield _telling(_State.listener, description, total)
         return
     if not enabled:
-        yield lambda n=1, note="": None
+        yield lambda n=1, note="", earlier=False: None
         return
     show = _live if console.is_terminal else _plain
     _State.depth += 1
@@ -102,7 +106,7 @@ def told(listener: Listener) -> Iterator[None]:
 def _telling(listener: Listener, description: str, total: int | None) -> Advance:
     done = 0.0
 
-    def advance(n: float = 1, note: str = "") -> None:
+    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
         nonlocal done
         done += n
         listener(description, done, total, note)
@@ -130,8 +134,11 @@ def _live(description: str, total: int | None) -> Iterator[Advance]:
     live = _State.live
     task = live.add_task(description, total=total, of="?" if total is None else total, note="")
 
-    def advance(n: float = 1, note: str = "") -> None:
-        live.update(task, advance=n, note=note)
+    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
+        if earlier:
+            # `update` would take them for the work of the time since the last one.
+            next(each for each in live.tasks if each.id == task).completed += n
+        live.update(task, advance=0 if earlier else n, note=note)
 
     try:
         yield advance
@@ -148,7 +155,7 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
     start = time.monotonic()
     if _State.depth == 1:
         _State.printed = start
-    done = 0.0
+    done = before = 0.0
     shown = -1.0
     last_note = ""
 
@@ -156,15 +163,15 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
         nonlocal shown
         shown, _State.printed = done, time.monotonic()
         console.print(
-            _line(description, done, total, _State.printed - start, last_note),
+            _line(description, done, total, _State.printed - start, last_note, before),
             soft_wrap=True,
             markup=False,
             highlight=False,
         )
 
-    def advance(n: float = 1, note: str = "") -> None:
-        nonlocal done, last_note
-        done, last_note = done + n, note
+    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
+        nonlocal done, before, last_note
+        done, before, last_note = done + n, before + n * earlier, note
         if time.monotonic() - _State.printed >= PLAIN_SECONDS:
             line()
 
@@ -173,9 +180,9 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
         line()
 
 
-def _line(description: str, done: float, total: int | None, seconds: float, note: str) -> str:
+def _line(description: str, done: float, total: int | None, seconds: float, note: str, earlier: float = 0.0) -> str:
     parts = [f"{done:g}/{total} ({100 * done / total:.0f} %)" if total else f"{done:g}"]
-    speed = done / seconds if seconds > 0 else 0.0
+    speed = (done - earlier) / seconds if seconds > 0 else 0.0
     parts += [_rate(speed)] if speed else []
     if total and speed and done < total:
         parts.append(f"{duration((total - done) / speed)} left")

@@ -31,6 +31,7 @@ from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
+from irdscale.interrupts import deferred, wanted
 from irdscale.lora import insert_lora
 from irdscale.loss_trend import loss_trend
 from irdscale.mask import Mask
@@ -51,6 +52,7 @@ from irdscale.training_state import (
     digest_seed,
     load_generators,
     load_training,
+    load_values,
     save_training,
     saved_losses,
     saved_step,
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
 
 # Losses are read, and ranks agree on what goes on, about so often; slow steps each.
 LOOK_S = 1.0
+# A training's last state is saved too where the steps since the one before took so long.
+WORTH_S = 30.0
 
 
 class Paused(Exception):  # noqa: N818 - nothing went wrong
@@ -75,7 +79,8 @@ class Control:
     """What somebody outside has to do with a training while it runs.
 
     Attributes:
-        advance: called on each rank with the number of steps just made, first those of an earlier run.
+        advance: called on each rank with the number of steps just made.
+        resumed: called first, with the number of steps that an earlier run made; `advance` unless given.
         pausing: asked on rank 0 before each step is made, of several ranks about once a second; true saves the state
             and ends with `Paused`.
         rungs: steps after which every rank calls `at_rung`; not the last one.
@@ -89,6 +94,7 @@ class Control:
     rungs: frozenset[int] = frozenset()
     at_rung: Callable[[int], None] = lambda step: None
     seen: Callable[[int, float, float], None] | None = None
+    resumed: Callable[[int], None] | None = None
 
 
 def trained_whole(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
@@ -190,6 +196,7 @@ def fine_tune(
         TrainingError: a loss is NaN or infinite; names the step and the learning rate.
         RunError: a rank died (named), or the state cannot be written.
         Paused: `control` asked for it, and there is a `state` to go on from.
+        KeyboardInterrupt: of a signal to any rank; with a `state`, that is saved first.
     """
     control = control or Control()
     train, steps = config.train, training_steps(config.train, len(task.trained))
@@ -200,7 +207,7 @@ def fine_tune(
     with failing_together():
         done = 0 if state is None else saved_step(state, made_by)
     done = largest_of([done])[0]
-    control.advance(done)
+    (control.resumed or control.advance)(done)
     absolute = train.decay == "weight" and train.weight_decay > 0
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
@@ -224,12 +231,15 @@ def fine_tune(
             # A text counts by its tokens, of all ranks and accumulated passes; any other sample alike wherever it is.
             trainer.model_accepts_loss_kwargs = task.is_language
             try:
-                with losing:
+                with losing, nullcontext() if state is None else deferred():
                     trainer.train()
                 release_engine(trainer.model_wrapped)
                 losses = callback.losses()
             finally:
                 forget_settings()
+        elif done:
+            assert state is not None
+            load_values(state, model)
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_disable()
     for entries in sparse_state(model).entries.values():
@@ -335,7 +345,7 @@ class _Callback(TrainerCallback):
         self._seed, self._done, self._control, self._state = seed, done, control, state
         self._seconds, self._made_by = 60 * minutes, made_by
         self._alone = rank_and_world()[1] == 1
-        self._saved, self._due, self._pausing = time.monotonic(), False, False
+        self._saved, self._due, self._pausing, self._interrupted = time.monotonic(), False, False, False
         # Steps to the next look, and from the last one to it.
         self._left = self._between = 1
         self._looked = time.monotonic()
@@ -365,12 +375,12 @@ class _Callback(TrainerCallback):
         step = self._done + self.trainer.state.global_step + 1
         self._left -= 1
         if self._left <= 0 or step == self.trainer.steps or step in self._control.rungs:
-            self._look(step, self._is_due(), self._is_pausing())
+            self._look(step, self._is_due(), self._is_pausing(), self._is_interrupted())
         elif self._alone:
             # One rank need not agree with others, so it answers at once.
-            due, pausing = self._is_due(), self._is_pausing()
-            if due or pausing:
-                self._look(step, due, pausing)
+            due, pausing, interrupted = self._is_due(), self._is_pausing(), self._is_interrupted()
+            if due or pausing or interrupted:
+                self._look(step, due, pausing, interrupted)
 
     def _is_due(self) -> bool:
         return self._state is not None and time.monotonic() - self._saved >= self._seconds
@@ -378,7 +388,15 @@ class _Callback(TrainerCallback):
     def _is_pausing(self) -> bool:
         return rank_and_world()[0] == 0 and self._control.pausing()
 
-    def _look(self, step: int, due: bool, pausing: bool) -> None:
+    def _is_interrupted(self) -> bool:
+        # Who asks for a pause gets that.
+        return self._state is not None and wanted() and not self._control.pausing()
+
+    def _long_unsaved(self) -> bool:
+        """Whether a rank trained so long since the last saved state that an end before all is measured would cost."""
+        return self._state is not None and largest_of([time.monotonic() - self._saved >= WORTH_S])[0] > 0
+
+    def _look(self, step: int, due: bool, pausing: bool, interrupted: bool) -> None:
         """Read the losses, and have all ranks agree on what any of them found, and on when to look again; collective.
 
         Raises:
@@ -388,8 +406,8 @@ class _Callback(TrainerCallback):
         made = self._between - max(0, self._left)
         each = max(time.monotonic() - self._looked, 1e-6) / made
         between = max(1, int((LOOK_S if self._state is None else min(LOOK_S, self._seconds)) / each))
-        *flags, between = largest_of([bad is not None, due, pausing, between])
-        found, self._due, self._pausing = map(bool, flags)
+        *flags, between = largest_of([bad is not None, due, pausing, interrupted, between])
+        found, self._due, self._pausing, self._interrupted = map(bool, flags)
         if found:
             said = gather_texts("" if bad is None else f"{bad[0]} {bad[1]}")
             steps = {rank: int(text.partition(" ")[0]) for rank, text in enumerate(said) if text}
@@ -405,16 +423,19 @@ class _Callback(TrainerCallback):
         for made, loss, rate in self.trainer.take_seen():
             if self._control.seen is not None:
                 self._control.seen(made, loss, rate)
-        if step == self.trainer.steps:
+        last = step == self.trainer.steps
+        if last and not self._interrupted and not self._long_unsaved():
             return
         if step in self._control.rungs:
             self._control.at_rung(step)
-        if self._state is not None and (self._due or self._pausing):
+        if self._state is not None and (last or self._due or self._pausing or self._interrupted):
             self._due = False
             model, optimizer = self.trainer.plain_model, self.trainer.optimizer
             save_training(self._state, model, optimizer, step, self._made_by, self.losses())
             self._saved = time.monotonic()
-            if self._pausing:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            if self._pausing and not last:
                 raise Paused(f"paused after step {step}")
         if self._left == self._between:
             # Neither a rung nor a saved state is a part of what a step takes.

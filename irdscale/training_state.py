@@ -85,15 +85,9 @@ def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> 
     Raises:
         InputError: the files are damaged.
     """
-    file = folder / "numbers.safetensors"
     with failing_together():
-        tensors = read_tensors(file, "state of a training")
         parameters = _trained(model)
-        for name, parameter in parameters.items():
-            for key in (VALUE, *MOMENTS):
-                found = tensors.get(f"{key}/{name}")
-                if found is None or tuple(found.shape) != shape_of(parameter):
-                    raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
+        tensors = _read(folder, parameters, (VALUE, *MOMENTS))
     _make_moments(parameters, optimizer, step)
     for name, parameter in parameters.items():
         for key in (VALUE, *MOMENTS):
@@ -102,6 +96,34 @@ def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> 
                 part, start, stop = own
                 value = tensors[f"{key}/{name}"].reshape(-1)[start:stop]
                 part.data[: len(value)].copy_(value)
+    _put_values(parameters, tensors)
+
+
+def load_values(folder: Path, model: nn.Module) -> None:
+    """Put the saved numbers alone in place, of a training that has made all its steps; collective.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    with failing_together():
+        parameters = _trained(model)
+        tensors = _read(folder, parameters, (VALUE,))
+    _put_values(parameters, tensors)
+
+
+def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    file = folder / "numbers.safetensors"
+    tensors = read_tensors(file, "state of a training")
+    for name, parameter in parameters.items():
+        for key in keys:
+            found = tensors.get(f"{key}/{name}")
+            if found is None or tuple(found.shape) != shape_of(parameter):
+                raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
+    return tensors
+
+
+def _put_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
         with whole([parameter], changed=True):
             parameter.data.copy_(tensors[f"{VALUE}/{name}"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world, same_on_every_rank
+from irdscale.run_folder import held, mask_part, training_part
 from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state, trained_on
 from irdscale.sparse.hub import adapter_folder
 from irdscale.tasks import build_model, load_task
@@ -66,67 +68,101 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
     return mask, traces_of(task, pool, traces), facts
 
 
-def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
     """Write the FISH mask of `fisher.samples` random samples to OUTPUT/mask, and their traces beside it.
 
-    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes.
+    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes. The same call
+    again returns the result that is there.
+
+    Args:
+        overwrite: remove what an earlier run, or other work, has written to OUTPUT.
 
     Returns:
         {"mask", "hash", "params", "parameters", "scored", "samples", "sample_gradients", "seconds"}
 
     Raises:
-        InputError: the configuration does not fit the data or the model.
+        InputError: the configuration does not fit the data or the model, or OUTPUT holds other work (named).
         RunError: the output cannot be written.
     """
-    with failing_together():
-        task, output = load_task(config), Path(config.output)
-    mask, traces, facts = _fisher_mask(config, task, progress)
-    with failing_together():
-        if rank_and_world()[0] == 0:
-            mask.save(output / "mask")
-            write_json(output / "traces.json", traces)
-            remove_saved(config, "mask")
-    return {"mask": str(output / "mask"), "hash": mask.hash, **facts}
+    with held(config, overwrite) as folder:
+        output = folder.output
+        with failing_together():
+            task = load_task(config)
+        folder.claim(task, {"mask": mask_part(config)})
+        earlier = folder.result("mask", "mask/mask.json")
+        if earlier is not None:
+            return earlier | {"mask": str(output / "mask")}
+        mask, traces, facts = _fisher_mask(config, task, progress)
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                mask.save(output / "mask")
+                write_json(output / "traces.json", traces)
+                write_json(_note(output), {"made_by": _made_by(config), "hash": mask.hash})
+                remove_saved(config, "mask")
+        result = {"mask": str(output / "mask"), "hash": mask.hash, **facts}
+        folder.keep("mask", result)
+        return result
 
 
-def run_train(config: RunConfig, mask: str | None = None, progress: bool = True) -> dict[str, Any]:
+def run_train(
+    config: RunConfig, mask: str | None = None, progress: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
     """Train one mask, from a folder or made by `run_fisher`'s way, and write OUTPUT/adapter.
 
     Trains with the first of `search.seeds`. Collective where torch.distributed is initialised: the ranks share each
     batch, by DDP or as `train.deepspeed` says, and rank 0 writes. One that was killed goes on from the state that it
-    saved last, in OUTPUT/training.
+    saved last, in OUTPUT/training; a signal (SIGINT, SIGTERM) saves one. The same call again returns the result.
+
+    Args:
+        overwrite: remove what an earlier run, or other work, has written to OUTPUT.
 
     Returns:
         {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "test_error", "loss", "warnings",
         "seconds"}: metrics by split, the standard error of each on test, and where the loss began and ended.
 
     Raises:
-        InputError: the mask does not fit the model, or the configuration does not fit the data, the model or the ranks.
+        InputError: the mask does not fit the model, the configuration does not fit the data, the model or the ranks, or
+            OUTPUT holds other work (named).
         RunError: the loss is no number, a rank died, or the output cannot be written.
     """
+    with held(config, overwrite) as folder:
+        output, seed = folder.output, config.search.seeds[0]
+        with failing_together():
+            task = load_task(config)
+            chosen = Mask.load(mask) if mask is not None else None
+        part = training_part(config, None if chosen is None else chosen.hash)
+        folder.claim(task, {"training": part, **({} if chosen is not None else {"mask": mask_part(config)})}, mask)
+        earlier = folder.result("training", "adapter/adapter.json")
+        if earlier is not None:
+            return earlier | {"adapter": str(output / "adapter")}
+        chosen = chosen if chosen is not None else _own_mask(config, task, progress)
+        result = _trained(config, task, chosen, seed, progress)
+        folder.keep("training", result)
+        remove_training(output / "training")
+        return result
+
+
+def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: bool) -> dict[str, Any]:
+    """Train a mask and write OUTPUT/adapter; what `run_train` returns."""
+    started, output = time.perf_counter(), Path(config.output)
     with failing_together():
-        task, output, seed = load_task(config), Path(config.output), config.search.seeds[0]
-        chosen = Mask.load(mask) if mask is not None else None
-    chosen = chosen if chosen is not None else _own_mask(config, task, progress)
-    started, state = time.perf_counter(), output / "training"
-    with failing_together():
-        model = sparse_model(config, task, chosen, seed)
+        model = sparse_model(config, task, mask, seed)
         work = {**trained_on(model), "training data": _some_rows(task)}
     same_on_every_rank(work)
     steps = training_steps(config.train, len(task.trained))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
-        trend = fine_tune(model, task, config, seed, Control(advance), state)
+        control = Control(advance, resumed=partial(advance, earlier=True))
+        trend = fine_tune(model, task, config, seed, control, output / "training")
     warnings = [said_of_rise(trend)] if trend is not None and trend["rose"] else []
     for text in warnings if rank_and_world()[0] == 0 else ():
         log.warning(text)
     save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
-    remove_training(state)
     state_of, size = sparse_state(model), config.train.eval_batch_size
     selection = evaluate_model(model, task, task.selection, size)
     test, errors = evaluate_with_errors(model, task, task.test, size)
     return {
         "adapter": str(output / "adapter"),
-        "mask": chosen.hash,
+        "mask": mask.hash,
         "params": state_of.k,
         "head": state_of.dense_parameters,
         "steps": steps,
@@ -146,13 +182,19 @@ def _some_rows(task: Task) -> str:
     return digest([count, *(str(task.train[count * i // COMPARED_ROWS]) for i in range(COMPARED_ROWS))])
 
 
+def _note(output: Path) -> Path:
+    """Where it stands what the folder's mask was made by."""
+    return output / "fisher" / "mask.json"
+
+
+def _made_by(config: RunConfig) -> str:
+    return digest(mask_part(config))
+
+
 def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
     """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
     output = Path(config.output)
-    folder, note = output / "mask", output / "fisher" / "mask.json"
-    # How the model is trained is no part of its mask, unless its head was trained for that.
-    others = {"output", "distributed"} if config.fisher.head_warmup else {"output", "distributed", "train"}
-    made_by = digest(config.model_dump(mode="json", exclude=others))
+    folder, note, made_by = output / "mask", _note(output), _made_by(config)
     with failing_together():
         stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
         mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None

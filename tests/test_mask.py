@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from irdscale import Fisher, Mask, top_k
 from irdscale.errors import InputError
 from irdscale.mask import ROUNDING, rank_entries
+from irdscale.sparse import sparsify, trained_on
 
 
 def fisher_of(*scores: torch.Tensor) -> Fisher:
@@ -158,3 +159,16 @@ def test_damaged_masks_are_refused(tmp_path: Path) -> None:
             Mask.load(folder)
     with pytest.raises(InputError, match="cannot read the mask"):
         Mask.load(tmp_path / "nowhere")
+
+
+def test_equal_masks_are_equal_in_whatever_order_they_are_kept() -> None:
+    one = Mask({"b": torch.tensor([1], dtype=torch.int32), "a": torch.tensor([0, 2])}, {"b": (3,), "a": (3,)})
+    other = Mask(dict(reversed(one.indices.items())), one.shapes)
+    assert one == other
+    assert len({one, other}) == 1
+    assert one != Mask({"a": torch.tensor([0, 2])}, one.shapes)
+    found = []
+    for mask in (one, other):
+        model = torch.nn.ParameterDict({name: torch.arange(3.0) + ord(name) for name in ("b", "a")})
+        found.append((trained_on(sparsify(model, mask)), list(dict(model.named_parameters()))))
+    assert found[0] == found[1]

@@ -117,3 +117,21 @@ def test_duration(seconds, text):
 @pytest.mark.parametrize(("speed", "text"), [(0, ""), (2.54, "2.5/s"), (0.5, "2.0 s each")])
 def test_rate_reads_as_the_larger_number(speed, text):
     assert progress._rate(speed) == text
+
+
+def test_what_an_earlier_run_did_is_no_part_of_the_rate(capsys, clock, terminal):
+    with progress.bar("train", 100) as advance:
+        progress._State.live.get_time = clock
+        advance(1)
+        advance(90, earlier=True)
+        clock.now += 5
+        advance()
+        (task,) = progress._State.live.tasks
+        assert (task.completed, task.speed) == (92, 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "console", Console(stderr=True))
+        with progress.bar("train", 100) as advance:
+            advance(90, earlier=True)
+            clock.now += 10
+            advance(5)
+    assert capsys.readouterr().err == "train: 95/100 (95 %), 2.0 s each, 0:10 left\n"

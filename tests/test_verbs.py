@@ -239,8 +239,9 @@ def test_an_adapter_of_another_base_is_refused(config: RunConfig, trained: dict[
 def test_a_mask_of_another_model_is_refused(config: RunConfig, tmp_path: Path) -> None:
     mask = Mask({"other.weight": torch.tensor([1], dtype=torch.int32)}, {"other.weight": (3,)})
     mask.save(tmp_path / "mask")
+    elsewhere = config.model_copy(update={"output": str(tmp_path / "out")})
     with pytest.raises(InputError, match=r"mask: other.weight: the model has no such parameter"):
-        run_train(config, mask=str(tmp_path / "mask"), progress=False)
+        run_train(elsewhere, mask=str(tmp_path / "mask"), progress=False)
 
 
 def test_output_that_cannot_be_written(config: RunConfig, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cluster.share import kept_to
+from irdscale.interrupts import asking
 from irdscale.launched import environment_restored, free_port, interfaces, joined
 from irdscale.progress import told
 
@@ -133,9 +134,14 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
         _logged(desk, name, rank),
         kept_to(gang.gpus),
         told(lambda *facts: talk.say(progress=facts)),
+        asking(talk.pausing),
         joined(gang.distributed, always=gang.grouped),
     ):
-        result = unpacked(work)(talk)
+        try:
+            result = unpacked(work)(talk)
+        except KeyboardInterrupt:
+            # It was asked for room while it trained or took samples, and has saved its state.
+            return None
     return packed(result) if rank == 0 else None
 
 

@@ -78,7 +78,9 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
     # A pass over samples says how far it is in its own words.
     if step is None and job.get("progress"):
         _, step, of, _ = job["progress"]
-    left = duration(begun / step * (of - step)) if begun and step and of else ""
+    # A training that went on from a saved state has not made the steps before it in this time.
+    made = step - job.get("earlier", 0) if step else 0
+    left = duration(begun / made * (of - step)) if begun and made and of else ""
     return (
         "" if job.get("round") is None else str(job["round"]),
         str(job.get("what", job["name"])),

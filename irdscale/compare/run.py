@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from irdscale.compare.asked import (
     DRAWN,
@@ -42,6 +42,7 @@ from irdscale.files import read_json, write_atomic, write_json
 from irdscale.loss_trend import said_of_rises
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
+from irdscale.run_folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
@@ -53,20 +54,27 @@ from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task
 
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
 log = logging.getLogger(__name__)
 
 
-def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
     """Compare methods, or go on with a comparison that was interrupted or got more methods, seeds or rates.
 
     Writes config.yaml, fisher/, masks/, ledger.jsonl and compare.json into `config.output`. Collective where
     torch.distributed is initialised, as `irdscale.search.run.run_search` is.
 
+    Args:
+        overwrite: remove what an earlier run, or other work, has written to the folder.
+
     Returns:
         What compare.json holds.
 
     Raises:
-        InputError: the configuration does not fit the data or the model, or the output folder holds another run.
+        InputError: the configuration does not fit the data or the model, or the output folder holds other work (named),
+            or is written right now.
         RunError: a method's masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
@@ -75,16 +83,24 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             "search.ray.early_stopping: found true; expected false: a comparison evaluates every candidate in full"
         )
     with failing_together():
-        refuse_changes(config, output)
-    stored = output / FILE
-    if first_says(stored.exists()):
-        result: dict[str, Any] = read_json(stored, "result of a comparison")
-        asked = config.compare.model_dump(mode="json")
-        if isinstance(result, dict) and result.get("config", {}).get("compare") == asked:
-            log.info("%s holds this comparison, finished; delete the folder to run it again", output)
-            return result
-    with failing_together():
-        task = load_task(config)
+        if not overwrite:
+            refuse_changes(config, output)
+    with held(config, overwrite) as folder:
+        with failing_together():
+            task = load_task(config)
+        folder.claim(task, {"search": search_part(config)})
+        stored = output / FILE
+        if first_says(stored.exists()):
+            result: dict[str, Any] = read_json(stored, "result of a comparison")
+            asked = config.compare.model_dump(mode="json")
+            if isinstance(result, dict) and result.get("config", {}).get("compare") == asked:
+                log.info("%s holds this comparison, finished; --overwrite runs it again", output)
+                return result
+        return _run(config, task, progress)
+
+
+def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
+    output = Path(config.output)
     with running(config, task, output, progress) as engine:
         facts = engine.call(model_facts, "lora" in _kinds(config))
         with failing_together():
@@ -104,7 +120,7 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
                 result = _compared(study)
             with failing_together():
                 if first:
-                    write_json(stored, result)
+                    write_json(output / FILE, result)
             runner.clear()
     return result
 

@@ -21,6 +21,7 @@ from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objecti
 from irdscale.fisher.resume import PassState, SavedPass
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
 from irdscale.fisher.sums import Sums
+from irdscale.interrupts import deferred, wanted
 from irdscale.partitioned import device_of, gathering, is_partitioned, shape_of
 from irdscale.progress import Advance, bar
 from irdscale.ranks import (
@@ -186,7 +187,8 @@ class SampleGradients:
 
         Args:
             weights: float64 [N], by which the samples' losses are multiplied; not with `traces`, which know none.
-            saved: keeps the state of the pass now and then; one that was interrupted goes on from there.
+            saved: keeps the state of the pass now and then, and when a signal interrupts it, which then raises
+                KeyboardInterrupt; one that was interrupted goes on from there.
         """
         assert weights is None or traces is None
         sink = _SumsSink(sums, traces is not None)
@@ -356,14 +358,15 @@ class SampleGradients:
             self._capturing(),
             bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance,
         ):
-            advance(state.done)
+            advance(state.done, earlier=True)
             for stop in sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)}):
                 if state.stop < stop:
                     state.stop, state.left = stop, own_share(order[begin:stop])
                 begin = stop
                 if state.stop > stop:
                     continue
-                self._take_all(state, sink, order[0], advance, saved)
+                with nullcontext() if saved is None else deferred():
+                    self._take_all(state, sink, order[0], advance, saved)
                 if saved is not None and sums is None:
                     saved.save(state)
                 if sums is not None:
@@ -429,9 +432,12 @@ class SampleGradients:
                         raise
             with failing_together():
                 self._read(state)
-            turns, busy, due = largest_of([missing(), bool(again), saved is not None and saved.due()])
-            if saved is not None and due and not busy:
+            asked = [saved is not None and saved.due(), saved is not None and wanted()]
+            turns, busy, due, interrupted = largest_of([missing(), bool(again), *asked])
+            if saved is not None and (due or interrupted) and not busy:
                 saved.save(state)
+                if interrupted:
+                    raise KeyboardInterrupt
 
     def _take(self, batch: _Batch, sink: Sink, state: PassState) -> list[_Batch]:
         """Deliver a batch's gradients; if it does not fit in memory, returns its halves."""

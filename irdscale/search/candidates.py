@@ -70,7 +70,11 @@ class Candidate:
     def key(self, config: RunConfig) -> str:
         """What tells this evaluation from others."""
         trained = self.mask or (NO_MASK if self.lora_rank is None else f"lora-{self.lora_rank}")
-        return evaluation_key(trained, self.config(config).train.model_dump(mode="json"), self.seed)
+        train = self.config(config).train.model_dump(mode="json")
+        if train["deepspeed"] is not None:
+            # Wherever the file is: what it says is the same in one output folder.
+            train["deepspeed"] = Path(train["deepspeed"]).name
+        return evaluation_key(trained, train, self.seed)
 
     def record(self, config: RunConfig) -> dict[str, Any]:
         """The ledger's record of it, as of one that failed for a reason yet to be said."""

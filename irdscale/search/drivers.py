@@ -19,6 +19,7 @@ from irdscale.fisher.lattice import equal_weights
 from irdscale.fisher.pool import draw_samples, sample_gradients
 from irdscale.fisher.scores import summed
 from irdscale.mask import Mask
+from irdscale.run_folder import refuse_other_input
 from irdscale.tasks import load_task
 from irdscale.warmup import model_to_score
 
@@ -96,6 +97,7 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
     traces = read_json(output / "fisher" / "traces.json", "list of traces")
     mask = Mask.load(output / result["best"]["mask"])
     task = load_task(config)
+    refuse_other_input(config.model_copy(update={"output": str(output)}), task)
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     if list(task.population.select(pool)["row"]) != traces["row"]:
         raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")

@@ -24,7 +24,7 @@ def refuse_changes(config: RunConfig, output: Path) -> None:
     stored = output / "config.yaml"
     if not stored.exists():
         if read_ledger(output / "ledger.jsonl"):
-            raise InputError(f"output: {output} holds a ledger but no config.yaml; expected a new folder")
+            raise InputError(f"output: {output} holds a ledger but no config.yaml; expected a new folder (output=...)")
         return
     try:
         before = yaml.safe_load(stored.read_text())
@@ -43,7 +43,10 @@ def refuse_changes(config: RunConfig, output: Path) -> None:
     )
     if not isinstance(before, dict) or changes:
         found = "; ".join(changes) or "no configuration"
-        raise InputError(f"output: {output} holds a search with another configuration ({found}); expected a new folder")
+        raise InputError(
+            f"output: {output} holds a search with another configuration ({found}); expected the same one, another "
+            f"folder (output=...), or --overwrite"
+        )
 
 
 def clean(output: Path) -> None:

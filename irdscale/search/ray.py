@@ -381,6 +381,10 @@ def _evaluated(
         done += n
         talk.say(step=done, of=steps)
 
+    def resumed(n: int) -> None:
+        talk.say(earlier=n)
+        advance(n)
+
     def report(step: int, metric: float) -> None:
         draw(step, selection=metric)
         talk.report(step, metric)
@@ -392,6 +396,7 @@ def _evaluated(
             talk.pausing,
             rungs(config, steps) if early else frozenset(),
             seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
+            resumed=resumed,
         )
         try:
             record = run_candidate(config, task, output, candidate, control, report if early else None)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from irdscale import tasks
 from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
 from irdscale.errors import RunError
 from irdscale.files import read_json, write_atomic, write_json
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world
+from irdscale.run_folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
@@ -42,12 +45,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
+def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
     """Run a whole IRD search, or go on with one that was interrupted.
 
     The search reads the train and the selection split; the test split is read once, for the winner and the two
     baselines, after everything is chosen. Writes config.yaml, fisher/, masks/, ledger.jsonl, adapter/ and
     result.json into `config.output`.
+
+    Args:
+        overwrite: remove what an earlier run, or other work, has written to the folder.
 
     Returns:
         What result.json holds.
@@ -56,22 +62,26 @@ def run_search(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     candidate together; rank 0 writes, and all get the result.
 
     Raises:
-        InputError: the configuration does not fit the data or the model, or the output folder holds a search with
-            another configuration (the changes are named) or one that runs right now.
+        InputError: the configuration does not fit the data or the model, or the output folder holds other work (another
+            configuration, other data or another model, which are named), or is written right now.
         RunError: no candidate could be evaluated, or the output cannot be written.
     """
-    output = Path(config.output)
-    with failing_together():
-        refuse_changes(config, output)
+    output, parts = Path(config.output), {"search": search_part(config)}
     result_file = output / "result.json"
-    if first_says(result_file.exists()):
-        log.info("%s holds this search, finished; delete the folder to run it again", output)
-        result: dict[str, Any] = read_json(result_file, "result of a search")
-        return result
     with failing_together():
-        task = load_task(config)
-    with running(config, task, output, progress) as engine:
-        return _search(config, task, engine, output, progress)
+        if not overwrite:
+            refuse_changes(config, output)
+    with held(config, overwrite) as folder:
+        if first_says(result_file.exists() and not overwrite):
+            folder.claim(partial(tasks.load_task, config), parts)
+            log.info("%s holds this search, finished; --overwrite runs it again", output)
+            result: dict[str, Any] = read_json(result_file, "result of a search")
+            return result
+        with failing_together():
+            task = load_task(config)
+        folder.claim(task, parts)
+        with running(config, task, output, progress) as engine:
+            return _search(config, task, engine, output, progress)
 
 
 def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progress: bool) -> dict[str, Any]:

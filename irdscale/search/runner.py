@@ -85,8 +85,10 @@ class Runner:
         lower_is_better: bool = False,
     ) -> None:
         self._config, self._ledger, self._engine, self._output = config, ledger, engine, output
-        self._advance = advance or (lambda n=1, note="": None)
+        self._advance = advance or (lambda n=1, note="", **_: None)
         self._lower_is_better = lower_is_better
+        # Of an earlier run: they say nothing of how fast this one is.
+        self._earlier = frozenset(ledger.finished)
         self.asked: list[str] = []
         self.reused = 0
         self.metrics: dict[tuple[Pair, int], float] = {}
@@ -126,7 +128,7 @@ class Runner:
             else:
                 self.asked.append(key)
             if key in ended_before or key in missing:
-                self._advance(note=str(candidate))
+                self._advance(note=str(candidate), **({"earlier": True} if key in self._earlier else {}))
             else:
                 missing[key] = candidate
         perhaps = {

@@ -127,7 +127,9 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
         if name in dense and len(index):
             raise InputError(f"mask: {name}: found entries in a parameter that train.always_train trains whole")
     required_grad = {name for name, p in parameters.items() if p.requires_grad}
-    entries = {name: make_entries(name, parameters[name], index) for name, index in mask.indices.items() if len(index)}
+    # In the model's order, whatever the mask's: a mask that was just made and the same one loaded differ in it.
+    masked = [name for name in parameters if len(mask.indices.get(name, ()))]
+    entries = {name: make_entries(name, parameters[name], mask.indices[name]) for name in masked}
     copies, masters = {}, {}
     for name in dense:
         parameter = parameters[name]
@@ -250,9 +252,9 @@ def trained_on(model: nn.Module) -> dict[str, str]:
     """What tells this sparse model from others, short of reading the whole base: its mask, and the base there."""
     state = sparse_state(model)
     sha = hashlib.sha256()
-    for name, entries in state.entries.items():
-        hash_tensor(sha, name, entries.base)
-    return {"mask": state.mask.hash, "base": sha.hexdigest(), "whole": " ".join(state.dense)}
+    for name in sorted(state.entries):
+        hash_tensor(sha, name, state.entries[name].base)
+    return {"mask": state.mask.hash, "base": sha.hexdigest(), "whole": " ".join(sorted(state.dense))}
 
 
 def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

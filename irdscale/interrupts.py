@@ -1,0 +1,90 @@
+"""Interrupts that let work save its state first: Ctrl-C, SIGTERM, or a cluster that asks for room.
+
+Inside `deferred` a signal is noted, and the work asks `wanted` where it can save. Elsewhere it raises
+`KeyboardInterrupt` at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Launchers send a signal several times, and a terminal sends it too; only a later one ends the work at once.
+AGAIN_S = 5.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted.
+
+    Attributes:
+        saved: whether its folder holds something from which the same call goes on.
+    """
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__()
+        self.saved = saved
+
+
+class _State:
+    """What this process knows of interrupts."""
+
+    noted: float | None = None
+    depth = 0
+    asked: Callable[[], bool] | None = None
+
+
+def wanted() -> bool:
+    """Whether the work is to save its state and end."""
+    return _State.noted is not None or (_State.asked is not None and _State.asked())
+
+
+@contextmanager
+def asking(asked: Callable[[], bool]) -> Iterator[None]:
+    """Inside, `wanted` asks this function too."""
+    before, _State.asked = _State.asked, asked
+    try:
+        yield
+    finally:
+        _State.asked = before
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Note signals in the body instead of raising `KeyboardInterrupt`; a later one, `AGAIN_S` after the first, raises.
+
+    Only where a signal would raise anyway, or end the process by default, and in the main thread. A signal that the
+    body did not answer raises when it ends.
+
+    Raises:
+        KeyboardInterrupt: see above.
+    """
+    if _State.depth or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[signal.Signals, Any] = {}
+    for number, usual in ((signal.SIGINT, ()), (signal.SIGTERM, (signal.SIG_DFL,))):
+        handler = signal.getsignal(number)
+        if handler is signal.default_int_handler or handler in usual:
+            before[number] = signal.signal(number, _note)
+    _State.depth, _State.noted = 1, None
+    try:
+        yield
+        if _State.noted is not None:
+            raise KeyboardInterrupt
+    finally:
+        _State.depth, _State.noted = 0, None
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _State.noted is None:
+        _State.noted = now
+    elif now - _State.noted >= AGAIN_S:
+        raise KeyboardInterrupt
