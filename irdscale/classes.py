@@ -22,11 +22,13 @@ class HeadClasses:
         where: whose head it is, for messages.
         kind: the kind of task, such as `sequence-classification` or `regression`; None where nothing says it.
         names: the classes in the order of the head's outputs; none of a head without classes.
+        counted: the same classes in the order in which metrics count them, where that is the head's own affair.
     """
 
     where: str
     kind: str | None
     names: tuple[str, ...]
+    counted: tuple[str, ...] = ()
 
 
 def listed(values: Sequence[Any]) -> str:
@@ -69,8 +71,11 @@ def order_of(names: Sequence[str], head: Sequence[str]) -> list[int] | None:
     return found
 
 
-def names_of(config: Any, where: str) -> tuple[str, ...]:
+def names_of(config: Any, where: str | None = None) -> tuple[str, ...]:
     """The classes of a Hugging Face configuration, in the order of their numbers; placeholders where it has no names.
+
+    Args:
+        where: the file that it came from, for messages; unless given, `id2label` counts where the two differ.
 
     Raises:
         InputError: its `id2label` and its `label2id` contradict each other.
@@ -84,7 +89,7 @@ def names_of(config: Any, where: str) -> tuple[str, ...]:
     others = tuple(numbers[number] for number in range(len(names)))
     if are_placeholders(names):
         return others
-    if not are_placeholders(others) and order_of(others, names) != list(range(len(names))):
+    if where is not None and not are_placeholders(others) and order_of(others, names) != list(range(len(names))):
         raise InputError(
             f"{where}: found id2label with the classes {listed(names)} and label2id with {listed(others)}; "
             f"expected one order in both"

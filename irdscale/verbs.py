@@ -17,7 +17,16 @@ from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world, same_on_every_rank
-from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state, trained_on
+from irdscale.sparse import (
+    adapter_head,
+    export_shira,
+    load_adapter,
+    merge,
+    push_adapter,
+    save_adapter,
+    sparse_state,
+    trained_on,
+)
 from irdscale.sparse.hub import adapter_folder
 from irdscale.tasks import build_model, load_task
 from irdscale.training import (
@@ -112,7 +121,7 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     steps = training_steps(config.train, len(task.trained))
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
         fine_tune(model, task, config, seed, Control(advance), state)
-    save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
+    save_adapter(model, output / "adapter", adapter_config(config, task, seed), adapter_dtype(config))
     remove_training(state)
     state_of = sparse_state(model)
     return {
@@ -179,10 +188,11 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
         {"adapter", "params", "head", "selection", "test"}
 
     Raises:
-        InputError: the adapter is missing or damaged, or belongs to another base.
+        InputError: the adapter is missing or damaged, or belongs to another base, other classes or another kind of
+            task.
     """
     with failing_together():
-        task = load_task(config)
+        task = load_task(config, adapter_head(adapter))
         model, _ = _adapted(config, task, adapter)
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
@@ -223,7 +233,7 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
         raise InputError(f"to: {to} exists; expected a new or empty folder")
     # One process merges, which holds the whole model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
-    task = load_task(config)
+    task = load_task(config, adapter_head(adapter))
     model, new = _adapted(config, task, adapter)
     params = sparse_state(model).k
     if format == "shira":

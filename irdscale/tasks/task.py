@@ -39,8 +39,8 @@ class Task:
     `pool` is the population that `task.pool` shapes, as `irdscale.tasks.pool` says, and `pool_in_words` what it is.
     `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
     instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated. `label_names` are
-    the classes in the order of the model's outputs: the data's, or a trained head's own, of which `class_order` then
-    says which is each class of the data.
+    the classes in the order of the model's outputs: the data's, or a trained head's own; `class_order` are their
+    numbers in the order in which metrics count them, where that is another.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Task:
             TrainingError: a logit is NaN or infinite.
         """
         if self.class_order is not None:
-            # F1 of two classes is that of the data's second one, whatever a head's order.
+            # F1 of two classes is that of the second one.
             order_C = np.asarray(self.class_order)
             logits, labels = np.asarray(logits)[:, order_C], np.argsort(order_C)[np.asarray(labels)]
         return compute(self.metrics, self.kind, self.num_labels, logits, labels)
@@ -184,7 +184,7 @@ def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
         tokenizer=tokenizer,
         pool=pool,
         pool_in_words=pool_in_words,
-        class_order=None if order is None else tuple(order.tolist()),
+        class_order=_counted(head, data_names, label_names, splits["train"], source),
     )
 
 
@@ -248,6 +248,11 @@ def _where(split: Split, column: str | None) -> str:
     return f"task.columns.label: {split.where}: column {column!r}"
 
 
+def _is_alphabetical(train: Split, source: Source) -> bool:
+    """Whether classes are names that the data set has in no order of its own, which says nothing of numbers."""
+    return source.glue is None and train.label_names is None and are_names(train.labels or [])
+
+
 def _in_order_of(
     head: HeadClasses, names: list[str], train: Split, source: Source, own: bool
 ) -> tuple[list[str], np.ndarray | None]:
@@ -257,8 +262,7 @@ def _in_order_of(
         own: whether the head is the checkpoint's own, which training may still turn to other classes.
     """
     order, where = order_of(names, head.names), _where(train, source.columns.label)
-    # Names in a data set without numbers come in alphabetical order, which says nothing of a head's numbers.
-    alphabetical = source.glue is None and train.label_names is None and are_names(train.labels or [])
+    alphabetical = _is_alphabetical(train, source)
     by_name = order is not None and places_of(names, head.names) is not None
     if order is None or (alphabetical and not by_name and not own):
         raise other_classes(names, head, where)
@@ -271,6 +275,16 @@ def _in_order_of(
         for name, place in zip(names, order, strict=True):
             found[place] = name
     return found, None if order == list(range(len(order))) else np.asarray(order)
+
+
+def _counted(
+    head: HeadClasses | None, data_names: list[str], label_names: list[str], train: Split, source: Source
+) -> tuple[int, ...] | None:
+    """The classes as metrics count them: as GLUE does, or as an adapter's training did, or else as the data does."""
+    order = None if _is_alphabetical(train, source) else order_of(data_names, label_names)
+    if head is not None and head.counted and source.glue is None:
+        order = order_of(head.counted, label_names)
+    return None if order is None or order == list(range(len(order))) else tuple(order)
 
 
 def _parts(labels: dict[str, np.ndarray], stratify: bool, config: RunConfig) -> dict[str, Part]:
