@@ -389,6 +389,8 @@ def _read_hub(source: Source) -> dict[str, tuple[str, pa.Table]]:
     for split, published in _names(list(loaded), source.glue, where).items():
         data = loaded[published]
         read = {name for names in source.columns.named().values() for name in names}
+        # A name with a dot is that of a column's field.
+        read |= {name.rpartition(".")[0] for name in read}
         rows = data.with_format("arrow", columns=[name for name in data.column_names if name in read])[:]
         # Messages name every column, but only the values of those that are used are read.
         columns = {name: rows.column(name) if name in read else pa.nulls(len(data)) for name in data.column_names}
