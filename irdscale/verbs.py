@@ -28,7 +28,7 @@ from irdscale.sparse import (
     trained_on,
 )
 from irdscale.sparse.hub import adapter_folder
-from irdscale.tasks import build_model, load_task
+from irdscale.tasks import build_model, load_task, tell_classes
 from irdscale.training import (
     Control,
     adapter_config,
@@ -86,6 +86,7 @@ def run_fisher(config: RunConfig, progress: bool = True) -> dict[str, Any]:
     """
     with failing_together():
         task, output = load_task(config), Path(config.output)
+    tell_classes(task, progress and rank_and_world()[0] == 0)
     mask, traces, facts = _fisher_mask(config, task, progress)
     with failing_together():
         if rank_and_world()[0] == 0:
@@ -112,6 +113,7 @@ def run_train(config: RunConfig, mask: str | None = None, progress: bool = True)
     with failing_together():
         task, output, seed = load_task(config), Path(config.output), config.search.seeds[0]
         chosen = Mask.load(mask) if mask is not None else None
+    tell_classes(task, progress and rank_and_world()[0] == 0)
     chosen = chosen if chosen is not None else _own_mask(config, task, progress)
     started, state = time.perf_counter(), output / "training"
     with failing_together():

@@ -50,7 +50,7 @@ from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, sm
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
-from irdscale.tasks import load_task
+from irdscale.tasks import load_task, tell_classes
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def run_compare(config: RunConfig, progress: bool = True) -> dict[str, Any]:
             return result
     with failing_together():
         task = load_task(config)
+    tell_classes(task, progress and rank_and_world()[0] == 0)
     with running(config, task, output, progress) as engine:
         facts = engine.call(model_facts, "lora" in _kinds(config))
         with failing_together():
