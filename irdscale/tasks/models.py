@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from irdscale.classes import HeadClasses, names_of
+from irdscale.classes import HeadClasses, are_placeholders, names_of
 from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
 from irdscale.partitioned import gather_by, is_partitioned, shape_of
@@ -113,27 +113,31 @@ def trained_head(model: ModelConfig, config: PretrainedConfig) -> HeadClasses | 
     Raises:
         InputError: the checkpoint's configuration contradicts itself.
     """
-    names = getattr(config, "id2label", None) or {}
-    if len(names) < 2 or not _has_head(model, config):
+    names = names_of(config)
+    named = any(
+        str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or []
+    )
+    if len(names) < 2 or (are_placeholders(names) and not named) or not _has_head(model, config, named):
         return None
     return HeadClasses("the checkpoint's head", None, names_of(config, f"model.path: {model.path}: config.json"))
 
 
-def _has_head(model: ModelConfig, config: PretrainedConfig) -> bool:
-    """Whether a checkpoint holds every parameter that `build_model` would put on top of the pretrained ones."""
+def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> bool:
+    """Whether a checkpoint holds every parameter that `build_model` would put on top of the pretrained ones.
+
+    Args:
+        otherwise: the answer where its files, or its code, do not tell.
+    """
     from transformers import AutoModelForSequenceClassification
 
-    named = any(
-        str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or []
-    )
     held = _held_parameters(model.path)
     if held is None:
-        return named
+        return otherwise
     try:
-        with torch.device("meta"), quiet():
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet():
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=model.trust_remote_code)
     except Exception:  # a model's own code may refuse anything that is not loading, which tells what is wrong
-        return named
+        return otherwise
     base = empty.base_model_prefix + "."
     head = {name for name, _ in empty.named_parameters() if not name.startswith(base)}
     return bool(head) and head <= held
