@@ -40,7 +40,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "regression": (("text", "label"),),
     "causal-lm": (("text",),),
     "sft": (("prompt", "completion"), ("messages",)),
-    "multiple-choice": (("prompt", "choices", "label"),),
+    "multiple-choice": (("prompt", "choices", "label"), ("prompt", "choices", "choice_labels", "label")),
 }
 
 
@@ -66,6 +66,12 @@ class ColumnsConfig(Section):
     completion: str | None = Field(None, description="What the model learns to answer to a prompt.")
     messages: str | None = Field(None, description="Chats: lists of {role, content}.")
     choices: list[str] | None = Field(None, min_length=1, description="A column of lists, or one for each choice.")
+    choice_labels: str | list[str] | None = Field(
+        None,
+        min_length=1,
+        description="What `label` calls the choices, if it does not count them from 0: a column of lists, a field of "
+        "one (such as choices.label, which is the default), or a column for each choice.",
+    )
 
     def named(self) -> dict[str, list[str]]:
         """key -> the columns that it names, of the keys that are given."""

@@ -522,7 +522,8 @@ def adapter_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.train.adapter_dtype == "bfloat16" else None
 
 
-def adapter_config(config: RunConfig, seed: int) -> dict[str, Any]:
-    """What an adapter's folder says about how it was made."""
+def adapter_config(config: RunConfig, task: Task, seed: int) -> dict[str, Any]:
+    """What an adapter's folder says about how it was made; `counted` are its classes as metrics count them."""
     sections = config.model_dump(mode="json", include={"model", "task", "train"})
-    return {**sections, "seed": seed}
+    counted = {} if task.class_order is None else {"counted": [task.label_names[place] for place in task.class_order]}
+    return {**sections, "seed": seed, **counted}

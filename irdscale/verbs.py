@@ -21,9 +21,18 @@ from irdscale.partitioned import numel_of
 from irdscale.progress import bar
 from irdscale.ranks import failing_together, first_says, rank_and_world, same_on_every_rank
 from irdscale.run_folder import held, mask_part, training_part
-from irdscale.sparse import export_shira, load_adapter, merge, push_adapter, save_adapter, sparse_state, trained_on
+from irdscale.sparse import (
+    adapter_head,
+    export_shira,
+    load_adapter,
+    merge,
+    push_adapter,
+    save_adapter,
+    sparse_state,
+    trained_on,
+)
 from irdscale.sparse.hub import adapter_folder
-from irdscale.tasks import build_model, load_task
+from irdscale.tasks import build_model, load_task, tell_classes
 from irdscale.training import (
     Control,
     adapter_config,
@@ -92,6 +101,7 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
         earlier = folder.result("mask", "mask/mask.json")
         if earlier is not None:
             return earlier | {"mask": str(output / "mask")}
+        tell_classes(task, progress and rank_and_world()[0] == 0)
         mask, traces, facts = _fisher_mask(config, task, progress)
         with failing_together():
             if rank_and_world()[0] == 0:
@@ -135,6 +145,7 @@ def run_train(
         earlier = folder.result("training", "adapter/adapter.json")
         if earlier is not None:
             return earlier | {"adapter": str(output / "adapter")}
+        tell_classes(task, progress and rank_and_world()[0] == 0)
         chosen = chosen if chosen is not None else _own_mask(config, task, progress)
         result = _trained(config, task, chosen, seed, progress)
         folder.keep("training", result)
@@ -156,7 +167,7 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
     warnings = [said_of_rise(trend)] if trend is not None and trend["rose"] else []
     for text in warnings if rank_and_world()[0] == 0 else ():
         log.warning(text)
-    save_adapter(model, output / "adapter", adapter_config(config, seed), adapter_dtype(config))
+    save_adapter(model, output / "adapter", adapter_config(config, task, seed), adapter_dtype(config))
     state_of, size = sparse_state(model), config.train.eval_batch_size
     selection = evaluate_model(model, task, task.selection, size)
     test, errors = evaluate_with_errors(model, task, task.test, size)
@@ -234,10 +245,11 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
         each on test.
 
     Raises:
-        InputError: the adapter is missing or damaged, or belongs to another base.
+        InputError: the adapter is missing or damaged, or belongs to another base, other classes or another kind of
+            task.
     """
     with failing_together():
-        task = load_task(config)
+        task = load_task(config, adapter_head(adapter))
         model, _ = _adapted(config, task, adapter)
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
@@ -280,7 +292,7 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
         raise InputError(f"to: {to} exists; expected a new or empty folder")
     # One process merges, which holds the whole model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
-    task = load_task(config)
+    task = load_task(config, adapter_head(adapter))
     model, new = _adapted(config, task, adapter)
     params = sparse_state(model).k
     if format == "shira":

@@ -52,7 +52,7 @@ from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, sm
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
-from irdscale.tasks import load_task
+from irdscale.tasks import load_task, tell_classes
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -89,6 +89,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
         with failing_together():
             task = load_task(config)
         folder.claim(task, {"search": search_part(config)})
+        tell_classes(task, progress and rank_and_world()[0] == 0)
         stored = output / FILE
         if first_says(stored.exists()):
             result: dict[str, Any] = read_json(stored, "result of a comparison")

@@ -156,7 +156,7 @@ def run_candidate(
             record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("%s failed: %s", candidate, record["error"])
         if model is not None and record["status"] == "ok":
-            save_adapter(model, adapter_folder(output, key), config=adapter_config(config, candidate.seed))
+            save_adapter(model, adapter_folder(output, key), config=adapter_config(config, task, candidate.seed))
     remove_training(state_folder(output, key))
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -178,7 +178,7 @@ def score_on_test(
             values, errors = evaluate_with_errors(model, task, task.test, own.train.eval_batch_size)
             metrics.append((values[task.metric], errors[task.metric]))
             if keep:
-                save_adapter(model, output / "adapter", adapter_config(own, candidate.seed), adapter_dtype(own))
+                save_adapter(model, output / "adapter", adapter_config(own, task, candidate.seed), adapter_dtype(own))
     return metrics
 
 
@@ -195,7 +195,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
         # No bar of its own, but who listens from outside hears that it goes on.
         with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
             fine_tune(trained, task, own, seed, Control(advance), state_folder(output, key))
-        save_adapter(trained, folder, config=adapter_config(own, seed))
+        save_adapter(trained, folder, config=adapter_config(own, task, seed))
         remove_training(state_folder(output, key))
         yield trained
 

@@ -37,7 +37,7 @@ from irdscale.search.kept import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
-from irdscale.tasks import load_task
+from irdscale.tasks import load_task, tell_classes
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -80,6 +80,7 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
         with failing_together():
             task = load_task(config)
         folder.claim(task, parts)
+        tell_classes(task, progress and rank_and_world()[0] == 0)
         with running(config, task, output, progress) as engine:
             return _search(config, task, engine, output, progress)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irdscale.classes import HeadClasses
 from irdscale.errors import InputError
 from irdscale.files import read_json, read_tensors, write_atomic, write_folder, write_json
 from irdscale.mask import Mask, index_dtype
@@ -19,6 +20,7 @@ from irdscale.partitioned import shape_of
 from irdscale.ranks import failing_together, rank_and_world
 from irdscale.sparse.base import is_vouched, known_hash
 from irdscale.sparse.card import model_card
+from irdscale.sparse.heads import check_head, head_in_words, head_of, put_head, read_head
 from irdscale.sparse.hub import adapter_folder
 from irdscale.sparse.model import (
     base_hash,
@@ -47,6 +49,7 @@ class Adapter:
         dense: name -> parameter that was trained whole.
         base_hash: of the base that it belongs to, without the parameters that were trained whole.
         base_model: name of that base, for the reader; may be empty.
+        head: the classes and the kind of task that it was trained for, where it says so.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Adapter:
     dense: dict[str, Tensor]
     base_hash: str
     base_model: str
+    head: HeadClasses | None = None
 
 
 def _contents_hash(tensors: dict[str, Tensor]) -> str:
@@ -112,6 +116,7 @@ def save_adapter(
             "dense_parameters": state.dense_parameters,
             "dense": list(dense),
             "shapes": {name: list(shape) for name, shape in state.mask.shapes.items()},
+            "head": head_in_words(head_of(model)),
             "config": config or {},
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
@@ -169,7 +174,8 @@ def read_adapter(folder: Path | str) -> Adapter:
     if set(whole) != set(parts["dense"]):
         raise InputError(f"{file}: damaged adapter: its parameters trained whole are not those of adapter.json")
     dense = {name: parts["dense"][name] for name in whole}
-    return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]))
+    head = read_head(meta.get("head"), folder)
+    return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]), head)
 
 
 def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -222,17 +228,21 @@ def put_numbers(model: nn.Module, adapter: Adapter) -> None:
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Put an adapter on a fresh base model, in place: the model is then sparse, with the trained deltas.
 
+    `model.config.id2label` and `label2id` become the adapter's, which says what the model's outputs mean.
+
     Args:
         folder: or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
-        InputError: there is no adapter in `folder`, its files are damaged, or it was trained on another base.
+        InputError: there is no adapter in `folder`, its files are damaged, or it was trained on another base, for
+            other classes, or for another kind of task.
     """
     if is_sparse(model):
         raise InputError(
             f"{type(model).__name__}: sparse already; unload or merge it before {folder} is loaded, or switch_adapter"
         )
     adapter = read_adapter(folder)
+    check_head(model, adapter.head)
     check_fits(adapter, {name: shape_of(parameter) for name, parameter in model.named_parameters()})
     make_room(model, adapter)
     try:
@@ -241,4 +251,5 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         unload(model)
         raise
     put_numbers(model, adapter)
+    put_head(model, adapter.head)
     return model

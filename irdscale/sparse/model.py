@@ -35,6 +35,7 @@ class SparseState:
         required_grad: parameter names that required gradients before.
         hooks: those that patch everything as a forward pass starts.
         known_bases: what `irdscale.sparse.base` remembers of the base's hashes.
+        head_before: what the model's configuration said of its classes before an adapter was put on.
     """
 
     mask: Mask
@@ -44,6 +45,7 @@ class SparseState:
     required_grad: set[str]
     hooks: list[RemovableHandle] = field(default_factory=list)
     known_bases: dict[frozenset[str], tuple[Any, str]] = field(default_factory=dict)
+    head_before: dict[str, Any] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -200,6 +202,8 @@ def unload(model: nn.Module) -> nn.Module:
     for name, base in state.dense.items():
         with whole([parameters[name]], changed=True):
             parameters[name].data.copy_(base)
+    for key, value in state.head_before.items():
+        setattr(model.config, key, value)
     _strip(model)
     return model
 

@@ -9,6 +9,7 @@ from torch import nn
 from irdscale.partitioned import shape_of
 from irdscale.sparse.adapter import check_base, check_fits, make_room, put_numbers, read_adapter
 from irdscale.sparse.base import known_hash
+from irdscale.sparse.heads import check_head, put_head
 from irdscale.sparse.model import sparse_state, unload
 
 
@@ -25,11 +26,12 @@ def switch_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         folder: of the other adapter, or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
-        InputError: the model is not sparse, the adapter is missing or damaged, or it was trained on another base; the
-            model keeps the adapter that it has.
+        InputError: the model is not sparse, the adapter is missing or damaged, or trained on another base, or for
+            other classes than the base model's; the model keeps the adapter that it has.
     """
     state = sparse_state(model)
     adapter = read_adapter(folder)
+    check_head(model, adapter.head, state.head_before)
     values = {id(entries.values) for entries in state.patched}
     shapes = {name: shape_of(p) for name, p in model.named_parameters() if id(p) not in values}
     check_fits(adapter, shapes)
@@ -37,5 +39,6 @@ def switch_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     unload(model)
     make_room(model, adapter)
     put_numbers(model, adapter)
+    put_head(model, adapter.head)
     sparse_state(model).known_bases = state.known_bases
     return model

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from irdscale.classes import are_placeholders, places_of
 from irdscale.config import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, check_pool, nearest
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
@@ -21,6 +23,9 @@ from irdscale.tasks.hub import hub_access, is_hub_id, one_line
 FILE_TYPES = (".parquet", ".jsonl", ".csv")
 # The names under which data sets publish their validation split.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+# What CSV files write where a row has no label, if all others are integers.
+_NO_LABEL = ("", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none", "<NA>")
+_PLAIN_INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
@@ -77,6 +82,10 @@ class Rows:
         if column.null_count:
             raise InputError(f"{where}, row {values.index(None)}: found no text; expected one in every row")  # type: ignore[arg-type]
         return values
+
+    def class_names(self, name: str) -> list[str] | None:
+        """What a column's class numbers are called, where the data set says so."""
+        return _declared_names(self.table, name)
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,8 @@ def _read_local(source: Source) -> dict[str, tuple[str, pa.Table]]:
     if path.is_file():
         if path.suffix not in FILE_TYPES:
             raise InputError(f"task.dataset: {path}: found file type {path.suffix!r}; expected one of {_types()}")
-        return {"train": (str(path), _read_file(path, source.columns))}
+        (table,) = _labels_by_type([(path, _read_file(path, source))], source)
+        return {"train": (str(path), table)}
     files = sorted(child for child in path.iterdir() if child.suffix in FILE_TYPES and child.is_file())
     if not files:
         there = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
@@ -186,13 +196,16 @@ def _read_local(source: Source) -> dict[str, tuple[str, pa.Table]]:
         there = ", ".join(file.name for file in by_split[unknown[0]])
         raise InputError(f"task.dataset: {path}: found {there}; expected only files named train, validation and test")
     tables = {}
-    for split, published in _names(list(by_split), source.glue, str(path)).items():
+    published_as = _names(list(by_split), source.glue, str(path))
+    for published in published_as.values():
+        _check_shards(by_split[published], published)
+    files = [file for published in published_as.values() for file in by_split[published]]
+    read = dict(zip(files, _labels_by_type([(file, _read_file(file, source)) for file in files], source)))
+    for split, published in published_as.items():
         shards = by_split[published]
-        _check_shards(shards, published)
         where = str(shards[0] if len(shards) == 1 else path / published)
-        read = [_read_file(file, source.columns) for file in shards]
         try:
-            tables[split] = where, pa.concat_tables(read)
+            tables[split] = where, pa.concat_tables(_in_one_order([read[file] for file in shards], source))
         except pa.ArrowInvalid as error:
             raise InputError(f"task.dataset: {where}: the files differ in their columns: {one_line(error)}") from None
     return tables
@@ -232,7 +245,7 @@ def _check_shards(files: list[Path], split: str) -> None:
         )
 
 
-def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
+def _read_file(path: Path, source: Source) -> pa.Table:
     import pyarrow.csv
     import pyarrow.parquet
 
@@ -245,7 +258,7 @@ def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
             path,
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             # Without this, texts that are all digits would become numbers.
-            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in _of_text(columns)}),
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in _of_text(source)}),
         )
     except pa.ArrowInvalid as error:
         if path.stat().st_size == 0 or "Empty CSV" in str(error):
@@ -255,8 +268,79 @@ def _read_file(path: Path, columns: ColumnsConfig) -> pa.Table:
         raise InputError(f"task.dataset: {path}: cannot be read: {error.strerror or one_line(error)}") from None
 
 
-def _of_text(columns: ColumnsConfig) -> list[str]:
-    return [name for key, names in columns.named().items() if key != "label" for name in names]
+def _of_text(source: Source) -> list[str]:
+    """The columns that are read as text: all but the numbers of a regression."""
+    keys = source.columns.named().items()
+    return [name for key, names in keys if key != "label" or source.kind != "regression" for name in names]
+
+
+def _labels_by_type(files: list[tuple[Path, pa.Table]], source: Source) -> list[pa.Table]:
+    """The files' tables; labels of CSV files become integers where those of all such files are plain ones."""
+    label = source.columns.label
+    mine = [
+        place
+        for place, (path, table) in enumerate(files)
+        if path.suffix == ".csv" and label in _of_text(source) and table.column_names.count(label) == 1
+    ]
+    tables = [table for _, table in files]
+    if not mine:
+        return tables
+    columns = [pc.utf8_trim_whitespace(tables[place].column(label)) for place in mine]
+    missing = [pc.is_in(column, value_set=pa.array(_NO_LABEL)) for column in columns]
+    plain = [pc.match_substring_regex(column, _PLAIN_INTEGER) for column in columns]
+    integers = all(pc.all(pc.or_(*both)).as_py() for both in zip(plain, missing, strict=True))
+    for place, column, none in zip(mine, columns, missing, strict=True):
+        if integers:
+            column = pc.if_else(none, pa.scalar(None, pa.string()), column).cast(pa.int64())
+        elif pc.all(none).as_py():
+            column = pa.chunked_array([pa.nulls(len(column), pa.string())])
+        else:
+            continue
+        tables[place] = tables[place].set_column(tables[place].column_names.index(label), label, column)
+    return tables
+
+
+def _in_one_order(shards: list[pa.Table], source: Source) -> list[pa.Table]:
+    """The shards of a split, with class numbers that mean the same names in all of them."""
+    label = source.columns.label
+    if label is None or len(shards) == 1:
+        return shards
+    named = [_declared_names(shard, label) for shard in shards]
+    if all(names == named[0] for names in named):
+        return shards
+    given = [names for names in named if names]
+    names = list(next((own for own in given if not are_placeholders(own)), given[0]))
+    places: list[dict[int, int]] = []
+    for own in named:
+        places.append({})
+        for number, name in enumerate(own or ()):
+            found = places_of([name], names)
+            if found is None and are_placeholders(own or ()):
+                found = [number]
+            elif found is None:
+                names.append(name)
+            places[-1][number] = len(names) - 1 if found is None else found[0]
+    shards = [_renumbered(*each, label, len(names)) for each in zip(shards, places, strict=True)]
+    return [_with_names(shards[0], label, names), *shards[1:]]
+
+
+def _renumbered(table: pa.Table, places: dict[int, int], label: str, count: int) -> pa.Table:
+    if not places:
+        return table
+    column = table.column(label)
+    # What is no class stays none: no label, -1, and what lies beyond the classes.
+    numbers = [
+        value if value is None or value < 0 else places.get(value, count + value) for value in column.to_pylist()
+    ]
+    return table.set_column(table.column_names.index(label), label, pa.array(numbers, column.type))
+
+
+def _with_names(table: pa.Table, label: str, names: list[str]) -> pa.Table:
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features[label] = datasets.ClassLabel(names=names)
+    return table.replace_schema_metadata(features.arrow_schema.metadata)
 
 
 def _read_jsonl(path: Path) -> pa.Table:
@@ -305,6 +389,8 @@ def _read_hub(source: Source) -> dict[str, tuple[str, pa.Table]]:
     for split, published in _names(list(loaded), source.glue, where).items():
         data = loaded[published]
         read = {name for names in source.columns.named().values() for name in names}
+        # A name with a dot is that of a column's field.
+        read |= {name.rpartition(".")[0] for name in read}
         rows = data.with_format("arrow", columns=[name for name in data.column_names if name in read])[:]
         # Messages name every column, but only the values of those that are used are read.
         columns = {name: rows.column(name) if name in read else pa.nulls(len(data)) for name in data.column_names}

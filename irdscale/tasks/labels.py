@@ -8,15 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from irdscale.classes import are_placeholders, listed, places_of
 from irdscale.config import nearest
 from irdscale.errors import InputError
-
-SHOWN = 8
-
-
-def _listed(values: Sequence[Any]) -> str:
-    text = ", ".join(str(value) for value in values[:SHOWN])
-    return text if len(values) <= SHOWN else f"{text}, ... ({len(values)} in all)"
 
 
 def is_missing(label: Any) -> bool:
@@ -53,7 +47,10 @@ def regression_labels(labels: Sequence[Any], where: str) -> np.ndarray:
 
 
 def class_labels(
-    splits: Mapping[str, Sequence[Any]], where: Mapping[str, str], names: Sequence[str] | None
+    splits: Mapping[str, Sequence[Any]],
+    where: Mapping[str, str],
+    names: Sequence[str] | None,
+    declared: Mapping[str, Sequence[str] | None] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The labels of each split as class numbers (int64), and the names of the classes in that order.
 
@@ -62,29 +59,68 @@ def class_labels(
         where: each split's file and column, for messages.
         names: the classes, where the data set declares them. Otherwise those in train count: names in alphabetical
             order, or the integers from 0.
+        declared: what each split calls its class numbers, where it says so: these are taken by name.
 
     Raises:
-        InputError: a label is missing, no class, or a class that train does not have; or there is but one class.
+        InputError: a label is missing, no class, or a class that no row of train has; or there is but one class.
     """
     for split, labels in splits.items():
         _refuse_missing(labels, where[split])
-    train = splits["train"]
-    if names is None and all(isinstance(label, str) for label in train):
+    train, declared = splits["train"], declared or {}
+    numbered = names is not None
+    if names is None and are_names(train):
         names = sorted(set(train))
     if names is None:
         numbers = {"train": _integers(train, None, where["train"])}
-        count = _count_classes(numbers["train"], where["train"])
+        count, numbered = _count_classes(numbers["train"], where["train"]), True
         names = [str(number) for number in range(count)]
     if len(names) < 2:
-        raise InputError(f"{where['train']}: found one class ({_listed(names)}); expected two or more")
+        raise InputError(f"{where['train']}: found one class ({listed(names)}); expected two or more")
     index = {name: number for number, name in enumerate(names)}
     numbers = {}
     for split, labels in splits.items():
-        if any(isinstance(label, str) for label in labels):
+        own = declared.get(split)
+        # Names of train that come in no order of its own give the numbers of another split no meaning.
+        if any(isinstance(label, str) for label in labels) or not (numbered or own):
             numbers[split] = _named(labels, index, where[split])
+        elif own:
+            numbers[split] = _declared(labels, own, names, where[split])
         else:
             numbers[split] = _integers(labels, len(names), where[split])
+    for split in splits:
+        _refuse_unknown(numbers["train"], numbers[split], names, where[split])
     return numbers, list(names)
+
+
+def are_names(labels: Sequence[Any]) -> bool:
+    """Whether labels are the names of classes, rather than numbers."""
+    return all(isinstance(label, str) for label in labels)
+
+
+def _declared(labels: Sequence[Any], own: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
+    """Numbers of the classes `names` for numbers of the classes `own`: by name, or as they are where one has none."""
+    found = [places_of([name], names) for name in own]
+    if None in found and (are_placeholders(own) or are_placeholders(names)):
+        found = [[number] if number < len(names) else None for number in range(len(own))]
+    places = np.asarray([-1 if place is None else place[0] for place in found])
+    numbers = _integers(labels, len(own), where)
+    unknown = np.flatnonzero(places[numbers] < 0)
+    if unknown.size:
+        name = own[numbers[unknown[0]]]
+        raise InputError(
+            f"{where}, row {unknown[0]}: found class {name!r}{nearest(name, names)}; "
+            f"expected one of the classes of train: {listed(names)}"
+        )
+    return places[numbers].astype(np.int64)
+
+
+def _refuse_unknown(train: np.ndarray, numbers: np.ndarray, names: Sequence[str], where: str) -> None:
+    unknown = np.flatnonzero(~np.isin(numbers, train))
+    if unknown.size:
+        raise InputError(
+            f"{where}, row {unknown[0]}: found class {names[numbers[unknown[0]]]!r}, which no row of train has; "
+            f"expected classes that train has"
+        )
 
 
 def _named(labels: Sequence[Any], index: Mapping[str, int], where: str) -> np.ndarray:
@@ -92,7 +128,7 @@ def _named(labels: Sequence[Any], index: Mapping[str, int], where: str) -> np.nd
         if label not in index:
             raise InputError(
                 f"{where}, row {row}: found label {label!r}{nearest(label, index)}; "
-                f"expected one of the classes of train: {_listed(list(index))}"
+                f"expected one of the classes of train: {listed(list(index))}"
             )
     return np.asarray([index[label] for label in labels], dtype=np.int64)
 
@@ -112,7 +148,7 @@ def _count_classes(numbers: np.ndarray, where: str) -> int:
     if found[-1] != len(found) - 1:
         absent = next(number for number in range(int(found[-1])) if number not in found)
         raise InputError(
-            f"{where}: found classes {_listed(found.tolist())}, but no row of class {absent}; "
+            f"{where}: found classes {listed(found.tolist())}, but no row of class {absent}; "
             f"expected every class from 0 on (or names)"
         )
     return len(found)

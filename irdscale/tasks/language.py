@@ -16,6 +16,7 @@ import pyarrow as pa
 from irdscale.config import ColumnsConfig, Kind, TaskConfig
 from irdscale.errors import InputError
 from irdscale.tasks.chats import chat_messages, chat_sample
+from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
@@ -225,19 +226,13 @@ def _choices(
     assert columns.prompt is not None
     assert columns.label is not None
     prompts = rows.texts(columns.prompt, "prompt")
-    choices = _choice_texts(rows, columns.choices or [])
-    labels = rows.column(columns.label, "label").to_pylist()
+    choices = choice_texts(rows, columns.choices or [])
+    numbers = RightChoices(rows, columns, choices)
     for row in map(int, part.rows):
-        where, label = f"{rows.where}, row {row}", labels[row]
-        if isinstance(label, str) and label.isdigit():
-            label = int(label)
+        where = f"{rows.where}, row {row}"
         if len(choices[row]) < 2 or not all(choice.strip() for choice in choices[row]):
             raise InputError(f"task.columns.choices: {where}: found {choices[row]}; expected two texts or more")
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices[row]):
-            raise InputError(
-                f"task.columns.label: {where}: found {label!r}; expected the right choice's number, "
-                f"0 to {len(choices[row]) - 1}"
-            )
+        label = numbers.number(row)
         pairs = [(prompts[row], choice) for choice in choices[row]]
         encoded = [
             _fitting(tokenizer, tokens, prompt, task, where)
@@ -253,24 +248,6 @@ def _choices(
                 raise InputError(f"task.columns.choices: {where}: found {choice!r}, without tokens; expected some text")
         tokens, prompt = encoded[label]
         yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
-
-
-def _choice_texts(rows: Rows, names: list[str]) -> list[list[str]]:
-    if len(names) > 1:
-        return [list(row) for row in zip(*(rows.texts(name, "choices") for name in names), strict=True)]
-    column = rows.column(names[0], "choices")
-    kind = column.type
-    found: list[Any] = column.to_pylist()
-    if pa.types.is_struct(kind):
-        # As ARC and others keep them: {"text": [..], "label": [..]}.
-        found = [(value or {}).get("text") for value in found]
-    for row, value in enumerate(found):
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise InputError(
-                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {_kind(value)}; "
-                f"expected a list of texts (or name several columns)"
-            )
-    return found
 
 
 def _kind(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from irdscale.classes import HeadClasses, are_placeholders, names_of
 from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
 from irdscale.partitioned import gather_by, is_partitioned, shape_of
@@ -101,6 +102,81 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     return _load(model.path, "model", AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code)
+
+
+def trained_head(model: ModelConfig, config: PretrainedConfig) -> HeadClasses | None:
+    """What the head of a checkpoint tells apart; None where the head would be a new one. Reads no weights.
+
+    Args:
+        config: the model's own configuration.
+
+    Raises:
+        InputError: the checkpoint's configuration contradicts itself.
+    """
+    names = names_of(config)
+    named = any(
+        str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or []
+    )
+    if len(names) < 2 or (are_placeholders(names) and not named) or not _has_head(model, config, named):
+        return None
+    return HeadClasses("the checkpoint's head", None, names_of(config, f"model.path: {model.path}: config.json"))
+
+
+def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> bool:
+    """Whether a checkpoint holds every parameter that `build_model` would put on top of the pretrained ones.
+
+    Args:
+        otherwise: the answer where its files, or its code, do not tell.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    held = _held_parameters(model.path)
+    if held is None:
+        return otherwise
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet():
+            empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=model.trust_remote_code)
+    except Exception:  # a model's own code may refuse anything that is not loading, which tells what is wrong
+        return otherwise
+    base = empty.base_model_prefix + "."
+    head = {name for name, _ in empty.named_parameters() if not name.startswith(base)}
+    return bool(head) and head <= held
+
+
+def _held_parameters(path: str) -> set[str] | None:
+    """Names of the parameters in a checkpoint; None where its files are of another format."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+    try:
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            file = _checkpoint_file(path, name)
+            if file is None:
+                continue
+            if name.endswith(".json"):
+                return set(json.loads(Path(file).read_bytes())["weight_map"])
+            if name == SAFE_WEIGHTS_NAME:
+                with safe_open(file, framework="pt") as held:
+                    return set(held.keys())
+            return set(torch.load(file, map_location="meta", weights_only=True))
+    except Exception:  # a damaged file is refused where the model is loaded
+        return None
+    return None
+
+
+def _checkpoint_file(path: str, name: str) -> str | None:
+    from transformers.utils import cached_file
+
+    resolved = resolve_model_path(path)
+    remote = not Path(resolved).is_dir()
+    with hub_access(needed=remote), quiet():
+        return cached_file(
+            resolved,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

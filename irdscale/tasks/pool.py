@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from irdscale.classes import order_of
 from irdscale.config import (
     LANGUAGE_KINDS,
     CopiesConfig,
@@ -49,13 +50,15 @@ def shaped_pool(
     train: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str] = (),
+    class_order: np.ndarray | None = None,
     segments: bool = False,
 ) -> tuple[Dataset | None, str | None]:
     """The population that `task.pool` asks for, and what it is in words; None and None where it asks for none.
 
     Args:
         train: the encoded train split.
-        label_names: the classes, in the order of their numbers.
+        label_names: the classes, in the data's order.
+        class_order: the number in `train` of each of these classes, where that is another.
         segments: whether samples have `token_type_ids`.
 
     Raises:
@@ -67,14 +70,16 @@ def shaped_pool(
     table = train.with_format("arrow")[:].replace_schema_metadata(None)
     generator = random.Random(f"population/{config.task.split_seed}")
     if pool.label_skew is not None:
-        shaped = _label_skew(pool.label_skew, table, label_names, generator)
+        shaped = _label_skew(pool.label_skew, table, label_names, class_order, generator)
     elif pool.length_skew is not None:
         shaped = _length_skew(pool.length_skew, table, generator)
     elif pool.copies is not None:
         shaped = _copies(pool.copies, table)
     elif pool.mixed_with is not None:
         with _keys_of_the_other():
-            name, other = _other_train(config.task, pool.mixed_with, kind, tokenizer, label_names, segments)
+            name, other = _other_train(
+                config.task, pool.mixed_with, kind, tokenizer, label_names, class_order, segments
+            )
         shaped = _mixed(pool.mixed_with.share, table, name, other, generator)
     else:
         assert pool.label_noise is not None
@@ -110,7 +115,11 @@ def _skewed(table: pa.Table, favoured_N: np.ndarray, share: float, of: str, gene
 
 
 def _label_skew(
-    skew: LabelSkewConfig, table: pa.Table, label_names: Sequence[str], generator: random.Random
+    skew: LabelSkewConfig,
+    table: pa.Table,
+    label_names: Sequence[str],
+    class_order: np.ndarray | None,
+    generator: random.Random,
 ) -> _Shaped:
     label, last = skew.label, len(label_names) - 1
     known = label in label_names if isinstance(label, str) else 0 <= label <= last
@@ -120,7 +129,7 @@ def _label_skew(
             f"task.pool.label_skew.label: found {label!r}{close}; expected a class by its name or number, 0 to {last}"
         )
     number = label_names.index(label) if isinstance(label, str) else label
-    favoured_N = table["labels"].to_numpy() == number
+    favoured_N = table["labels"].to_numpy() == (number if class_order is None else class_order[number])
     return _skewed(table, favoured_N, skew.share, f"of class {label_names[number]}", generator)
 
 
@@ -206,6 +215,7 @@ def _other_train(
     kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
+    class_order: np.ndarray | None,
     segments: bool,
 ) -> tuple[str, Dataset]:
     """The name of the other data set, and its whole train split as samples of this task."""
@@ -221,6 +231,8 @@ def _other_train(
         return source.name, language_samples(kind, tokenizer, rows, part, task, source.columns)
     split = read_splits(source)["train"]
     labels_N = _labels(split, source, label_names)
+    if class_order is not None:
+        labels_N = class_order[labels_N]
     part = Part("train", np.arange(len(labels_N)), "train")
     return source.name, encode(tokenizer, split.texts, labels_N, part, task.max_length, segments, split.where)
 
@@ -231,12 +243,11 @@ def _labels(split: Split, source: Source, label_names: Sequence[str]) -> np.ndar
     where = f"task.columns.label: {split.where}: column {source.columns.label!r}"
     if source.kind == "regression":
         return regression_labels(labels, where)
-    declared = source.glue.label_names if source.glue else split.label_names
-    if declared is None or list(label_names) == [str(number) for number in range(len(label_names))]:
-        return class_labels({"train": labels}, {"train": where}, label_names)[0]["train"]
-    if set(declared) != set(label_names):
+    declared = split.label_names
+    if source.glue and (declared is None or order_of(declared, source.glue.label_names) is None):
+        declared = list(source.glue.label_names)
+    if declared is not None and order_of(declared, label_names) is None:
         raise InputError(
             f"{where}: found the classes {', '.join(declared)}; expected the task's, {', '.join(label_names)}"
         )
-    numbers_N = class_labels({"train": labels}, {"train": where}, declared)[0]["train"]
-    return np.asarray([label_names.index(name) for name in declared])[numbers_N]
+    return class_labels({"train": labels}, {"train": where}, label_names, {"train": declared})[0]["train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +11,23 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
+from irdscale.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
 from irdscale.config import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind, LimitConfig, RunConfig
 from irdscale.errors import InputError
 from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
-from irdscale.tasks.labels import class_labels, is_unlabelled, regression_labels
+from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import standard_errors
-from irdscale.tasks.models import load_model_config, load_tokenizer
+from irdscale.tasks.models import load_model_config, load_tokenizer, trained_head
 from irdscale.tasks.pool import shaped_pool
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Task:
     language models what `irdscale.tasks.language` says. `origin` says, for people, where each of the three comes from.
     `pool` is the population that `task.pool` shapes, as `irdscale.tasks.pool` says, and `pool_in_words` what it is.
     `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
-    instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated.
+    instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated. `label_names` are
+    the classes in the order of the model's outputs: the data's, or a trained head's own; `class_order` are their
+    numbers in the order in which metrics count them, where that is another.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Task:
     max_new_tokens: int = 0
     pool: Dataset | None = None
     pool_in_words: str | None = None
+    class_order: tuple[int, ...] | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -90,21 +97,43 @@ class Task:
         Raises:
             TrainingError: a logit is NaN or infinite.
         """
-        return compute(self.metrics, self.kind, self.num_labels, logits, labels)
+        return compute(self.metrics, self.kind, self.num_labels, *self._in_the_datas_order(logits, labels))
 
     def standard_errors(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """What another draw of as many samples would change each metric by; the standard error."""
-        return standard_errors(self.metrics, self.kind, self.num_labels, logits, labels)
+        return standard_errors(self.metrics, self.kind, self.num_labels, *self._in_the_datas_order(logits, labels))
+
+    def _in_the_datas_order(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes as the data numbers them: F1 of two classes is that of the second one."""
+        if self.class_order is None:
+            return logits, labels
+        order_C = np.asarray(self.class_order)
+        return np.asarray(logits)[:, order_C], np.argsort(order_C)[np.asarray(labels)]
 
 
-def load_task(config: RunConfig) -> Task:
+def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
     """Load, check, split and tokenise the data of `config.task` with the tokenizer of `config.model`.
+
+    Classes are numbered as the data has them; where a head is trained, as the head has them, by name.
+
+    Args:
+        head: the trained head of an adapter; unless given, the checkpoint's own counts, if it has one.
 
     Raises:
         InputError: the data set, its columns, labels or size, or the model's tokenizer are not what the
-            configuration needs.
+            configuration needs, or the classes are not those of the trained head.
     """
     source = find_source(config.task)
+    if (
+        head is not None
+        and head.kind is not None
+        and (head.kind in LANGUAGE_KINDS, head.kind == "regression")
+        != (
+            source.kind in LANGUAGE_KINDS,
+            source.kind == "regression",
+        )
+    ):
+        raise InputError(f"task.kind: found {source.kind!r}; expected {head.kind!r}, the kind of {head.where}")
     if source.kind in LANGUAGE_KINDS:
         return _language_task(config, source)
     regression = source.kind == "regression"
@@ -117,9 +146,16 @@ def load_task(config: RunConfig) -> Task:
     if "test" in splits and (splits["test"].labels is None or is_unlabelled(splits["test"].labels)):
         del splits["test"]
     assert source.columns.label is not None
-    label_names, labels = _numbers(
+    data_names, labels = _numbers(
         splits, source.columns.label, regression, source.glue.label_names if source.glue else None
     )
+    label_names, order = data_names, None
+    if not regression:
+        known = head or trained_head(config.model, model_config)
+        if known is not None and known.names:
+            label_names, order = _in_order_of(known, data_names, splits["train"], source, own=head is None)
+    if order is not None:
+        labels = {name: order[numbers] for name, numbers in labels.items()}
     parts = _parts(labels, not regression, config)
     for name in PARTS[1:]:
         if regression and len(np.unique(labels[parts[name].split][parts[name].rows])) < 2:
@@ -143,7 +179,7 @@ def load_task(config: RunConfig) -> Task:
         )
         for name, part in parts.items()
     }
-    pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, label_names, segments)
+    pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, data_names, order, segments)
     return Task(
         name=source.name,
         kind=source.kind,
@@ -156,6 +192,7 @@ def load_task(config: RunConfig) -> Task:
         tokenizer=tokenizer,
         pool=pool,
         pool_in_words=pool_in_words,
+        class_order=_counted(head, data_names, label_names, splits["train"], source),
     )
 
 
@@ -214,13 +251,61 @@ def _check_prompts(samples: Dataset, where: str, columns: bool) -> None:
 def _numbers(
     splits: dict[str, Split], column: str, regression: bool, known: tuple[str, ...] | None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    where = {name: f"task.columns.label: {split.where}: column {column!r}" for name, split in splits.items()}
+    """The classes in the data's order, and each split's labels."""
+    where = {name: _where(split, column) for name, split in splits.items()}
     values = {name: split.labels or [] for name, split in splits.items()}
     if regression:
         return [], {name: regression_labels(values[name], where[name]) for name in splits}
-    names = list(known) if known else splits["train"].label_names
-    numbers, names = class_labels(values, where, names)
+    declared = {name: split.label_names for name, split in splits.items()}
+    names = declared["train"]
+    # Metrics read GLUE's own order; a folder of that name may hold another task.
+    if known and (names is None or order_of(names, known) is not None):
+        names = list(known)
+    numbers, names = class_labels(values, where, names, declared)
     return names, numbers
+
+
+def _where(split: Split, column: str | None) -> str:
+    return f"task.columns.label: {split.where}: column {column!r}"
+
+
+def _is_alphabetical(train: Split, source: Source) -> bool:
+    """Whether classes are names that the data set has in no order of its own, which says nothing of numbers."""
+    return source.glue is None and train.label_names is None and are_names(train.labels or [])
+
+
+def _in_order_of(
+    head: HeadClasses, names: list[str], train: Split, source: Source, own: bool
+) -> tuple[list[str], np.ndarray | None]:
+    """The classes in the order of a trained head, and which of them is each class of the data; None for the same.
+
+    Args:
+        own: whether the head is the checkpoint's own, which training may still turn to other classes.
+    """
+    order, where = order_of(names, head.names), _where(train, source.columns.label)
+    alphabetical = _is_alphabetical(train, source)
+    by_name = order is not None and places_of(names, head.names) is not None
+    if order is None or (alphabetical and not by_name and not own):
+        raise other_classes(names, head, where)
+    if alphabetical and not by_name:
+        log.warning("%s: %s names no classes; they are taken to be %s, in this order", where, head.where, listed(names))
+    found = list(names)
+    if are_placeholders(names) and len(names) == len(head.names):
+        found = list(head.names)
+    else:
+        for name, place in zip(names, order, strict=True):
+            found[place] = name
+    return found, None if order == list(range(len(order))) else np.asarray(order)
+
+
+def _counted(
+    head: HeadClasses | None, data_names: list[str], label_names: list[str], train: Split, source: Source
+) -> tuple[int, ...] | None:
+    """The classes as metrics count them: as GLUE does, or as an adapter's training did, or else as the data does."""
+    order = None if _is_alphabetical(train, source) else order_of(data_names, label_names)
+    if head is not None and head.counted and source.glue is None:
+        order = order_of(head.counted, label_names)
+    return None if order is None or order == list(range(len(order))) else tuple(order)
 
 
 def _parts(labels: dict[str, np.ndarray], stratify: bool, config: RunConfig) -> dict[str, Part]:

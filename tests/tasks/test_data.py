@@ -102,6 +102,69 @@ def test_declared_class_names_are_kept(tmp_path: Path) -> None:
     assert read(tmp_path)["train"].label_names == ["z", "a"]
 
 
+def named(path: Path, names: list[str], labels: list[int]) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    data = {"text": [f"film {label}" for label in labels], "label": labels}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected", "called"),
+    [
+        ([["z", "a"], ["a", "z"]], [[0, 1], [0, 1, -1]], [0, 1, 1, 0, -1], ["z", "a"]),
+        ([["z", "a"], ["b", "a"]], [[0, 1], [0, 1]], [0, 1, 2, 1], ["z", "a", "b"]),
+        ([["0", "1"], ["pos", "neg"], ["neg", "pos"]], [[0, 1], [0, 1], [0, 1]], [0, 1, 0, 1, 1, 0], ["pos", "neg"]),
+    ],
+)
+def test_shards_that_name_their_classes_in_another_order(
+    tmp_path: Path, names: list[list[str]], labels: list[list[int]], expected: list[int], called: list[str]
+) -> None:
+    for shard, (own, numbers) in enumerate(zip(names, labels, strict=True)):
+        named(tmp_path / f"train-{shard:05}-of-{len(names):05}.parquet", own, [max(0, n) for n in numbers])
+        if -1 in numbers:
+            rows = pq.read_table(tmp_path / f"train-{shard:05}-of-{len(names):05}.parquet")
+            rows = rows.set_column(1, "label", pa.array(numbers, pa.int64()))
+            pq.write_table(rows, tmp_path / f"train-{shard:05}-of-{len(names):05}.parquet")
+    split = read(tmp_path)["train"]
+    assert (split.labels, split.label_names) == (expected, called)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"train": "0 1 10"}, [0, 1, 10]),
+        ({"train": "00 01 10"}, ["00", "01", "10"]),
+        ({"train": "1.0 0.0 1.0"}, ["1.0", "0.0", "1.0"]),
+        ({"train": "2024-01-02 2024-01-03 2024-01-02"}, ["2024-01-02", "2024-01-03", "2024-01-02"]),
+        ({"train": "true false true"}, ["true", "false", "true"]),
+        ({"train": "NA GB GB"}, ["NA", "GB", "GB"]),
+        ({"train": "0 NA 1"}, [0, None, 1]),
+        ({"train": "1 x 0"}, ["1", "x", "0"]),
+        ({"train": "10 11 12", "test": "01 10 11"}, ["10", "11", "12"]),
+        ({"train": "10 11 12", "test": "-1 -1 -1"}, [10, 11, 12]),
+        ({"train": "a b b", "test": "NA NA NA"}, ["a", "b", "b"]),
+        ({"train": "1 12345678901234567890 2"}, ["1", "12345678901234567890", "2"]),
+    ],
+)
+def test_labels_of_csv_files_are_text_unless_all_are_plain_integers(
+    tmp_path: Path, files: dict[str, str], expected: list[Any]
+) -> None:
+    for split, labels in files.items():
+        lines = [f"film {row},{label}" for row, label in enumerate(labels.split())]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    splits = read(tmp_path)
+    assert splits["train"].labels == expected
+    if "test" in files:
+        own: list[Any] = files["test"].split()
+        assert splits["test"].labels == ([None] * 3 if own[0] == "NA" else [-1] * 3 if own[0] == "-1" else own)
+
+
+def test_numbers_of_a_regression_stay_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,01.50\nb,2\n")
+    found = read_splits(find_source(TaskConfig(dataset=str(tmp_path / "a.csv"), kind="regression", columns=COLUMNS)))
+    assert found["train"].labels == [1.5, 2.0]
+
+
 def test_glue_folder_is_the_glue_task(tmp_path: Path) -> None:
     rows = [{"premise": "a", "hypothesis": "b", "label": 2}]
     for name in ("train", "validation_matched", "validation_mismatched"):

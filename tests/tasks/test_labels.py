@@ -73,6 +73,46 @@ def test_bad_classes_are_named_with_their_row(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("train", "own", "other", "expected"),
+    [
+        ([0, 1, 2], ["a", "b", "c"], ["c", "a", "b"], [2, 0, 1]),
+        ([0, 1, 2], ["a", "b", "c"], ["b", "A", "unused", "C"], [1, 0, 2]),
+        ([0, 1, 2], ["a", "b", "c"], None, [0, 1, 2]),
+        ([0, 1, 2], ["a", "b", "c"], ["0", "1", "2"], [0, 1, 2]),
+        ([0, 1, 2], ["0", "1", "2"], ["2", "1", "0"], [2, 1, 0]),
+        (["a", "b", "c"], None, ["c", "a", "b"], [2, 0, 1]),
+        ([0, 1, 2], None, ["c", "a", "b"], [0, 1, 2]),
+    ],
+)
+def test_numbers_of_another_split_are_taken_by_its_own_names(
+    train: list[Any], own: list[str] | None, other: list[str] | None, expected: list[int]
+) -> None:
+    numbers = [0, 1, 3] if other and "unused" in other else [0, 1, 2]
+    where = {"train": "train", "test": "test"}
+    found = class_labels({"train": train, "test": numbers}, where, own, {"train": own, "test": other})[0]
+    assert found["test"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "own", "other", "message"),
+    [
+        ([0, 1], ["neg", "pos"], ["negative", "positive"], "row 0: found class 'negative'.*of train: neg, pos"),
+        ([0, 1], ["neg", "pos"], ["mid", "neg", "pos"], "row 0: found class 'mid'; expected one of .* neg, pos"),
+        ([0, 0], ["neg", "pos"], ["pos", "neg"], "row 0: found class 'pos', which no row of train has"),
+        (["a", "b"], None, None, "row 0: found label 0; expected one of the classes of train: a, b"),
+        ([0, 1], ["neg", "pos"], ["a"], "row 1: label out of range: found 1; expected a class number from 0 to 0"),
+    ],
+)
+def test_classes_that_train_does_not_have_are_named(
+    train: list[Any], own: list[str] | None, other: list[str] | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"^test, {message}"):
+        class_labels(
+            {"train": train, "test": [0, 1]}, {"train": "train", "test": "test"}, own, {"train": own, "test": other}
+        )
+
+
 def test_regression_takes_finite_numbers() -> None:
     assert regression_labels([1, 2.5], "x").tolist() == [1.0, 2.5]
     assert regression_labels([1], "x").dtype == np.float32

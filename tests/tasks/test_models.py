@@ -8,11 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, MambaConfig
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    MambaConfig,
+)
 
-from irdscale.config import RunConfig
+from irdscale.config import ModelConfig, RunConfig
 from irdscale.errors import InputError
 from irdscale.tasks import Task, build_model, load_task
 from irdscale.tasks.models import load_tokenizer, resolve_model_path
@@ -127,6 +136,119 @@ def test_a_fine_tuned_head_is_kept_and_one_of_another_shape_refused(tmp_path: Pa
     assert new == []
     assert torch.equal(model.classifier.weight, saved.classifier.weight)
     refused(r"classifier\.bias has shape \[2\] in the checkpoint; expected \[1\]", tmp_path, dataset="stsb")
+
+
+def classifier(folder: Path, names: list[str], family: Family = "bert", bin: bool = False, **more: Any) -> Any:
+    """A model with a head for these classes, saved with them."""
+    tiny_model(family, folder)
+    made = AutoConfig.from_pretrained(folder)
+    made.id2label, made.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+    for key, value in more.items():
+        setattr(made, key, value)
+    saved = AutoModelForSequenceClassification.from_config(made)
+    saved.save_pretrained(folder)
+    if bin:
+        torch.save(saved.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    return saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bin", [False, True])
+def test_the_classes_of_a_trained_head_count_by_name(tmp_path: Path, family: Family, bin: bool) -> None:
+    classifier(tmp_path, ["EQUIVALENT", "not equivalent"], family, bin)
+    model, new, task = built(tmp_path)
+    plain = load_task(config(tiny_model(family, tmp_path / "plain")))
+    assert new == []
+    assert model.config.id2label == {0: "equivalent", 1: "not_equivalent"}
+    assert task.label_names == ["equivalent", "not_equivalent"]
+    assert plain.label_names == ["not_equivalent", "equivalent"]
+    for split in ("train", "selection", "test"):
+        assert [1 - label for label in getattr(task, split)["labels"]] == list(getattr(plain, split)["labels"])
+        assert getattr(task, split)["row"] == getattr(plain, split)["row"]
+    labels = np.asarray(task.test["labels"])
+    logits = np.random.default_rng(0).normal(size=(len(labels), 2))
+    assert task.compute_metrics(logits, labels) == plain.compute_metrics(logits[:, ::-1], 1 - labels)
+
+
+def test_names_without_a_trained_head_say_nothing(tmp_path: Path) -> None:
+    tiny_model("bert", tmp_path, id2label={0: "spam", 1: "ham"}, label2id={"spam": 0, "ham": 1})
+    model, new, _ = built(tmp_path)
+    assert new == ["classifier.weight", "classifier.bias"]
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+    saved = classifier(tmp_path, ["spam", "ham"])
+    save_file(saved.bert.state_dict(prefix="bert."), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert built(tmp_path)[1] == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("architectures", [None, ["BertModel"]])
+def test_a_trained_head_of_other_classes_is_refused(tmp_path: Path, architectures: list[str] | None) -> None:
+    classifier(tmp_path, ["spam", "ham"])
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "architectures": architectures}))
+    refused(
+        "found the classes not_equivalent, equivalent; expected those of the checkpoint's head: spam, ham$", tmp_path
+    )
+
+
+def test_a_head_without_names_takes_numbers_as_they_are(tmp_path: Path) -> None:
+    classifier(tmp_path, ["LABEL_0", "LABEL_1"])
+    model, _, task = built(tmp_path)
+    assert task.label_names == ["not_equivalent", "equivalent"]
+    assert task.class_order is None
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+
+
+def test_numbers_without_names_take_the_head_s(tmp_path: Path) -> None:
+    classifier(tmp_path / "model", ["pos", "neg"])
+    rows = [{"text": f"film {row}", "label": row % 2} for row in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"kind": "sequence-classification", "columns": {"text": ["text"], "label": "label"}}
+    run = config(tmp_path / "model", **columns, limit={})
+    run = run.model_copy(update={"task": run.task.model_copy(update={"dataset": str(tmp_path / "a.jsonl")})})
+    task = load_task(run)
+    assert task.label_names == ["pos", "neg"]
+    assert all(label == row % 2 for label, row in zip(task.train["labels"], task.train["row"], strict=True))
+    assert build_model(run, task, 0)[0].config.label2id == {"pos": 0, "neg": 1}
+
+
+def test_names_without_numbers_on_a_head_without_names_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier(tmp_path / "model", ["LABEL_0", "LABEL_1"])
+    run = config(tmp_path / "model", kind="sequence-classification", columns={"text": ["text"], "label": "y"}, limit={})
+    (tmp_path / "a.csv").write_text("text,y\n" + "good,pos\nbad,neg\n" * 20)
+    run = run.model_copy(update={"task": run.task.model_copy(update={"dataset": str(tmp_path / "a.csv")})})
+    load_task(run)
+    assert "the checkpoint's head names no classes; they are taken to be neg, pos, in this order" in caplog.text
+    caplog.clear()
+    load_task(run.model_copy(update={"model": ModelConfig(path=str(tiny_model("bert", tmp_path / "plain")))}))
+    assert not caplog.text
+
+
+def test_mnli_s_classes_in_the_order_of_a_checkpoint(tmp_path: Path) -> None:
+    classifier(tmp_path / "model", ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], "roberta")
+    rows = [{"premise": "a man", "hypothesis": f"he {row}", "label": row % 3} for row in range(30)]
+    for name in ("train", "validation_matched"):
+        path = tmp_path / "glue" / "mnli" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(
+        RunConfig.model_validate(
+            {
+                "model": {"path": str(tmp_path / "model")},
+                "task": {
+                    "dataset": str(tmp_path / "glue" / "mnli"),
+                    "pool": {"label_skew": {"label": 0, "share": 0.9}},
+                },
+                "fisher": {"samples": 8},
+            }
+        )
+    )
+    assert task.label_names == ["contradiction", "neutral", "entailment"]
+    assert all(label == 2 - row % 3 for label, row in zip(task.train["labels"], task.train["row"], strict=True))
+    # A class's number in the configuration is the data's.
+    assert sum(label == 2 for label in task.population["labels"]) > 0.8 * len(task.population)
 
 
 def test_stories260k() -> None:

@@ -1,0 +1,191 @@
+"""Multiple choice: the texts to choose from, and which of them a label means."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from irdscale.config import ColumnsConfig, nearest
+from irdscale.errors import InputError
+from irdscale.tasks.data import Rows
+from irdscale.tasks.labels import is_missing
+
+# The fields of a column of choices that hold their texts and what they are called, as ARC has them.
+TEXT, LABEL = "text", "label"
+
+
+def choice_texts(rows: Rows, names: list[str]) -> list[list[str]]:
+    """The choices of each row, from a column of lists, or one column for each choice.
+
+    Raises:
+        InputError: a column is missing or of the wrong type.
+    """
+    if len(names) > 1:
+        return [list(row) for row in zip(*(rows.texts(name, "choices") for name in names), strict=True)]
+    found = rows.column(names[0], "choices").to_pylist()
+    for row, value in enumerate(found):
+        texts = _field(value, TEXT) if _has_fields(value) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(
+                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {_kind(value)}; "
+                f"expected a list of texts (or name several columns)"
+            )
+        found[row] = texts
+    return found
+
+
+def _has_fields(value: Any) -> bool:
+    """Whether choices are {"text": [..], "label": [..]}, or a list of {"text": .., "label": ..}."""
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
+def _field(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return value.get(name)
+    return [each.get(name) if isinstance(each, dict) else None for each in value or []]
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _plain(label: Any) -> str:
+    """What a choice is called, whether a letter or a number, and of whatever type."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip()
+
+
+class RightChoices:
+    """Which choice is right in each row: what its label means is decided by what the choices are called.
+
+    Choices may be called something in their own column (`choices.label`), or in those of
+    `task.columns.choice_labels`; else by the names of their columns; else they are counted: 0, 1, 2, or A, B, C.
+    """
+
+    def __init__(self, rows: Rows, columns: ColumnsConfig, choices: list[list[str]]) -> None:
+        """Read the labels of all rows, so that one tells how the others count.
+
+        Raises:
+            InputError: a column is missing or of the wrong type, or labels count from 1 where nothing says so.
+        """
+        assert columns.label is not None
+        assert columns.choices is not None
+        self._rows, self._choices, self._columns = rows, choices, columns
+        labels = rows.column(columns.label, "label").to_pylist()
+        self._called = _called(rows, columns)
+        declared = rows.class_names(columns.label)
+        if declared is not None and self._by_name(declared):
+            labels = [
+                declared[label] if isinstance(label, int) and 0 <= label < len(declared) else label for label in labels
+            ]
+        self._labels = labels
+        self._letters = any(isinstance(label, str) and _letter(label) is not None for label in labels)
+        if self._called is None:
+            self._refuse_beyond()
+
+    def _by_name(self, declared: list[str]) -> bool:
+        """Whether the names of class numbers say which choice is meant, rather than the numbers."""
+        if self._called is not None:
+            return any(_plain(name) in declared for called in self._called for name in called or ())
+        if set(declared) <= set(self._columns.choices or ()):
+            return True
+        if all(_letter(name) is not None for name in declared):
+            return True
+        return sorted(declared) == sorted(map(str, range(len(declared))))
+
+    def _refuse_beyond(self) -> None:
+        for row, label in enumerate(self._labels):
+            number = _counted(label)
+            if number is not None and number >= len(self._choices[row]) >= 2:
+                raise self._error(row)
+
+    def _error(self, row: int) -> InputError:
+        label, last = self._labels[row], len(self._choices[row]) - 1
+        counting = f"the right choice's number, 0 to {last}"
+        if _counted(label) == last + 1:
+            counting += ", or task.columns.choice_labels, for what choices are called"
+        return InputError(f"task.columns.label: {self._rows.where}, row {row}: found {label!r}; expected {counting}")
+
+    def number(self, row: int) -> int:
+        """The place of the right choice, from 0.
+
+        Raises:
+            InputError: the row has no label, or one that means none of its choices, or several.
+        """
+        label, count = self._labels[row], len(self._choices[row])
+        if is_missing(label) or isinstance(label, bool):
+            raise self._error(row)
+        if self._called is not None:
+            return self._named(row, label)
+        names = self._columns.choices or []
+        if isinstance(label, str) and len(names) > 1 and label in names:
+            return names.index(label)
+        number = _letter(label) if self._letters else _counted(label)
+        if number is None or not 0 <= number < count:
+            raise self._error(row)
+        return number
+
+    def _named(self, row: int, label: Any) -> int:
+        assert self._called is not None
+        where = f"task.columns.label: {self._rows.where}, row {row}"
+        called, count = self._called[row], len(self._choices[row])
+        if not isinstance(called, list) or len(called) != count or any(is_missing(name) for name in called):
+            raise InputError(
+                f"task.columns.choice_labels: {self._rows.where}, row {row}: found {called!r}; "
+                f"expected what each of {count} choices is called"
+            )
+        names, asked = [_plain(name) for name in called], _plain(label)
+        if asked not in names:
+            names, asked = [name.casefold() for name in names], asked.casefold()
+        if names.count(asked) == 1:
+            return names.index(asked)
+        # A number beside letters is the place that it is anywhere else; a text that looks like one is not.
+        if isinstance(label, int) and 0 <= label < count and all(name.isalpha() for name in names):
+            return label
+        raise InputError(
+            f"{where}: found {label!r}{nearest(asked, names) if asked not in names else ''}; "
+            f"expected one of the choices' own labels, each once: {', '.join(map(str, called))}"
+        )
+
+
+def _called(rows: Rows, columns: ColumnsConfig) -> list[Any] | None:
+    """What the choices of each row are called; None where the data does not say."""
+    names, choices = columns.choice_labels, columns.choices or []
+    if isinstance(names, list) and len(names) > 1:
+        return [list(row) for row in zip(*(_values(rows, name) for name in names), strict=True)]
+    if names is not None:
+        return _values(rows, names if isinstance(names, str) else names[0])
+    if len(choices) != 1:
+        return None
+    found = rows.column(choices[0], "choices").to_pylist()
+    called = [_field(value, LABEL) if _has_fields(value) else None for value in found]
+    none = all(name is None or (isinstance(name, list) and all(map(is_missing, name))) for name in called)
+    return None if none else called
+
+
+def _values(rows: Rows, name: str) -> list[Any]:
+    """A column's values, or one field's of a column of choices: `choices.label`."""
+    column, _, field = name.rpartition(".")
+    if name in rows.table.column_names or column not in rows.table.column_names:
+        return rows.column(name, "choice_labels").to_pylist()
+    values = rows.column(column, "choice_labels").to_pylist()
+    return [_field(value, field) if _has_fields(value) else None for value in values]
+
+
+def _counted(label: Any) -> int | None:
+    """The number of a label that counts choices; None of others."""
+    if isinstance(label, bool) or is_missing(label):
+        return None
+    if isinstance(label, float):
+        return int(label) if label.is_integer() else None
+    if isinstance(label, str):
+        label = label.strip()
+        return int(label) if label.isascii() and label.isdigit() else None
+    return label if isinstance(label, int) else None
+
+
+def _letter(label: Any) -> int | None:
+    """The place of a letter in the alphabet; None of whatever is no letter."""
+    text = label.strip().upper() if isinstance(label, str) else ""
+    return string.ascii_uppercase.index(text) if len(text) == 1 and text in string.ascii_uppercase else None

@@ -1,0 +1,53 @@
+"""How many samples of each class there are to train on, said before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from irdscale.classes import SHOWN, listed
+from irdscale.config import LANGUAGE_KINDS
+from irdscale.progress import say
+
+if TYPE_CHECKING:
+    from irdscale.tasks.task import Task
+
+log = logging.getLogger(__name__)
+# Of so few samples, or of so small a share of them, a class is hardly learnt.
+FEW, SMALL_SHARE = 2, 0.001
+
+
+def tell_classes(task: Task, show: bool) -> None:
+    """Say on stderr what the classes of the train split are and how many samples each has; warn of those that are rare.
+
+    Args:
+        show: whether to say what is no warning.
+    """
+    if task.kind in LANGUAGE_KINDS or not task.label_names:
+        return
+    labels_N = np.asarray(task.train.with_format("numpy")["labels"])
+    counts = np.bincount(labels_N, minlength=len(task.label_names))
+    size, order = len(labels_N), task.class_order or range(len(task.label_names))
+    origin = "" if task.origin["train"] == "train" else f" ({task.origin['train']})"
+    said = [f"{task.label_names[number]} {counts[number]:,}" for number in order]
+    if show:
+        say(f"Classes of train{origin}: {listed(said)}")
+    few = max(FEW, SMALL_SHARE * size)
+    rare = [number for number in order if counts[number] < few]
+    for number in rare[:SHOWN]:
+        first = np.flatnonzero(labels_N == number)[:1]
+        row = f"first in row {task.train[int(first[0])]['row']}" if first.size else "in no row of it"
+        log.warning(
+            "task.dataset: %s: class %r has %d of %s samples of train%s, %s; expected %d or more",
+            task.name,
+            task.label_names[number],
+            counts[number],
+            f"{size:,}",
+            origin,
+            row,
+            int(np.ceil(few)),
+        )
+    if len(rare) > SHOWN:
+        log.warning("task.dataset: %s: %d more classes are as rare", task.name, len(rare) - SHOWN)
