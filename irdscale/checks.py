@@ -122,6 +122,9 @@ def padding_matters(
     padded = [_width(one) < _width(together) for one in alone]
     if not any(is_padded and begin is not None for is_padded, begin in zip(padded, begins, strict=True)):
         return None
+    if any(_targets(one, 0) != _targets(together, place) for place, one in enumerate(alone)):
+        # Behind padding on the left a text's first token is a target, too.
+        return True
     # A model may change for good by what it sees (BigBird at a short text): first as in a pass.
     whole_B = logits_of(together)
     if whole_B is None and len(rows) > 2:
@@ -149,6 +152,12 @@ def padding_matters(
     difference = difference_N.median() if half else difference_N.max()
     tolerance = HALF_PADDING_TOLERANCE if half else _tolerance(PADDING_TOLERANCE, whole_B)
     return _beyond(difference, torch.cat(scales).max(), tolerance)
+
+
+def _targets(batch: dict[str, Any], place: int) -> int:
+    """How many tokens of a text are predicted."""
+    labels = batch.get("labels")
+    return int((labels[place, 1:] >= 0).sum()) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
 
 
 def padding_known_to_matter(model: nn.Module, collate: Collate, rows: Rows) -> bool:

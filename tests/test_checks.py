@@ -15,6 +15,7 @@ from irdscale.checks import loss_differs, padding_matters, require_causal, uneve
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.losses import sample_losses
+from tests.fisher.oracle import brute_force
 from tests.models import BERT_LIKE, LLAMA_LIKE, collate, samples, tiny
 
 WIDE = {"initializer_range": 0.2, "num_labels": 3}
@@ -84,6 +85,25 @@ def test_models_that_mask_padding_take_batches(family: str, dtype: torch.dtype) 
         assert padding_matters(model, left, rows) is False
     if family == "gpt2":
         assert padding_matters(model, left, rows) is True
+
+
+def test_a_first_token_behind_padding_is_a_target_of_its_batch_alone() -> None:
+    model, rows = tiny("llama", "lm"), samples("lm")
+    one, many = (accumulate_fisher(model, rows, collate_fn=left, batch_size=b, include="layers") for b in (1, 4))
+    torch.testing.assert_close(many.sample_trace, one.sample_trace, rtol=1e-6, atol=0)
+
+
+def test_a_model_that_pads_by_itself() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = BERT_LIKE | WIDE | {"max_position_embeddings": 60, "attention_window": 4, "sep_token_id": 2}
+    model, rows = (
+        transformers.LongformerForSequenceClassification(transformers.LongformerConfig(**sizes)).eval(),
+        samples(),
+    )
+    _, expected = brute_force(model, rows)
+    for size in (1, 4):
+        found = accumulate_fisher(model, rows, collate_fn=collate, batch_size=size).sample_trace
+        torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=0)
 
 
 def test_what_shows_nothing_of_padding() -> None:
