@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
-from irdscale.partitioned import device_of
+from irdscale.partitioned import device_of, is_partitioned
 from irdscale.ranks import largest_of
 
 log = logging.getLogger(__name__)
@@ -309,6 +310,25 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
         return None
     logits = getattr(output, "logits", output)
     return logits if isinstance(logits, Tensor) and logits.dim() > 1 else None
+
+
+@contextmanager
+def unheard(model: nn.Module) -> Iterator[None]:
+    """Inside, who listens to calls of the modules hears nothing of them; but DeepSpeed gathers by listening."""
+    if is_partitioned(model):
+        yield
+        return
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    held = [(vars(module), kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
+    try:
+        for attributes, kind, hooks in held:
+            attributes[kind] = type(hooks)()
+        yield
+    finally:
+        for attributes, kind, hooks in held:
+            # Transformers begins to listen for good at a first call.
+            hooks.update(attributes[kind])
+            attributes[kind] = hooks
 
 
 def _is_half(model: nn.Module, logits: Tensor) -> bool:

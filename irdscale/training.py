@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.optimization import get_scheduler
 
-from irdscale.checks import loss_differs, padding_known_to_matter, require_causal, warn_once
+from irdscale.checks import loss_differs, padding_known_to_matter, require_causal, unheard, warn_once
 from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
@@ -227,7 +227,7 @@ def fine_tune(
 
 def _say_if_padding_matters(model: nn.Module, task: Task) -> None:
     to_gpu(model)
-    with gathering(model), frozen(model):
+    with gathering(model), frozen(model), unheard(model):
         matters = padding_known_to_matter(model, task.collate, task.trained)
     if matters and rank_and_world()[0] == 0:
         warn_once(
