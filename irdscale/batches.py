@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +42,25 @@ class LateRows:
 
 
 def shared_batches(
-    model: nn.Module, lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]
+    model: nn.Module,
+    lengths: Sequence[int],
+    batch_size: int,
+    work: Callable[[list[int]], None],
+    *,
+    equal: bool = False,
 ) -> None:
     """Call `work` with the places of each batch, those of like lengths together, which wastes no time on padding.
 
     The ranks share the batches. A rank with nothing left of a partitioned model works on no places, for it gathers with
     the others.
+
+    Args:
+        equal: no batch holds samples of unlike lengths, so that none is padded.
     """
     rank, world = rank_and_world()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    runs = [list(run) for _, run in groupby(order, lengths.__getitem__)] if equal else [order]
+    batches = [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
     own = batches[rank::world]
     if is_partitioned(model):
         own += [[]] * (-(-len(batches) // world) - len(own))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.batches import LateRows, shared_batches
+from irdscale.checks import padding_known_to_matter, warn_once
 from irdscale.fisher.capture import frozen
 from irdscale.language_evaluation import evaluate_language
 from irdscale.partitioned import device_of, gathering, to_gpu
@@ -68,7 +69,13 @@ def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Te
             found.add(places, found_BC.view(len(places), -1))
 
     with gathering(model), frozen(model), torch.no_grad():
-        shared_batches(model, lengths, batch_size, predict)
+        equal = batch_size > 1 and padding_known_to_matter(model, task.collate, split)
+        if equal:
+            warn_once(
+                f"train.eval_batch_size: what {type(model).__name__} makes of a sample depends on how far its batch is "
+                f"padded; samples of equal length alone are evaluated together"
+            )
+        shared_batches(model, lengths, batch_size, predict, equal=equal)
         found.read()
     add_up([logits_NC])
     return logits_NC

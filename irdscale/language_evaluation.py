@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from irdscale.answers import AnswerEnds, same_answer
 from irdscale.batches import LateRows, shared_batches
+from irdscale.checks import FIRST, padding_matters, require_causal, uneven_rows, warn_once
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
 from irdscale.partitioned import device_of, gathering, is_partitioned
-from irdscale.ranks import add_up, rank_and_world
+from irdscale.ranks import add_up, largest_of, rank_and_world
 from irdscale.tasks.metrics.errors import of_ratio, of_share
 from irdscale.tasks.tokens import labelled, pad_batch
 from irdscale.tokenwise import (
@@ -105,6 +106,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
     device, table_NC = device_of(model), torch.zeros(len(texts), COLUMNS, dtype=torch.float64)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in texts]
     with gathering(model), frozen(model), torch.no_grad():
+        require_causal(model, pad_batch(rows[:1], pad))
         parts = headless(model, pad_batch(rows[:1], pad))
 
         def measure(places: list[int]) -> None:
@@ -167,9 +169,40 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
             right_N[place] = same_answer(ends.answer(place, tokens), answers[place])
 
     with _greedy(model, task, ends.tokens), gathering(model), frozen(model), torch.no_grad():
-        shared_batches(model, prompts, batch_size, answer)
+        equal = batch_size > 1 and _left_padding_matters(model, tokenizer, rows)
+        if equal:
+            warn_once(
+                f"train.eval_batch_size: what {type(model).__name__} generates depends on how far its batch is padded; "
+                f"prompts of equal length alone are answered together"
+            )
+        shared_batches(model, prompts, batch_size, answer, equal=equal)
     add_up([right_N])
     return float(right_N.mean())
+
+
+def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> bool:
+    """Whether the first token that is generated depends on how far a prompt is padded; ranks say the same."""
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
+        return pad_batch(some, tokenizer.pad_token_id, side="left")
+
+    def first_logits(batch: dict[str, Any]) -> Tensor | None:
+        try:
+            found = model.generate(
+                **{k: v.to(device_of(model)) for k, v in batch.items()},
+                max_new_tokens=1,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        except Exception:  # generating itself says what is wrong
+            return None
+        return found.logits[0]
+
+    found = padding_matters(model, collate, uneven_rows(rows, collate, longest=FIRST), first_logits)
+    return largest_of([bool(found)])[0] == 1
 
 
 @contextmanager

@@ -27,10 +27,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.optimization import get_scheduler
 
+from irdscale.checks import loss_differs, padding_known_to_matter, require_causal, unheard, warn_once
 from irdscale.config import RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
+from irdscale.fisher.losses import sample_losses
 from irdscale.interrupts import deferred, wanted
 from irdscale.lora import insert_lora
 from irdscale.loss_trend import loss_trend
@@ -212,7 +214,13 @@ def fine_tune(
     for entries in sparse_state(model).entries.values():
         entries.make_absolute(absolute)
     order = training_order(len(task.trained), steps * train.batch_size, seed)[done * train.batch_size :]
-    losing, collate = _text_loss(model, task) if task.is_language and done < steps else (nullcontext(), task.collate)
+    losing: AbstractContextManager[None] = nullcontext()
+    collate, own_loss = task.collate, False
+    if done < steps:
+        if task.is_language:
+            losing, collate, own_loss = _text_loss(model, task)
+        elif train.batch_size > 1:
+            _say_if_padding_matters(model, task)
     if train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     losses = saved_losses(state) if state is not None and done else []
@@ -228,8 +236,9 @@ def fine_tune(
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train_config, trainer.done, trainer.steps, callback.trainer = train, done, steps, trainer
-            # A text counts by its tokens, of all ranks and accumulated passes; any other sample alike wherever it is.
-            trainer.model_accepts_loss_kwargs = task.is_language
+            # A text counts by its tokens, of all ranks and accumulated passes; any other sample alike wherever it is. A
+            # loss of the model's own is that of each pass: what it has beside tokens does not add up over passes.
+            trainer.model_accepts_loss_kwargs = task.is_language and not own_loss
             try:
                 with losing, nullcontext() if state is None else deferred():
                     trainer.train()
@@ -248,16 +257,36 @@ def fine_tune(
     return loss_trend(losses)
 
 
-def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[None], Callable[..., Any]]:
-    """What the model gives the mean loss of a batch's target tokens in, without the logits of all at once; its collate.
+def _say_if_padding_matters(model: nn.Module, task: Task) -> None:
+    to_gpu(model)
+    with gathering(model), frozen(model), unheard(model):
+        matters = padding_known_to_matter(model, task.collate, task.trained)
+    if matters and rank_and_world()[0] == 0:
+        warn_once(
+            f"train.batch_size: what {type(model).__name__} makes of a sample depends on how far its batch is padded; "
+            f"metrics depend on the batch size"
+        )
+
+
+def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[None], Callable[..., Any], bool]:
+    """What the model gives the mean loss of a batch's target tokens in, without the logits of all at once; its collate;
+    and whether the model's own loss is another, which is then trained on.
 
     Batches come with the places of their targets, which are counted before the device has them.
     """
     to_gpu(model)
+    first = task.collate([task.train[0]])
     with gathering(model), frozen(model):
-        parts = headless(model, task.collate([task.train[0]]))
+        require_causal(model, first)
+        (own_loss,) = largest_of([loss_differs(model, first, _mean_loss)])
+        parts = None if own_loss else headless(model, first)
+    if own_loss and rank_and_world()[0] == 0:
+        warn_once(
+            f"training takes the own loss of {type(model).__name__}, which is not the mean of its target tokens' "
+            f"(token weights, auxiliary losses)"
+        )
     if parts is None:
-        return nullcontext(), task.collate
+        return nullcontext(), task.collate, bool(own_loss)
 
     def finish(
         hidden_BTD: Tensor, labels: Tensor, target_places: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -270,7 +299,11 @@ def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[Non
         batch = task.collate(samples)
         return {**batch, PLACES: target_places(batch["labels"])}
 
-    return finishing(model, parts, finish), collate
+    return finishing(model, parts, finish), collate, False
+
+
+def _mean_loss(logits_1TV: Tensor, labels_1T: Tensor) -> Tensor:
+    return sample_losses("causal-lm", logits_1TV, labels_1T)
 
 
 # What changes how a training runs, but not what it computes.

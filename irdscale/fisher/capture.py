@@ -224,8 +224,8 @@ def why_no_rules(model: nn.Module, scored: dict[str, nn.Parameter], batch: dict[
 
     Checked on up to two samples: every module that holds a scored parameter has a rule; what it sees of a sample is a
     row of the first dimension, or a run of rows, and does not depend on the other samples of the batch; its inputs
-    are not changed in place afterwards; and no scored parameter is used anywhere but in the forward of such a module
-    (counted as edges of the autograd graph).
+    are not changed in place afterwards, nor is an output that is a view; and no scored parameter is used anywhere but
+    in the forward of such a module (counted as edges of the autograd graph).
     """
     held = holders(model, scored)
     for module, own in held.items():
@@ -280,6 +280,7 @@ def _calls_of(
     """The calls of the holding modules in one forward pass; with `scored`, also whether they are its only uses."""
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     versions: list[int] = []
+    views: list[tuple[nn.Module, Tensor, int]] = []
     expected: dict[int, int] = {}
     problem: list[str] = []
     busy = False
@@ -295,6 +296,8 @@ def _calls_of(
             return
         calls.append((module, x.detach(), output.detach()))
         versions.append(x._version)
+        if output._is_view():
+            views.append((module, output.detach(), output._version))
         if scored:
             rule = rule_for(module)
             again = output
@@ -315,6 +318,10 @@ def _calls_of(
             for (module, x, _), version in zip(calls, versions, strict=False):
                 if x._version != version and not problem:
                     problem.append(f"the input of {type(module).__name__} is changed in place after its use")
+            for module, y, version in views:
+                # Autograd then passes by what hangs on the view.
+                if y._version != version and not problem:
+                    problem.append(f"the output of {type(module).__name__} is changed in place, and is a view")
             if scored and not problem:
                 edges = _edges(output.logits if hasattr(output, "logits") else output)
                 for name, parameter in scored.items():

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.batches import LateRows, shared_batches
+from irdscale.checks import CLASSES, FIRST, loss_differs, padding_matters, require_causal, uneven_rows
 from irdscale.errors import InputError
 from irdscale.files import digest
 from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, why_no_rules
 from irdscale.fisher.diagonal import Layout
-from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses, reduced
+from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses, reduced, sample_losses
 from irdscale.fisher.resume import PassState, SavedPass
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
 from irdscale.fisher.sums import Sums
@@ -127,8 +128,9 @@ class SampleGradients:
     """One model and data set, ready for passes over chosen samples.
 
     A pass is exact for batches by the rules of `irdscale.fisher.rules` where `why_no_rules` finds nothing against
-    them, and takes one sample per backward otherwise, which the log says. A batch that does not fit in memory is
-    halved, and all that follow, which the log says too.
+    them, and takes one sample per backward otherwise, which the log says; so too where the padding of a batch changes
+    what a sample contributes, and where the model's own loss is another than that of its logits, whose place it takes.
+    A batch that does not fit in memory is halved, and all that follow, which the log says too.
 
     Attributes:
         taken: gradients of single samples taken so far, by all ranks.
@@ -150,6 +152,7 @@ class SampleGradients:
     _reason: str | None = None
     _passes: int = 1
     _headless: Headless | None = None
+    _has_own_loss: bool = False
     _arriving: bool = False
     _partitioned: bool = False
     _capture: Capture | None = None
@@ -232,7 +235,7 @@ class SampleGradients:
                 found.add(places, loss_B)
 
         # Ranks whose batches were halved have smaller ones; all must cut the samples alike.
-        fitting = -largest_of([-self.fitting])[0]
+        fitting = 1 if self._has_own_loss else -largest_of([-self.fitting])[0]
         # Ranks of a partitioned model agree inside a pass.
         agreeing = nullcontext() if self._partitioned else failing_together()
         with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
@@ -255,7 +258,8 @@ class SampleGradients:
             What identifies the work.
 
         Raises:
-            InputError: a rank was given other work, or a sample has no labels.
+            InputError: a rank was given other work, a sample has no labels, a language model sees its targets, or
+                `token_reduction` is another than that of the model's own loss.
         """
         group = current_group()
         if self._work is None or self._group is not group:
@@ -266,7 +270,7 @@ class SampleGradients:
             same_on_every_rank(work)
             # Two samples show whether batches are safe, even where the first batch is of one.
             with gathering(self.model):
-                self._check(self._batch(order[: min(2, self.batch_size)]))
+                self._check(order[: min(2, self.batch_size)])
             work["entries"] = gather_texts(digest(self._first_entries()))[0]
             self._work = work
         return self._work
@@ -298,8 +302,19 @@ class SampleGradients:
         """A batch of texts cut short, so that the logits of all its tokens fit in memory; any other as it is."""
         return beginning(batch) if _is_of_texts(batch) else batch
 
-    def _check(self, batch: dict[str, Any]) -> None:
-        batch = self._first_tokens(batch)
+    def _check(self, first: Sequence[int]) -> None:
+        """Find out how to take samples, by small forward passes.
+
+        Args:
+            first: one or two of the samples.
+        """
+        batch = self._first_tokens(self._batch(first))
+        is_causal = _is_of_texts(batch) and (
+            loss_kind(self.model, batch["input_ids"].unsqueeze(2), batch["labels"]) == "causal-lm"
+        )
+        if is_causal:
+            with frozen(self.model):
+                require_causal(self.model, self._collated(first[:1]))
         try:
             self._reason = why_no_rules(self.model, self.scored, batch)
         except RuntimeError as error:
@@ -310,14 +325,36 @@ class SampleGradients:
                 f"{type(self.model).__name__}: cannot run in ZeRO-3 partitions: {str(error).splitlines()[0]}; expected "
                 f"a model whose modules read no parameters but their own"
             ) from error
+        with frozen(self.model):
+            # Small differences may be rounded to either side on other devices.
+            self._has_own_loss, matters = map(
+                bool, largest_of([self._loss_differs(first), self._padding_matters(batch)])
+            )
+        name = type(self.model).__name__
+        if self._has_own_loss and self.objective == "label":
+            self._reason = (
+                f"the own loss of {name} is not the negative log-likelihood of its logits (class weights, auxiliary "
+                f"losses); its own is taken"
+            )
+            if self.token_reduction == "sum":
+                raise InputError(
+                    f"fisher.token_reduction: found 'sum'; expected 'mean' for {name}, whose own loss is not that of "
+                    f"its logits"
+                )
+        elif self._has_own_loss and rank_and_world()[0] == 0:
+            log.warning(
+                "fisher.objective: '%s' takes the likelihood of the logits of %s, and leaves out what else its own "
+                "loss has",
+                self.objective,
+                name,
+            )
+        if self._reason is None and matters:
+            self._reason = f"what {name} makes of a sample depends on how far its batch is padded"
         self.fitting = self.batch_size if self._reason is None else 1
         if self._reason is not None and rank_and_world()[0] == 0:
             log.warning("Fisher takes one sample per backward: %s", self._reason)
         self._headless = None
-        if (
-            _is_of_texts(batch)
-            and loss_kind(self.model, batch["input_ids"].unsqueeze(2), batch["labels"]) == "causal-lm"
-        ):
+        if is_causal and not self._has_own_loss:
             with frozen(self.model):
                 parts = headless(self.model, batch)
             scored = {id(p) for p in self.scored.values()}
@@ -327,6 +364,30 @@ class SampleGradients:
         if self.objective == "expected":
             with frozen(self.model), torch.no_grad():
                 self._passes = _logits(self.model(**_inputs(batch))).reshape(batch_size(batch), -1).shape[1]
+
+    def _padding_matters(self, batch: dict[str, Any]) -> bool:
+        if self.batch_size == 1 or self._reason is not None:
+            return False
+        rows = uneven_rows(self.dataset, self.collate_fn, longest=FIRST if _is_of_texts(batch) else None)
+        return bool(padding_matters(self.model, self.collate_fn, rows))
+
+    def _loss_differs(self, first: Sequence[int]) -> bool:
+        """Whether the model's own `.loss` of a batch of one is another, for the labels of the data or any class."""
+        count = len(self.dataset)
+        for place, index in enumerate(dict.fromkeys([first[0], count // 3, 2 * count // 3, count - 1])):
+            batch = self._collated([index])
+            if not isinstance(batch.get("labels"), Tensor):
+                return False
+            for labels in [batch["labels"], *(() if place else _classes_to_try(self.model, batch["labels"]))]:
+                tried = {**batch, "labels": labels}
+                if all(loss_differs(self.model, tried, self._loss_by(r)) for r in {"mean", self.token_reduction}):
+                    return True
+        return False
+
+    def _loss_by(self, token_reduction: TokenReduction) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda logits, labels: sample_losses(
+            loss_kind(self.model, logits, labels), logits, labels, token_reduction
+        )
 
     def _run(
         self,
@@ -588,6 +649,10 @@ class SampleGradients:
         self, forward: Callable[[dict[str, Any]], Any], batch: dict[str, Any], indices: Sequence[int]
     ) -> list[Tensor]:
         """The losses [B] of one forward pass, one for each backward pass that the objective takes."""
+        if self._has_own_loss and self.objective == "label":
+            # It may be no mean over samples, and so is taken of one at a time.
+            assert len(indices) == 1
+            return [forward(batch).loss.reshape(1)]
         if self._headless is not None:
             with finishing(self.model, self._headless, partial(self._text_losses, self._headless, batch, indices)):
                 return [forward(_inputs(batch))]
@@ -650,6 +715,15 @@ def _is_of_texts(batch: dict[str, Any]) -> bool:
     """Whether each token has a label."""
     labels, tokens = batch.get("labels"), batch.get("input_ids")
     return isinstance(labels, Tensor) and isinstance(tokens, Tensor) and labels.dim() == 2 == tokens.dim()
+
+
+def _classes_to_try(model: nn.Module, labels: Tensor) -> list[Tensor]:
+    """Of a classifier, some classes as labels of a sample: its loss may weigh each of them by its own."""
+    classes = getattr(getattr(model, "config", None), "num_labels", 1)
+    if labels.dim() != 1 or labels.is_floating_point() or classes == 1:
+        return []
+    count = min(classes, CLASSES)
+    return [torch.full_like(labels, classes * i // count) for i in range(count)]
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from irdscale.checks import padding_matters, uneven_rows
 from irdscale.classes import HeadClasses, are_placeholders, names_of
 from irdscale.config import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
 from irdscale.errors import InputError
-from irdscale.partitioned import gather_by, is_partitioned, shape_of
+from irdscale.partitioned import gather_by, gathering, is_partitioned, shape_of
 from irdscale.tasks.hub import hub_access, is_hub_id, one_line, quiet
 from irdscale.zero import gathering_options, loading, zero_settings, zero_stage
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from irdscale.tasks.task import Task
 
 PACKAGE = "package:"
+# Of the longer of two texts that a model is tried on, on the processor.
+TRIED_TOKENS = 16
 T = TypeVar("T")
 
 
@@ -205,6 +208,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
     """Load `config.model` for `task`: with a head for its classes or values, or as a causal language model.
 
+    Where the tokenizer came with padding on the left and the model needs it there (XLNet), the task's pads there.
+
     Args:
         seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone. With
             ZeRO-3 in `train.deepspeed` the weights are loaded straight into partitions, and the call is collective.
@@ -245,7 +250,24 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = task.tokenizer.pad_token_id
     missing = set(info["missing_keys"])
-    return model.eval(), [name for name, _ in model.named_parameters() if name in missing]
+    model.eval()
+    if not language:
+        _keep_padding_side(model, task)
+    return model, [name for name, _ in model.named_parameters() if name in missing]
+
+
+def _keep_padding_side(model: PreTrainedModel, task: Task) -> None:
+    """Have a classifier's texts padded on the tokenizer's own side where what it makes of them depends on it."""
+    tokenizer: Any = task.tokenizer
+    if tokenizer.init_kwargs.get("padding_side", type(tokenizer).padding_side) != "left":
+        return
+    tokenizer.padding_side = "right"
+    rows = uneven_rows(task.train, task.collate, longest=TRIED_TOKENS)
+    with gathering(model):
+        if padding_matters(model, task.collate, rows):
+            tokenizer.padding_side = "left"
+            if padding_matters(model, task.collate, rows):
+                tokenizer.padding_side = "right"
 
 
 def _straight_to_gpu(config: RunConfig) -> dict[str, Any]:

@@ -88,8 +88,13 @@ class Task:
         return self.train if self.pool is None else self.pool
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad samples on the right to the longest: token tensors [B, T], labels [B] or [B, T]; drops other columns."""
-        return pad_batch(samples, self.tokenizer.pad_token_id)
+        """Pad samples to the longest: token tensors [B, T], labels [B] or [B, T]; drops other columns.
+
+        Texts with a class or value are padded on the tokenizer's side, which is the right unless the model needs the
+        left (see `irdscale.tasks.build_model`).
+        """
+        side = "right" if self.is_language else self.tokenizer.padding_side
+        return pad_batch(samples, self.tokenizer.pad_token_id, side)
 
     def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Every metric of `metrics`, of logits [N, num_labels] (or [N] for regression) and labels [N].

@@ -134,6 +134,25 @@ def test_own_models(direct: bool, reason: str | None, caplog: pytest.LogCaptureF
     assert (reason is None and not fallbacks(caplog)) or (reason is not None and reason in caplog.text)
 
 
+class InPlace(nn.Module):
+    """Changes the output of a linear layer, a view, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.twice, self.head = nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.twice(self.embedding(input_ids)).relu_() * attention_mask.unsqueeze(2)
+        return self.head(x.sum(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_outputs_that_are_changed_in_place(batch_size: int) -> None:
+    torch.manual_seed(0)
+    model, rows = InPlace().double(), samples()
+    assert_same(accumulate(model, rows, batch_size=batch_size).diagonal, autograd_squares(model, rows, size=1))
+
+
 def test_a_model_that_mixes_samples_falls_to_one_sample(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, rows = Outside(direct=False, mixing=True).double(), samples()
