@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
 from irdscale.sparse.products import Product, prepare
 
 # Has `torch.compile` leave a function out of its graphs, which know neither what is written through `.data` nor which
@@ -109,12 +109,13 @@ def patch_all(entries: Sequence[Entries]) -> None:
         alike.setdefault(key, []).append(one)
     for group in alike.values():
         start = size = 0
-        for stop, one in enumerate(group):
-            if size and size + len(one.index) > PATCHED_AT_ONCE:
-                _patch_alike(group[start:stop])
-                start, size = stop, 0
-            size += len(one.index)
-        _patch_alike(group[start:])
+        with unlowered(group[0].parameter.device.type):
+            for stop, one in enumerate(group):
+                if size and size + len(one.index) > PATCHED_AT_ONCE:
+                    _patch_alike(group[start:stop])
+                    start, size = stop, 0
+                size += len(one.index)
+            _patch_alike(group[start:])
 
 
 def _patch_alike(group: list[Entries]) -> None:
@@ -225,7 +226,7 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
         if entries is not None:
             entries.ready()
     return SparseMatmul.apply(
-        x,
+        lowered(x),
         module._parameters["weight"],
         module._parameters.get("bias"),
         weight.values if weight else None,
