@@ -3,11 +3,15 @@
 Each function is told the frozen weight, which already holds base + delta at the mask's entries, and the trainable
 `values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size. A weight
 that DeepSpeed gathers anew for the backward pass comes without the deltas, and is patched again.
+
+Under autocast the matrix products take `lowered` inputs, and a weight of another type is converted for each product:
+such a copy lives as long as the product, and is made anew for the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +20,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from irdscale.sparse.products import Product, Side
+
+
+def lowered(x: Tensor) -> Tensor:
+    """The input in the type in which autocast, if it is on, computes matrix products; differentiable.
+
+    As everywhere in autocast, float64 stays as it is.
+    """
+    kind = x.device.type
+    if not _is_lowering(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def unlowered(kind: str) -> AbstractContextManager[Any]:
+    """Inside, autocast is off on this type of device."""
+    return torch.autocast(kind, enabled=False) if _is_lowering(kind) else nullcontext()
+
+
+def _is_lowering(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def needed_input(x: Tensor, side: Side) -> Tensor:
@@ -72,7 +96,8 @@ class SparseMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.patch_again is not None:
                 ctx.patch_again()
-            dx = dy @ (ctx.weight.t() if ctx.transposed else ctx.weight)
+            weight = ctx.weight.to(dy.dtype)
+            dx = dy @ (weight.t() if ctx.transposed else weight)
         return dx, None, None, weight_grad, bias_grad, None, None, None, None, None
 
 

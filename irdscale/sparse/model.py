@@ -17,6 +17,7 @@ from irdscale.config import nearest
 from irdscale.errors import InputError
 from irdscale.mask import Mask, index_dtype
 from irdscale.partitioned import numel_of, shape_of, whole
+from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, outside_graphs, patch_all
 
 # Where a model keeps the hashes of its base that `irdscale.sparse.base.vouch` was given.
@@ -148,6 +149,7 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     hooks = [model.register_forward_pre_hook(_start_pass), model.register_forward_hook(_end_pass, always_call=True)]
     known = dict(vars(model).get(VOUCHED, {}))
     model._irdscale = SparseState(mask, entries, copies, masters, required_grad, hooks, known)  # type: ignore[assignment]
+    guard(model, [parameters[name] for name in dense])
     return model
 
 
@@ -170,6 +172,7 @@ def _strip(model: nn.Module) -> None:
     detach_all(model, state.required_grad)
     for hook in state.hooks:
         hook.remove()
+    unguard(model)
     del model._irdscale
     for parameter in model.parameters():
         parameter.grad = None
@@ -269,6 +272,9 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
     state = sparse_state(model)
     parameters = dict(model.named_parameters())
     deltas, dense = {}, {}
+    for entries in state.patched:
+        if not entries.partitioned:
+            entries.follow()
     for name, entries in state.entries.items():
         with whole([entries.values]):
             deltas[name] = (entries.effective() - entries.base if entries.absolute else entries.values.detach()).cpu()

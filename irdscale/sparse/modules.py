@@ -8,11 +8,15 @@ any other use patches what it uses.
 Where DeepSpeed ZeRO-3 keeps the parameter in partitions, these hold the base; what is gathered for a forward or a
 backward pass is patched each time. The values are partitioned as well: replicated they would take world size times the
 room, and a gathering more or less beside their weight's costs nothing.
+
+For whoever reads or writes a state dict, a module holds its effective weights under the base model's names, and no
+values. A module converted to another type holds what it computed with, converted; values stay float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irdscale.errors import InputError
 from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
 from irdscale.sparse.products import Product, prepare
 
 # Has `torch.compile` leave a function out of its graphs, which know neither what is written through `.data` nor which
@@ -38,6 +43,7 @@ class Entries:
         absolute: whether `values` are the effective weights themselves, as while AdamW decays them towards zero,
             rather than deltas.
         patched: whether a forward pass of the whole model is under way that patched them as it started.
+        lent: how often autograd saw the parameter and the values written to, when somebody last got the parameter.
     """
 
     name: str
@@ -48,7 +54,12 @@ class Entries:
     shape: tuple[int, ...]
     absolute: bool = False
     patched: bool = False
+    lent: tuple[int, int] | None = None
     _product: Product | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which begins to count writes anew."""
+        return {**vars(self), "patched": False, "lent": None}
 
     @property
     def product(self) -> Product:
@@ -62,16 +73,34 @@ class Entries:
         """Whether the parameter is gathered anew for each pass, without what was patched into it."""
         return hasattr(self.parameter, "ds_tensor")
 
-    def to_device(self) -> None:
-        """Follow the parameter to its device."""
-        device = self.parameter.device
+    def follow(self) -> None:
+        """Follow the parameter to its device and type, and take what was written into it since it was lent."""
+        device, dtype = self.parameter.device, self.parameter.dtype
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
             self._product = None
+        if self.base.dtype != dtype:
+            self.base = self.base.to(dtype)
+        if self.lent is not None:
+            was, self.lent = self.lent, self._writes()
+            if was[0] != self.lent[0] and was[1] == self.lent[1]:
+                self.take(self.parameter)
+
+    def lend(self) -> None:
+        """Have what somebody writes into the parameter, which must hold the effective weights, be taken by `follow`."""
+        self.lent = self._writes()
+
+    def _writes(self) -> tuple[int, int]:
+        return self.parameter._version, self.values._version
 
     def effective(self) -> Tensor:
         """The weights at the entries, [k], in the type of `values`."""
         return self.values.detach() if self.absolute else torch.add(self.base, self.values.detach())
+
+    def take(self, weight: Tensor) -> None:
+        """Set the values by the effective weights that a whole parameter, of any type and device, holds."""
+        found = weight.detach().view(-1).index_select(0, self.index.to(weight.device).long()).to(self.values)
+        self.values.data.copy_(found if self.absolute else found - self.base.to(found))
 
     def patch(self) -> None:
         """Write the effective weights into the parameter, which must be whole."""
@@ -84,13 +113,40 @@ class Entries:
 
     def restore(self) -> None:
         """Write the base numbers back into the parameter, which must be whole."""
-        self.to_device()
+        self.follow()
         _write(self.parameter, self.index.long(), self.base)
+
+    def convert(self, parameter: nn.Parameter, values: Tensor, weights: Tensor) -> None:
+        """Follow the parameter, which a module has converted or replaced.
+
+        Args:
+            parameter: the converted one.
+            values: as the module would convert them; their type does not count.
+            weights: the effective weights before, [k].
+        """
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        changed = parameter.dtype != self.base.dtype
+        kept = values if values.dtype == dtype else self.values.detach().to(values.device, dtype)
+        if parameter is self.parameter:
+            self.values.data = kept
+        else:
+            self.parameter = parameter
+            self.values = nn.Parameter(kept, requires_grad=self.values.requires_grad)
+        if self.values.grad is not None:
+            self.values.grad = self.values.grad.to(kept)
+        self.lent = None
+        self.follow()
+        if changed:
+            # As the parameter's other entries: what was there, converted. A lower type may round it.
+            found = weights.to(self.values)
+            self.values.data.copy_(found if self.absolute else found - self.base.to(found))
 
     def make_absolute(self, absolute: bool) -> None:
         """Have `values` hold the effective weights, or deltas; collective where they are partitioned."""
         if absolute == self.absolute:
             return
+        if not self.partitioned:
+            self.follow()
         with whole([self.values], changed=True), torch.no_grad():
             self.values.data.add_(self.base.to(self.values), alpha=1 if absolute else -1)
         self.absolute = absolute
@@ -104,17 +160,18 @@ def patch_all(entries: Sequence[Entries]) -> None:
     """`Entries.patch` of all, whose parameters must be whole: what is written is computed for many of them at once."""
     alike: dict[tuple[Any, ...], list[Entries]] = {}
     for one in entries:
-        one.to_device()
+        one.follow()
         key = (one.parameter.dtype, one.parameter.device, one.index.dtype, one.values.dtype, one.absolute)
         alike.setdefault(key, []).append(one)
     for group in alike.values():
         start = size = 0
-        for stop, one in enumerate(group):
-            if size and size + len(one.index) > PATCHED_AT_ONCE:
-                _patch_alike(group[start:stop])
-                start, size = stop, 0
-            size += len(one.index)
-        _patch_alike(group[start:])
+        with unlowered(group[0].parameter.device.type):
+            for stop, one in enumerate(group):
+                if size and size + len(one.index) > PATCHED_AT_ONCE:
+                    _patch_alike(group[start:stop])
+                    start, size = stop, 0
+                size += len(one.index)
+            _patch_alike(group[start:])
 
 
 def _patch_alike(group: list[Entries]) -> None:
@@ -197,11 +254,120 @@ def detach_all(model: nn.Module, required_grad: set[str]) -> None:
         parameter.requires_grad_(name in required_grad)
 
 
+def held_entries(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Entries]]:
+    """Each use of trained entries: the parameter's path, the module, its name there, and the entries."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseModule):
+            for local_name, entries in module._sparse.items():
+                yield f"{path}.{local_name}".lstrip("."), module, local_name, entries
+
+
 class SparseModule(nn.Module):
     """What the subclasses share. Reading a masked parameter gives its effective value, differentiable in `values`."""
 
     _original: type[nn.Module]
     _sparse: dict[str, Entries]
+
+    def _values(self) -> dict[str, nn.Parameter]:
+        """The values as the module names them."""
+        return {f"{local_name}_values": entries.values for local_name, entries in self._sparse.items()}
+
+    def _partitioned(self) -> bool:
+        return any(entries.partitioned for entries in self._sparse.values())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The effective weights of this moment; where they are in partitions, what DeepSpeed's checkpoints need."""
+        if not self._partitioned():
+            patch_all(list(self._sparse.values()))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._partitioned():
+            for name in self._values():
+                destination.pop(prefix + name, None)
+            for entries in self._sparse.values():
+                entries.lend()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take effective weights: the values are what makes them of the base, which stays at the entries."""
+        others = state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        if self._partitioned():
+            super()._load_from_state_dict(*others)
+            return
+        given = {}
+        for local_name, entries in self._sparse.items():
+            weight = state_dict.get(prefix + local_name)
+            if isinstance(weight, Tensor) and tuple(weight.shape) == entries.shape:
+                given[local_name] = weight
+                if local_metadata.get("assign_to_params_buffers", False):
+                    raise _refused("load_state_dict(assign=True)")
+        super()._load_from_state_dict(*others)
+        for local_name, entries in self._sparse.items():
+            key = f"{prefix}{local_name}_values"
+            if key in missing_keys:
+                missing_keys.remove(key)
+            if key not in state_dict and local_name in given:
+                if entries.parameter.element_size() < 4:
+                    warnings.warn(_ROUNDED.format(entries.parameter.dtype), stacklevel=2)
+                entries.take(given[local_name])
+            entries.lent = None
+            entries.patch()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._partitioned():
+            return super()._apply(fn, recurse)
+        before = {name: one.effective().to(one.parameter.dtype) for name, one in self._sparse.items()}
+        patch_all(list(self._sparse.values()))
+        # Values are converted apart: `Module.half()` would round them.
+        values = {name: self._parameters.pop(name) for name in self._values()}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(values)
+        for local_name, entries in self._sparse.items():
+            parameter = self._parameters[local_name]
+            assert parameter is not None
+            own = entries.parameter
+            if parameter is not own and (parameter.device, parameter.dtype) == (own.device, own.dtype):
+                # It was replaced in another module that holds it, before this one.
+                self._parameters[local_name] = entries.parameter
+            else:
+                entries.convert(parameter, fn(entries.values.detach()), before[local_name])
+            self._parameters[f"{local_name}_values"] = entries.values
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise _refused("DataParallel", "start one process for each GPU, with torchrun, or unload or merge it first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied as a module of the original class with these entries; its own class has no name."""
+        if not self._partitioned():
+            patch_all(list(self._sparse.values()))
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_unfilled, (self._original, tuple(sorted(self._sparse))), *reduced[2:])
+
+
+def _unfilled(original: Any, local_names: tuple[str, ...]) -> nn.Module:
+    made = _subclass(original, local_names)
+    return made.__new__(made)
+
+
+def _refused(what: str, instead: str = "unload or merge it first") -> InputError:
+    return InputError(f"{what}: not possible for a sparse model; {instead}")
+
+
+_ROUNDED = (
+    "load_state_dict: a sparse model's float32 deltas are set by {} weights, rounded to them; save_adapter and "
+    "load_adapter keep the deltas as they are"
+)
 
 
 @outside_graphs
@@ -215,6 +381,8 @@ def _effective(module: SparseModule, local_name: str) -> Tensor:
     entries.ready()
     if values.requires_grad and torch.is_grad_enabled():
         return Patched.apply(parameter, values, entries.index)
+    if not entries.partitioned:
+        entries.lend()
     return parameter
 
 
@@ -225,7 +393,7 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
         if entries is not None:
             entries.ready()
     return SparseMatmul.apply(
-        x,
+        lowered(x),
         module._parameters["weight"],
         module._parameters.get("bias"),
         weight.values if weight else None,

@@ -1,0 +1,187 @@
+"""Methods of a sparse model that would lose its entries: they keep them, or refuse in one line before any change.
+
+Each is set on the model itself and on the parts of it that have the methods of transformers' models, and taken off when
+the model is no longer sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.errors import InputError
+from irdscale.partitioned import numel_of
+from irdscale.sparse.modules import SparseModule, held_entries
+
+
+def guard(model: nn.Module, whole: Sequence[nn.Parameter]) -> None:
+    """Set the guards.
+
+    Args:
+        whole: the parameters that are trained whole, themselves.
+    """
+    for module in model.modules():
+        if module is model or hasattr(type(module), "resize_token_embeddings"):
+            for name, guarded in _GUARDS.items():
+                if hasattr(type(module), name) and name not in vars(module):
+                    vars(module)[name] = partial(guarded, module, list(whole))
+
+
+def unguard(model: nn.Module) -> None:
+    """Take the guards off."""
+    for module in model.modules():
+        for name, guarded in _GUARDS.items():
+            if getattr(vars(module).get(name), "func", None) is guarded:
+                del vars(module)[name]
+
+
+def _original(module: Any, name: str) -> Callable[..., Any]:
+    return partial(getattr(type(module), name), module)
+
+
+def _refused(what: str, why: str) -> InputError:
+    return InputError(f"{what}: {why}; unload or merge the sparse model first")
+
+
+def _is_trained(part: Any, whole: Sequence[nn.Parameter]) -> bool:
+    """Whether a part of a model holds trained entries, or a parameter that is trained whole."""
+    if not isinstance(part, nn.Module):
+        return False
+    ids = {id(parameter) for parameter in whole}
+    return next(held_entries(part), None) is not None or any(id(p) in ids for p in part.parameters())
+
+
+def _embeddings(module: Any) -> list[Any]:
+    found = []
+    for getter in (module.get_input_embeddings, module.get_output_embeddings):
+        try:
+            found.append(getter())
+        except NotImplementedError:
+            found.append(None)
+    return found
+
+
+def _resize_token_embeddings(
+    module: Any,
+    whole: Sequence[nn.Parameter],
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    held = [part for part in _embeddings(module) if part is not None]
+    if any(_is_trained(part, whole) for part in held):
+        rows = {int(part.weight.shape[0]) for part in held}
+        wanted = new_num_tokens if new_num_tokens is not None else max(rows)
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if rows != {wanted}:
+            raise _refused("resize_token_embeddings", f"entries of the {max(rows)} embeddings are trained")
+        return held[0]
+    return _original(module, "resize_token_embeddings")(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
+def _resize_position_embeddings(module: Any, whole: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
+    try:
+        held = module.get_position_embeddings()
+    except NotImplementedError:
+        held = None
+    parts = held if isinstance(held, tuple | list) else [held]
+    if any(_is_trained(part, whole) for part in parts):
+        raise _refused("resize_position_embeddings", "entries of them are trained")
+    return _original(module, "resize_position_embeddings")(*args, **kwargs)
+
+
+def _put_embeddings(what: str, module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
+    held = _embeddings(module)[what == "set_output_embeddings"]
+    if held is not value and _is_trained(held, whole):
+        raise _refused(what, "entries of the embeddings are trained")
+    return _original(module, what)(value)
+
+
+def _set_input_embeddings(module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
+    return _put_embeddings("set_input_embeddings", module, whole, value)
+
+
+def _set_output_embeddings(module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
+    return _put_embeddings("set_output_embeddings", module, whole, value)
+
+
+def _tie_weights(module: Any, _whole: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
+    """Tie again what is tied; other ties would part entries from the parameters that they belong to."""
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    # A trained parameter is read as itself where no gradients are asked for.
+    with torch.no_grad():
+        result = _original(module, "tie_weights")(*args, **kwargs)
+    held = list(held_entries(module))
+    masked = {id(entries.parameter) for *_, entries in held}
+    kept = all(part._parameters[name] is entries.parameter for _, part, name, entries in held)
+    plain = (part for part in module.modules() if not isinstance(part, SparseModule))
+    if not kept or any(id(parameter) in masked for part in plain for parameter in part._parameters.values()):
+        for part, parameters in before:
+            part._parameters.clear()
+            part._parameters.update(parameters)
+        raise _refused("tie_weights", "it would tie parameters of which entries are trained")
+    return result
+
+
+def _requires_grad_(module: Any, whole: Sequence[nn.Parameter], requires_grad: bool = True) -> Any:
+    """The trained numbers require gradients, or none do; the base is frozen either way."""
+    trained = {id(parameter) for parameter in whole}
+    for *_, entries in held_entries(module):
+        trained = trained - {id(entries.parameter)} | {id(entries.values)}
+    for parameter in module.parameters():
+        parameter.requires_grad_(requires_grad and id(parameter) in trained)
+    return module
+
+
+def _to_empty(_module: Any, _whole: Sequence[nn.Parameter], **_: Any) -> Any:
+    raise _refused("to_empty", "it would lose the trained numbers")
+
+
+def _save_pretrained(
+    module: Any,
+    _whole: Sequence[nn.Parameter],
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Of parameters in partitions, DeepSpeed gives the base and the values: the effective weights are made of them."""
+    if is_main_process and any(entries.partitioned for *_, entries in held_entries(module)):
+        if not state_dict:
+            raise InputError("save_pretrained: found ZeRO-3 partitions; use save_adapter, or merge the model first")
+        state_dict = _effective(module, state_dict)
+    return _original(module, "save_pretrained")(save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    made = dict(state_dict)
+    for name, _, _, entries in held_entries(module):
+        weight, values = made.get(name), made.pop(f"{name}_values", None)
+        if weight is None:
+            continue
+        if values is None or weight.numel() != numel_of(entries.parameter):
+            raise InputError(f"save_pretrained: {name}: found no whole weight; use save_adapter, or merge first")
+        base = entries.base.to(weight.device)
+        numbers = values.to(weight.device) if entries.absolute else base + values.to(base.device)
+        flat = weight.detach().clone().view(-1)
+        made[name] = flat.index_copy_(0, entries.index.to(flat.device).long(), numbers.to(flat)).view(weight.shape)
+    return made
+
+
+_GUARDS: dict[str, Callable[..., Any]] = {
+    "resize_token_embeddings": _resize_token_embeddings,
+    "resize_position_embeddings": _resize_position_embeddings,
+    "set_input_embeddings": _set_input_embeddings,
+    "set_output_embeddings": _set_output_embeddings,
+    "tie_weights": _tie_weights,
+    "requires_grad_": _requires_grad_,
+    "to_empty": _to_empty,
+    "save_pretrained": _save_pretrained,
+}
