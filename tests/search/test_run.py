@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,16 @@ def test_the_search_reads_the_test_split_only_at_the_end(folder: Path, monkeypat
         events.append("evaluation")
         real_append(self, record)
 
-    def watch(model: Any, task: Any, split: Any, size: int) -> dict[str, float]:
-        events.append("test" if split is task.test else "selection")
-        return evaluate_model(model, task, split, size)
+    def watching(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(model: Any, task: Any, split: Any, size: int) -> Any:
+            events.append("test" if split is task.test else "selection")
+            return evaluate(model, task, split, size)
+
+        return watch
 
     monkeypatch.setattr(Ledger, "append", append)
-    monkeypatch.setattr(candidates, "evaluate_model", watch)
+    for name in ("evaluate_model", "evaluate_with_errors"):
+        monkeypatch.setattr(candidates, name, watching(getattr(candidates, name)))
     run_search(config, progress=False)
     first = events.index("test")
     assert "evaluation" in events[:first]
