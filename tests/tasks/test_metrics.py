@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from irdscale.config import METRICS
 from irdscale.errors import InputError, RunError
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
-from irdscale.tasks.metrics.errors import of_ratio, standard_errors
+from irdscale.tasks.metrics.errors import of_counts, of_ratio, standard_errors
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -72,6 +72,21 @@ def test_standard_errors_of_classes_are_those_of_other_draws(classes: int) -> No
     for name in names:
         # The spread of 60 values has an error of 9 % of it.
         assert found[name] == pytest.approx(np.std([one[name] for one in many], ddof=1), rel=0.3), name
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_metrics_of_counts_are_scikit_learns(classes: int) -> None:
+    """Also where one class alone is predicted, or another is not there."""
+    rng = np.random.default_rng(classes)
+    for most in (classes, 1, classes - 1):
+        labels, predictions = rng.integers(0, classes, size=30), rng.integers(0, most, size=30)
+        for truth, found in ((labels, predictions), (predictions, labels), (predictions, predictions)):
+            counts = np.zeros((1, classes, classes), dtype=int)
+            np.add.at(counts[0], (truth, found), 1)
+            average = "binary" if classes == 2 else "macro"
+            expected = f1_score(truth, found, average=average, zero_division=0)
+            assert of_counts("f1", counts) == pytest.approx(expected)
+            assert of_counts("matthews_correlation", counts) == pytest.approx(matthews_corrcoef(truth, found))
 
 
 def test_standard_errors_of_accuracy_by_hand() -> None:
