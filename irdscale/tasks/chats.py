@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Two contents that differ in every character: what a template writes around a content is what both renderings share.
 _CONTENTS = ("0", "1")
+# What Llama's templates write where nothing tells the date: the same chat has the same tokens on every day of a run.
+_DATE = "26 Jul 2024"
 # Characters of a template's text that an error shows.
 _SHOWN = 30
 
@@ -254,6 +256,7 @@ def _probed(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asking:
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], asking: bool, where: str) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=asking, tokenize=False))
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=asking, tokenize=False, date_string=_DATE)
+        return str(text)
     except Exception as error:  # templates raise what they like, by jinja2's classes
         raise InputError(f"{where}: the chat template refuses it: {one_line(error)}") from error

@@ -228,3 +228,11 @@ def test_a_message_that_calls_tools_may_say_nothing() -> None:
     assert chat_messages(column([chat]), 0, "here")[1] == {"role": "assistant", "tool_calls": calls}
     with pytest.raises(InputError, match=r"here: message 1: found .*; expected a role and a content, as text"):
         chat_messages(column([[chat[0], {"role": "assistant", "content": None}]]), 0, "here")
+
+
+def test_a_chat_has_the_same_tokens_on_every_day() -> None:
+    """By the template of Llama 3, which writes the day where nobody tells it the date."""
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    made = tokenizer(dated + "Today Date: {{ date_string }}\n" + CHATML)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
+    assert made.decode(chat_sample(made, messages, "row").input_ids).startswith("Today Date: 26 Jul 2024\n")
