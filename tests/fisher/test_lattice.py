@@ -140,8 +140,16 @@ def test_a_pass_goes_on_only_with_the_weights_that_it_began_with(tmp_path: Path)
         rankings = ranked_entries_by_prefix(gradients, range(8), [8, 3], 300, weights=weights, saved=saved)
         return rankings[8].prefix(300).hash
 
-    # Some batches are looked at first; the state is saved after three more.
-    left = 14
+    asked = 0
+
+    def counting(batch: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return collate(batch)
+
+    run(torch.ones(8, dtype=torch.float64), counting, SavedPass(tmp_path / "whole", 60))
+    # All that is looked at first, and five of the eight batches: the state is saved after three.
+    left = asked - 8 + 5
 
     def stopping(batch: Any) -> Any:
         nonlocal left
