@@ -355,7 +355,7 @@ def close(found: dict[str, Any], expected: dict[str, Any], tolerance: float, wha
 
 
 def shapes_and_sizes(folder: Path, task: Task, ways: dict[str, RunConfig], world: int) -> None:
-    """12 bytes a trained number, whatever the stage; nothing of the base."""
+    """12 bytes a trained number, whatever the stage, and the loss of each step; nothing of the base."""
     from safetensors import safe_open
 
     for name in ways:
@@ -365,6 +365,7 @@ def shapes_and_sizes(folder: Path, task: Task, ways: dict[str, RunConfig], world
             sizes = {key: file.get_tensor(key).numel() for key in file.keys() if not key.startswith("rng/")}  # noqa: SIM118
         model = sparse_model(ways["ddp"], task, mask_of(ways["ddp"], task), 3)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert sizes.pop("losses") == json.loads((state / "state.json").read_text())["step"]
         assert sum(sizes.values()) == 3 * trained
 
 
