@@ -10,7 +10,7 @@ from irdscale.compare.verdict import cost_and_gain, failures, notes
 from irdscale.progress import duration
 
 # The columns that a terminal of 80 characters has room for: method, test, difference, its interval, wins.
-_SHOWN = (0, 2, 5, 6, 7)
+_SHOWN = (0, 2, 4, 5, 6)
 
 
 def print_comparison(result: dict[str, Any], output: Path) -> None:

@@ -14,7 +14,6 @@ def columns(study: dict[str, Any]) -> list[str]:
         "seeds",
         "test",
         "95 % interval",
-        "error of the test set",
         f"{reference_of(study)['label']} minus it",
         "95 % interval",
         "wins, losses, ties",
@@ -24,12 +23,22 @@ def columns(study: dict[str, Any]) -> list[str]:
         "parameters",
         "trainings",
         "cost",
+        *(["error of the test set"] if _has_errors(study) else []),
     ]
 
 
 def rows(study: dict[str, Any]) -> list[list[str]]:
     """The cells of every method's row."""
-    return [_row(method) for method in study["methods"]]
+    errors = _has_errors(study)
+    return [[*_row(method), *([_error(method)] if errors else [])] for method in study["methods"]]
+
+
+def _has_errors(study: dict[str, Any]) -> bool:
+    return any(method.get("test_error") is not None for method in study["methods"])
+
+
+def _error(method: dict[str, Any]) -> str:
+    return "-" if method.get("test_error") is None else f"{method['test_error']:.4f}"
 
 
 def _row(method: dict[str, Any]) -> list[str]:
@@ -47,7 +56,6 @@ def _row(method: dict[str, Any]) -> list[str]:
         str(test["n"]),
         _or_failed(test["mean"]),
         _limits(test, ".4f"),
-        "-" if method.get("test_error") is None else f"{method['test_error']:.4f}",
         *apart,
         _or_failed(method["selection"]["mean"]),
         "-" if rate is None else f"{rate:g}",

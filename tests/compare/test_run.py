@@ -104,9 +104,9 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
     ) -> dict[str, Any]:
         return {"mask": f"{purpose}-{config.fisher.seed}", "sample_gradients": pair.samples, "seconds": 0.0}
 
-    def tested(config: RunConfig, task: Any, output: Path, asked: list[tuple[Candidate, bool]]) -> list[float]:
+    def tested(config: RunConfig, task: Any, output: Path, asked: list[tuple[Candidate, bool]]) -> Any:
         engine.tested += [candidate for candidate, _ in asked]
-        return [test_of(candidate) for candidate, _ in asked]
+        return [(test_of(candidate), 0.01) for candidate, _ in asked]
 
     @contextmanager
     def running(config: RunConfig, task: Any, output: Path, progress: bool) -> Any:
@@ -115,7 +115,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
     def task_of(config: RunConfig) -> Any:
         splits = {name: range(8) for name in ("train", "selection", "test", "trained")}
         named = {"name": "toy", "kind": "sequence-classification", "metric": "accuracy", "num_labels": 2, "origin": {}}
-        return SimpleNamespace(**splits, **named, lower_is_better=lower, pool=None, pool_in_words=None)
+        return SimpleNamespace(**splits, **named, label_names=[], lower_is_better=lower, pool=None, pool_in_words=None)
 
     monkeypatch.setattr(run, "load_task", task_of)
     monkeypatch.setattr(run, "running", running)

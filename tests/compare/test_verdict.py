@@ -96,7 +96,7 @@ def test_the_error_of_the_test_set_is_told() -> None:
     found = study({"ird": IRD, "fish": FAR}, changes={"ird": {"test_error": 0.0219}, "fish": {"test_error": 0.0228}})
     told = "By its 437 samples alone the test split gives each test metric a standard error of 0.0219 to 0.0228"
     assert any(note.startswith(told) for note in notes(found))
-    assert [row[4] for row in rows(found)] == ["0.0219", "0.0228"]
+    assert [row[-1] for row in rows(found)] == ["0.0219", "0.0228"]
 
 
 def test_one_seed_says_nothing() -> None:
