@@ -109,7 +109,7 @@ def padding_matters(
     """Whether a sample's logits change with how far it is padded in a batch, on the side where `collate` pads.
 
     Args:
-        rows: as `uneven_rows` chooses them.
+        rows: samples of unlike lengths, as `uneven_rows` chooses them.
         logits_of: a collated batch; those of the model's forward unless given.
 
     Returns:
@@ -197,7 +197,7 @@ def require_causal(model: nn.Module, batch: dict[str, Any]) -> None:
     """Refuse a language model whose logits change with later tokens: it sees what it is to predict.
 
     Args:
-        batch: of collated texts; its first one is tried.
+        batch: collated texts, of which the first one is tried.
 
     Raises:
         InputError: names the model's class.
@@ -247,7 +247,7 @@ def loss_differs(model: nn.Module, batch: dict[str, Any], ours: Callable[[Tensor
     """Whether the model's own `.loss` of a batch of one differs from ours of the same logits; False where it has none.
 
     Args:
-        batch: of one sample, with labels.
+        batch: one sample, collated, with labels.
         ours: takes logits and labels, and gives the loss [1].
     """
     if not _takes_labels(model):

@@ -402,7 +402,7 @@ class _Ending:
     """How a verb ends.
 
     Attributes:
-        promise: what an interrupt says from now on, unless the verb says that nothing is saved.
+        promise: words that an interrupt says from now on, unless the verb says that nothing is saved.
     """
 
     promise = ""

@@ -74,7 +74,7 @@ def model_digests(model: ModelConfig, known: Mapping[str, Any] | None = None) ->
     """What tells a model's files from others.
 
     Args:
-        known: what this returned before; files whose sizes and times are the same are not read again.
+        known: result of an earlier call; files whose sizes and times are the same are not read again.
 
     Returns:
         {"weights": digest of all tensors, None where they are yet to be downloaded; "revision": of a hub model;

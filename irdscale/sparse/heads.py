@@ -28,7 +28,7 @@ def head_of(model: nn.Module, changed: Mapping[str, Any] | None = None) -> HeadC
     """What a model is for; None where its class and its configuration do not tell.
 
     Args:
-        changed: what its configuration held of this before an adapter was put on.
+        changed: values of its configuration before an adapter was put on.
     """
     model = getattr(model, "_orig_mod", model)
     name, config = getattr(type(model), "_original", type(model)).__name__, getattr(model, "config", None)
@@ -86,7 +86,7 @@ def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str,
     """Check that a base model is for what an adapter was trained for, as far as both say it.
 
     Args:
-        changed: as of `head_of`.
+        changed: values as `head_of` takes them.
 
     Raises:
         InputError: it is for another kind of task, or for other classes.

@@ -36,7 +36,7 @@ class SparseState:
         required_grad: parameter names that required gradients before.
         hooks: those that patch everything as a forward pass starts.
         known_bases: what `irdscale.sparse.base` remembers of the base's hashes.
-        head_before: what the model's configuration said of its classes before an adapter was put on.
+        head_before: values of the model's configuration about its classes before an adapter was put on.
     """
 
     mask: Mask

@@ -43,7 +43,7 @@ class Entries:
         absolute: whether `values` are the effective weights themselves, as while AdamW decays them towards zero,
             rather than deltas.
         patched: whether a forward pass of the whole model is under way that patched them as it started.
-        lent: how often autograd saw the parameter and the values written to, when somebody last got the parameter.
+        lent: counts of writes to the parameter and to the values, by autograd, when somebody last got the parameter.
     """
 
     name: str
