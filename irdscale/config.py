@@ -28,6 +28,8 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 KNOWN_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 LOWER_IS_BETTER = ("perplexity",)
+# Keys of `train` that say how a training is done, which changes its result by no more than rounding.
+HOW_TO_TRAIN = ("deepspeed", "save_minutes", "gradient_checkpointing", "gradient_accumulation", "eval_batch_size")
 # The smallest and the largest value of each metric.
 METRIC_RANGES = {
     **dict.fromkeys(KNOWN_METRICS, (0.0, 1.0)),

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.config import RunConfig
+from irdscale.config import HOW_TO_TRAIN, RunConfig
 from irdscale.config_file import config_changes, same_search, without_places
 from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, write_json
@@ -33,11 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FORMAT, VERSION = "irdscale-run", 1
 DO = "expected the same command, another folder (output=...), or --overwrite"
-# How work is done, which changes results by no more than rounding.
-HOW = {
-    "fisher": {"batch_size", "save_minutes", "layout", "offload"},
-    "train": {"deepspeed", "save_minutes", "gradient_checkpointing", "gradient_accumulation", "eval_batch_size"},
-}
+# Keys of `fisher` that say how a pass is done, which changes its result by no more than rounding.
+HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload"}
 _ADAPTER = ("adapter/adapter.json", "adapter/adapter.safetensors", "adapter/README.md")
 _FIGURES = ("metric", "path", "density", "traces", "overlap", "drift", "cost")
 _COMPARED = ("scores", "parameters", "differences", "rates")
@@ -86,11 +83,11 @@ CLASHING = {"training": "search", "search": "training"}
 def mask_part(config: RunConfig) -> dict[str, Any]:
     """What a mask made by `fisher.samples` depends on, besides the data and the model."""
     found: dict[str, Any] = {
-        "fisher": config.fisher.model_dump(mode="json", exclude=HOW["fisher"]) | {"scope": config.scope},
+        "fisher": config.fisher.model_dump(mode="json", exclude=HOW_TO_PASS) | {"scope": config.scope},
         "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0]},
     }
     if config.fisher.head_warmup:
-        found["train"] = config.train.model_dump(mode="json", exclude=HOW["train"])
+        found["train"] = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
     return found
 
 
@@ -100,7 +97,7 @@ def training_part(config: RunConfig, mask: str | None) -> dict[str, Any]:
     Args:
         mask: its mask's hash, unless it is the folder's own.
     """
-    train = config.train.model_dump(mode="json", exclude=HOW["train"])
+    train = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
     return {"train": train, "search": {"seeds[0]": config.search.seeds[0]}, "mask": mask or "by search.ratio"}
 
 

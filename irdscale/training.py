@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.optimization import get_scheduler
 
 from irdscale.checks import loss_differs, padding_known_to_matter, require_causal, unheard, warn_once
-from irdscale.config import RunConfig, TrainConfig, training_steps
+from irdscale.config import HOW_TO_TRAIN, RunConfig, TrainConfig, training_steps
 from irdscale.errors import InputError, TrainingError
 from irdscale.files import digest
 from irdscale.fisher.capture import frozen
@@ -204,7 +204,11 @@ def fine_tune(
     train, steps = config.train, training_steps(config.train, len(task.trained))
     settings = zero_settings(config, rank_and_world()[1])
     micro = micro_batch(config, rank_and_world()[1])
-    made_by = {"train": train.model_dump(mode="json", exclude=_HOW), "seed": seed, **trained_on(model)}
+    made_by = {
+        "train": train.model_dump(mode="json", exclude={*HOW_TO_TRAIN, "adapter_dtype"}),
+        "seed": seed,
+        **trained_on(model),
+    }
     same_on_every_rank({"training": digest(made_by)})
     with failing_together():
         done = 0 if state is None else saved_step(state, made_by)
@@ -304,17 +308,6 @@ def _text_loss(model: nn.Module, task: Task) -> tuple[AbstractContextManager[Non
 
 def _mean_loss(logits_1TV: Tensor, labels_1T: Tensor) -> Tensor:
     return sample_losses("causal-lm", logits_1TV, labels_1T)
-
-
-# What changes how a training runs, but not what it computes.
-_HOW = {
-    "deepspeed",
-    "save_minutes",
-    "adapter_dtype",
-    "gradient_checkpointing",
-    "gradient_accumulation",
-    "eval_batch_size",
-}
 
 
 def _arguments(
