@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from irdscale.errors import InputError
+from irdscale.errors import InputError, kind_of
 from irdscale.tasks.hub import one_line
 from irdscale.tokenwise import IGNORED
 
@@ -52,8 +52,7 @@ def chat_messages(column: pa.ChunkedArray, row: int, where: str) -> list[Message
     """
     value = _without_nulls(column[row].as_py(), column.type)
     if not isinstance(value, list) or not value:
-        found = "nothing" if value is None else type(value).__name__
-        raise InputError(f"{where}: found {found}; expected a list of {{role, content}}")
+        raise InputError(f"{where}: found {kind_of(value)}; expected a list of {{role, content}}")
     for number, message in enumerate(value):
         if not _is_message(message):
             raise InputError(f"{where}: message {number}: found {message!r}; expected a role and a content, as text")

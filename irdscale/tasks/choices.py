@@ -6,7 +6,7 @@ import string
 from typing import Any
 
 from irdscale.config import ColumnsConfig, nearest
-from irdscale.errors import InputError
+from irdscale.errors import InputError, kind_of
 from irdscale.tasks.data import Rows
 from irdscale.tasks.labels import is_missing
 
@@ -27,7 +27,7 @@ def choice_texts(rows: Rows, names: list[str]) -> list[list[str]]:
         texts = _field(value, TEXT) if _has_fields(value) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {_kind(value)}; "
+                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {kind_of(value)}; "
                 f"expected a list of texts (or name several columns)"
             )
         found[row] = texts
@@ -43,10 +43,6 @@ def _field(value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return value.get(name)
     return [each.get(name) if isinstance(each, dict) else None for each in value or []]
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
 
 
 def _plain(label: Any) -> str:

@@ -250,10 +250,6 @@ def _choices(
         yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
 
 
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
 def _chats(
     tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, name: str
 ) -> Iterator[_Sample]:
