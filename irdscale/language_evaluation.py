@@ -106,8 +106,9 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
     device, table_NC = device_of(model), torch.zeros(len(texts), COLUMNS, dtype=torch.float64)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in texts]
     with gathering(model), frozen(model), torch.no_grad():
-        require_causal(model, pad_batch(rows[:1], pad))
-        parts = headless(model, pad_batch(rows[:1], pad))
+        first = pad_batch(rows[:1], pad)
+        require_causal(model, first)
+        parts = headless(model, first)
 
         def measure(places: list[int]) -> None:
             batch = pad_batch([rows[i] for i in places or [0]], pad)
@@ -181,7 +182,10 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
 
 
 def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> bool:
-    """Whether the first token that is generated depends on how far a prompt is padded; ranks say the same."""
+    """Whether the first token that is generated depends on how far a prompt is padded; ranks say the same.
+
+    To be called inside `_greedy`.
+    """
 
     def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
         return pad_batch(some, tokenizer.pad_token_id, side="left")
@@ -191,9 +195,6 @@ def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]
             found = model.generate(
                 **{k: v.to(device_of(model)) for k, v in batch.items()},
                 max_new_tokens=1,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
