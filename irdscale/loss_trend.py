@@ -11,6 +11,7 @@ from typing import Any
 PART = 5
 # With fewer losses in a part, their spread is not known.
 FEWEST = 3
+_ADVICE = "train.learning_rate may be too large, or train.steps too few."
 
 
 def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
@@ -34,17 +35,14 @@ def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
 
 def said_of_rise(trend: Mapping[str, Any]) -> str:
     """One line on a loss that rose."""
-    return (
-        f"The loss ended at {trend['ended']:.4g}, above {trend['began']:.4g} where it began: "
-        "train.learning_rate may be too large, or train.steps too few."
-    )
+    return f"The loss ended at {trend['ended']:.4g}, above {trend['began']:.4g} where it began: {_ADVICE}"
 
 
 def said_of_rises(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     """One line on the trainings whose loss rose, none where it rose in none.
 
     Args:
-        trends: what each training is called -> its trend; None where it is not known.
+        trends: name of each training -> its trend; None where it is not known.
     """
     known = {name: trend for name, trend in trends.items() if trend is not None}
     rose = [name for name, trend in known.items() if trend["rose"]]
@@ -54,5 +52,5 @@ def said_of_rises(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     trend = known[worst]
     return [
         f"The loss ended above where it began in {len(rose):,} of {len(known):,} trainings, most in that of {worst}: "
-        f"{trend['began']:.4g} to {trend['ended']:.4g}; train.learning_rate may be too large, or train.steps too few."
+        f"{trend['began']:.4g} to {trend['ended']:.4g}; {_ADVICE}"
     ]

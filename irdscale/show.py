@@ -20,19 +20,13 @@ def readable(value: Any) -> str:
     return str(value)
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """A metric with its standard error: 0.8730 ± 0.0150."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
 def print_search(result: dict[str, Any], output: Path) -> None:
     """The winner and what it is compared with, and where all of it is."""
     from rich.console import Console
     from rich.table import Table
 
     from irdscale.progress import duration
+    from irdscale.report.verdict import with_error
 
     task, best, baseline = result["task"], result["best"], result["baseline"]
     table = Table(

@@ -63,8 +63,7 @@ def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
     difference = method["difference"]
     shown = f"difference {signed_interval(difference)}"
     if found["n"] < FEWEST_SEEDS:
-        few = "one seed" if found["n"] == 1 else f"{found['n']} seeds"
-        return f"{figures}; {shown}, and {few} cannot tell a difference from chance."
+        return f"{figures}; {shown}, and {_seeds(found['n'])} cannot tell a difference from chance."
     where = side(found)
     if where == 0:
         return f"{figures}; it cannot be told apart from {against} ({shown})."
@@ -139,7 +138,7 @@ def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, 
         return "So whether it pays is not known."
     seeds = min(known)
     if seeds < FEWEST_SEEDS:
-        return f"{'One seed' if seeds == 1 else f'{seeds} seeds'} cannot tell a gain from chance."
+        return f"{_seeds(seeds).capitalize()} cannot tell a gain from chance."
     one, many = side(gains["fish"]), side(gains["fish_best"])
     if one > 0 and many > 0:
         text = f"So here {label} pays: it is better than one FISH mask and than as many random ones"
@@ -246,7 +245,7 @@ def notes(study: dict[str, Any]) -> list[str]:
                 "its mask there is a FISH mask."
             )
     if seeds < ENOUGH_SEEDS:
-        count = "One seed gives" if seeds == 1 else f"{seeds} seeds give"
+        count = f"{_seeds(seeds).capitalize()} give{'s' if seeds == 1 else ''}"
         count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
         said.append(f"{count}: what is seen here is a hint, not a proof; use {ENOUGH_SEEDS} or more.")
     errors = [method["test_error"] for method in study["methods"] if method.get("test_error") is not None]
@@ -318,6 +317,10 @@ def signed_interval(found: dict[str, Any]) -> str:
     """A difference with its interval, in text: +0.0100, 95 % interval +0.0020 to +0.0180."""
     limits = "" if found["low"] is None else f", 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
     return f"{found['mean']:+.4f}{limits}"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _number(value: float) -> str:

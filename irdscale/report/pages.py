@@ -11,7 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from irdscale.files import write_atomic
 from irdscale.progress import duration
-from irdscale.report.verdict import percent
+from irdscale.report.verdict import percent, with_error
 
 
 def write_pages(
@@ -63,8 +63,7 @@ def score(value: float | None) -> str:
 
 def tested(entry: Mapping[str, Any]) -> str:
     """The test metric of a result's entry, with its standard error where that is known."""
-    value, error = entry.get("test_metric"), entry.get("test_error")
-    return score(value) if value is None or error is None else f"{value:.4f} ± {error:.4f}"
+    return with_error(entry.get("test_metric"), entry.get("test_error"), absent="failed")
 
 
 def _markdown_cell(value: object) -> str:

@@ -10,6 +10,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def with_error(value: float | None, error: float | None, absent: str = "-") -> str:
+    """A metric with its standard error, where that is known: 0.8730 ± 0.0150."""
+    if value is None:
+        return absent
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def verdict(result: dict[str, Any]) -> list[str]:
     """Sentences: the winner, then how it compares on the test split with random samples and with the head alone."""
     best, model, task = result["best"], result["model"], result["task"]
