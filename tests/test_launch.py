@@ -187,6 +187,29 @@ def test_launchers_start_as_many_ranks_as_are_asked_for(checkout, monkeypatch, s
     assert lines[-1] == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_ranks_of_deepspeeds_launcher_get_a_signal_and_are_waited_for(checkout, number):
+    """The launcher itself dies of it, as DeepSpeed's does; its rank takes a moment to save its state."""
+    folder = checkout / ".venv" / "bin"
+    note = f'>>"{checkout}/rank"'
+    rank = f"trap 'sleep 0.5; echo saved {note}; exit' TERM\necho runs {note}\nwhile :; do sleep 0.1; done"
+    (folder / "rank").write_text(f"#!/usr/bin/env bash\n{rank}\n")
+    (folder / "deepspeed").write_text(f'#!/usr/bin/env bash\n"{folder}/rank" &\nwait\n')
+    for name in ("rank", "deepspeed"):
+        (folder / name).chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", str(checkout / "launch" / "deepspeed.sh"), "train", "my.yaml"], stderr=subprocess.PIPE, text=True
+    )
+    noted, deadline = checkout / "rank", time.monotonic() + 60
+    while not noted.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, said
+    assert noted.read_text() == "runs\nsaved\n"
+
+
 def test_a_job_is_queued_again_before_its_time_is_up_and_ends_as_its_step_does(checkout, tmp_path, monkeypatch):
     tools = tmp_path / "tools"
     tools.mkdir()
