@@ -274,11 +274,10 @@ def without_places(config: dict[str, Any]) -> dict[str, Any]:
 def same_search(config: dict[str, Any]) -> dict[str, Any]:
     """What two dumped configurations must share to be one search: all but where they run, read and write."""
     config = without_places(config)
-    search, fisher, task = (config.get(section) for section in ("search", "fisher", "task"))
-    if isinstance(fisher, dict) and isinstance(task, dict):
-        config = config | {"fisher": fisher | {"scope": fisher.get("scope") or default_scope(task.get("kind"))}}
-    search = {k: v for k, v in search.items() if k not in ("runner", "ray")} if isinstance(search, dict) else search
-    return {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")} | {"search": search}
+    fisher = config["fisher"] | {"scope": config["fisher"]["scope"] or default_scope(config["task"]["kind"])}
+    search = {k: v for k, v in config["search"].items() if k not in ("runner", "ray")}
+    kept = {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")}
+    return kept | {"fisher": fisher, "search": search}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

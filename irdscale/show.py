@@ -34,7 +34,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
     )
     for column in ("", "samples", "parameters", "selection", "test"):
         table.add_column(column, justify="right" if column else "left")
-    rows = [("winner", best), ("random samples (FISH)", baseline.get("fish_random"))]
+    rows = [("winner", best), ("random samples (FISH)", baseline["fish_random"])]
     rows.append(("head only (linear probe)", baseline.get("linear_probe")))
     rows.append(("the model as it came", baseline.get("base")))
     for name, entry in rows:
@@ -44,7 +44,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
             table.add_row(
                 name,
                 *numbers,
-                with_error(entry["test_metric"], entry.get("test_error")),
+                with_error(entry["test_metric"], entry["test_error"]),
                 style="bold" if entry is best else None,
             )
     console = Console()
@@ -55,7 +55,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
         f"The winner trains {share:.3g} % of the model's {result['model']['parameters']:,} parameters"
         + (", and the head." if result["model"]["head"] else "."),
         f"Ended: {result['stop']}; {result['evaluations']} evaluations ({result['reused']} reused) in {seconds}.",
-        *(f"Warning: {text}" for text in result.get("warnings", [])),
+        *(f"Warning: {text}" for text in result["warnings"]),
         f"Adapter: {output.absolute() / best['adapter']}",
         f"Report:  {output.absolute() / 'report.html'}",
     ]

@@ -175,13 +175,19 @@ def test_an_install_with_ray_alone_needs_no_tools_of_deepspeed(checkout):
     [
         ("torchrun.sh", "-m torch.distributed.run --standalone --nproc-per-node 3 -m irdscale train my.yaml a=b"),
         ("deepspeed.sh", "--num_gpus 3 --module irdscale train my.yaml a=b"),
-        ("torchrun_multinode.sh", "-m irdscale.nodes train my.yaml a=b"),
+        (
+            "torchrun_multinode.sh",
+            "-m irdscale.nodes --nnodes=2 --nproc-per-node=3 --rdzv-backend=c10d --rdzv-id=irdscale "
+            "--rdzv-endpoint=node1:4000 --rdzv-conf=join_timeout=60,read_timeout=60,is_host=0 "
+            "-m irdscale train my.yaml a=b",
+        ),
     ],
 )
 def test_launchers_start_as_many_ranks_as_are_asked_for(checkout, monkeypatch, script, expected):
     folder = checkout / ".venv" / "bin"
     shutil.copy(folder / "python", folder / "deepspeed")
-    monkeypatch.setenv("RANKS", "3")
+    for name, value in {"RANKS": "3", "NODES": "2", "HEAD": "node1:4000", "WAIT": "60", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     done, lines = call(checkout, script, "train", "my.yaml", "a=b")
     assert done.returncode == 0, done.stderr
     assert lines[-1] == expected

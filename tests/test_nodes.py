@@ -1,4 +1,4 @@
-"""A node's part of a launch on several: what it is told, whether it is the first, and what it says when others fail.
+"""A node's part of a launch on several: what it is told, and what it says when others fail.
 
 The slow ones launch real trainings and searches on two nodes: agents on the loopback, and namespaces with a cable.
 """
@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from irdscale.errors import InputError, RunError
+from irdscale.errors import RunError
 from irdscale.launched import free_port
-from irdscale.nodes import Meeting, hosts_the_meeting, meeting, own_address, start, wait_for_head
+from irdscale.nodes import own_address, start
 from tests.helpers import step_of
 from tests.hosts import TWO_NODES, apart, environment, make_checkout, script
 from tests.search.toy import essence, write_config
@@ -30,71 +29,61 @@ from tests.training_oracle import toy
 LOST = re.compile(r"rank \d does not answer: killed, out of memory, or its machine is gone|HEAD: the connection to")
 
 
-def at(port: int, **changes: Any) -> Meeting:
-    here: dict[str, Any] = {"nodes": 2, "head": "127.0.0.1", "address": "127.0.0.1", "port": port}
-    return Meeting(**{**here, "ranks": 1, "first": None, "wait": 1, **changes})
-
-
-def test_the_environment_says_where_to_meet() -> None:
-    assert meeting({"NODES": "2", "HEAD": "127.0.0.1"}) == at(29500, ranks=None, wait=600)
-    given = {"NODES": "3", "HEAD": "localhost:4000", "RANKS": "8", "NODE_RANK": "2", "WAIT": "60"}
-    assert meeting(given) == Meeting(3, "localhost", "127.0.0.1", 4000, 8, False, 60)
-    assert meeting({**given, "NODE_RANK": "0"}).first is True
+def test_a_node_is_known_by_its_address_on_the_way_to_the_head() -> None:
+    assert own_address("127.0.0.1") == own_address("localhost") == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"NODES": ""}, "NODES: missing; expected the number of nodes"),
-        ({"NODES": "two"}, "NODES: found 'two'; expected a whole number of at least 1"),
-        ({"RANKS": "0"}, "RANKS: found '0'; expected a whole number of at least 1"),
-        ({"NODE_RANK": "2"}, "NODE_RANK: found 2 with NODES=2; expected 0 to 1"),
-        ({"WAIT": "-1"}, "WAIT: found '-1'; expected a whole number of at least 1"),
-        ({"HEAD": ""}, "HEAD: found nothing; expected the first node's HOST or HOST:PORT"),
-        ({"HEAD": "127.0.0.1:port"}, "HEAD: found 127.0.0.1:port; expected the first node's HOST or HOST:PORT"),
-        ({"HEAD": "127.0.0.1:70000"}, "HEAD: found 127.0.0.1:70000; expected the first node's HOST or HOST:PORT"),
-        ({"HEAD": "no-such-node.invalid"}, r"HEAD: found no-such-node.invalid: .+; expected a name or an IPv4 address"),
+        ({"NODES": ""}, "torchrun_multinode.sh: NODES: missing; expected the number of nodes"),
+        ({"NODES": "two"}, "torchrun_multinode.sh: NODES: found 'two'; expected a whole number of at least 1"),
+        ({"RANKS": "0"}, "torchrun_multinode.sh: RANKS: found '0'; expected a whole number of at least 1"),
+        ({"WAIT": "-1"}, "torchrun_multinode.sh: WAIT: found '-1'; expected a whole number of at least 1"),
+        ({"HEAD": ""}, "torchrun_multinode.sh: HEAD: found ''; expected the first node's HOST or HOST:PORT"),
+        (
+            {"HEAD": "one:port"},
+            "torchrun_multinode.sh: HEAD: found 'one:port'; expected the first node's HOST or HOST:PORT",
+        ),
+        (
+            {"HEAD": "no-such-node.invalid"},
+            r"irdscale.nodes: HEAD: found no-such-node.invalid: .+; expected a name or an IPv4 address",
+        ),
     ],
 )
-def test_what_makes_no_meeting_is_one_line(changes: dict[str, str], message: str) -> None:
-    with pytest.raises(InputError, match=f"^{message}$"):
-        meeting({"NODES": "2", "HEAD": "127.0.0.1", **changes})
+def test_what_makes_no_meeting_is_one_line(checkout: Path, changes: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        ["bash", "launch/torchrun_multinode.sh", "train", "none.yaml"],
+        cwd=checkout,
+        env=environment(checkout, **{"NODES": "2", "HEAD": "127.0.0.1", "RANKS": "1", **changes}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(message, done.stderr.rstrip("\n")), done.stderr
 
 
-def test_the_first_node_is_the_one_that_can_listen() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert hosts_the_meeting(at(free_port("127.0.0.1")))
-        assert not hosts_the_meeting(at(free_port("127.0.0.1"), first=False))
-        assert not hosts_the_meeting(at(port)), "another of this machine is the first"
-        with pytest.raises(InputError, match=f"HEAD: found 127.0.0.1:{port}: .* in use; expected a free port"):
-            hosts_the_meeting(at(port, first=True))
-    # An address for documentation alone, which no host has.
-    elsewhere = {"head": "far", "address": "192.0.2.7"}
-    assert not hosts_the_meeting(at(port, **elsewhere))
-    with pytest.raises(InputError, match=f"HEAD: found far:{port}: .*; expected the address of this node, NODE_RANK 0"):
-        hosts_the_meeting(at(port, first=True, **elsewhere))
-
-
-def test_a_head_that_does_not_answer_is_named_in_time() -> None:
-    port = free_port("127.0.0.1")
-    begun = time.monotonic()
-    with pytest.raises(RunError, match=rf"HEAD: 127.0.0.1:{port} does not answer for 1 seconds \(.*refused\)"):
-        wait_for_head(at(port), begun + 1)
-    assert time.monotonic() - begun < 10
-    with socket.create_server(("127.0.0.1", port)):
-        wait_for_head(at(port), time.monotonic() + 1)
-
-
-def test_a_node_is_known_by_its_address_on_the_way_to_the_head() -> None:
-    assert own_address(at(29500)) == "127.0.0.1"
+def options(port: int, *conf: str) -> list[str]:
+    """Of torchrun, for one of two nodes."""
+    own = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=irdscale"]
+    place = [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={','.join(('join_timeout=1,read_timeout=1', *conf))}"]
+    return [*own, *place, "-m", "irdscale", "train", "none.yaml"]
 
 
 def test_nodes_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     port = free_port("127.0.0.1")
-    with pytest.raises(RunError, match=rf"fewer than 2 nodes \(NODES\) met at 127.0.0.1:{port} within 1 seconds"):
-        start(at(port, first=True), ["train", "none.yaml"])
+    with pytest.raises(RunError, match=rf"fewer than 2 nodes \(NODES\) met at 127.0.0.1:{port} in time \(WAIT\)"):
+        start(options(port))
+
+
+def test_a_head_that_does_not_answer_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    port = free_port("127.0.0.1")
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=rf"HEAD: the connection to 127.0.0.1:{port} failed: that node does not answer"):
+        start(options(port, "is_host=0"))
+    assert time.monotonic() - begun < 10
 
 
 # Two nodes

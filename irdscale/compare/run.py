@@ -33,7 +33,7 @@ from irdscale.compare.asked import (
 )
 from irdscale.compare.entries import fewest_samples, method_entries
 from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
-from irdscale.compare.study import FILE
+from irdscale.compare.study import FILE, read_study
 from irdscale.compare.underway import Study
 from irdscale.config import RunConfig, training_steps
 from irdscale.config_file import dump_config
@@ -90,11 +90,9 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
             task = load_task(config)
         folder.claim(task, {"search": search_part(config)})
         tell_classes(task, progress and rank_and_world()[0] == 0)
-        stored = output / FILE
-        if first_says(stored.exists()):
-            result: dict[str, Any] = read_json(stored, "result of a comparison")
-            asked = config.compare.model_dump(mode="json")
-            if isinstance(result, dict) and result.get("config", {}).get("compare") == asked:
+        if first_says((output / FILE).exists()):
+            result = read_study(output)
+            if result["config"]["compare"] == config.compare.model_dump(mode="json"):
                 log.info("%s holds this comparison, finished; --overwrite runs it again", output)
                 return result
         return _run(config, task, progress)

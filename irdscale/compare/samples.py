@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import ValidationError
-
 from irdscale.compare.asked import RANKINGS, Method, asked_methods, owner_of, ranking_name
-from irdscale.config import RunConfig
+from irdscale.compare.study import FILE
+from irdscale.config_file import check_config
 from irdscale.errors import InputError
 from irdscale.files import read_json
 from irdscale.report.analysis import Relation, by_chance, headline, overlaps, ranking_relations
@@ -73,11 +72,7 @@ def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
 
 def _rankings(study: dict[str, Any]) -> list[tuple[Method, list[str]]]:
     """The methods that rank samples, the reference first, and what their rankings of each seed are called."""
-    try:
-        methods = asked_methods(RunConfig.model_validate(study.get("config")))
-    except (ValidationError, InputError):
-        # An older version's configuration may lack what this one asks for.
-        return []
+    methods = asked_methods(check_config(study["config"], FILE))
     known = [one for one in methods if any(one.name == method["name"] for method in study["methods"])]
     ranking = [one for one in known if one.kind in RANKINGS and one.config.search.direction != "random"]
     ranking.sort(key=lambda method: method.name != study["reference"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -38,6 +38,7 @@ class _Seed(TypedDict):
     selection: float | None
     test: float | None
     samples: int | None
+    pool: int | None
     params: int | None
     error: str | None
 
@@ -53,6 +54,7 @@ class _Method(TypedDict):
     params: float | None
     seeds: list[_Seed]
     test: _Interval
+    test_error: float | None
     selection: _Interval
     difference: _Paired | None
 
@@ -66,7 +68,7 @@ class _Task(TypedDict):
     selection: int
     test: int
     origin: dict[str, Any]
-    pool: NotRequired[str | None]
+    pool: str | None
 
 
 class _Model(TypedDict):
@@ -85,11 +87,11 @@ class _Seconds(TypedDict):
 
 
 class _Compare(TypedDict):
-    variants: NotRequired[dict[str, list[str]]]
+    variants: dict[str, list[str]]
 
 
 class _Config(TypedDict):
-    compare: NotRequired[_Compare]
+    compare: _Compare
 
 
 class _Study(TypedDict):
@@ -99,11 +101,12 @@ class _Study(TypedDict):
     seeds: list[int]
     learning_rates: list[float]
     methods: list[_Method]
+    warnings: list[str]
     base: _Base | None
-    fewest: NotRequired[int | None]
+    fewest: int | None
     evaluations: int
     seconds: _Seconds
-    config: NotRequired[_Config]
+    config: _Config
     versions: dict[str, str | None]
 
 

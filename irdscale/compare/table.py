@@ -34,11 +34,11 @@ def rows(study: dict[str, Any]) -> list[list[str]]:
 
 
 def _has_errors(study: dict[str, Any]) -> bool:
-    return any(method.get("test_error") is not None for method in study["methods"])
+    return any(method["test_error"] is not None for method in study["methods"])
 
 
 def _error(method: dict[str, Any]) -> str:
-    return "-" if method.get("test_error") is None else f"{method['test_error']:.4f}"
+    return "-" if method["test_error"] is None else f"{method['test_error']:.4f}"
 
 
 def _row(method: dict[str, Any]) -> list[str]:

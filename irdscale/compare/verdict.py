@@ -101,7 +101,7 @@ def _kept_all(study: dict[str, Any], method: dict[str, Any]) -> list[int]:
     """The seeds for which a search's mask is of all samples that were drawn for it: a FISH mask."""
     if _ranking(study, method)[0] not in SEARCHES:
         return []
-    return [one["seed"] for one in method["seeds"] if one.get("pool") and one["samples"] == one["pool"]]
+    return [one["seed"] for one in method["seeds"] if one["pool"] and one["samples"] == one["pool"]]
 
 
 def _dropped_none(study: dict[str, Any], method: dict[str, Any]) -> bool:
@@ -197,7 +197,7 @@ def _without_search(study: dict[str, Any], said: str) -> str:
 
 def _ranking(study: dict[str, Any], method: dict[str, Any]) -> tuple[str, list[str]]:
     """A method's kind, and what it changes of how samples are ranked and masks made of them."""
-    variants = study.get("config", {}).get("compare", {}).get("variants", {})
+    variants = study["config"]["compare"]["variants"]
     kind, *changes = variants.get(method["name"], [method["name"]])
     return kind, sorted(change for change in changes if not change.startswith(_WAY))
 
@@ -248,7 +248,7 @@ def notes(study: dict[str, Any]) -> list[str]:
         count = f"{_seeds(seeds).capitalize()} give{'s' if seeds == 1 else ''}"
         count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
         said.append(f"{count}: what is seen here is a hint, not a proof; use {ENOUGH_SEEDS} or more.")
-    errors = [method["test_error"] for method in study["methods"] if method.get("test_error") is not None]
+    errors = [method["test_error"] for method in study["methods"] if method["test_error"] is not None]
     if errors:
         low, high = f"{min(errors):.4f}", f"{max(errors):.4f}"
         said.append(
@@ -258,13 +258,13 @@ def notes(study: dict[str, Any]) -> list[str]:
     base = study["base"]
     if base and base["test"] is not None:
         said.append(f"The model as it came: {study['task']['metric']} {base['test']:.4f} on the test split.")
-    warned = [f"Warning, of the trainings tested: {text}" for text in study.get("warnings", [])]
+    warned = [f"Warning, of the trainings tested: {text}" for text in study["warnings"]]
     return warned + said + _out_of_reach(study) + _edges(study)
 
 
 def _out_of_reach(study: dict[str, Any]) -> list[str]:
     """Whether methods of few samples have fewer than any search can come to."""
-    fewest = study.get("fewest") or 0
+    fewest = study["fewest"] or 0
     beyond = {
         method["label"]: one["samples"]
         for method in study["methods"]

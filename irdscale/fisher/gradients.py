@@ -507,7 +507,9 @@ class SampleGradients:
         try:
             self._backward(batch, sink, trace_B)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            from accelerate.utils.memory import should_reduce_batch_size
+
+            if not should_reduce_batch_size(error):
                 raise
             halves = self._halves(batch, error)
         if len(state.traces):
@@ -702,13 +704,6 @@ class _Nothing:
 
     def end_backward(self) -> None:
         self.sink.end_backward()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The allocator of main memory raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
 
 
 def _is_of_texts(batch: dict[str, Any]) -> bool:

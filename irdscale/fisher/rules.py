@@ -249,15 +249,12 @@ def joined(terms: list[Term]) -> list[Term]:
     return [*outers, *others]
 
 
-def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size, out: Tensor | None = None) -> Tensor:
-    """G_n of one sample, in the parameter's shape, from the sum of its terms (as `joined` leaves them).
-
-    May reuse the buffer `out`.
-    """
+def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size) -> Tensor:
+    """G_n of one sample, in the parameter's shape, from the sum of its terms (as `joined` leaves them)."""
     gradient: Tensor | None = None
     for term in terms:
         if isinstance(term, Outer):
-            gradient = torch.mm(term.left_BTP[n].t(), term.right_BTQ[n], out=out).view(shape)
+            gradient = torch.mm(term.left_BTP[n].t(), term.right_BTQ[n]).view(shape)
         elif isinstance(term, Rows):
             if gradient is None:
                 gradient = term.grad_BTD.new_zeros(shape)

@@ -134,7 +134,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     """Read the masks of a finished search and what is known of its samples.
 
     Args:
-        traces: traces.json; one without losses says less.
+        traces: traces.json.
         masks: pair -> hash.
 
     Raises:
@@ -161,8 +161,8 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     if len({masks[Pair(s, p)] for s in sizes}) > 1:
         of_sets = {f"{s:,}": load(masks[Pair(s, p)]) for s in sizes}
         layers = by_layer(list(of_sets.values()))
-        fish = result["baseline"].get("fish_random")
-        with_fish = {"FISH": load(Path(fish["mask"]).name)} if fish and fish["params"] == p else {}
+        fish = result["baseline"]["fish_random"]
+        with_fish = {"FISH": load(Path(fish["mask"]).name)} if fish["params"] == p else {}
         overlap = overlaps({**of_sets, **with_fish}, p)
         sentences += [_about_overlaps(overlap, sizes), *_about_layers(layers, sizes)]
     elif len(sizes) > 1:
@@ -223,11 +223,10 @@ def relations(values: Any, traces: Mapping[str, Any], kind: str) -> list[Relatio
 
     Properties that are the same for all samples are left out.
     """
-    length, loss = traces["length"], traces.get("loss")
+    length, loss = traces["length"], traces["loss"]
     found = []
     for name, own, other in (("length", length, loss), ("loss", loss, length)):
-        if own is not None:
-            found += _with_numbers(name, values, own, other)
+        found += _with_numbers(name, values, own, other)
     label = traces["label"]
     if kind == "sequence-classification":
         found += _with_classes("class", values, label)
@@ -474,8 +473,8 @@ def _named(layer: Layer) -> str:
 
 
 def _about_fish(result: dict[str, Any], load: Any) -> list[str]:
-    fish = result["baseline"].get("fish_random")
-    if not fish or fish.get("same_mask_as_best"):
+    fish = result["baseline"]["fish_random"]
+    if fish["same_mask_as_best"]:
         return []
     best, other = (load(Path(entry["mask"]).name) for entry in (result["best"], fish))
     shared = sum(common_entries(best, other).values()) / best.k
@@ -501,7 +500,7 @@ def _top(values: Sequence[float], total: float, places: Sequence[int], traces: d
         {
             "row": traces["row"][place],
             "share": value / total if total else 0.0,
-            **{key: traces[key][place] if key in traces else None for key in ("trace", "length", "loss", "label")},
+            **{key: traces[key][place] for key in ("trace", "length", "loss", "label")},
         }
         for place, value in ((places[i], values[i]) for i in chosen)
     ]
@@ -514,8 +513,7 @@ def drivers(measured: dict[str, Any], traces: dict[str, Any]) -> Drivers:
     half = int(np.searchsorted(ordered, 0.5 * ordered[-1])) + 1
     correlations: dict[str, float] = {}
     for name in ("length", "loss"):
-        if name in traces:
-            rho = spearman(shares, [traces[name][place] for place in places])
-            if rho is not None:
-                correlations[name] = rho
+        rho = spearman(shares, [traces[name][place] for place in places])
+        if rho is not None:
+            correlations[name] = rho
     return Drivers(len(shares), half, _top(shares, sum(shares), places, traces), correlations)

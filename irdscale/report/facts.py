@@ -11,6 +11,7 @@ from irdscale.files import read_json
 from irdscale.mask import Mask, density
 from irdscale.report.analysis import LAYER, Analysis, analyse
 from irdscale.search.ird import HALVES, Pair, Shrink, candidates, further_seeds
+from irdscale.search.kept import index_file, load_mask, read_masks, traces_file
 from irdscale.search.ledger import read_ledger
 
 
@@ -85,22 +86,21 @@ def gather(output: Path) -> Facts:
     result = finished(output)
     records = read_ledger(output / "ledger.jsonl")
     try:
-        stored = read_json(output / "fisher/masks.json", "list of masks")
-        masks = {Pair(s, p, *begin): mask for s, p, mask, *begin in stored["masks"]}
-        traces = read_json(output / "fisher/traces.json", "list of traces")
+        stored = read_masks(index_file(output))[0]
+        traces = read_json(traces_file(output), "list of traces")
         begin = result["best"].get("begin", 0)
         kept = set(traces["order"][begin : begin + result["best"]["samples"]])
         ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
-        mask = Mask.load(output / result["best"]["mask"])
+        mask = load_mask(output, Path(result["best"]["mask"]).name)
         layers, others = _density(mask)
         return Facts(
             result,
-            _rounds(result, records, masks, Pair(*stored["minimum"])),
+            _rounds(result, records, stored.masks, stored.minimum),
             _failures(records),
             ranked,
             layers,
             others,
-            analyse(output, result, traces, masks),
+            analyse(output, result, traces, stored.masks),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):

@@ -88,8 +88,8 @@ def metric_by_parameters(facts: Facts) -> Figure:
         label="winner",
         zorder=4,
     )
-    fish = result["baseline"].get("fish_random")
-    if fish and fish["metric"] is not None:
+    fish = result["baseline"]["fish_random"]
+    if fish["metric"] is not None:
         axes.scatter(
             fish["params"], fish["metric"], s=60, marker="D", color=ORANGE, label="random samples (FISH)", zorder=3
         )

@@ -63,7 +63,7 @@ def score(value: float | None) -> str:
 
 def tested(entry: Mapping[str, Any]) -> str:
     """The test metric of a result's entry, with its standard error where that is known."""
-    return with_error(entry.get("test_metric"), entry.get("test_error"), absent="failed")
+    return with_error(entry["test_metric"], entry["test_error"], absent="failed")
 
 
 def _markdown_cell(value: object) -> str:

@@ -24,20 +24,20 @@ def verdict(result: dict[str, Any]) -> list[str]:
         f"The search chose {best['params']:,} of the model's {model['parameters']:,} parameters "
         f"({percent(best['params'] / model['parameters'])}) by the Fisher information of {best['samples']} samples"
         + (f", trained beside a new head of {model['head']:,}." if model["head"] else ".")
-        + (f" Candidates for it were {model['scored_by']}." if "scored_by" in model else "")
+        + f" Candidates for it were {model['scored_by']}."
     ]
     if best["test_metric"] is None:
         return [*sentences, "It has no test metric."]
     error = ""
-    if best.get("test_error") is not None:
+    if best["test_error"] is not None:
         error = f" The standard error by the {task['test']:,} test samples alone is {best['test_error']:.4f}."
     sentences.append(f"On the test split its {task['metric']} is {best['test_metric']:.4f}{_over(best)}.{error}")
     baseline = result["baseline"]
-    sign = -1 if task.get("lower_is_better") else 1
+    sign = -1 if task["lower_is_better"] else 1
     if is_fish_mask(result):
-        sentences.append(_of_draws(best, baseline.get("fish_random")))
+        sentences.append(_of_draws(best, baseline["fish_random"]))
     else:
-        sentences.append(_against(best, baseline.get("fish_random"), "random samples (FISH, the same s and p)", sign))
+        sentences.append(_against(best, baseline["fish_random"], "random samples (FISH, the same s and p)", sign))
     if "linear_probe" in baseline:
         sentences.append(_against(best, baseline["linear_probe"], "the head alone (linear probe)", sign))
     elif "base" in baseline:
@@ -49,7 +49,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 def warnings(result: dict[str, Any]) -> list[str]:
     """What the search warned of."""
-    return [f"Warning: {text}" for text in result.get("warnings", [])]
+    return [f"Warning: {text}" for text in result["warnings"]]
 
 
 def is_fish_mask(result: dict[str, Any]) -> bool:
@@ -57,11 +57,11 @@ def is_fish_mask(result: dict[str, Any]) -> bool:
     return bool(result["direction"] == "random" or result["best"]["samples"] == result["path"][0]["samples"])
 
 
-def _of_draws(best: dict[str, Any], other: dict[str, Any] | None) -> str:
+def _of_draws(best: dict[str, Any], other: dict[str, Any]) -> str:
     """A winner that is a FISH mask, beside one of another draw."""
     said = f"Its {best['samples']:,} samples were drawn at random, and no ranking dropped any of them"
     said += ": its mask is a FISH mask, and nothing here tells of the ranking."
-    if other is None or other["test_metric"] is None or other.get("same_mask_as_best"):
+    if other["test_metric"] is None or other["same_mask_as_best"]:
         return said
     apart = best["test_metric"] - other["test_metric"]
     figures = f"{other['test_metric']:.4f}; difference {apart:+.4f}"
@@ -73,9 +73,9 @@ def _over(entry: dict[str, Any]) -> str:
     return ", for one seed" if seeds == 1 else f", the mean over {seeds} seeds"
 
 
-def _against(best: dict[str, Any], other: dict[str, Any] | None, name: str, sign: int) -> str:
-    if other is None or other["test_metric"] is None:
-        why = f": {other['error']}" if other and other.get("error") else ""
+def _against(best: dict[str, Any], other: dict[str, Any], name: str, sign: int) -> str:
+    if other["test_metric"] is None:
+        why = f": {other['error']}" if other["error"] else ""
         return f"There is no figure for {name}{why}."
     if other.get("same_mask_as_best"):
         return f"Against {name} there is nothing to tell: both have the same mask."

@@ -31,7 +31,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         write_drivers(output, finished(output), progress)
     facts = gather(output)
     task = facts.result["task"]
-    better = "smaller" if task.get("lower_is_better") else "larger"
+    better = "smaller" if task["lower_is_better"] else "larger"
     chance = percent(facts.analysis.overlap.chance) if facts.analysis.overlap else ""
     values = {
         "facts": facts,

@@ -159,8 +159,6 @@ def _made_by(config: RunConfig) -> str:
     # Masks of a folder from before there were these keys are the same.
     if config.search.keep == HALVES.keep:
         del made_by["search"]["keep"]
-    if config.scope == "global":
-        del made_by["fisher"]["scope"]
     return digest(made_by)
 
 

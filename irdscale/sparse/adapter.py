@@ -152,7 +152,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     file = folder / "adapter.safetensors"
     tensors = read_tensors(file, "adapter")
     try:
-        stated = {key: meta[key] for key in ("contents_hash", "mask_hash", "base_hash", "base_model")}
+        stated = {key: meta[key] for key in ("contents_hash", "mask_hash", "base_hash", "base_model", "head")}
         whole = list(dict.fromkeys(meta["dense"]))
         shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     except (KeyError, AttributeError, TypeError) as error:
@@ -174,7 +174,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     if set(whole) != set(parts["dense"]):
         raise InputError(f"{file}: damaged adapter: its parameters trained whole are not those of adapter.json")
     dense = {name: parts["dense"][name] for name in whole}
-    head = read_head(meta.get("head"), folder)
+    head = read_head(stated["head"], folder)
     return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]), head)
 
 

@@ -18,20 +18,21 @@ def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
         model: the sparse model.
         meta: what adapter.json holds.
     """
+    from huggingface_hub import ModelCardData
+
     from irdscale.tasks.hub import is_hub_id
 
     base = str(meta["base_model"])
     on_hub = is_hub_id(base) and not Path(base).exists()
     # A folder's path says nothing to others, and would tell them who trained where.
     shown = base if on_hub else Path(base).name or "the base model"
-    header = ["library_name: irdscale", *([f"base_model: {base}"] if on_hub else [])]
-    header += ["tags:", *(f"- {tag}" for tag in TAGS)]
+    header = ModelCardData(library_name="irdscale", base_model=base if on_hub else None, tags=list(TAGS))
     kind = getattr(type(model), "_original", type(model)).__name__
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     options = f", num_labels={labels}" if kind.endswith("ForSequenceClassification") and labels else ""
     whole = f", and {meta['dense_parameters']:,} numbers of {', '.join(meta['dense'])}" if meta["dense"] else ""
     return f"""---
-{chr(10).join(header)}
+{header}
 ---
 
 # Sparse adapter for {shown}

@@ -14,7 +14,6 @@ Imports without Triton; `usable` says whether the kernels can run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -325,23 +324,6 @@ def make_dots(row_k: Tensor, column_k: Tensor, shape: tuple[int, int]) -> Dots:
     return Dots(by_row, slots, entries, starts.to(torch.int32), chunk_starts, parts)
 
 
-def dots_bytes(tokens: int, rows: int, columns: int, k: int, itemsize: int) -> int:
-    """Bytes that `dot_entries` allocates beside its result, for entries that scatter evenly.
-
-    The slab is T rounded up to blocks of 128 / itemsize tokens, x min(rows, columns) x itemsize. Partial sums are of
-    float32, one for each block of tokens and slot, of which there are some 1.3 an entry (0.5 %) to 1.4 (0.2 %); they
-    take 64 MiB at most, but for one chunk of 256 rows of the wider side where that alone takes more. The wider side is
-    copied only where its numbers are of 16 bits and do not lie in pairs: an odd width, or columns that are not
-    neighbours.
-    """
-    blocks = -(-tokens * itemsize // COLUMN_BYTES)
-    chunks, parts = -(-max(rows, columns) // CHUNK), parts_of(min(rows, columns))
-    # All warps make as many trips as the one with most entries: of 16, some 1.8 standard deviations above the mean.
-    mean = k / (chunks * parts * WARPS)
-    chunk = 4 * blocks * parts * SLOTS * WARPS * max(1, math.ceil((mean + 1.8 * mean**0.5) / SLOTS))
-    return blocks * COLUMN_BYTES * min(rows, columns) + min(chunks * chunk, max(PARTIALS, chunk))
-
-
 def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
     """Whether the kernels can take these: Triton is there and works, on their device and for their data types.
 
@@ -353,7 +335,7 @@ def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
 
 
 def dot_entries(left_TP: Tensor, right_TQ: Tensor, k: int, dots: Dots) -> Tensor:
-    """The entries that `dots` was made of, of left^T right; float32 [k]. `dots_bytes` says what it allocates.
+    """The entries that `dots` was made of, of left^T right; float32 [k].
 
     Args:
         left_TP, right_TQ: bfloat16, float16 or float32, both the same; any strides.

@@ -48,7 +48,7 @@ def head_in_words(head: HeadClasses | None) -> dict[str, Any] | None:
 
 
 def read_head(stored: Any, folder: Path) -> HeadClasses | None:
-    """What `head_in_words` wrote; None in adapters of before.
+    """What `head_in_words` wrote; None where the model did not tell.
 
     Raises:
         InputError: it is damaged.

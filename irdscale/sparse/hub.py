@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from irdscale.errors import InputError, RunError
 
 FILES = ["adapter.json", "adapter.safetensors", "README.md"]
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def _is_repository(name: str) -> bool:
+    from irdscale.tasks.hub import is_hub_id
+
+    return "/" in name and is_hub_id(name)
 
 
 def _check_id(repo_id: str) -> None:
-    if not _REPOSITORY.fullmatch(repo_id):
+    if not _is_repository(repo_id):
         raise InputError(f"{repo_id}: found no name on the hub; expected OWNER/NAME")
 
 
@@ -85,7 +89,7 @@ def adapter_folder(place: Path | str) -> Path:
         InputError: there is neither.
     """
     folder = Path(place).expanduser()
-    if folder.exists() or not _REPOSITORY.fullmatch(str(place)):
+    if folder.exists() or not _is_repository(str(place)):
         return folder
     try:
         return pull_adapter(str(place))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SECONDS = 5.0
 
 
-_HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
-
-
 def is_hub_id(name: str) -> bool:
     """Whether `name` can be `NAME` or `OWNER/NAME` on the hub."""
-    return _HUB_ID.fullmatch(name) is not None
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.statistics import interval, paired
+from irdscale.config import RunConfig
 from irdscale.files import write_json
 
 ALL = {
@@ -24,6 +25,7 @@ ALL = {
     "linear_probe": ("linear probe", 0),
     "full": ("full fine-tuning", 250000),
 }
+CONFIG = RunConfig.model_validate({"model": {"path": "models/tiny"}, "task": {"dataset": "glue/sst2"}})
 OFFSETS = (0.004, -0.002, 0.0, 0.003, -0.005)
 
 
@@ -39,6 +41,7 @@ def method(name: str, test: Sequence[float | None], **more: Any) -> dict[str, An
             "selection": chosen,
             "test": value,
             "samples": 64 if params == 520 else None,
+            "pool": None,
             "params": None if value is None else params,
             "mask": "0123456789abcdef" if params == 520 else None,
             "evaluations": 10,
@@ -62,6 +65,7 @@ def method(name: str, test: Sequence[float | None], **more: Any) -> dict[str, An
         "seeds": seeds,
         "test": interval(test),
         "selection": interval(selection),
+        "test_error": None,
         "difference": None,
         **more,
     }
@@ -98,10 +102,12 @@ def study(
         "seeds": list(range(len(tests[reference]))),
         "learning_rates": [0.001, 0.003, 0.01],
         "methods": methods,
+        "warnings": [],
         "base": None,
+        "fewest": None,
         "evaluations": 240,
         "seconds": {"masks": 3.0, "train": 140.0, "test": 9.0, "total": 152.0},
-        "config": {},
+        "config": CONFIG.model_dump(mode="json"),
         "versions": {"irdscale": "0.1.0", "torch": "2.13.0"},
     }
 

@@ -362,7 +362,7 @@ class Tight(nn.Module):
         def check(_module: Any, _args: Any, output: Any) -> None:
             def fail(gradient: Tensor) -> None:
                 if len(gradient) > self.room:
-                    raise torch.OutOfMemoryError("no room")
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
             hidden = output if isinstance(output, Tensor) else output[0]
             if hidden.requires_grad and torch.is_grad_enabled():

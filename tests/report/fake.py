@@ -38,7 +38,14 @@ def seeds_of(mean: float, seeds: list[int], spread: float = 0.01) -> list[dict[s
 
 
 def entry(mean: float, seeds: list[int], **more: Any) -> dict[str, Any]:
-    return {"metric": mean, "test_metric": mean - 0.02, "seeds": seeds_of(mean, seeds), "error": None, **more}
+    return {
+        "metric": mean,
+        "test_metric": mean - 0.02,
+        "test_error": None,
+        "seeds": seeds_of(mean, seeds),
+        "error": None,
+        **more,
+    }
 
 
 def write_output(
@@ -98,6 +105,7 @@ def write_output(
             "minimum": [16, 20],
             "masks": [[p.samples, p.params, mask.hash] for p, mask in masks.items()],
             "facts": {},
+            "made_by": "",
         },
     )
     traces = [float(i + 1) for i in range(32)]
@@ -107,6 +115,7 @@ def write_output(
             "row": list(range(32)),
             "trace": traces,
             "length": [5 + i % 7 for i in range(32)],
+            "loss": [1.0] * 32,
             "label": [i % 2 for i in range(32)],
             "order": list(range(31, -1, -1)),
         },
@@ -131,17 +140,20 @@ def write_output(
             "baseline_sample_gradients": 32,
             "training_steps": 1234,
             "seconds": {"fisher": 3.0, "train": 40.0, "baseline": 9.0, "test": 2.0, "total": 54.0},
+            "warnings": [],
             "task": {
                 "name": name,
                 "kind": "sequence-classification",
                 "metric": "accuracy",
+                "lower_is_better": False,
                 "num_labels": 2,
                 "train": 8000,
                 "selection": 436,
                 "test": 437,
                 "origin": {"train": "train", "selection": "half of validation", "test": "half of validation"},
+                "pool": None,
             },
-            "model": {"path": "models/tiny", "parameters": 5000, "scored": 480, "head": 18},
+            "model": {"path": "models/tiny", "parameters": 5000, "scored": 480, "head": 18, "scored_by": "all"},
             "direction": "ird",
             "config": {"search": {"seeds": numbers}},
             "versions": {"irdscale": "0.1.0", "torch": "2.13.0"},

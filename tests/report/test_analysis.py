@@ -92,7 +92,7 @@ def traces(**changes: Any) -> dict[str, Any]:
         (
             [3, 8, 1, 6, 2, 5, 7, 4],
             "sequence-classification",
-            {"loss": None},
+            {"loss": [1.0] * 8},
             "There is no sign that the ranking is length or class in disguise",
         ),
         (
@@ -104,15 +104,15 @@ def traces(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_headline(trace: list[float], kind: str, known: dict[str, Any], expected: str) -> None:
-    given = {key: value for key, value in traces(**known).items() if value is not None}
-    assert headline(relations(trace, given, kind), "ranking").startswith(expected)
+    assert headline(relations(trace, traces(**known), kind), "ranking").startswith(expected)
 
 
 def test_a_relation_above_chance_is_not_called_none() -> None:
     rows = 200
     places = np.random.default_rng(0).permutation(rows)
     values = np.arange(rows) + 2.5 * places
-    faint = relations(values, {"length": list(range(rows)), "label": [0, 1] * 100}, "sequence-classification")
+    known = {"length": list(range(rows)), "loss": [1.0] * rows, "label": [0, 1] * 100}
+    faint = relations(values, known, "sequence-classification")
     assert 0.14 < faint[0].value < 0.3
     said = headline(faint, "ranking")
     assert said.startswith("The ranking follows length a little, more than by chance: Spearman +0.26 with")
@@ -180,12 +180,13 @@ def test_one_parameter_that_holds_most_of_a_mask_is_named(tmp_path: Path) -> Non
 
 def test_drivers() -> None:
     known = {"row": [10, 11, 12, 13], "trace": [4.0, 1.0, 2.0, 3.0], "length": [5, 6, 7, 8], "label": [0, 0, 1, 1]}
+    known["loss"] = [1.0] * 4
     found = drivers({"place": [3, 0, 2], "share": [0.3, 0.4, 0.3]}, known)
     assert (found.samples, found.half) == (3, 2)
     assert [(one["row"], one["share"], one["loss"]) for one in found.top] == [
-        (10, pytest.approx(0.4), None),
-        (13, pytest.approx(0.3), None),
-        (12, pytest.approx(0.3), None),
+        (10, pytest.approx(0.4), 1.0),
+        (13, pytest.approx(0.3), 1.0),
+        (12, pytest.approx(0.3), 1.0),
     ]
     assert found.correlations == {"length": pytest.approx(spearman([0.3, 0.4, 0.3], [8, 5, 7]))}
 
@@ -231,7 +232,7 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
         assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_older_search_and_drivers_of_another_mask(tmp_path: Path) -> None:
+def test_drivers_of_another_mask(tmp_path: Path) -> None:
     write_output(tmp_path)
     write_json(tmp_path / "fisher/drivers.json", {"mask": "of another search", "place": [0], "share": [1.0]})
     found = gather(tmp_path).analysis

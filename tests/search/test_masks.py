@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from irdscale import Fisher, Mask, accumulate_fisher, top_k
 from irdscale.config import RunConfig
-from irdscale.config_file import load_config, same_search
+from irdscale.config_file import dump_config, load_config
 from irdscale.errors import InputError
-from irdscale.files import digest
 from irdscale.fisher.lattice import rank_samples
 from irdscale.fisher.pool import draw_samples
 from irdscale.report import write_report
@@ -23,7 +21,7 @@ from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
 from irdscale.search.kept import keep_mask, load_mask, mask_folder
 from irdscale.search.ledger import Ledger, read_ledger
-from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
+from irdscale.search.masks import random_draw_mask, search_masks
 from irdscale.search.run import run_search
 from irdscale.tasks import build_model, load_task
 from irdscale.verbs import run_fisher
@@ -182,36 +180,22 @@ def test_more_than_halves_are_kept(folder: Path, tmp_path: Path, direction: str)
     assert "Each round keeps 70 % of the samples, the parameters, or both" in (tmp_path / "report.html").read_text()
 
 
-def test_a_folder_from_before_there_were_these_keys(folder: Path, tmp_path: Path) -> None:
-    config = configured(folder, tmp_path)
-    masks = search_masks(config, load_task(config), tmp_path, progress=False)
-    values = config.model_dump(mode="json")
-    del values["search"]["keep"], values["search"]["more_seeds"], values["fisher"]["scope"]
-    stored = json.loads((tmp_path / "fisher/masks.json").read_text())
-    earlier = same_search(values)
-    del earlier["fisher"]["scope"]
-    assert stored["made_by"] == digest(earlier)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    refuse_changes(config, tmp_path)
-    assert stored_masks(config, tmp_path) == masks
-    for change, said in (("search.keep=0.7", "keep: 0.5 -> 0.7"), ("fisher.scope=layerwise", "global -> layerwise")):
-        other = configured(folder, tmp_path, change)
-        assert stored_masks(other, tmp_path) is None
-        with pytest.raises(InputError, match=said):
-            refuse_changes(other, tmp_path)
-
-
-def test_a_language_search_from_before_layerwise_masks_is_another(tmp_path: Path) -> None:
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     task = {"dataset": "a", "kind": "causal-lm", "columns": {"text": ["text"]}}
-    config = RunConfig.model_validate({"model": {"path": "a"}, "task": task})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    refuse_changes(config, tmp_path)
-    values = config.model_dump(mode="json")
-    del values["fisher"]["scope"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(InputError, match=r"fisher.scope: global -> layerwise"):
-        refuse_changes(config, tmp_path)
-    refuse_changes(RunConfig.model_validate(values | {"fisher": {"scope": "global"}}), tmp_path)
+    values: dict[str, Any] = {"model": {"path": "a"}, "task": task}
+    (tmp_path / "config.yaml").write_text(dump_config(RunConfig.model_validate(values)))
+    for scope in (None, "layerwise"):
+        refuse_changes(RunConfig.model_validate(values | {"fisher": {"scope": scope}}), tmp_path)
+    with pytest.raises(InputError, match=r"fisher.scope: layerwise -> global"):
+        refuse_changes(RunConfig.model_validate(values | {"fisher": {"scope": "global"}}), tmp_path)
+    for text, said in (
+        ("search: {gone: 1}", r"config.yaml:1: search.gone: unknown key"),
+        ("no sections", "config.yaml: found no sections"),
+        ("{", "config.yaml:1: not YAML"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(InputError, match=said):
+            refuse_changes(RunConfig.model_validate(values), tmp_path)
 
 
 def test_options_of_the_ranking_reach_it(folder: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_another_kind_of_task_is_refused(tmp_path: Path) -> None:
         load_adapter(named(None, problem_type="single_label_classification"), folder)
 
 
-def test_adapters_of_before_load_as_they_did_and_damaged_ones_are_named(tmp_path: Path) -> None:
+def test_damaged_heads_are_named(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", named(NAMES["a"]))
     meta = json.loads((folder / "adapter.json").read_text())
     for head in ({"kind": 3, "classes": []}, {"kind": None, "classes": [1]}, ["a"]):
@@ -96,6 +96,9 @@ def test_adapters_of_before_load_as_they_did_and_damaged_ones_are_named(tmp_path
             load_adapter(named(None), folder)
     del meta["head"]
     (folder / "adapter.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="damaged adapter: no valid 'head'"):
+        load_adapter(named(NAMES["c"]), folder)
+    (folder / "adapter.json").write_text(json.dumps({**meta, "head": None}))
     assert load_adapter(named(NAMES["c"]), folder).config.id2label == dict(enumerate(NAMES["c"]))
 
 

@@ -125,15 +125,3 @@ def test_partial_sums_are_bounded(
 )
 def test_programs_fill_the_gpu(programs: int, chunks: int, splits: int) -> None:
     assert dots._splits(programs, chunks, 132) == splits
-
-
-@pytest.mark.parametrize(("rows", "columns", "k"), [(8192, 2048, 83886), (2048, 8192, 33554), (512, 1024, 5000)])
-def test_bytes_of_dots(rows: int, columns: int, k: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randperm(rows * columns, generator=generator)[:k].sort().values.to(torch.int32)
-    made = dots.make_dots(index // columns, index % columns, (rows, columns))
-    for tokens, itemsize, blocks in ((4096, 2, 64), (65, 2, 2), (65, 4, 3)):
-        slab = blocks * 128 * min(rows, columns)
-        sums = 4 * blocks * len(made.slots)
-        assert abs(dots.dots_bytes(tokens, rows, columns, k, itemsize) - slab - sums) <= 0.05 * (slab + sums)
-    assert dots.dots_bytes(2**20, rows, columns, k, 2) <= 2**21 * min(rows, columns) + max(2**26, 2**18 * k)
