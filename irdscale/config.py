@@ -365,12 +365,8 @@ class RayConfig(Section):
 
 
 class SearchConfig(Section):
-    ratio: float = Field(
-        0.005, gt=0, le=1, description="Share of the model's parameters at the start (K / parameters)."
-    )
-    min_ratio: float | None = Field(
-        None, gt=0, le=1, description="Smallest share of the parameters; ratio / 8 if unset."
-    )
+    ratio: float = Field(0.005, gt=0, le=1, description="Share of the parameters at the start (K / parameters).")
+    min_ratio: float | None = Field(None, gt=0, le=1, description="Smallest share of parameters; ratio / 8 if unset.")
     min_samples: int = Field(8, ge=1, description="Smallest number of samples of a candidate.")
     keep: float = Field(
         0.5,
