@@ -53,26 +53,28 @@ class Section(BaseModel):
 class ModelConfig(Section):
     path: str = Field(
         min_length=1,
-        description="Folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package.",
+        description="Local folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package.",
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Data type of the base weights.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    trust_remote_code: bool = Field(False, description="Permission to run Python code that comes with the model.")
 
 
 class ColumnsConfig(Section):
-    text: list[str] | None = Field(None, min_length=1, max_length=2, description="One text column, or two for pairs.")
-    label: str | None = Field(
-        None, description="Label column: class numbers, class names, a number for regression, or the right choice."
+    text: list[str] | None = Field(
+        None, min_length=1, max_length=2, description="Text column, or two for pairs of texts."
     )
-    prompt: str | None = Field(None, description="What stands before a completion or a choice.")
-    completion: str | None = Field(None, description="What the model learns to answer to a prompt.")
-    messages: str | None = Field(None, description="Chats: lists of {role, content}.")
-    choices: list[str] | None = Field(None, min_length=1, description="A column of lists, or one for each choice.")
+    label: str | None = Field(
+        None, description="Label column: class numbers, class names, a number (regression) or the right choice."
+    )
+    prompt: str | None = Field(None, description="Column of the text before a completion or a choice.")
+    completion: str | None = Field(None, description="Column of the answer that the model learns for a prompt.")
+    messages: str | None = Field(None, description="Column of chats: lists of {role, content}.")
+    choices: list[str] | None = Field(None, min_length=1, description="Column of lists, or one for each choice.")
     choice_labels: str | list[str] | None = Field(
         None,
         min_length=1,
-        description="What `label` calls the choices, if it does not count them from 0: a column of lists, a field of "
-        "one (such as choices.label, which is the default), or a column for each choice.",
+        description="Names that `label` uses for the choices, where it does not count from 0: a column of lists, a "
+        "field of one (choices.label by default), or a column for each choice.",
     )
 
     def named(self) -> dict[str, list[str]]:
@@ -82,9 +84,9 @@ class ColumnsConfig(Section):
 
 
 class LimitConfig(Section):
-    train: int | None = Field(None, ge=1, description="Samples kept of the train split, drawn with `split_seed`.")
-    selection: int | None = Field(None, ge=1, description="Samples kept of the selection split.")
-    test: int | None = Field(None, ge=1, description="Samples kept of the test split.")
+    train: int | None = Field(None, ge=1, description="Number of train samples that are kept, drawn with `split_seed`.")
+    selection: int | None = Field(None, ge=1, description="Number of selection samples that are kept.")
+    test: int | None = Field(None, ge=1, description="Number of test samples that are kept.")
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -92,7 +94,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 class LabelSkewConfig(Section):
     label: int | str = Field(description="Number or name of a class.")
-    share: Share = Field(description="Share of the population that is of this class.")
+    share: Share = Field(description="Share of this class in the population.")
 
     @field_validator("label", mode="before")
     @classmethod
@@ -103,37 +105,38 @@ class LabelSkewConfig(Section):
 
 
 class LengthSkewConfig(Section):
-    keep: Literal["shortest", "longest"] = Field(description="Which quarter of the train split, by length in tokens.")
-    share: Share = Field(description="Share of the population that is of this quarter; the rest is of the others.")
+    keep: Literal["shortest", "longest"] = Field(description="Quarter of the train split, by length in tokens.")
+    share: Share = Field(description="Share of this quarter in the population; the rest comes from the other quarters.")
 
 
 class CopiesConfig(Section):
-    of: int = Field(ge=1, description="So many samples of the train split are copied, those with the fewest tokens.")
+    of: int = Field(ge=1, description="Number of copied samples of the train split: those with the fewest tokens.")
     share: Share = Field(
-        description="Share of the population that are additional copies, of each as many to within one."
+        description="Share of the added copies in the population, spread evenly over the copied samples."
     )
 
 
 class MixedWithConfig(Section):
     dataset: str = Field(
-        min_length=1, description="As `task.dataset`; its train split has samples of the same kind, and classes."
+        min_length=1, description="Second data set, as `task.dataset`, with samples of the same kind and classes."
     )
-    subset: str | None = Field(None, description="As `task.subset`.")
-    columns: ColumnsConfig | None = Field(None, description="Those of `task.columns` if unset, but for GLUE tasks.")
-    share: Share = Field(description="Share of the population that is of the other data set.")
+    subset: str | None = Field(None, description="Subset of the second data set, as `task.subset`.")
+    columns: ColumnsConfig | None = Field(
+        None, description="Columns of the second data set; `task.columns` if unset (GLUE tasks have their own)."
+    )
+    share: Share = Field(description="Share of the second data set in the population.")
 
 
 class PoolConfig(Section):
     """The population, shaped in one way: as many samples as the train split (and the other data set) allow."""
 
-    label_skew: LabelSkewConfig | None = Field(None, description="Of sequence-classification: mostly one class.")
-    length_skew: LengthSkewConfig | None = Field(None, description="Mostly short samples, or mostly long ones.")
-    copies: CopiesConfig | None = Field(None, description="The train split and copies of a few short samples.")
-    mixed_with: MixedWithConfig | None = Field(None, description="Samples of another data set among those of train.")
+    label_skew: LabelSkewConfig | None = Field(None, description="Population of mostly one class (classification).")
+    length_skew: LengthSkewConfig | None = Field(None, description="Population of mostly short or mostly long samples.")
+    copies: CopiesConfig | None = Field(None, description="Population of the train split and copies of short samples.")
+    mixed_with: MixedWithConfig | None = Field(None, description="Population mixed with samples of another data set.")
     label_noise: Share | None = Field(
         None,
-        description="Of sequence-classification and regression: the train split, so large a share of it with a false "
-        "label: another class, or another sample's number.",
+        description="Share of the train split with a false label: another class, or another sample's number.",
     )
 
     @model_validator(mode="after")
@@ -170,28 +173,27 @@ def check_pool(kind: Kind, pool: PoolConfig) -> None:
 class TaskConfig(Section):
     dataset: str = Field(
         min_length=1,
-        description="`glue/NAME`, a hub id, or a local file or folder of parquet, JSONL or CSV files.",
+        description="GLUE task (`glue/NAME`), hub id, or local file or folder of parquet, JSONL or CSV files.",
     )
-    kind: Kind | None = Field(None, description="Inferred for GLUE tasks, required for others.")
-    subset: str | None = Field(None, description="Configuration of a hub data set, or a folder inside a local one.")
-    columns: ColumnsConfig | None = Field(None, description="Inferred for GLUE tasks, required for others.")
-    metric: str | None = Field(None, description=f"One of {', '.join(KNOWN_METRICS)}; the task's own if unset.")
+    kind: Kind | None = Field(None, description="Kind of task; required except for GLUE tasks.")
+    subset: str | None = Field(None, description="Configuration of a hub data set, or folder inside a local one.")
+    columns: ColumnsConfig | None = Field(None, description="Columns of the data set; required except for GLUE tasks.")
+    metric: str | None = Field(None, description=f"Metric: {', '.join(KNOWN_METRICS)}; the task's own if unset.")
     max_length: int = Field(
-        128, ge=4, description="Tokens; longer texts are truncated, of causal-lm cut in pieces, of other kinds refused."
+        128, ge=4, description="Tokens of a sample; longer ones are truncated, cut in pieces (causal-lm) or refused."
     )
     truncate: Literal["left"] | None = Field(
-        None, description="Of sft and multiple-choice: cut prompts that do not fit from the left, instead."
+        None, description="Side from which long prompts are cut (sft, multiple-choice); they are refused if unset."
     )
     packing: bool = Field(
-        False, description="Of causal-lm: train on texts joined to max_length; Fisher samples stay single texts."
+        False, description="Packed training of causal-lm: texts joined to max_length; Fisher samples stay single texts."
     )
-    max_new_tokens: int = Field(256, ge=1, description="Tokens that are generated for exact_match, at most.")
+    max_new_tokens: int = Field(256, ge=1, description="Largest number of tokens generated for exact_match.")
     limit: LimitConfig = Field(default_factory=lambda: LimitConfig())
     split_seed: int = Field(0, ge=0, description="Seed of every split and draw of samples.")
     pool: PoolConfig | None = Field(
         None,
-        description="Shapes the population, which all samples that masks are made from are drawn from; the train split "
-        "if unset. What is trained on stays the train split; selection and test stay as they are.",
+        description="Change to the samples that masks are computed from; all other data stay as they are.",
     )
 
     @field_validator("metric")
@@ -248,18 +250,18 @@ def check_columns(kind: Kind, columns: ColumnsConfig, section: str = "task.colum
 
 
 class FisherConfig(Section):
-    samples: int = Field(256, ge=1, description="N: the samples of the population that the search starts from.")
-    batch_size: int = Field(8, ge=1, description="Samples a pass; changes speed and memory, not the result.")
+    samples: int = Field(256, ge=1, description="Samples at the start of the search (N), drawn from the population.")
+    batch_size: int = Field(8, ge=1, description="Samples in one pass; changes speed and memory, not the result.")
     objective: Literal["label", "sampled", "expected"] = Field(
-        "label", description="Labels of the data, drawn from the model, or the expectation over the model's classes."
+        "label", description="Labels of the loss: the data's, drawn from the model, or expected over its classes."
     )
     score: Score = Field(
-        "fisher", description="Fisher information, |mean gradient|, |weight x mean gradient|, |weight|, or a draw."
+        "fisher", description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |weight| or random."
     )
     scope: Scope | None = Field(
         None,
-        description="A mask's entries are the largest of the whole model (global, as in the papers), or of each "
-        "parameter in proportion to its size; if unset, layerwise for language models and global for others.",
+        description="Scope of the top-k: the whole model (global, as in the papers), or each parameter in "
+        "proportion to its size (layerwise); if unset, layerwise for language models and global for others.",
     )
     equal_samples: bool = Field(
         False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
@@ -267,21 +269,21 @@ class FisherConfig(Section):
     head_warmup: int = Field(
         0,
         ge=0,
-        description="Steps of a new head alone before the passes; by an untrained head traces are labels in disguise.",
+        description="Training steps of a new head alone, before the Fisher passes.",
     )
-    include: list[str] | None = Field(None, description="Regular expressions; score only parameters that match one.")
-    exclude: list[str] | None = Field(None, description="Regular expressions; do not score parameters that match.")
+    include: list[str] | None = Field(None, description="Regular expressions of the parameters to score; all if unset.")
+    exclude: list[str] | None = Field(None, description="Regular expressions of the parameters not to score.")
     dtype: Literal["float32", "float64"] = Field("float32", description="Data type of the accumulated sums.")
     layout: Literal["replicated", "sharded"] = Field(
-        "replicated", description="Every rank holds all sums, or 1 / world size of them; one process holds all."
+        "replicated", description="Storage of the sums: all on every rank, or 1 / world size on each (sharded)."
     )
-    offload: bool = Field(False, description="Keep the sums in main memory where the model is on a GPU.")
+    offload: bool = Field(False, description="Storage of the sums in main memory, while the model is on a GPU.")
     token_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="A text's loss: the mean over its target tokens, or their sum."
+        "mean", description="Reduction of a text's loss: mean or sum over its target tokens."
     )
     seed: int | None = Field(None, ge=0, description="Seed of the draws of samples; `task.split_seed` if unset.")
     save_minutes: float = Field(
-        10.0, ge=0, description="How often a Fisher pass saves its state, from which the same command goes on."
+        10.0, ge=0, description="Minutes between saved states of a Fisher pass; a killed one continues from the last."
     )
 
     @model_validator(mode="after")
@@ -309,29 +311,29 @@ LEAST_SHARE = 0.0001
 
 class RayConfig(Section):
     ranks: int = Field(1, ge=1, description="Ranks that train one candidate together.")
-    cpus_per_rank: int = Field(1, ge=1, description="Processors of a rank, and its threads.")
+    cpus_per_rank: int = Field(1, ge=1, description="CPU cores of one rank, and its threads.")
     gpus_per_rank: Annotated[int | float, Field(ge=0, le=1)] | None = Field(
         None,
-        description="GPUs of a rank; one where the cluster has any, if unset. A share, such as 0.25: so many trials "
-        "share a GPU and its memory; Fisher passes take whole ones.",
+        description="GPUs of one rank; one where the cluster has any, if unset. With a fraction such as 0.25, four "
+        "trials share a GPU; Fisher passes take whole GPUs.",
     )
     placement: Literal["pack", "spread"] = Field(
-        "pack", description="Ranks, and candidates, on as few nodes as they fit on, or on as many as there are."
+        "pack", description="Placement of ranks and candidates: on few nodes (pack), or on many (spread)."
     )
     fisher_ranks: int | None = Field(None, ge=1, description="Ranks that share a Fisher pass; `ranks` if unset.")
     concurrent: int | None = Field(
-        None, ge=1, description="Trials, or passes of a comparison, at once; as many as fit if unset."
+        None, ge=1, description="Largest number of trials, or passes of a comparison, at once; as many as fit if unset."
     )
-    max_failures: int = Field(2, ge=0, description="How often a trial starts again whose process or node was lost.")
-    trial_minutes: float | None = Field(None, gt=0, description="A trial that takes longer is ended, and starts again.")
+    max_failures: int = Field(2, ge=0, description="Restarts of a trial whose process or node was lost.")
+    trial_minutes: float | None = Field(None, gt=0, description="Minutes after which a trial is ended and restarted.")
     silent_minutes: float = Field(
-        10.0, gt=0, description="A trial whose process shows no progress for so long is ended, and starts again."
+        10.0, gt=0, description="Minutes without progress after which a trial is ended and restarted."
     )
     early_stopping: bool = Field(
-        False, description="Stop candidates of a round that fall behind the others (ASHA, on the selection metric)."
+        False, description="Early stopping (ASHA) of candidates that fall behind in their round."
     )
     grace_ratio: float = Field(0.25, gt=0, lt=1, description="Share of the steps before a candidate may be stopped.")
-    reduction_factor: int = Field(2, ge=2, description="Of so many candidates at a rung, one goes on.")
+    reduction_factor: int = Field(2, ge=2, description="Candidates at a rung of ASHA, of which one continues.")
     speculate: bool = Field(False, description="Idle workers begin with what the next round will likely ask for.")
 
     @field_validator("gpus_per_rank", mode="before")
@@ -363,9 +365,9 @@ class RayConfig(Section):
 
 
 class SearchConfig(Section):
-    ratio: float = Field(0.005, gt=0, le=1, description="K / parameters of the model: where the search starts.")
-    min_ratio: float | None = Field(None, gt=0, le=1, description="Never fewer parameters; ratio / 8 if unset.")
-    min_samples: int = Field(8, ge=1, description="Never fewer samples.")
+    ratio: float = Field(0.005, gt=0, le=1, description="Share of the parameters at the start (K / parameters).")
+    min_ratio: float | None = Field(None, gt=0, le=1, description="Smallest share of parameters; ratio / 8 if unset.")
+    min_samples: int = Field(8, ge=1, description="Smallest number of samples of a candidate.")
     keep: float = Field(
         0.5,
         gt=0,
@@ -373,8 +375,8 @@ class SearchConfig(Section):
         description="Share of the samples, and of the parameters, that a round keeps; more than half is a finer, "
         "longer search.",
     )
-    max_rounds: int = Field(8, ge=1, description="Rounds after the start.")
-    patience: int = Field(2, ge=1, description="Stop after so many rounds without a new best.")
+    max_rounds: int = Field(8, ge=1, description="Largest number of rounds after the start.")
+    patience: int = Field(2, ge=1, description="Rounds without a new best after which the search stops.")
     direction: Direction = Field(
         "ird",
         description="Keep the samples with the larger traces, the smaller, or a seeded shuffle; `both`: evaluation "
@@ -383,7 +385,7 @@ class SearchConfig(Section):
     )
     rank_by: RankBy = Field(
         "trace",
-        description="Rank by trace, trace x tokens (a longer mean's is smaller), or trace / loss (residuals cancel).",
+        description="Ranking of the samples: trace, trace x tokens (length), or trace / loss (loss).",
     )
     balance: bool = Field(
         False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
@@ -392,7 +394,7 @@ class SearchConfig(Section):
         0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that are dropped first: outliers."
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
-        default=[0, 1], min_length=1, description="Every candidate is trained once for each seed."
+        default=[0, 1], min_length=1, description="Seeds of the trainings; every candidate is trained once for each."
     )
     more_seeds: int = Field(
         0,
@@ -402,7 +404,7 @@ class SearchConfig(Section):
         "apart goes on with twice the seeds (successive halving).",
     )
     runner: Literal["local", "ray"] = Field(
-        "local", description="Where candidates run: this process and its ranks, or trials on a Ray cluster."
+        "local", description="Place where candidates run: this process and its ranks, or trials on a Ray cluster."
     )
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
 
@@ -436,35 +438,35 @@ class SearchConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `epochs`.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the train split.")
-    batch_size: int = Field(16, ge=1, description="Samples a step, of all ranks and accumulated passes together.")
-    gradient_accumulation: int = Field(1, ge=1, description="Passes whose gradients are added up to a step.")
-    eval_batch_size: int = Field(64, ge=1, description="Samples a forward pass when a metric is measured.")
-    learning_rate: float = Field(1e-3, gt=0, description="Of AdamW, for the masked entries and the head.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps of one training; give this or `epochs`.")
+    epochs: float | None = Field(None, gt=0, description="Passes of one training over the train split.")
+    batch_size: int = Field(16, ge=1, description="Samples of one optimizer step, over ranks and accumulated passes.")
+    gradient_accumulation: int = Field(1, ge=1, description="Passes whose gradients are added up for one step.")
+    eval_batch_size: int = Field(64, ge=1, description="Samples in one forward pass of an evaluation.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW, for masked entries and head.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW (decoupled).")
     decay: Literal["delta", "weight"] = Field(
-        "delta", description="Decay pulls towards the pretrained weight (delta) or towards zero (weight)."
+        "delta", description="Target of the weight decay: the pretrained weight (delta) or zero (weight)."
     )
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
-        "linear", description="Learning rate after the warm-up."
+        "linear", description="Schedule of the learning rate after the warm-up."
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping over the trained entries.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Largest gradient norm over the trained entries (clipping).")
     always_train: Literal["auto"] | list[str] = Field(
         "auto",
-        description="Parameters trained densely, as regular expressions; `auto`: those the checkpoint does not hold.",
+        description="Parameters trained densely, as regular expressions; `auto`: those that the checkpoint lacks.",
     )
 
     gradient_checkpointing: bool = Field(
-        False, description="Keep only the inputs of layers, and run these again in the backward pass."
+        False, description="Gradient checkpointing: layers keep their inputs, and run again in the backward pass."
     )
-    deepspeed: str | None = Field(None, min_length=1, description="DeepSpeed's JSON file, for ZeRO 0-3.")
+    deepspeed: str | None = Field(None, min_length=1, description="DeepSpeed JSON file, for ZeRO 0-3.")
     adapter_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Data type of the stored deltas: 8 bytes an entry with its place, or 6."
+        "float32", description="Data type of the saved deltas: 8 bytes per trained parameter (6 in bfloat16)."
     )
     save_minutes: float = Field(
-        10.0, ge=0, description="How often training saves its state, from which the same command goes on."
+        10.0, ge=0, description="Minutes between saved states of a training; a killed one continues from the last."
     )
 
     @field_validator("always_train")
@@ -504,22 +506,20 @@ class CompareConfig(Section):
     )
     variants: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="Name -> a method and what it changes of fisher and search, such as [ird, search.max_rounds=2].",
+        description="Variants: a name, and a method with what it changes, such as [ird, search.max_rounds=2].",
     )
-    reference: str | None = Field(
-        None, description="The method whose differences to all others are reported; the first if unset."
-    )
+    reference: str | None = Field(None, description="Method that all others are compared with; the first if unset.")
     learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, min_length=1, description="Every method is tried with each; `train.learning_rate` alone if unset."
+        None, min_length=1, description="Learning rates that every method tries; `train.learning_rate` alone if unset."
     )
     seeds: list[Annotated[int, Field(ge=0, lt=10**6)]] = Field(
         default=[0, 1, 2, 3, 4],
         min_length=1,
-        description="Repetitions of the whole: draws of samples and entries, new heads, and the order of training.",
+        description="Seeds of the repetitions; each has its own draws, new heads and order of training.",
     )
     equal_budget: bool = Field(
         True,
-        description="Methods without a search draw or start anew as often as IRD evaluates; the best one counts.",
+        description="Equal number of trainings: the best of as many draws or starts as IRD evaluates counts.",
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA matrices, in every linear layer but the head.")
 
@@ -565,15 +565,15 @@ def training_steps(config: TrainConfig, samples: int) -> int:
 
 class DistributedConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = Field(
-        "auto", description="What ranks talk with; `auto`: NCCL where there are GPUs, gloo without."
+        "auto", description="Backend of the communication between ranks; `auto`: NCCL on GPUs, gloo without."
     )
     timeout_minutes: float = Field(
         360.0,
         gt=0,
-        description="How long a rank waits for the others, such as while one reads data or writes a result.",
+        description="Longest wait of a rank for the others, in minutes.",
     )
     silent_seconds: float = Field(
-        60.0, ge=10, description="A rank that stands still for so long is lost, and ends the others."
+        60.0, ge=10, description="Seconds without progress after which a rank counts as lost and ends the others."
     )
 
 

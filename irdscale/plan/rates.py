@@ -3,7 +3,7 @@
 Shares are of a device's peak (`irdscale.plan.hardware`). Other cards than the H100 were not measured and take its
 shares; what a plan prints says so. "The GPU table" is that of one NVIDIA H100 80 GB HBM3 (torch 2.11+cu130, Triton 3.6,
 transformers 5.17; one run, medians), for random Llamas in bfloat16: 1B-like (2048 wide, 8192 within, 16 layers) by 8 x
-512 tokens, 8B-like (4096, 14336, 32) by 4 x 512. "README" is its table of `irdscale bench` on 2 CPU cores.
+512 tokens, 8B-like (4096, 14336, 32) by 4 x 512. "README" is irdscale/bench/README.md, on 2 CPU cores.
 """
 
 from __future__ import annotations

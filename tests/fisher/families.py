@@ -1,4 +1,4 @@
-"""Tiny random models of the families in the README's support table, and samples that fit them."""
+"""Tiny random models of the families in the support table of irdscale/fisher/README.md, and samples that fit them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fisher of many model families against one backward per sample, and the README's table of what was found."""
+"""The Fisher of many model families against one backward per sample, and the table in irdscale/fisher/README.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import brute_force
 from tests.models import collate
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[2] / "irdscale" / "fisher" / "README.md"
 FAMILIES = tuple(configs())
 
 

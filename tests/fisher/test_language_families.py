@@ -1,4 +1,4 @@
-"""Causal language models of the families in the README's table: their decoder blocks' Fisher information."""
+"""Causal language models of the families in irdscale/fisher/README.md: their decoder blocks' Fisher information."""
 
 from __future__ import annotations
 
