@@ -332,7 +332,6 @@ class RayConfig(Section):
     )
     grace_ratio: float = Field(0.25, gt=0, lt=1, description="Share of the steps before a candidate may be stopped.")
     reduction_factor: int = Field(2, ge=2, description="Of so many candidates at a rung, one goes on.")
-    speculate: bool = Field(False, description="Idle workers begin with what the next round will likely ask for.")
 
     @field_validator("gpus_per_rank", mode="before")
     @classmethod

@@ -23,7 +23,6 @@ Other shares than halves are `Shrink`'s.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -139,12 +138,6 @@ def candidates(pair: Pair, minimum: Pair, shrink: Shrink = HALVES) -> list[Pair]
         found.append(Pair(pair.samples, params, pair.begin))
         found += [Pair(samples, params, begin) for begin in parts]
     return found
-
-
-def likely_next(pairs: Sequence[Pair], minimum: Pair, shrink: Shrink = HALVES) -> list[Pair]:
-    """Pairs that the round after one over `pairs` may ask for; those first to which most of the pairs lead."""
-    leads = Counter(part for pair in dict.fromkeys(pairs) for part in candidates(pair, minimum, shrink))
-    return sorted((part for part in leads if part not in pairs), key=lambda part: -leads[part])
 
 
 def lattice(start: Pair, minimum: Pair, shrink: Shrink = HALVES) -> tuple[list[int], list[int]]:

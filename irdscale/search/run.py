@@ -29,7 +29,6 @@ from irdscale.search.ird import (
     Wanted,
     further_seeds,
     ird,
-    likely_next,
     most_evaluations,
     shrink_of,
 )
@@ -144,11 +143,7 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     shrink = shrink_of(config.search)
 
     def evaluate(round_number: int, wanted: Wanted) -> Metrics:
-        likely = likely_next([pair for pair, _ in wanted], masks.minimum, shrink)
-        # After the last round there may be no masks.
-        return runner.evaluate_round(
-            round_number, wanted, masks.masks, [pair for pair in likely if pair in masks.masks]
-        )
+        return runner.evaluate_round(round_number, wanted, masks.masks)
 
     try:
         outcome = ird(

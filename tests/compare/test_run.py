@@ -72,9 +72,7 @@ class Engine:
         assert all(call.light is (call.work is run.score_on_test) for call in calls)
         return LocalEngine(*self.given).call_all(calls, ended)
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         assert not self.tested, "nothing may be chosen after the test split was read"
         for candidate in candidates:
             if self.left == 0:

@@ -25,7 +25,6 @@ from irdscale.search.ird import (
     further_seeds,
     ird,
     lattice,
-    likely_next,
     most_evaluations,
     most_rounds,
     sample_sets,
@@ -390,13 +389,3 @@ def test_further_seeds() -> None:
 def test_is_pure_python() -> None:
     code = "import sys, irdscale.search.ird; print([m for m in ('torch', 'ray', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_what_is_likely_next() -> None:
-    """Those first to which most of the round's candidates lead; none that the round has itself."""
-    start, minimum = Pair(16, 16), Pair(1, 1)
-    assert likely_next([start], minimum) == candidates(start, minimum)
-    found = likely_next(candidates(start, minimum), minimum)
-    assert found[:2] == [Pair(4, 8), Pair(8, 4)], "from two of the three"
-    assert set(found) == {Pair(4, 16), Pair(4, 8), Pair(16, 4), Pair(8, 4), Pair(4, 4)}
-    assert likely_next([Pair(1, 1)], minimum) == []
