@@ -20,7 +20,7 @@ from irdscale.progress import told
 if TYPE_CHECKING:
     from irdscale.config import DistributedConfig
 
-# How often a rank says how far it is, and hears whether to make room.
+# How often a rank says how far it is, and hears whether to pause.
 SAY_S = 0.5
 
 
