@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["sequence-classification", "regression", "causal-lm", "sft", "multiple-choice"]
-Direction = Literal["ird", "reverse", "random", "both"]
+Direction = Literal["ird", "reverse", "random"]
 RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
 Scope = Literal["global", "layerwise"]
@@ -263,9 +263,6 @@ class FisherConfig(Section):
         description="Scope of the top-k: the whole model (global, as in the papers), or each parameter in "
         "proportion to its size (layerwise); if unset, layerwise for language models and global for others.",
     )
-    equal_samples: bool = Field(
-        False, description="Divide each sample's squared gradient by its trace, so that all count alike in a mask."
-    )
     head_warmup: int = Field(
         0,
         ge=0,
@@ -292,10 +289,6 @@ class FisherConfig(Section):
             raise ValueError(
                 f"score: found {self.score!r} with objective 'expected', whose mean gradient is 0; "
                 f"expected objective 'label' or 'sampled'"
-            )
-        if self.equal_samples and self.score != "fisher":
-            raise ValueError(
-                f"equal_samples: found true with score {self.score!r}; expected false: only 'fisher' adds up squares"
             )
         return self
 
@@ -334,7 +327,6 @@ class RayConfig(Section):
     )
     grace_ratio: float = Field(0.25, gt=0, lt=1, description="Share of the steps before a candidate may be stopped.")
     reduction_factor: int = Field(2, ge=2, description="Candidates at a rung of ASHA, of which one continues.")
-    speculate: bool = Field(False, description="Idle workers begin with what the next round will likely ask for.")
 
     @field_validator("gpus_per_rank", mode="before")
     @classmethod
@@ -368,40 +360,17 @@ class SearchConfig(Section):
     ratio: float = Field(0.005, gt=0, le=1, description="Share of the parameters at the start (K / parameters).")
     min_ratio: float | None = Field(None, gt=0, le=1, description="Smallest share of parameters; ratio / 8 if unset.")
     min_samples: int = Field(8, ge=1, description="Smallest number of samples of a candidate.")
-    keep: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Share of the samples, and of the parameters, that a round keeps; more than half is a finer, "
-        "longer search.",
-    )
     max_rounds: int = Field(8, ge=1, description="Largest number of rounds after the start.")
     patience: int = Field(2, ge=1, description="Rounds without a new best after which the search stops.")
     direction: Direction = Field(
-        "ird",
-        description="Keep the samples with the larger traces, the smaller, or a seeded shuffle; `both`: evaluation "
-        "chooses the end (5 candidates a round, not 3; masks take half a pass over the samples more a halving, and "
-        "up to twice the passes a round with a larger `keep`).",
+        "ird", description="Samples that are kept: larger traces (ird), smaller ones (reverse), or a seeded shuffle."
     )
     rank_by: RankBy = Field(
         "trace",
         description="Ranking of the samples: trace, trace x tokens (length), or trace / loss (loss).",
     )
-    balance: bool = Field(
-        False, description="Classes, or quarters of a regression's labels, take turns in the ranking: none dies out."
-    )
-    drop_top: float = Field(
-        0.0, ge=0, lt=0.5, description="Share of the samples, those ranked largest, that are dropped first: outliers."
-    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         default=[0, 1], min_length=1, description="Seeds of the trainings; every candidate is trained once for each."
-    )
-    more_seeds: int = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="Up to so many further seeds for close calls: the better half of the candidates that are not told "
-        "apart goes on with twice the seeds (successive halving).",
     )
     runner: Literal["local", "ray"] = Field(
         "local", description="Place where candidates run: this process and its ranks, or trials on a Ray cluster."
@@ -423,17 +392,10 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _ranked(self) -> SearchConfig:
-        if self.direction == "both" and self.drop_top:
+        if self.direction == "random" and self.rank_by != "trace":
             raise ValueError(
-                f"drop_top: found {self.drop_top} with direction 'both'; expected 0.0: the smaller ones would hold them"
+                f"rank_by: found {self.rank_by} with direction 'random'; expected trace: a shuffle ranks nothing"
             )
-        for key in ("rank_by", "balance", "drop_top") if self.direction == "random" else ():
-            found, default = getattr(self, key), type(self).model_fields[key].default
-            if found != default:
-                raise ValueError(
-                    f"{key}: found {str(found).lower()} with direction 'random'; expected {str(default).lower()}: "
-                    f"a shuffle ranks nothing"
-                )
         return self
 
 
@@ -592,7 +554,7 @@ class RunConfig(Section):
     @property
     def traced(self) -> bool:
         """Whether a search begins with a pass for the samples' traces."""
-        return self.search.direction != "random" or self.fisher.equal_samples
+        return self.search.direction != "random"
 
     @property
     def scope(self) -> Scope:
@@ -611,10 +573,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"fisher.token_reduction: found {self.fisher.token_reduction!r} with task.kind {kind!r}; "
                 f"expected 'mean': only texts have target tokens"
-            )
-        if kind in LANGUAGE_KINDS and self.search.balance:
-            raise ValueError(
-                f"search.balance: found true with task.kind {kind!r}; expected false: texts have no classes"
             )
         if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
             raise ValueError(

@@ -23,15 +23,8 @@ from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_g
 from irdscale.launched import joined
 from irdscale.mask import Mask, Ranking
 from irdscale.partitioned import numel_of
-from irdscale.search.ird import (
-    Pair,
-    close_calls,
-    most_candidates,
-    most_evaluations,
-    most_rounds,
-    sample_sets,
-    shrink_of,
-)
+from irdscale.search.ird import Pair
+from irdscale.search.limits import lattice, most_candidates, most_evaluations, most_rounds
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training import Control, fine_tune, make_sparse, trained_whole
@@ -77,7 +70,6 @@ class Size:
         steps: of one evaluation.
         samples: of the pool, whose gradients are taken in each pass.
         rankings: sets of samples for which masks are made.
-        mask_samples: samples whose gradients these masks take, each pass counted.
         selection, test: samples of the splits.
     """
 
@@ -87,7 +79,6 @@ class Size:
     steps: int
     samples: int
     rankings: int
-    mask_samples: int
     selection: int
     test: int
 
@@ -133,17 +124,13 @@ def _of_passes(
     samples = sample_gradients(config, task, model, pool, whole)
     start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
     minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
-    shrink, seeds = shrink_of(config.search), len(config.search.seeds)
-    rounds = most_rounds(start, minimum, config.search.max_rounds, shrink)
-    sets = sample_sets(start.samples, minimum.samples, shrink)
     size = Size(
-        rounds=rounds,
-        candidates=most_candidates(start, minimum, shrink),
-        evaluations=most_evaluations(start, minimum, config.search.max_rounds, seeds, shrink, config.search.more_seeds),
+        rounds=most_rounds(start, minimum, config.search.max_rounds),
+        candidates=most_candidates(start, minimum),
+        evaluations=most_evaluations(start, minimum, config.search.max_rounds, len(config.search.seeds)),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
-        rankings=sum(len(sizes) for _, sizes in sets),
-        mask_samples=sum(sizes[0] for _, sizes in sets),
+        rankings=len(lattice(start, minimum)[0]),
         selection=len(task.selection),
         test=len(task.test),
     )
@@ -211,15 +198,13 @@ def search_seconds(
     """
     seeds = len(config.search.seeds)
     # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
-    traces = config.traced + config.fisher.equal_samples
-    of_masks = (size.mask_samples + size.samples) * costs.gradient
-    passes = (size.samples * (traces * costs.trace + costs.prediction) + of_masks) / fisher_ranks
+    of_masks = 2 * size.samples * costs.gradient
+    passes = (size.samples * (config.traced * costs.trace + costs.prediction) + of_masks) / fisher_ranks
     if config.fisher.head_warmup:
         # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     computing = size.steps * costs.step + size.selection * costs.prediction
-    close = close_calls(size.candidates, seeds, config.search.more_seeds)
-    groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)] + [*close] * size.rounds
+    groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)]
     waves = sum(ceil(evaluations / at_once) for evaluations in groups)
     turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
     evaluations = waves * costs.begin + turns * computing

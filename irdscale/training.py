@@ -73,7 +73,7 @@ WORTH_S = 30.0
 
 
 class Paused(Exception):  # noqa: N818 - nothing went wrong
-    """A training was asked to make room; its state is saved, and the same call goes on from there."""
+    """A training was asked to pause; its state is saved, and the same call goes on from there."""
 
 
 @dataclass(frozen=True)

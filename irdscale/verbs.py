@@ -14,7 +14,7 @@ from irdscale.config import RunConfig, nearest, training_steps
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model, evaluate_with_errors
 from irdscale.files import digest, read_json, write_folder, write_json
-from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, remove_saved, sample_gradients, traces_of
+from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, sample_gradients, saved_pass, traces_of
 from irdscale.loss_trend import said_of_rise
 from irdscale.mask import Mask
 from irdscale.partitioned import numel_of
@@ -108,7 +108,7 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
                 mask.save(output / "mask")
                 write_json(output / "traces.json", traces)
                 write_json(_note(output), {"made_by": _made_by(config), "hash": mask.hash})
-                remove_saved(config, "mask")
+                saved_pass(config, "mask").remove()
         result = {"mask": str(output / "mask"), "hash": mask.hash, **facts}
         folder.keep("mask", result)
         return result
@@ -219,7 +219,7 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
         if rank_and_world()[0] == 0:
             mask.save(folder)
             write_json(note, {"made_by": made_by, "hash": mask.hash})
-            remove_saved(config, "mask")
+            saved_pass(config, "mask").remove()
     return mask
 
 

@@ -106,7 +106,7 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         ("search.ratio='1'", "search.ratio: found '1'; expected a valid number"),
         ("fisher.samples=1e3", "fisher.samples: found 1000.0; expected a valid integer"),
         ("fisher.samples=true", "fisher.samples: found True; expected a valid integer"),
-        ("search.drop_top=0.5", "search.drop_top: found 0.5; expected less than 0.5"),
+        ("fisher.head_warmup=-1", "fisher.head_warmup: found -1; expected greater than or equal to 0"),
         ("fisher.objective=labl", "fisher.objective: found 'labl' (did you mean \"label\"?); expected 'label'"),
         ("fisher.score=fihser", "fisher.score: found 'fihser' (did you mean \"fisher\"?); expected 'fisher'"),
         ("task.limit.train=0", "task.limit.train: found 0; expected greater than or equal to 1"),

@@ -203,7 +203,6 @@ def test_the_estimate_of_a_search_measures_its_parts_and_writes_nothing(toy, tmp
         "steps": 24,
         "samples": 16,
         "rankings": 2,
-        "mask_samples": 16,
         "selection": 32,
         "test": 32,
         "training_steps": 18 * 24,
@@ -247,7 +246,7 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     from irdscale.estimate import Costs, Size, search_seconds
 
     splits = {"samples": 100, "selection": 20, "test": 30}
-    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, mask_samples=100, **splits)
+    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, **splits)
     costs = Costs(trace=1.0, gradient=100.0, ranking=1e4, begin=1e6, step=1e9, prediction=1e13, load=10.0)
     # Waves of (start, two rounds, baselines) at two seeds: 2 + 6 + 6 + 4 one by one, 1 + 2 + 2 + 1 four at once.
     for at_once, ranks, waves in ((1, 1, 18), (4, 1, 6), (4, 2, 6)):
@@ -273,24 +272,15 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
         assert head == pytest.approx(2 * (costs.begin + 7 * costs.step), rel=1e-4)
     shuffled = toy.model_copy(update={"search": toy.search.model_copy(update={"direction": "random"})})
     assert search_seconds(toy, costs, size) - search_seconds(shuffled, costs, size) == pytest.approx(100.0, rel=0.5)
-    more = dataclasses.replace(size, rankings=7, mask_samples=250)
-    assert search_seconds(toy, costs, more) - search_seconds(toy, costs, size) == pytest.approx(4e4 + 150 * 100, abs=20)
-    close = toy.model_copy(update={"search": toy.search.model_copy(update={"more_seeds": 4})})
-    steps = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.1, prediction=0.0)
-    # In each of two rounds two of three candidates go on with 2 and 2 seeds, and so does the best so far.
-    for at_once, waves in ((1, 4 + 4 + 2 + 2), (4, 1 + 1 + 1 + 1)):
-        further = search_seconds(close, steps, size, at_once) - search_seconds(toy, steps, size, at_once)
-        assert further == pytest.approx(2 * waves)
-    only_traces = Costs(trace=1.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=0.0)
-    equal = toy.model_copy(update={"fisher": toy.fisher.model_copy(update={"equal_samples": True})})
-    assert search_seconds(equal, only_traces, size) == 2 * search_seconds(toy, only_traces, size) == 200
+    more = dataclasses.replace(size, rankings=7)
+    assert search_seconds(toy, costs, more) - search_seconds(toy, costs, size) == pytest.approx(4e4, abs=20)
 
 
 def test_the_time_of_evaluations_that_share_a_gpu(toy):
     from irdscale.estimate import Costs, Size, search_seconds
 
     splits = {"samples": 100, "selection": 20, "test": 30}
-    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, mask_samples=100, **splits)
+    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, **splits)
     steps = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.1, prediction=0.0)
     begins = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=1.0, step=0.0, prediction=0.0)
     # Of 2, 6, 6 and 4 evaluations four at once share one GPU: no step is saved, but the waiting for models is.
@@ -314,7 +304,7 @@ def gpus_of_a_cluster(monkeypatch):
     from irdscale.cluster import connect
     from irdscale.estimate import Costs, Size
 
-    measured = Costs(0.0, 0.0, 0.0, 1.0, 0.1, 0.0), Size(1, 3, 12, 10, 16, 2, 16, 8, 8)
+    measured = Costs(0.0, 0.0, 0.0, 1.0, 0.1, 0.0), Size(1, 3, 12, 10, 16, 2, 8, 8)
     nodes = [{"id": "", "host": "one", "has": {"CPU": 8.0, "GPU": 1.0}}]
     monkeypatch.setattr(connect, "nodes", lambda: nodes)
     monkeypatch.setattr(connect, "connected", lambda: contextlib.nullcontext(NoCluster()))

@@ -50,7 +50,7 @@ def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
     measures = {
         "fisher": (bench_fisher, 2 * len(FISHER_MODELS) + 3),
         "train": (bench_train, len(TRAIN_MODELS) + 1),
-        "search": (bench_search, 3),
+        "search": (bench_search, 2),
         "gpu": (bench_gpu, GROUPS),
     }
     with bar("Benchmarks", sum(measures[p][1] for p in parts), enabled=progress) as advance:

@@ -1,4 +1,4 @@
-"""A search on Ray: what scheduling costs, what workers and speculation gain, and the work that IRD's order spares."""
+"""A search on Ray: what scheduling costs, what workers gain, and the work that IRD's order spares."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from irdscale.config import RunConfig
 from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import Pair, candidates, ird, lattice, likely_next
+from irdscale.search.ird import Pair, candidates
 from irdscale.search.masks import search_masks, smallest_pair
-from irdscale.search.runner import Runner
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-ROUNDS = 3
 REPEATS = 3
 # Of a candidate's training; the quickstart's own would take twice as long.
 STEPS = 20
-# The shortest and the longest that a stand-in for a candidate waits, as if its accelerator worked.
-WAITS_S = (4.0, 6.0)
 
 
 def bench_search(advance: Callable[..., None]) -> list[dict[str, Any]]:
@@ -44,8 +40,6 @@ def bench_search(advance: Callable[..., None]) -> list[dict[str, Any]]:
         rows = [_overhead(Path(folder))]
         advance()
         rows += _workers(Path(folder))
-        advance()
-        rows.append(_speculation(Path(folder)))
         advance()
     return rows
 
@@ -123,56 +117,3 @@ def naive_work(path: list[Pair], minimum: Pair, seeds: int) -> tuple[int, int]:
             gradients += ranking + candidate.samples
             evaluations += seeds
     return gradients, evaluations
-
-
-def _speculation(folder: Path) -> dict[str, Any]:
-    """A search of rounds of 3 candidates on 4 workers with speculation, against none.
-
-    Candidates wait instead of training: two processors cannot show what four accelerators would.
-    """
-    from irdscale.cluster.connect import connected
-    from irdscale.search.ray import RayEngine
-    from irdscale.search.shared import SharedLedger
-
-    seconds, best = {}, set()
-    start, minimum = Pair(256, 4096), Pair(16, 256)
-    sizes, ks = lattice(start, minimum)
-    masks = {Pair(s, p): f"{s}-{p}" for s in sizes for p in ks}
-    for speculate in (False, True):
-        config = _config(
-            folder, f"speculate-{speculate}", "search.seeds=[0]", f"search.ray.speculate={str(speculate).lower()}"
-        )
-        output = Path(config.output)
-        with connected(cpus=4) as cluster, SharedLedger(output / "ledger.jsonl") as ledger:
-            runner = Runner(config, ledger, RayEngine(config, 1, output, cluster, evaluation=_wait), output)
-            # The first round starts the cluster's processes.
-            runner.evaluate_round(0, [(start, 0)], masks)
-            started = time.perf_counter()
-            outcome = ird(start, minimum, [0], ROUNDS, ROUNDS, partial(_round, runner, masks, minimum))
-            seconds[speculate] = time.perf_counter() - started
-            best.add(outcome.best)
-    assert len(best) == 1
-    what = "rounds of 3 waiting candidates on 4 workers, speculating / not"
-    times = {"speculating": round(seconds[True], 1), "not": round(seconds[False], 1)}
-    return figure("search", what, "-", 0, seconds[True] / seconds[False]) | {"seconds": times}
-
-
-def _round(
-    runner: Runner, masks: dict[Pair, str], minimum: Pair, number: int, wanted: list[tuple[Pair, int]]
-) -> list[float | None]:
-    return runner.evaluate_round(number, wanted, masks, likely_next([pair for pair, _ in wanted], minimum))
-
-
-def _wait(config: RunConfig, output: Path, candidate: Candidate, optional: bool, talk: Any) -> dict[str, Any] | None:
-    """A stand-in for an evaluation, better the more was halved; it makes room when asked, and then starts over."""
-    short, long = WAITS_S
-    seconds = short + (long - short) * ((candidate.pair.samples * 7 + candidate.pair.params) % 5) / 4
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        talk.say(step=1, of=1)
-        if talk.pausing():
-            return None
-    record: dict[str, Any] = candidate.record(config)
-    metric = 1 / (candidate.pair.samples + candidate.pair.params / 64)
-    return record | {"metric": metric, "status": "ok", "seconds": seconds}

@@ -54,11 +54,8 @@ class Cluster:
 
 
 @contextmanager
-def connected(cpus: int | None = None) -> Iterator[Cluster]:
+def connected() -> Iterator[Cluster]:
     """Connect to the cluster that RAY_ADDRESS names or that runs on this host, else start one of this host alone.
-
-    Args:
-        cpus: how many processors one that is started here says it has; as many as there are, unless given.
 
     Raises:
         InputError: the cluster cannot be reached.
@@ -73,7 +70,7 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
     where = f"RAY_ADDRESS: found {address}; " if "RAY_ADDRESS" in os.environ else f"the Ray cluster at {address}: "
     try:
         # Of a cluster of our own nobody looks at the dashboard.
-        own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus} if address == LOCAL else {}
+        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
         with _sigterm_kept():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own

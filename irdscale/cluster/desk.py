@@ -15,12 +15,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from irdscale.cluster.ranks import Gang, run_rank
 from irdscale.errors import InputError, RunError
 
-Closing = Literal["optional", "all"] | None
 LOOK_S = 0.5
 # A process that is told to end and does not is killed after so long.
 END_S = 5.0
@@ -34,7 +33,6 @@ class Job:
         work: the function, packed: what it needs is imported where it runs, and nowhere on the way.
         silent_s: how long it may say nothing, once it has begun.
         limit_s: how long it may take, once it has begun.
-        optional: begin only when no other job waits for room, and pause when the search closes.
         label: facts about the job for whoever looks.
     """
 
@@ -43,7 +41,6 @@ class Job:
     gang: Gang
     silent_s: float
     limit_s: float | None = None
-    optional: bool = False
     label: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,7 +76,7 @@ class Desk:
     def __init__(self) -> None:
         self._jobs: dict[str, _State] = {}
         self._logs: list[str] = []
-        self._closing: Closing = None
+        self._closing = False
 
     # What the search calls.
 
@@ -95,7 +92,7 @@ class Desk:
         """Wait for the next report after `seen` of them, or for the job's end.
 
         Returns:
-            {"report": (step, metric)}, or {"result": what the first rank returned, packed; None if the job made room}.
+            {"report": (step, metric)}, or {"result": what the first rank returned, packed; None if it never began}.
 
         Raises:
             InputError, RunError: as the job.
@@ -127,8 +124,8 @@ class Desk:
             state.task.cancel()
             await asyncio.wait({state.task})
 
-    async def close(self, closing: Closing) -> None:
-        """Ask jobs to save their state and make room, and let none begin: the optional ones, or all; or none again."""
+    async def close(self, closing: bool) -> None:
+        """Ask all jobs to save their state and pause, and let none begin; or no longer."""
         self._closing = closing
 
     async def idle(self) -> bool:
@@ -169,7 +166,7 @@ class Desk:
         """A job lives, and this is how far it is; returns whether it is to pause."""
         state = self._state(name)
         state.heard, state.facts = time.monotonic(), facts
-        return self._closes(state.job)
+        return self._closing
 
     async def report(self, name: str, step: int, metric: float) -> None:
         """A metric for the scheduler."""
@@ -192,9 +189,7 @@ class Desk:
         import ray
 
         job = state.job
-        while job.optional and not self._closes(job) and self._others_wait():
-            await asyncio.sleep(LOOK_S)
-        if self._closes(job):
+        if self._closing:
             return None
         group, ranks = None, {}
         try:
@@ -210,7 +205,7 @@ class Desk:
                     found = future.result()
                     first = found if found is not None else first
                 self._check(state)
-                if self._closes(job) and state.arrived is None:
+                if self._closing and state.arrived is None:
                     return None
             return first
         except InputError as error:
@@ -222,12 +217,6 @@ class Desk:
             await _end(state, ranks)
             if group is not None:
                 ray.util.remove_placement_group(group)
-
-    def _closes(self, job: Job) -> bool:
-        return self._closing == "all" or (self._closing == "optional" and job.optional)
-
-    def _others_wait(self) -> bool:
-        return any(state.running and not state.job.optional and state.arrived is None for state in self._jobs.values())
 
     def _check(self, state: _State) -> None:
         if state.arrived is None:

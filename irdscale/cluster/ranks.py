@@ -20,7 +20,7 @@ from irdscale.progress import told
 if TYPE_CHECKING:
     from irdscale.config import DistributedConfig
 
-# How often a rank says how far it is, and hears whether to make room.
+# How often a rank says how far it is, and hears whether to pause.
 SAY_S = 0.5
 
 
@@ -56,7 +56,7 @@ class Gang:
 
 @dataclass
 class Talk:
-    """A job's line to the desk: how far it is, and whether it is to make room. Ranks but the first say nothing."""
+    """A job's line to the desk: how far it is, and whether it is to pause. Ranks but the first say nothing."""
 
     desk: Any
     name: str
@@ -73,7 +73,7 @@ class Talk:
             self._said = time.monotonic()
 
     def pausing(self) -> bool:
-        """Whether the desk has asked for room."""
+        """Whether the desk has asked it to pause."""
         return self._pausing
 
     def report(self, step: int, metric: float) -> None:

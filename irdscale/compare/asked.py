@@ -73,8 +73,8 @@ class Method:
         return f"{WORDS[self.kind][1]}; {changes}" if changes else WORDS[self.kind][1]
 
     def of_seed(self, seed: int) -> RunConfig:
-        """The configuration of the passes of one repetition; no mask is made by further seeds."""
-        search = self.config.search.model_copy(update={"seeds": [seed], "more_seeds": 0})
+        """The configuration of the passes of one repetition."""
+        search = self.config.search.model_copy(update={"seeds": [seed]})
         return self.config.model_copy(
             update={"search": search, "fisher": self.config.fisher.model_copy(update={"seed": seed})}
         )

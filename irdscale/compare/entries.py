@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from irdscale.compare.asked import RANKINGS, SEARCHES, Method, described
@@ -11,8 +10,7 @@ from irdscale.compare.statistics import interval, paired_methods
 from irdscale.compare.underway import Study
 from irdscale.config import METRIC_RANGES
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import lattice as sizes
-from irdscale.search.ird import shrink_of
+from irdscale.search.limits import lattice as sizes
 
 
 def method_entries(
@@ -38,8 +36,7 @@ def fewest_samples(study: Study) -> int | None:
     for method in study.methods:
         if method.kind in SEARCHES:
             masks, search = study.lattices[method.name, study.seeds[0]], method.config.search
-            within = replace(shrink_of(search), reach=search.max_rounds)
-            ends.append(sizes(masks.start, masks.minimum, within)[0][-1])
+            ends.append(sizes(masks.start, masks.minimum)[0][: search.max_rounds + 1][-1])
     return min(ends, default=None)
 
 

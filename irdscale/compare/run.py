@@ -46,8 +46,9 @@ from irdscale.run_folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import Pair, Wanted, most_of_rounds, rounds, shrink_of, together
+from irdscale.search.ird import Pair, Wanted, rounds, together
 from irdscale.search.kept import SearchMasks
+from irdscale.search.limits import most_of_rounds
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Call, Runner
@@ -147,9 +148,8 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
 def _most_searched(method: Method, facts: ModelFacts) -> int:
     """Upper bound of what the search of one seed evaluates after its start."""
     search, parameters = method.config.search, facts.model["parameters"]
-    start, shrink = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters))), shrink_of(search)
-    minimum = smallest_pair(method.config, start, parameters)
-    return most_of_rounds(start, minimum, search.max_rounds, 1, shrink, search.more_seeds)
+    start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
+    return most_of_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, 1)
 
 
 def _compared(study: Study) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _compared(study: Study) -> dict[str, Any]:
     _search(study)
     _spend_budgets(study)
     trained = time.perf_counter()
-    chosen = {of: study.decided.get(of) or _best(study, tried) for of, tried in study.tried.items()}
+    chosen = {of: _best(study, tried) for of, tried in study.tried.items()}
     tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
     base = None
     if not study.facts.head:
@@ -269,16 +269,16 @@ def _search(study: Study) -> None:
         if method.kind in SEARCHES and study.runner.metric(study.tried[method.name, seed][0]) is not None
     ]
 
-    def candidate(method: Method, repetition: int, pair: Pair, seed: int) -> Candidate:
-        mask = study.lattices[method.name, repetition].masks[pair]
+    def candidate(method: Method, pair: Pair, seed: int) -> Candidate:
+        mask = study.lattices[method.name, seed].masks[pair]
         rate = study.rates[method.name]
         assert rate is not None
         return trained(method, Candidate(mask, pair, seed, None, method.name), rate)
 
     def evaluate(asked: list[tuple[int, Wanted] | None]) -> list[list[float | None]]:
         wanted = [
-            [candidate(method, repetition, pair, seed) for pair, seed in of_one[1]]
-            for (method, repetition), of_one in zip(started, asked, strict=True)
+            [candidate(method, pair, seed) for pair, seed in of_one[1]]
+            for (method, _), of_one in zip(started, asked, strict=True)
             if of_one is not None
         ]
         study.runner.evaluate([one for of_one in wanted for one in of_one])
@@ -295,15 +295,11 @@ def _search(study: Study) -> None:
                 search.max_rounds,
                 search.patience,
                 study.task.lower_is_better,
-                shrink_of(search),
-                [seed + RESTART * further for further in range(1, search.more_seeds + 1)],
             )
         )
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
-        study.tried[method.name, seed] += [candidate(method, seed, pair, seed) for pair in list(outcome.means)[1:]]
+        study.tried[method.name, seed] += [candidate(method, pair, seed) for pair in list(outcome.means)[1:]]
         study.spent[method.name, seed] = outcome.evaluations
-        if method.config.search.more_seeds:
-            study.decided[method.name, seed] = candidate(method, seed, outcome.best, seed)
 
 
 def _spend_budgets(study: Study) -> None:
@@ -333,7 +329,7 @@ def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[
     wanted: list[tuple[Method, int, Pair, int]] = []
     for method, seed in asked:
         searched, spent = [candidate.pair for candidate in study.tried["ird", seed][1:]], study.spent["ird", seed] - 1
-        # Where further seeds decided close calls, there are more evaluations than pairs.
+        # Where some failed, there are more evaluations than pairs.
         for place in range(spent if searched else 0):
             wanted.append((method, seed, searched[place % len(searched)], place // len(searched)))
     calls = []

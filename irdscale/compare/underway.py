@@ -30,7 +30,6 @@ class Study:
         tried: (method, seed) -> its candidates at the rate kept, the first one first.
         spent: (method, seed) -> how many of them were evaluated, where more than the first.
         gradients: (method, seed) -> sample gradients of FISH's draws.
-        decided: (method, seed) -> what a search with further seeds found best.
     """
 
     config: RunConfig
@@ -49,7 +48,6 @@ class Study:
     tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
     spent: dict[tuple[str, int], int] = field(default_factory=dict)
     gradients: dict[tuple[str, int], int] = field(default_factory=dict)
-    decided: dict[tuple[str, int], Candidate] = field(default_factory=dict)
 
     @property
     def grid(self) -> list[float]:

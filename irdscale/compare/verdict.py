@@ -10,7 +10,7 @@ from irdscale.config import METRIC_RANGES
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.
-_WAY = ("search.max_rounds=", "search.patience=", "search.more_seeds=")
+_WAY = ("search.max_rounds=", "search.patience=")
 
 
 def method_named(study: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -156,7 +156,6 @@ class SampleGradients:
     _arriving: bool = False
     _partitioned: bool = False
     _capture: Capture | None = None
-    _weights: Tensor | None = None
     _buffers: Buffers = field(default_factory=Buffers)
     _unread: _Unread = field(default_factory=_Unread)
 
@@ -176,7 +175,6 @@ class SampleGradients:
         sums: Sums,
         traces: Tensor | None = None,
         *,
-        weights: Tensor | None = None,
         boundaries: Collection[int] = (),
         at_boundary: Callable[[int], None] | None = None,
         progress: bool = False,
@@ -189,18 +187,12 @@ class SampleGradients:
         several ranks each takes its share of the samples, and all end with the sums complete.
 
         Args:
-            weights: float64 [N], by which the samples' losses are multiplied; not with `traces`, which know none.
             saved: keeps the state of the pass now and then, and when a signal interrupts it, which then raises
                 KeyboardInterrupt; one that was interrupted goes on from there.
         """
-        assert weights is None or traces is None
-        sink = _SumsSink(sums, traces is not None)
-        self._weights = weights
-        try:
-            with watched():
-                self._run(order, sink, sums, traces, boundaries, at_boundary, progress, description, saved)
-        finally:
-            self._weights = None
+        with watched():
+            sink = _SumsSink(sums, traces is not None)
+            self._run(order, sink, sums, traces, boundaries, at_boundary, progress, description, saved)
 
     def add_traces(
         self, order: Sequence[int], traces: Tensor, *, progress: bool = False, saved: SavedPass | None = None
@@ -404,8 +396,6 @@ class SampleGradients:
         self._unread = _Unread()
         work = self.prepare(order)
         asked = {"order of samples": digest(list(order)), "sizes of sample sets": sorted(boundaries)}
-        if self._weights is not None:
-            asked["weights of samples"] = digest(self._weights.tolist())
         same_on_every_rank({**asked, "wish for traces": traces is not None, "pass": description})
         own_traces = torch.zeros(0 if traces is None else len(traces), dtype=torch.float64)
         state = PassState(own_traces, {} if sums is None else sums.tensors)
@@ -598,7 +588,7 @@ class SampleGradients:
         assert capture is not None
         losses = self._losses(lambda inputs: capture.forward(inputs, batch_size(batch)), batch, indices)
         self._unread.losses += [(indices, loss_B.detach()) for loss_B in losses]
-        for i, loss_B in enumerate(self._weighted(losses, indices)):
+        for i, loss_B in enumerate(losses):
             capture.backward(loss_B, arrive, retain_graph=i + 1 < len(losses))
             end()
 
@@ -621,7 +611,7 @@ class SampleGradients:
                 cleaning.callback(handle.remove)
             losses = self._losses(lambda inputs: self.model(**inputs), batch, [index])
             self._unread.losses += [([index], loss_1.detach()) for loss_1 in losses]
-            for i, loss_1 in enumerate(self._weighted(losses, [index])):
+            for i, loss_1 in enumerate(losses):
                 if loss_1.requires_grad:
                     loss_1.sum().backward(retain_graph=i + 1 < len(losses))
                 end()
@@ -672,12 +662,6 @@ class SampleGradients:
             labels = drawn_tokens(parts.head, hidden_BTD, labels, indices, self.seed)
         losses_BT = found_losses(parts.head, hidden_BTD, next_tokens(labels), batch[PLACES])
         return reduced(losses_BT, labels, self.token_reduction)
-
-    def _weighted(self, losses: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-        if self._weights is None:
-            return losses
-        weight_B = self._weights[list(indices)]
-        return [loss_B * weight_B.to(loss_B.device, loss_B.dtype, non_blocking=True) for loss_B in losses]
 
     def _refuse_not_finite(self, indices: Sequence[int], losses_N: Tensor) -> None:
         bad = (~losses_N.isfinite()).nonzero().flatten().tolist()

@@ -8,7 +8,6 @@ entries.
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,48 +23,21 @@ from irdscale.mask import Ranking, rank_entries
 from irdscale.ranks import rank_and_world
 
 
-def rank_samples(
-    values: Tensor, direction: str, seed: int, *, classes: Sequence[int] | None = None, drop_top: float = 0.0
-) -> list[int]:
+def rank_samples(values: Tensor, direction: str, seed: int) -> list[int]:
     """Places 0..N-1 in the order in which a search keeps them: the first s are the s-sample set.
 
-    `ird` and `both` put the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded
-    shuffle, which is how FISH draws its samples.
+    `ird` puts the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded shuffle, which
+    is how FISH draws its samples.
 
     Args:
         values: [N], such as the samples' traces.
-        classes: of each sample; they take turns, so that every prefix holds them in equal number as far as they last.
-        drop_top: share of the samples, those with the largest values, that comes last in either direction.
     """
     if direction == "random":
         order = list(range(len(values)))
         random.Random(seed).shuffle(order)
-        return order
-    order = values.sort(descending=direction != "reverse", stable=True).indices.tolist()
-    count = round(drop_top * len(order))
-    if direction != "reverse":
-        top, kept = order[:count], order[count:]
     else:
-        kept, top = order[: len(order) - count], order[len(order) - count :]
-    return (kept if classes is None else _in_turns(kept, classes)) + top
-
-
-def _in_turns(order: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """First the first of each class, then the second of each, and so on; of one turn, in the given order."""
-    turns: Counter[int] = Counter()
-    turn_of = {}
-    for place in order:
-        turn_of[place] = turns[classes[place]]
-        turns[classes[place]] += 1
-    return sorted(order, key=turn_of.__getitem__)
-
-
-def quarters(labels: Sequence[float]) -> list[int]:
-    """0 to 3 for each label: the quarter of the sorted labels that it is in, equal ones in data order."""
-    found = [0] * len(labels)
-    for place, i in enumerate(sorted(range(len(labels)), key=labels.__getitem__)):
-        found[i] = 4 * place // len(labels)
-    return found
+        order = values.sort(descending=direction != "reverse", stable=True).indices.tolist()
+    return order
 
 
 def ranked_entries_by_prefix(
@@ -80,7 +52,6 @@ def ranked_entries_by_prefix(
     layout: Layout = "replicated",
     offload: bool = False,
     traces: Tensor | None = None,
-    weights: Tensor | None = None,
     progress: bool = False,
     saved: SavedPass | None = None,
 ) -> dict[int, Ranking]:
@@ -94,7 +65,6 @@ def ranked_entries_by_prefix(
         scope: the largest of all, or of every parameter in proportion to its size (see `rank_entries`).
         layout, offload: of the sums, as in `accumulate_fisher`.
         traces: float64 [N], filled with each visited sample's trace where given.
-        weights: float64 [N], by which the samples' losses are multiplied; not with `traces`.
         saved: keeps the state of the pass, and the rankings that it has passed.
     """
     add = summed(score)
@@ -117,7 +87,6 @@ def ranked_entries_by_prefix(
         order[: max(sizes)],
         sums,
         traces,
-        weights=weights,
         boundaries=sizes,
         at_boundary=snapshot,
         progress=progress,
@@ -130,11 +99,6 @@ def ranked_entries_by_prefix(
             kept = saved.kept(f"ranking-{size}")
             rankings[size] = Ranking(kept["parameter"], kept["index"], samples.shapes)
     return rankings
-
-
-def equal_weights(traces: Tensor) -> Tensor:
-    """What to multiply samples' losses by for squared gradients that sum to 1 each: [N]; 0 for a trace of 0."""
-    return torch.where(traces > 0, traces.rsqrt(), 0.0)
 
 
 def _ranking(

@@ -15,7 +15,7 @@ from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.gradients import SampleGradients
-from irdscale.fisher.lattice import equal_weights, quarters, rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.resume import SavedPass
 from irdscale.mask import Ranking
 from irdscale.partitioned import numel_of, to_gpu
@@ -72,19 +72,15 @@ def ranked_samples(
         traces: float64 [N], of all samples, unless `search.direction` is random.
         losses: float64 [N], by the samples' labels.
     """
-    search, rows, values = config.search, cast(Any, samples.dataset), traces
+    search, values = config.search, traces
     if search.rank_by == "length":
-        tokens = torch.tensor(_tokens(task, rows), dtype=torch.float64)
+        tokens = torch.tensor(_tokens(task, samples.dataset), dtype=torch.float64)
         # The gradient of a sum is as many times that of the mean, its square that many times squared.
         summed = task.is_language and config.fisher.token_reduction == "sum"
         values = traces / tokens if summed else traces * tokens
     elif search.rank_by == "loss":
         values = torch.where(losses > 0, traces / losses, 0.0)
-    classes = None
-    if search.balance:
-        labels = list(rows["labels"])
-        classes = quarters(labels) if task.kind == "regression" else labels
-    return rank_samples(values, search.direction, draw_seed(config), classes=classes, drop_top=search.drop_top)
+    return rank_samples(values, search.direction, draw_seed(config))
 
 
 def _tokens(task: Task, rows: Any) -> list[int]:
@@ -140,30 +136,15 @@ def ranked_entries(
     name: str,
     *,
     traces: Tensor | None = None,
-    known: bool = False,
     progress: bool = False,
 ) -> dict[int, Ranking]:
-    """`ranked_entries_by_prefix` as a configuration says: with `fisher.equal_samples` after a pass for the traces.
-
-    Args:
-        name: of the state that is kept of the passes.
-        traces: float64 [N]; filled unless `known`.
-    """
-    weights = None
-    if config.fisher.equal_samples:
-        if traces is None:
-            traces = torch.zeros(len(samples.dataset), dtype=torch.float64)
-        if not known:
-            saved = saved_pass(config, traces_before(name))
-            samples.add_traces(order[: max(sizes)], traces, progress=progress, saved=saved)
-        weights, known = equal_weights(traces), True
+    """`ranked_entries_by_prefix` as a configuration says; `name` is that of the state that is kept of the pass."""
     return ranked_entries_by_prefix(
         samples,
         order,
         sizes,
         k,
-        traces=None if known else traces,
-        weights=weights,
+        traces=traces,
         progress=progress,
         saved=saved_pass(config, name),
         **pass_options(config),
@@ -180,17 +161,6 @@ def saved_pass(config: RunConfig, name: str) -> SavedPass:
         "by": config.train.model_dump(mode="json") if steps else None,
     }
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
-
-
-def traces_before(name: str) -> str:
-    """The name of the state of a pass for the traces that the pass of this name needs."""
-    return f"{name}-traces"
-
-
-def remove_saved(config: RunConfig, name: str) -> None:
-    """The masks of the pass of this name, and of the one for its traces, are kept elsewhere."""
-    for each in (name, traces_before(name)):
-        saved_pass(config, each).remove()
 
 
 def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:

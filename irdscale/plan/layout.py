@@ -21,7 +21,8 @@ from irdscale.plan.memory import (
 from irdscale.plan.rates import columns_held
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import gradient_traffic, sample_flops, sums_traffic, weight_traffic
-from irdscale.search.ird import Pair, lattice, most_evaluations, sample_sets, shrink_of
+from irdscale.search.ird import Pair
+from irdscale.search.limits import lattice, most_evaluations
 
 # Phases of a trial; in the others a rank has its GPU alone.
 TRIAL = ("begin", "train", "evaluate")
@@ -71,8 +72,6 @@ class Job:
         sizes: numbers of samples for which masks are made.
         evaluations: trainings of a whole search, at most.
         traced: whether the masks of the search come after a pass for the samples' traces.
-        mask_passes: over all samples, for the masks of the search.
-        drawn_traced: whether the mask of the random samples that it is compared with does so, too.
         item: bytes of an entry of the sums.
         language: whether samples are texts that a language model goes on with.
         scattered: whether the entries of masks lie in all rows and columns, as those do that each matrix has alike.
@@ -93,8 +92,6 @@ class Job:
     sizes: int
     evaluations: int
     traced: bool
-    mask_passes: float
-    drawn_traced: bool
     item: int
     language: bool
     scattered: bool
@@ -136,8 +133,7 @@ def job_of(
     Args:
         start, minimum: the pair that the search starts from, and the one below which no candidate goes.
     """
-    search, shrink = config.search, shrink_of(config.search)
-    gradients = sum(sizes[0] for _, sizes in sample_sets(start.samples, minimum.samples, shrink))
+    search = config.search
     return Job(
         shapes=shapes,
         gpu=gpu,
@@ -149,11 +145,9 @@ def job_of(
         eval_batch=config.train.eval_batch_size,
         # Before the pool's passes, and before those of the random samples.
         head_steps=2 * config.fisher.head_warmup,
-        sizes=len(lattice(start, minimum, shrink)[0]),
-        evaluations=most_evaluations(start, minimum, search.max_rounds, len(search.seeds), shrink, search.more_seeds),
+        sizes=len(lattice(start, minimum)[0]),
+        evaluations=most_evaluations(start, minimum, search.max_rounds, len(search.seeds)),
         traced=config.traced,
-        mask_passes=gradients / start.samples,
-        drawn_traced=config.fisher.equal_samples,
         item=8 if config.fisher.dtype == "float64" else 4,
         language=language,
         scattered=config.scope == "layerwise",
@@ -251,19 +245,17 @@ def cost(job: Job, layout: Layout) -> Cost:
     limit, small = one.forward + one.backward, columns_held(_ratio(job), job.scattered) * one.weights
     passed = limit + again
     # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
-    one_ranking = job.samples * (passed + one.traces)
-    ranking, drawn = job.traced * one_ranking, job.drawn_traced * one_ranking
-    drawn_masks = job.samples * (passed + one.weights)
-    masks = job.mask_passes * drawn_masks
+    ranking = job.traced * job.samples * (passed + one.traces)
+    masks = job.samples * (passed + one.weights)
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
     all_steps = job.head_steps + job.evaluations * job.steps
-    flops["search"] = ranking + drawn + masks + drawn_masks + all_steps * step
+    flops["search"] = ranking + masks + masks + all_steps * step
 
     batches = ceil(job.samples / layout.world / layout.fisher_batch)
     gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
     sums = sums_traffic(shapes, layout.sharded, job.item, layout.world, batches, job.sizes)
-    passes = job.traced + job.mask_passes
+    passes = job.traced + 1
     micro = layout.accumulation * weight_traffic(shapes, train.zero, train.world)
     gradients = gradient_traffic(job.k + shapes.whole, train.zero, train.world)
     traffic = {
@@ -271,7 +263,7 @@ def cost(job: Job, layout: Layout) -> Cost:
         "weights_a_step": micro,
         "sums_a_pass": sums,
         "weights_a_pass": gathered,
-        "fisher": job.mask_passes * sums + passes * gathered,
+        "fisher": sums + passes * gathered,
         "candidate": job.steps * (gradients + micro),
     }
     beside = job.trials_a_gpu
@@ -281,7 +273,7 @@ def cost(job: Job, layout: Layout) -> Cost:
     turns = shared_turns(job.evaluations, at_once, beside)
     # Steps one after another; a head's is taken for a whole one, which takes more.
     steps = job.head_steps + rounds * job.steps
-    traffic["search"] = traffic["fisher"] + sums + (1 + job.drawn_traced) * gathered + steps * (gradients + micro)
+    traffic["search"] = traffic["fisher"] + sums + gathered + steps * (gradients + micro)
 
     item, speed = shapes.item, gpu.pass_flops(shapes.item)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
@@ -290,9 +282,9 @@ def cost(job: Job, layout: Layout) -> Cost:
     tracing = job.samples * (passed / speed + tracing_one) / layout.world + gathered / band
     # Over the limit is what was measured without layers that are run again.
     over = gpu.step_over_limit("scattered" if job.scattered else "concentrated")
-    fisher = job.mask_passes * passing + job.traced * tracing
+    fisher = passing + job.traced * tracing
     stepping = job.batch * (over * limit + again) / speed / train.world + (gradients + micro) / own
     seconds = {"fisher": fisher, "step": beside * stepping, "candidate": beside * job.steps * stepping}
     steps = job.head_steps + turns * job.steps
-    seconds["search"] = fisher + passing + job.drawn_traced * tracing + steps * stepping
+    seconds["search"] = fisher + passing + steps * stepping
     return Cost(traffic, flops, seconds)

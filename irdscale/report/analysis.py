@@ -145,7 +145,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     sentences = [headline(found, ranked)] if found else []
     flags = traces.get("altered")
     p = max(pair.params for pair in masks)
-    sizes = sorted((pair.samples for pair in masks if pair.params == p and pair.begin == 0), reverse=True)
+    sizes = sorted((pair.samples for pair in masks if pair.params == p), reverse=True)
     altered = []
     if flags is not None and 0 < sum(flags) < len(flags):
         altered = [(s, sum(flags[i] for i in traces["order"][:s]) / s) for s in sizes]

@@ -10,7 +10,7 @@ from irdscale.errors import InputError
 from irdscale.files import read_json
 from irdscale.mask import Mask, density
 from irdscale.report.analysis import LAYER, Analysis, analyse
-from irdscale.search.ird import HALVES, Pair, Shrink, candidates, further_seeds
+from irdscale.search.ird import Pair, candidates
 from irdscale.search.kept import index_file, load_mask, read_masks, traces_file
 from irdscale.search.ledger import read_ledger
 
@@ -24,8 +24,6 @@ class Candidate:
         mean: over the seeds; None if one failed.
         chosen: whether the search moved to it.
         shared: whether it has the same mask as a pair evaluated before, and so its metrics.
-        begin: place of the ranking at which its samples begin.
-        close: how many seeds decided about it, and its mean over all of them, where it was a close call.
     """
 
     round: int
@@ -35,8 +33,6 @@ class Candidate:
     mean: float | None
     chosen: bool
     shared: bool
-    begin: int = 0
-    close: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ def gather(output: Path) -> Facts:
     try:
         stored = read_masks(index_file(output))[0]
         traces = read_json(traces_file(output), "list of traces")
-        begin = result["best"].get("begin", 0)
-        kept = set(traces["order"][begin : begin + result["best"]["samples"]])
+        kept = set(traces["order"][: result["best"]["samples"]])
         ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
         mask = load_mask(output, Path(result["best"]["mask"]).name)
         layers, others = _density(mask)
@@ -111,20 +106,17 @@ def gather(output: Path) -> Facts:
 def _rounds(
     result: dict[str, Any], records: list[dict[str, Any]], masks: dict[Pair, str], minimum: Pair
 ) -> list[Candidate]:
-    search = result["config"]["search"]
-    seeds, shrink = search["seeds"], Shrink(search.get("keep", HALVES.keep), result["direction"] == "both")
-    further = further_seeds(seeds, search.get("more_seeds", 0))
+    seeds = result["config"]["search"]["seeds"]
     metrics = {(r["mask"], r["seed"]): r["metric"] for r in records if r["status"] == "ok"}
     recorded = {(r["samples"], r["params"], r["mask"]) for r in records if r["round"] is not None}
-    path = [Pair(step["samples"], step["params"], step.get("begin", 0)) for step in result["path"]]
+    path = [Pair(step["samples"], step["params"]) for step in result["path"]]
     last = max(r["round"] for r in records if r["round"] is not None)
     listed = []
     for number in range(max(last, len(path) - 1) + 1):
-        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum, shrink)
+        pairs = [path[0]] if number == 0 else candidates(path[number - 1], minimum)
         for pair in pairs:
             found = {seed: metrics.get((masks[pair], seed)) for seed in seeds}
             values = [value for value in found.values() if value is not None]
-            more = [metrics[masks[pair], seed] for seed in further if (masks[pair], seed) in metrics]
             listed.append(
                 Candidate(
                     number,
@@ -134,8 +126,6 @@ def _rounds(
                     sum(values) / len(values) if len(values) == len(seeds) else None,
                     number < len(path) and path[number] == pair,
                     (pair.samples, pair.params, masks[pair]) not in recorded,
-                    pair.begin,
-                    (len(values + more), sum(values + more) / len(values + more)) if more else None,
                 )
             )
     return listed

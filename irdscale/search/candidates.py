@@ -93,8 +93,7 @@ class Candidate:
         }
 
     def __str__(self) -> str:
-        begin = f" from place {self.pair.begin}" if self.pair.begin else ""
-        return f"{self.pair.samples} samples{begin}, {self.pair.params} parameters, seed {self.seed}"
+        return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
 
 
 def adapter_folder(output: Path, key: str) -> Path:

@@ -25,9 +25,8 @@ def curves(output: Path, candidate: Candidate) -> Iterator[Draw]:
     from tensorboardX import SummaryWriter
 
     pair, stage = candidate.pair, candidate.direction if candidate.round is None else f"round{candidate.round}"
-    begin = f"from{pair.begin}" if pair.begin else ""
     rate = "" if candidate.train is None else f"-rate{candidate.train.learning_rate:g}"
-    name = f"{stage}-{pair.samples}samples{begin}-{pair.params}parameters{rate}-seed{candidate.seed}"
+    name = f"{stage}-{pair.samples}samples-{pair.params}parameters{rate}-seed{candidate.seed}"
     writer = SummaryWriter(str(output / "tensorboard" / name))
 
     def draw(step: int, **values: float) -> None:

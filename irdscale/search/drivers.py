@@ -15,7 +15,6 @@ from irdscale.errors import InputError, RunError
 from irdscale.files import read_json, write_json
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.gradients import SampleGradients
-from irdscale.fisher.lattice import equal_weights
 from irdscale.fisher.pool import draw_samples, sample_gradients
 from irdscale.fisher.scores import summed
 from irdscale.mask import Mask
@@ -29,7 +28,6 @@ def masked_traces(
     order: Sequence[int],
     mask: Mask,
     *,
-    weights: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
     progress: bool = False,
@@ -39,7 +37,6 @@ def masked_traces(
     One backward pass a sample, through the parameters that the mask has entries of.
 
     Args:
-        weights: float64 [N], by which the samples' losses are multiplied.
         dtype, offload: of the sums, as in `accumulate_fisher`.
 
     Raises:
@@ -64,7 +61,6 @@ def masked_traces(
     inside.accumulate(
         order,
         sums,
-        weights=weights,
         boundaries=range(1, len(order) + 1),
         at_boundary=read,
         progress=progress,
@@ -101,16 +97,12 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     if list(task.population.select(pool)["row"]) != traces["row"]:
         raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")
-    begin = result["best"].get("begin", 0)
-    kept = traces["order"][begin : begin + result["best"]["samples"]]
+    kept = traces["order"][: result["best"]["samples"]]
     with model_to_score(config, task, progress) as (model, outside):
         found_N = masked_traces(
             sample_gradients(config, task, model, pool, outside),
             kept,
             mask,
-            weights=equal_weights(torch.tensor(traces["trace"], dtype=torch.float64))
-            if config.fisher.equal_samples
-            else None,
             dtype=torch.float64 if config.fisher.dtype == "float64" else torch.float32,
             offload=config.fisher.offload,
             progress=progress,

@@ -53,10 +53,7 @@ def as_stored(masks: SearchMasks, made_by: str) -> dict[str, Any]:
     return {
         "start": [masks.start.samples, masks.start.params],
         "minimum": [masks.minimum.samples, masks.minimum.params],
-        "masks": [
-            [pair.samples, pair.params, mask, *([pair.begin] if pair.begin else ())]
-            for pair, mask in masks.masks.items()
-        ],
+        "masks": [[pair.samples, pair.params, mask] for pair, mask in masks.masks.items()],
         "facts": masks.facts,
         "made_by": made_by,
     }
@@ -70,7 +67,7 @@ def read_masks(index: Path) -> tuple[SearchMasks, str]:
     """
     stored = read_json(index, "list of masks")
     try:
-        masks = {Pair(s, p, *begin): str(mask) for s, p, mask, *begin in stored["masks"]}
+        masks = {Pair(s, p): str(mask) for s, p, mask in stored["masks"]}
         read = SearchMasks(Pair(*stored["start"]), Pair(*stored["minimum"]), masks, dict(stored["facts"]))
         if not {read.start, read.fewest} <= set(masks):
             raise ValueError(f"mask of {read.start}")

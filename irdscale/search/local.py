@@ -41,9 +41,7 @@ class LocalEngine:
             ended(place, results[-1])
         return results
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         for candidate in candidates:
             with keeping(self._base):
                 record = run_candidate(*self._given, candidate)

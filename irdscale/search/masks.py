@@ -22,17 +22,16 @@ from irdscale.fisher.pool import (
     pass_options,
     ranked_entries,
     ranked_samples,
-    remove_saved,
     sample_gradients,
     saved_pass,
     scored_by,
-    traces_before,
     traces_of,
 )
 from irdscale.partitioned import numel_of
 from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.search.ird import HALVES, Pair, lattice, sample_sets, shrink_of
+from irdscale.search.ird import Pair
 from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
+from irdscale.search.limits import lattice
 from irdscale.training import trained_whole
 from irdscale.warmup import model_to_score
 
@@ -82,36 +81,25 @@ def _made_masks(
         total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
     minimum = smallest_pair(config, start, total)
-    shrink = shrink_of(config.search)
-    ks = lattice(start, minimum, shrink)[1]
-    sets = sample_sets(start.samples, minimum.samples, shrink)
+    sizes, ks = lattice(start, minimum)
+    state = _state("masks", name)
+    saved_traces = saved_pass(config, f"{state}-traces")
     traces = torch.zeros(len(pool), dtype=torch.float64)
     if config.traced:
-        saved = saved_pass(config, traces_before(_state("masks", name)))
-        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved)
+        samples.add_traces(range(len(pool)), traces, progress=progress, saved=saved_traces)
     losses = samples.label_losses([len(ids) for ids in task.population.select(pool)["input_ids"]])
     order = ranked_samples(config, task, samples, traces, losses)
+    unknown = None if config.traced else traces
+    rankings = ranked_entries(config, samples, order, sizes, start.params, state, traces=unknown, progress=progress)
     hashes: dict[Pair, str] = {}
-    for begin, sizes in sets:
-        rankings = ranked_entries(
-            config,
-            samples,
-            order[begin:],
-            sizes,
-            start.params,
-            _state("masks", name, begin),
-            traces=traces,
-            known=config.traced,
-            progress=progress,
-        )
-        for s in sizes:
-            # One set's at a time: the masks of all can be many.
-            found = {Pair(s, p, begin): rankings[s].prefix(p) for p in ks}
-            hashes |= {pair: mask.hash for pair, mask in found.items()}
-            with failing_together():
-                if rank_and_world()[0] == 0:
-                    for mask in found.values():
-                        keep_mask(mask, output)
+    for s in sizes:
+        # One set's at a time: the masks of all can be many.
+        found = {Pair(s, p): rankings[s].prefix(p) for p in ks}
+        hashes |= {pair: mask.hash for pair, mask in found.items()}
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                for mask in found.values():
+                    keep_mask(mask, output)
     names = dict(model.named_parameters())
     facts = {
         "parameters": total,
@@ -127,8 +115,8 @@ def _made_masks(
             found_traces = {**traces_of(task, pool, traces), "loss": losses.tolist(), "order": order}
             write_json(traces_file(output, name), found_traces)
             write_json(index_file(output, name), as_stored(masks, _made_by(config)))
-            for begin, _ in sets:
-                remove_saved(config, _state("masks", name, begin))
+            saved_traces.remove()
+            saved_pass(config, state).remove()
     return masks
 
 
@@ -148,18 +136,13 @@ def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks
     return earlier
 
 
-def _state(of: str, name: str, begin: int = 0) -> str:
-    """Where the state of a pass is kept, of the search of this name, over the samples from a place on."""
-    return "-".join([*([name] if name else ()), of, *([str(begin)] if begin else ())])
+def _state(of: str, name: str) -> str:
+    """Where the state of a pass is kept, of the search of this name."""
+    return f"{name}-{of}" if name else of
 
 
 def _made_by(config: RunConfig) -> str:
-    made_by = same_search(config.model_dump(mode="json"))
-    del made_by["search"]["more_seeds"]  # no mask is made by them
-    # Masks of a folder from before there were these keys are the same.
-    if config.search.keep == HALVES.keep:
-        del made_by["search"]["keep"]
-    return digest(made_by)
+    return digest(same_search(config.model_dump(mode="json")))
 
 
 def _made_earlier(config: RunConfig, output: Path, index: Path) -> SearchMasks | None:
@@ -211,7 +194,7 @@ def random_draw_mask(
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
             write_json(file, stored)
-            remove_saved(config, state)
+            saved_pass(config, state).remove()
     return stored
 
 

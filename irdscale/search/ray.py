@@ -2,9 +2,8 @@
 
 Features: as many trials at once as the cluster has room for; trials of several ranks, with DeepSpeed or without; trials
 whose process or node is lost start again from the state that their training saved last, those that hang are ended and
-start again too; one writer of the ledger, this process; early stopping of what falls behind (ASHA); idle workers begin
-with what the next round will likely ask for (`search.ray.speculate`). Fisher passes and test scores run on the cluster
-as well, so that this process needs neither a GPU nor room for a model.
+start again too; one writer of the ledger, this process; early stopping of what falls behind (ASHA). Fisher passes and
+test scores run on the cluster as well, so that this process needs neither a GPU nor room for a model.
 
 Constraints: all nodes share the output folder, and find the model and the data at the paths of the configuration.
 
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 T = TypeVar("T")
-Evaluation = Callable[[RunConfig, Path, Candidate, bool, Talk], dict[str, Any] | None]
 log = logging.getLogger(__name__)
 # How long trials may take to save their state when the search is interrupted.
 PAUSE_S = 30.0
@@ -115,19 +113,16 @@ class RayEngine:
         steps: int,
         output: Path,
         cluster: Cluster,
-        evaluation: Evaluation | None = None,
         lower_is_better: bool = False,
     ) -> None:
         """An engine on a connected cluster.
 
         Args:
             steps: of a candidate's training.
-            evaluation: of a candidate: its record, None where it made room; the real thing, unless given.
             lower_is_better: of the selection metric.
         """
         self._mode = "min" if lower_is_better else "max"
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
-        self._evaluation = evaluation or _evaluated
         asked = config.search.ray
         self._trial = gang_of(config, asked.ranks)
         # Sums over samples take more than a trial does, and no trial runs beside them.
@@ -185,19 +180,16 @@ class RayEngine:
         answer(desk.start.remote(Job(_name(calls, place), packed(work), gang, silent_s, label=label)))
         return desk.follow.remote(_name(calls, place))
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         asked, desk = self._config.search.ray, self._cluster.desk
-        likely = likely if asked.speculate else ()
-        by_name = {candidate.key(self._config): candidate for candidate in (*candidates, *likely)}
-        journal = _Journal(self._config, by_name, {c.key(self._config) for c in candidates}, ended, desk)
+        by_name = {candidate.key(self._config): candidate for candidate in candidates}
+        journal = _Journal(self._config, by_name, ended, desk)
         fits = fitting(self._trial)
         room = asked.concurrent or (fits if self._cluster.own else max(fits, len(candidates)))
         # What the winner is compared with is not compared with each other.
         early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
-        jobs = [self._job(name, c, optional=c in likely) for name, c in by_name.items()]
-        ray.get(desk.close.remote(None))
+        jobs = [self._job(name, candidate) for name, candidate in by_name.items()]
+        ray.get(desk.close.remote(False))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(
@@ -222,15 +214,14 @@ class RayEngine:
         if journal.error is not None:
             raise journal.error
 
-    def _job(self, name: str, candidate: Candidate, optional: bool) -> Job:
+    def _job(self, name: str, candidate: Candidate) -> Job:
         asked = self._config.search.ray
         return Job(
             name,
-            packed(partial(self._evaluation, self._config, self._output, candidate, optional)),
+            packed(partial(_evaluated, self._config, self._output, candidate)),
             self._trial,
             silent_s=60 * asked.silent_minutes,
             limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
-            optional=optional,
             label={"round": candidate.round, "what": str(candidate)},
         )
 
@@ -256,11 +247,10 @@ class _Journal(tune.Callback):
         self,
         config: RunConfig,
         candidates: dict[str, Candidate],
-        needed: set[str],
         ended: Callable[[dict[str, Any]], None],
         desk: Any,
     ) -> None:
-        self._config, self._candidates, self._left, self._ended, self._desk = config, candidates, needed, ended, desk
+        self._config, self._candidates, self._ended, self._desk = config, candidates, ended, desk
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -272,33 +262,29 @@ class _Journal(tune.Callback):
         if "bad_input" in result:
             self._fail(InputError(result["bad_input"]))
         elif "result" in result:
-            # None where the trial was asked to make room.
-            self._end(name, result["result"])
+            # None where it was asked to pause.
+            if result["result"] is not None:
+                self._end(result["result"])
         else:
             stopped = stopped_early(result.get("steps", 0), result.get("metric", math.nan))
             seconds = round(result.get("time_total_s", 0.0), 3)
-            self._end(name, self._candidates[name].record(self._config) | {"error": stopped, "seconds": seconds})
+            self._end(self._candidates[name].record(self._config) | {"error": stopped, "seconds": seconds})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["job"].name
         text = ray.get(self._desk.why.remote(name)) or "its trial was lost, with its process or its node"
         log.warning("%s failed: %s", self._candidates[name], text)
-        self._end(name, self._candidates[name].record(self._config) | {"error": text})
+        self._end(self._candidates[name].record(self._config) | {"error": text})
 
-    def _end(self, name: str, record: dict[str, Any] | None) -> None:
-        if record is not None:
-            try:
-                self._ended(record)
-            except Exception as error:  # such as a full disk
-                self._fail(error)
-                return
-        self._left.discard(name)
-        if not self._left:
-            ray.get(self._desk.close.remote("optional"))
+    def _end(self, record: dict[str, Any]) -> None:
+        try:
+            self._ended(record)
+        except Exception as error:  # such as a full disk
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self.error = self.error or error
-        ray.get(self._desk.close.remote("all"))
+        ray.get(self._desk.close.remote(True))
 
 
 class _ByFirstSeed(AsyncHyperBandScheduler):
@@ -369,10 +355,8 @@ def _called(
         return work(config, _task(run.model_dump_json()), output, *args)
 
 
-def _evaluated(
-    config: RunConfig, output: Path, candidate: Candidate, optional: bool, talk: Talk
-) -> dict[str, Any] | None:
-    """The record of a candidate; None where it made room."""
+def _evaluated(config: RunConfig, output: Path, candidate: Candidate, talk: Talk) -> dict[str, Any] | None:
+    """The record of a candidate; None where it was asked to pause."""
     task, done = _task(config.model_dump_json()), 0
     steps = training_steps(candidate.config(config).train, len(task.trained))
 
@@ -389,7 +373,7 @@ def _evaluated(
         draw(step, selection=metric)
         talk.report(step, metric)
 
-    early = config.search.ray.early_stopping and not optional and candidate.round is not None
+    early = config.search.ray.early_stopping and candidate.round is not None
     with curves(output, candidate) as draw, keeping(kept_base()):
         control = Control(
             advance,
@@ -409,7 +393,7 @@ def _evaluated(
 
 def _pause_all(desk: Any) -> None:
     """Have all jobs save their state and end, as far as they do so in time."""
-    ray.get(desk.close.remote("all"))
+    ray.get(desk.close.remote(True))
     deadline = time.monotonic() + PAUSE_S
     while not ray.get(desk.idle.remote()) and time.monotonic() < deadline:
         time.sleep(0.2)

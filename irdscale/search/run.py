@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,19 +21,9 @@ from irdscale.run_folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
-from irdscale.search.ird import (
-    Metrics,
-    Outcome,
-    Pair,
-    StartError,
-    Wanted,
-    further_seeds,
-    ird,
-    likely_next,
-    most_evaluations,
-    shrink_of,
-)
+from irdscale.search.ird import Outcome, Pair, StartError, ird
 from irdscale.search.kept import SearchMasks
+from irdscale.search.limits import most_evaluations
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
@@ -103,7 +93,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         started = time.perf_counter()
         best_mask, fish = masks.masks[outcome.best], baselines["fish_random"]
         best = {
-            **_place(outcome.best),
+            **asdict(outcome.best),
             "mask": f"masks/{best_mask}",
             "adapter": "adapter",
             **_selection(config, runner, best_mask),
@@ -141,15 +131,6 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     Raises:
         RunError: the start failed; says what of.
     """
-    shrink = shrink_of(config.search)
-
-    def evaluate(round_number: int, wanted: Wanted) -> Metrics:
-        likely = likely_next([pair for pair, _ in wanted], masks.minimum, shrink)
-        # After the last round there may be no masks.
-        return runner.evaluate_round(
-            round_number, wanted, masks.masks, [pair for pair in likely if pair in masks.masks]
-        )
-
     try:
         outcome = ird(
             masks.start,
@@ -157,21 +138,14 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
             config.search.seeds,
             config.search.max_rounds,
             config.search.patience,
-            evaluate,
+            partial(runner.evaluate_round, masks=masks.masks),
             lower_is_better,
-            shrink,
-            further_seeds(config.search.seeds, config.search.more_seeds),
         )
     except StartError as error:
         raise RunError(f"{error}: {runner.last_error()}") from None
     if outcome.all_failed:
         return replace(outcome, stop=f"{outcome.stop}: {runner.last_error()}")
     return outcome
-
-
-def _place(pair: Pair) -> dict[str, int]:
-    """A pair as results tell it; `begin` only where its samples are not the first of the ranking."""
-    return {"samples": pair.samples, "params": pair.params, **({"begin": pair.begin} if pair.begin else {})}
 
 
 def _what_was_found(
@@ -181,13 +155,13 @@ def _what_was_found(
         "best": best,
         "pareto": [
             {
-                **_place(pair),
+                **asdict(pair),
                 "metric": outcome.means[pair],
                 "mask": f"masks/{masks.masks[pair]}",
             }
             for pair in outcome.pareto
         ],
-        "path": [{"round": s.round, **_place(s.pair), "metric": s.mean} for s in outcome.path],
+        "path": [{"round": s.round, **asdict(s.pair), "metric": s.mean} for s in outcome.path],
         "stop": outcome.stop,
         "baseline": baselines,
         "sample_gradients": masks.facts["sample_gradients"],
@@ -226,8 +200,7 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
 
 def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
     """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    search, seeds = config.search, len(config.search.seeds)
-    return most_evaluations(masks.start, masks.minimum, search.max_rounds, seeds, shrink_of(search), search.more_seeds)
+    return most_evaluations(masks.start, masks.minimum, config.search.max_rounds, len(config.search.seeds))
 
 
 def _run_baselines(

@@ -56,14 +56,8 @@ class Engine(Protocol):
             ended: takes the place and the result of each as soon as it has ended.
         """
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
-        """Evaluate candidates with distinct keys, and hand over the record of each when it has ended.
-
-        Args:
-            likely: others that idle workers may begin with, as they will perhaps be asked for next.
-        """
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
+        """Evaluate candidates with distinct keys, and hand over the record of each when it has ended."""
 
 
 class Runner:
@@ -94,30 +88,18 @@ class Runner:
         self.metrics: dict[tuple[Pair, int], float] = {}
 
     def evaluate_round(
-        self,
-        round_number: int,
-        wanted: list[tuple[Pair, int]],
-        masks: dict[Pair, str],
-        likely: Sequence[Pair] = (),
+        self, round_number: int, wanted: list[tuple[Pair, int]], masks: dict[Pair, str]
     ) -> list[float | None]:
-        """Evaluate the candidates of a round; None for one that failed. Keeps the leader's adapters, drops the rest.
-
-        Args:
-            likely: pairs that the next round will perhaps ask for.
-        """
+        """Evaluate the candidates of a round; None for one that failed. Keeps the leader's adapters, drops the rest."""
         direction = self._config.search.direction
-        seeds = self._config.search.seeds
-        metrics = self.evaluate(
-            [Candidate(masks[pair], pair, seed, round_number, direction) for pair, seed in wanted],
-            [Candidate(masks[pair], pair, seed, round_number + 1, direction) for pair in likely for seed in seeds],
-        )
+        metrics = self.evaluate([Candidate(masks[pair], pair, seed, round_number, direction) for pair, seed in wanted])
         for (pair, seed), metric in zip(wanted, metrics, strict=True):
             if metric is not None:
                 self.metrics[pair, seed] = metric
         self._drop_followers(masks)
         return metrics
 
-    def evaluate(self, wanted: Sequence[Candidate], likely: Sequence[Candidate] = ()) -> list[float | None]:
+    def evaluate(self, wanted: Sequence[Candidate]) -> list[float | None]:
         """The selection metric of each candidate, from the ledger or by training it; None for one that failed."""
         ended_before = self._ledger.finished.keys() | self._stopped().keys()
         missing: dict[str, Candidate] = {}
@@ -131,20 +113,13 @@ class Runner:
                 self._advance(note=str(candidate), **({"earlier": True} if key in self._earlier else {}))
             else:
                 missing[key] = candidate
-        perhaps = {
-            key: candidate
-            for candidate in likely
-            if (key := candidate.key(self._config)) not in ended_before and key not in missing
-        }
 
         def ended(record: dict[str, Any]) -> None:
             self._ledger.append(record)
-            candidate = missing.get(record["key"])
-            if candidate is not None:
-                self._advance(note=str(candidate))
+            self._advance(note=str(missing[record["key"]]))
 
         if missing:
-            self._engine.evaluate(list(missing.values()), ended, list(perhaps.values()))
+            self._engine.evaluate(list(missing.values()), ended)
         return [self.metric(candidate) for candidate in wanted]
 
     def metric(self, candidate: Candidate) -> float | None:

@@ -34,9 +34,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(search, "CONFIG", write_config(tmp_path))
     monkeypatch.setattr(search, "REPEATS", 1)
-    monkeypatch.setattr(search, "WAITS_S", (1.0, 1.5))
     rows = search.bench_search(lambda: None)
-    assert len(rows) == 5
+    assert len(rows) == 4
     for row in rows:
         assert row["low"] <= row["ratio"] <= row["high"]
         assert row["met"] is None or row["met"] == eval(f"{row['ratio']} {row['bar']}")

@@ -32,9 +32,9 @@ def desk() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setattr(ray, "init", partial(ray.init, num_gpus=1))
+        patch.setattr(ray, "init", partial(ray.init, num_cpus=2, num_gpus=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with connect.connected(cpus=2) as cluster:
+        with connect.connected() as cluster:
             assert cluster.own
             yield cluster.desk
         signal.signal(signal.SIGTERM, before)
@@ -125,28 +125,19 @@ def test_a_job_that_runs_is_not_started_twice(desk: Any) -> None:
         time.sleep(0.05)
 
 
-def test_optional_jobs_wait_for_others_and_make_room(desk: Any) -> None:
-    for name in ("needed 1", "needed 2", "needed 3"):
+def test_jobs_pause_when_the_search_closes_and_none_begin(desk: Any) -> None:
+    for name in ("first", "second", "third"):
         start(desk, name, works.slow)
-    start(desk, "optional", works.slow, optional=True)
     until(desk, lambda jobs: sum(job["begun"] is not None for job in jobs) == 2)
-    time.sleep(1.5)
     begun = {job["name"]: job["begun"] is not None for job in ray.get(desk.look.remote())["jobs"]}
-    assert not begun["optional"]
     assert sum(begun.values()) == 2, "two processors"
-    ray.get(desk.stop.remote(next(name for name in begun if begun[name])))
-    ray.get(desk.stop.remote(next(name for name in begun if not begun[name] and name != "optional")))
-    until(desk, lambda jobs: {job["name"]: job["begun"] for job in jobs}.get("optional") is not None)
-    ray.get(desk.close.remote("optional"))
-    assert end_of(desk, "optional").startswith("paused at")
-    (left,) = ray.get(desk.look.remote())["jobs"]
-    start(desk, "too late", works.slow, optional=True)
+    ray.get(desk.close.remote(True))
+    for name, ran in begun.items():
+        ended = end_of(desk, name)
+        assert ended.startswith("paused at") if ran else ended is None
+    start(desk, "too late", works.answer)
     assert end_of(desk, "too late") is None
-    ray.get(desk.close.remote("all"))
-    assert end_of(desk, left["name"]).startswith("paused at")
-    start(desk, "much too late", works.answer)
-    assert end_of(desk, "much too late") is None
-    ray.get(desk.close.remote(None))
+    ray.get(desk.close.remote(False))
 
 
 def test_six_jobs_of_two_ranks_on_two_processors(desk: Any) -> None:

@@ -17,8 +17,8 @@ from tests.search.toy import finished, killed_after, write_config  # noqa: E402
 
 # LoRA is left out: it needs another package, and its candidates go the same way as full fine-tuning's.
 COMPARED = {
-    "methods": ["ird", "fish_best", "random_mask", "full", "close"],
-    "variants": {"close": ["ird", "search.more_seeds=1"]},
+    "methods": ["ird", "fish_best", "random_mask", "full", "brief"],
+    "variants": {"brief": ["ird", "search.max_rounds=1"]},
     "learning_rates": [0.003, 0.01],
     "seeds": [0, 1],
 }

@@ -18,9 +18,10 @@ from irdscale.compare.study import read_study
 from irdscale.config import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
-from irdscale.search.ird import Outcome, Pair, ird, lattice, shrink_of
+from irdscale.search.ird import Outcome, Pair, ird
 from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
+from irdscale.search.limits import lattice
 from irdscale.search.local import LocalEngine
 from irdscale.search.runner import Call
 
@@ -72,9 +73,7 @@ class Engine:
         assert all(call.light is (call.work is run.score_on_test) for call in calls)
         return LocalEngine(*self.given).call_all(calls, ended)
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         assert not self.tested, "nothing may be chosen after the test split was read"
         for candidate in candidates:
             if self.left == 0:
@@ -93,7 +92,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
 
     def masks(config: RunConfig, task: Any, output: Path, progress: bool, name: str) -> SearchMasks:
         how = f"{config.search.direction}-{config.search.rank_by}-{config.fisher.seed}"
-        sizes, ks = lattice(START, MINIMUM, shrink_of(config.search))
+        sizes, ks = lattice(START, MINIMUM)
         found = {
             Pair(s, p): f"all-{config.fisher.seed}-{p}" if s == 16 else f"{how}-{s}-{p}" for s in sizes for p in ks
         }
@@ -178,20 +177,15 @@ def test_all_have_the_same_rates_and_as_many_evaluations(compare: Any) -> None:
     assert len(set(keys)) == len(keys) == result["evaluations"], "nothing is trained twice"
 
 
-def score_alone(engine: Engine, pair: Pair, repetition: int, seed: int, how: str = "ird") -> float:
-    """What a pair of a repetition's search has with a seed, at the rate that is kept."""
-    of = f"all-{repetition}" if pair.samples == 16 else f"{how}-trace-{repetition}-{pair.samples}"
+def search_alone(engine: Engine, repetition: int, how: str) -> Outcome:
+    """The search of one repetition by itself, at the rate that is kept."""
     train = engine.given[0].train.model_copy(update={"learning_rate": 0.02})
-    return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
 
+    def score(pair: Pair, seed: int) -> float:
+        of = f"all-{repetition}" if pair.samples == 16 else f"{how}-trace-{repetition}-{pair.samples}"
+        return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
 
-def search_alone(engine: Engine, repetition: int, how: str = "ird", more: Sequence[int] = ()) -> Outcome:
-    """The search of one repetition by itself."""
-
-    def alone(_: int, wanted: Any) -> list[float | None]:
-        return [score_alone(engine, pair, repetition, seed, how) for pair, seed in wanted]
-
-    return ird(START, MINIMUM, [repetition], 3, 2, alone, more=more)
+    return ird(START, MINIMUM, [repetition], 3, 2, lambda _, wanted: [score(*one) for one in wanted])
 
 
 def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
@@ -204,42 +198,12 @@ def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
             assert one["evaluations"] == 3 + outcome.evaluations - 1
 
 
-def test_a_variant_may_keep_more_than_halves(compare: Any) -> None:
-    result, engine = compare(
-        methods=["ird", "finer", "top"],
-        variants={"finer": ["ird", "search.keep=0.7"], "top": ["top_samples", "search.keep=0.7"]},
-    )
-    sizes = {
-        name: {candidate.pair.samples for candidate in engine.asked if candidate.direction == name}
-        for name in ("ird", "finer", "top")
-    }
-    assert sizes["ird"] <= {16, 8, 4}
-    assert {11} < sizes["finer"] <= {16, 11, 7, 4}
-    assert sizes["top"] == {4}
-    assert entries(result)["finer"]["test"]["n"] == 3
+def test_draws_are_as_many_as_a_search_evaluates_with_those_that_fail(compare: Any) -> None:
+    def failing(candidate: Candidate) -> Any:
+        fails = candidate.direction == "ird" and candidate.pair == Pair(8, 40)
+        return "RuntimeError: no" if fails else metric_of(candidate)
 
-
-def test_close_calls_of_a_variant_take_seeds_of_its_own_repetition(compare: Any) -> None:
-    result, engine = compare(methods=["ird", "sure"], variants={"sure": ["ird", "search.more_seeds=3"]})
-    found = entries(result)
-    further = [c for c in engine.asked if c.seed >= RESTART]
-    assert {c.direction for c in further} == {"sure"}
-    for one, plain in zip(found["sure"]["seeds"], found["ird"]["seeds"], strict=True):
-        seed = one["seed"]
-        more = [seed + RESTART, seed + 2 * RESTART, seed + 3 * RESTART]
-        outcome = search_alone(engine, seed, more=more)
-        assert {c.seed for c in further if c.seed % RESTART == seed} <= set(more)
-        assert (one["samples"], one["params"]) == (outcome.best.samples, outcome.best.params)
-        assert one["evaluations"] == 3 + outcome.evaluations - 1 > plain["evaluations"]
-        assert one["selection"] == score_alone(engine, outcome.best, seed, seed), (
-            "of the repetition's own seed, as all others"
-        )
-        assert one["test"] == pytest.approx(0.02 + seed)
-    assert [one["selection"] for one in found["sure"]["seeds"]] != [one["selection"] for one in found["ird"]["seeds"]]
-
-
-def test_draws_are_as_many_as_a_search_with_further_seeds_evaluates(compare: Any) -> None:
-    result, engine = compare(methods=["ird", "fish_best", "random_mask"], search={"more_seeds": 3})
+    result, engine = compare(failing, methods=["ird", "fish_best", "random_mask"])
     found = entries(result)
     searched = [one["evaluations"] for one in found["ird"]["seeds"]]
     # FISH's first draw is where IRD starts.
@@ -369,7 +333,6 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
         ({"methods": ["ird", "short"], "variants": {"short": ["full", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "short"], "variants": {"short": ["fish_best", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "long"], "variants": {"long": ["ird", "search.max_rounds=3"]}, "rounds": 1}, False),
-        ({"methods": ["ird", "fish_best", "full"], "search": {"more_seeds": 3}}, False),
         ({"methods": ["both", "full"], "variants": {"both": ["ird", "search.max_rounds=1"]}}, True),
     ],
 )

@@ -248,7 +248,7 @@ def test_one_mask_and_few_seeds() -> None:
 
 def test_one_mask_is_of_the_ranking_that_was_searched() -> None:
     variants = {
-        "brief": ["ird", "search.max_rounds=1", "search.more_seeds=2"],
+        "brief": ["ird", "search.max_rounds=1", "search.patience=1"],
         "by length": ["ird", "search.rank_by=length", "search.patience=3"],
         "long": ["top_samples", "search.rank_by=length"],
     }

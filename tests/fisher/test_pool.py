@@ -89,17 +89,3 @@ def test_length_is_what_a_mean_divides_by() -> None:
         by_hand = [float(t) * n if reduction == "mean" else float(t) / n for t, n in zip(traces, targets, strict=True)]
         assert orders[-1] == descending(by_hand) != descending(traces.tolist())
     assert orders[0] == orders[1], "either reduction gives the same ranking"
-
-
-@pytest.mark.parametrize("head", ["classification", "regression"])
-def test_balance_takes_classes_or_quarters(head: str) -> None:
-    gradients, rows = gradients_of(head, 12)
-    traces = torch.tensor([row["labels"] for row in rows]).double()
-    order = ranked(head, gradients, traces, balance=True)
-    labels = [row["labels"] for row in rows]
-    if head == "regression":
-        edges = sorted(labels)[::3]
-        labels = [sum(label >= edge for edge in edges) for label in labels]
-        assert sorted(labels[i] for i in order[:4]) == [1, 2, 3, 4]
-    assert {labels[i] for i in order[: len(set(labels))]} == set(labels)
-    assert ranked(head, gradients, traces) == descending(traces.tolist()) != order

@@ -73,9 +73,7 @@ def work(layout: Any) -> dict[str, Any]:
     for objective in ("expected", "sampled"):
         gradients = gradients_of(model, objective=objective)
         found[objective] = {"hashes": lattice(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
-    weights = torch.linspace(0, 2, 7, dtype=torch.float64)
     found["layerwise"] = {"hashes": lattice(gradients_of(model), scope="layerwise", layout=layout)}
-    found["weights"] = {"hashes": lattice(gradients_of(model), weights=weights, layout=layout)}
     found["offload"] = {"hashes": lattice(gradients_of(model), layout=layout, offload=True)}
     found["float32"] = {"masks": float32_masks(layout)}
     return found

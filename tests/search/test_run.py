@@ -20,15 +20,15 @@ from irdscale import Mask, load_adapter
 from irdscale.config_file import load_config
 from irdscale.errors import InputError
 from irdscale.evaluation import evaluate_model
-from irdscale.report import write_report
 from irdscale.search import candidates, masks, run
-from irdscale.search.ird import Pair, lattice
+from irdscale.search.ird import Pair
 from irdscale.search.ledger import Ledger, read_ledger
+from irdscale.search.limits import lattice
 from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import build_model, load_task
-from tests.search.toy import essence, killed_after, write_config
+from tests.search.toy import essence, write_config
 from tests.search.toy import finished as evaluations_of
 
 
@@ -295,26 +295,3 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
     assert not list(output.rglob(".*")), "nothing half-written stays"
     assert essence(json.loads((output / "result.json").read_text())) == essence(finished[1])
     assert evaluations_of(output) == evaluations_of(finished[0])
-
-
-def test_close_calls_take_more_seeds_and_go_on_after_a_kill(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["search.seeds=[1]", "search.more_seeds=3", "search.max_rounds=1", "train.steps=6"]
-    config = load_config(write_config(folder), [*asked, f"output={folder / 'close'}"])
-    output = Path(config.output)
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", killed_after(5, Ledger.append))
-        with pytest.raises(KeyboardInterrupt):
-            run_search(config, progress=False)
-    result = run_search(config, progress=False)
-    records = read_ledger(output / "ledger.jsonl")
-    assert len({record["key"] for record in records}) == len(records)
-    raced = [record for record in records if record["round"] == 1]
-    assert {record["seed"] for record in raced} == {1, 0, 2, 3}, "one seed tells nothing apart"
-    assert [one["seed"] for one in result["best"]["seeds"]] == [1], "what is told is of the search's own seeds"
-    write_report(output)
-    text = (output / "report.md").read_text()
-    assert "Close calls were decided with up to 3 more seeds" in text
-    for mask in {record["mask"] for record in raced if record["seed"] == 3}:
-        found = [record["metric"] for record in records if record["mask"] == mask]
-        assert len(found) == 4
-        assert f"{sum(found) / 4:.4f} over 4 seeds" in text

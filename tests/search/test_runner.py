@@ -23,7 +23,6 @@ class Engine:
     def __init__(self, config: RunConfig, end: Callable[[Candidate], dict[str, Any]]) -> None:
         self.config, self.end = config, end
         self.asked: list[tuple[Pair, int]] = []
-        self.likely: list[tuple[Pair, int]] = []
 
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
         raise AssertionError
@@ -31,11 +30,8 @@ class Engine:
     def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
         raise AssertionError
 
-    def evaluate(
-        self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None], likely: Sequence[Candidate] = ()
-    ) -> None:
+    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         self.asked = [(c.pair, c.seed) for c in candidates]
-        self.likely = [(c.pair, c.seed) for c in likely]
         for candidate in candidates:
             ended(candidate.record(self.config) | {"seconds": 1.0} | self.end(candidate))
 
@@ -50,13 +46,11 @@ def test_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
     engine = Engine(config, lambda c: {"status": "ok", "metric": float(c.pair.samples)})
     with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
         runner = Runner(config, ledger, engine, tmp_path)
-        assert runner.evaluate_round(0, [(A, 0), (A, 1)], MASKS, [A, B]) == [8.0, 8.0]
-        assert engine.likely == [(B, 0), (B, 1)], "what is wanted is not likely"
+        assert runner.evaluate_round(0, [(A, 0), (A, 1)], MASKS) == [8.0, 8.0]
         # B has the mask of A in this search: two pairs, one evaluation.
         same = {**MASKS, B: "a"}
-        assert runner.evaluate_round(1, [(B, 0), (B, 1), (C, 0), (C, 1)], same, [A]) == [8.0] * 4
+        assert runner.evaluate_round(1, [(B, 0), (B, 1), (C, 0), (C, 1)], same) == [8.0] * 4
         assert engine.asked == [(C, 0), (C, 1)]
-        assert engine.likely == []
         assert (runner.reused, len(runner.asked), runner.seconds()) == (2, 4, 4.0)
     with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
         engine = Engine(config, lambda c: {})
