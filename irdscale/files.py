@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,30 +44,14 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write `data` to `path` so that a crash leaves the old file or the new one, never a part."""
-    path = Path(path)
-    data = data.encode() if isinstance(data, str) else data
-    temporary = None
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
-                temporary = Path(stream.name)
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-    except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise
+    encoded = data.encode() if isinstance(data, str) else data
+    write_by(path, lambda temporary: temporary.write_bytes(encoded))
 
 
-def write_by(path: Path | str, fill: Callable[[Path], None]) -> None:
+def write_by(path: Path | str, fill: Callable[[Path], object]) -> None:
     """Write a file atomically whose bytes `fill` writes to the path that it is given."""
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

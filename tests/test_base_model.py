@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -36,6 +35,7 @@ from tests.helpers import FAMILIES, tiny_model
 from tests.search.test_language import FEW, QUICKSTART
 from tests.search.toy import essence, write_config
 from tests.sparse.oracle import random_mask
+from tests.spawned import run_ranks
 from tests.training_ranks import group
 
 
@@ -386,5 +386,5 @@ def _on_rank(rank: int, world: int, folder: str) -> None:
 @pytest.mark.usefixtures("ranks_of_deepspeed")
 def test_ranks_that_train_together_keep_theirs(tmp_path: Path) -> None:
     write_config(tmp_path)
-    mp.spawn(_on_rank, args=(2, str(tmp_path)), nprocs=2)
+    run_ranks(_on_rank, 2, str(tmp_path))
     assert len(list(tmp_path.glob("done-2-*"))) == 2

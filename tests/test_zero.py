@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from irdscale.tasks import load_task
+from tests.spawned import run_ranks
 from tests.training_oracle import changed, load, mask_of, oracle, toy
 from tests.training_ranks import Case, around_training, distinct, equal_oracle, go_on, state_of_all_stages, warm_head
 
@@ -86,7 +86,7 @@ def spawn(work: Any, world: int, folder: Path, *arguments: Any) -> None:
     """Run `work` on ranks, all of which must come to its end."""
     for path in (*folder.glob("done-*"), *folder.glob("store-*")):
         path.unlink()
-    mp.spawn(work, args=(world, str(folder), *arguments), nprocs=world)
+    run_ranks(work, world, str(folder), *arguments)
     assert [(folder / f"done-{world}-{rank}").exists() for rank in range(world)] == [True] * world
 
 

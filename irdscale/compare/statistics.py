@@ -7,7 +7,7 @@ from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t as student
+from scipy.stats import t, ttest_1samp
 
 CONFIDENCE = 0.95
 # Two values tell next to nothing of their spread: t is 12.7 there, and an interval reaches over the metric's range.
@@ -61,8 +61,7 @@ def paired(
     found = _spread(differences, scale, (-widest, widest))
     p = None
     if found["n"] >= FEWEST_SEEDS and found["high"] > found["low"]:
-        error = stdev(differences) / sqrt(len(differences))
-        p = float(2 * student.sf(abs(found["mean"]) / error, len(differences) - 1))
+        p = float(ttest_1samp(differences, 0.0).pvalue)
     wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     return {**found, "wins": wins, "losses": losses, "ties": len(gains) - wins - losses, "p": p}
 
@@ -80,10 +79,8 @@ def _spread(values: list[float], scale: float, within: tuple[float, float]) -> d
     mean = fmean(values) if values else None
     if mean is None or n < FEWEST_SEEDS:
         return {"mean": mean, "low": None, "high": None, "n": n}
-    deviation = stdev(values)
-    half = 0.0
-    if deviation > _ROUNDING * scale:
-        half = float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / sqrt(n)
+    low = high = mean
+    if (deviation := stdev(values)) > _ROUNDING * scale:
+        low, high = map(float, t.interval(CONFIDENCE, n - 1, mean, deviation / sqrt(n)))
     # Where all values are equal, rounding of their mean may be outside.
-    low, high = min(mean, max(within[0], mean - half)), max(mean, min(within[1], mean + half))
-    return {"mean": mean, "low": low, "high": high, "n": n}
+    return {"mean": mean, "low": min(mean, max(within[0], low)), "high": max(mean, min(within[1], high)), "n": n}

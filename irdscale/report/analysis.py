@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import chi2, rankdata
+from scipy.stats import chi2, kruskal, mannwhitneyu, spearmanr
 
 from irdscale.config import LANGUAGE_KINDS
 from irdscale.files import read_json
@@ -243,11 +243,10 @@ def relations(values: Any, traces: Mapping[str, Any], kind: str) -> list[Relatio
 
 def spearman(a: Any, b: Any) -> float | None:
     """Spearman's rank correlation; None where one of both is constant."""
-    ranks_a, ranks_b = rankdata(a), rankdata(b)
-    ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
-    scale = math.sqrt(float((ranks_a**2).sum() * (ranks_b**2).sum()))
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
     # Rounded, so that equal orders give exactly 1.
-    return None if scale == 0 else round(float((ranks_a * ranks_b).sum()) / scale, 12)
+    return round(float(spearmanr(a, b).statistic), 12)
 
 
 def partial_spearman(a: Any, b: Any, held: Any) -> float | None:
@@ -259,23 +258,23 @@ def partial_spearman(a: Any, b: Any, held: Any) -> float | None:
 
 
 def eta_squared(values: Any, classes: Sequence[Any]) -> float | None:
-    """Share of the variance of the values' ranks that the classes explain; None where there is none to explain."""
-    ranks = rankdata(values)
-    spread = ranks - ranks.mean()
-    total = float((spread**2).sum())
-    if total == 0:
+    """Share of the variance of the values' ranks that the classes explain; None where there is none to explain.
+
+    Raises:
+        ValueError: there is but one class.
+    """
+    if np.ptp(values) == 0:
         return None
-    inside = [spread[[c == one for c in classes]] for one in set(classes)]
-    return sum(len(part) * float(part.mean()) ** 2 for part in inside) / total
+    inside = [np.asarray(values)[[c == one for c in classes]] for one in set(classes)]
+    return float(kruskal(*inside).statistic) / (len(classes) - 1)
 
 
 def larger_probability(values: Any, flags: Sequence[bool]) -> float | None:
     """The probability that a flagged sample's value is larger than another's, ties counted half; the AUC."""
     flagged = np.asarray(flags, dtype=bool)
-    a, b = int(flagged.sum()), int((~flagged).sum())
-    if a == 0 or b == 0:
-        return None
-    return float((rankdata(values)[flagged].sum() - a * (a + 1) / 2) / (a * b))
+    inside, outside = np.asarray(values)[flagged], np.asarray(values)[~flagged]
+    pairs = len(inside) * len(outside)
+    return float(mannwhitneyu(inside, outside).statistic) / pairs if pairs else None
 
 
 def _with_numbers(name: str, values: Any, numbers: Any, held: Any = None) -> list[Relation]:
@@ -288,8 +287,9 @@ def _with_numbers(name: str, values: Any, numbers: Any, held: Any = None) -> lis
 
 
 def _with_classes(name: str, values: Any, classes: Sequence[Any]) -> list[Relation]:
-    eta, count, samples = eta_squared(values, classes), len(set(classes)), len(classes)
-    if eta is None or not 1 < count < samples:
+    count, samples = len(set(classes)), len(classes)
+    eta = eta_squared(values, classes) if 1 < count < samples else None
+    if eta is None:
         return []
     # Kruskal and Wallis: (N - 1) eta squared follows chi squared of C - 1 degrees of freedom.
     bound = min(1.0, float(chi2.ppf(0.95, count - 1)) / (samples - 1))

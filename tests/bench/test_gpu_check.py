@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from irdscale import cli
 from irdscale.bench import gpu_check, gpu_exact
@@ -22,6 +21,7 @@ from irdscale.bench.gpu_exact import DTYPES, FAMILIES, LIMITS, Check
 from irdscale.bench.timing import figure
 from irdscale.config_file import load_config
 from irdscale.ranks import end_rank
+from tests.spawned import run_ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_checks_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     if shutil.which("g++") is None:
         pytest.skip("DeepSpeed needs a compiler on CPUs")
-    mp.spawn(ranks, args=(2, str(tmp_path)), nprocs=2)
+    run_ranks(ranks, 2, str(tmp_path))
     lines = [(tmp_path / f"lines-{rank}").read_text().splitlines() for rank in (0, 1)]
     names = ["Fisher diagonal, replicated", "Fisher diagonal, sharded", "fine_tune, DDP"]
     if importlib.util.find_spec("deepspeed") is not None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from irdscale import accumulate_fisher, top_k
 from irdscale.errors import InputError
@@ -22,6 +21,7 @@ from irdscale.fisher.sums import ShardedSums, WholeSums
 from irdscale.partitioned import unwrapped
 from irdscale.ranks import end_rank
 from tests.models import collate, samples, tiny
+from tests.spawned import run_ranks
 
 # Family, head, and which parameters: of a language model's blocks alone, the head runs a few tokens at a time.
 CASES = (
@@ -178,5 +178,5 @@ def on_rank(rank: int, world: int, folder: str) -> None:
 @needs_deepspeed
 @pytest.mark.usefixtures("ranks_of_deepspeed")
 def test_partitioned_models_equal_whole_ones(tmp_path: Path) -> None:
-    mp.spawn(on_rank, args=(2, str(tmp_path)), nprocs=2)
+    run_ranks(on_rank, 2, str(tmp_path))
     assert [(tmp_path / f"done-{rank}").exists() for rank in range(2)] == [True, True]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
 from irdscale import accumulate_fisher, top_k
@@ -19,6 +18,7 @@ from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.ranks import BUCKET_ENTRIES, add_up, end_rank, failing_together, gather_texts, own_share, rank_and_world
 from tests.models import collate, samples, tiny
+from tests.spawned import run_ranks
 
 COUNTS = (7, 2, 1)
 FAMILIES = ("bert", "gpt2", "deberta")
@@ -190,7 +190,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_agree_with_one_process(world: int, alone: dict[str, Any], tmp_path: Path) -> None:
-    mp.spawn(on_rank, args=(world, str(tmp_path)), nprocs=world)
+    run_ranks(on_rank, world, str(tmp_path))
     results = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     for result in results:
         for layout in LAYOUTS:

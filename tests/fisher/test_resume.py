@@ -7,22 +7,25 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from irdscale import accumulate_fisher, ranks
+from irdscale import accumulate_fisher, ranks, watch
 from irdscale.errors import InputError
 from irdscale.fisher import Fisher, SampleGradients, resume, scored_parameters
 from irdscale.fisher.lattice import ranked_entries_by_prefix
 from irdscale.fisher.resume import PassState, SavedPass
+from irdscale.ranks import end_rank
 from tests.models import collate, samples, tiny
+from tests.spawned import run_ranks
 
 ROWS = 40
 SIZES = [40, 20, 10]
@@ -202,50 +205,33 @@ def test_the_state_of_any_ranks_and_layout_is_shared_out(
     assert {s.stop for s in found} == {20}
 
 
-RANK = """
-import os, signal, sys
-from datetime import timedelta
-import torch
-import torch.distributed as dist
-from irdscale import accumulate_fisher, watch
-from tests.models import collate, samples, tiny
+def on_rank(rank: int, world: int, folder: str, layout: Any, stops: str) -> None:
+    """A pass that writes what it says to a file; of which rank 1 gets a signal in the middle, unless it is "none"."""
+    os.dup2(os.open(f"{folder}/said-{stops}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)
+    watch.SILENT_S = 12.0
+    store, timeout = f"file://{folder}/store-{stops}", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+    batches = 0
 
-rank, world, folder, layout, stops = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-torch.set_num_threads(1)
-watch.SILENT_S = 12.0
-dist.init_process_group("gloo", init_method=f"file://{folder}/store-{stops}", rank=rank, world_size=world,
-                        timeout=timedelta(seconds=300))
-batches = 0
+    def counted(rows: list[dict[str, Any]]) -> Any:
+        nonlocal batches
+        batches += 1
+        if stops != "none" and rank == 1 and batches > 40:
+            os.kill(os.getpid(), getattr(signal, stops))
+        return collate(rows)
 
-def counted(rows):
-    global batches
-    batches += 1
-    if stops != "none" and rank == 1 and batches > 40:
-        os.kill(os.getpid(), getattr(signal, stops))
-    return collate(rows)
-
-fisher = accumulate_fisher(tiny("bert"), samples(count=120), collate_fn=counted, batch_size=1, layout=layout,
-                           dtype=torch.float64, save_to=f"{folder}/state", save_minutes=0)
-if rank == 0:
-    print("batches", batches)
-whole = fisher.gather()
-result = {"diagonal": whole, "trace": fisher.sample_trace, "taken": fisher.sample_gradients}
-torch.save(result, f"{folder}/result-{rank}.pt")
-"""
-
-
-def run_ranks(folder: Path, layout: str, stops: str, world: int = 2) -> list[subprocess.Popen[str]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": os.getcwd()}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(world), str(folder), layout, stops],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    options: dict[str, Any] = {"batch_size": 1, "layout": layout, "dtype": torch.float64, "save_minutes": 0}
+    try:
+        fisher = accumulate_fisher(
+            tiny("bert"), samples(count=120), collate_fn=counted, save_to=f"{folder}/state", **options
         )
-        for rank in range(world)
-    ]
+    except Exception as error:
+        print(error, file=sys.stderr, flush=True)
+        raise
+    result = {"diagonal": fisher.gather(), "trace": fisher.sample_trace, "taken": fisher.sample_gradients}
+    torch.save({**result, "batches": batches}, f"{folder}/result-{rank}.pt")
+    end_rank()
 
 
 @pytest.mark.parametrize(
@@ -253,19 +239,21 @@ def run_ranks(folder: Path, layout: str, stops: str, world: int = 2) -> list[sub
     [("sharded", "SIGKILL"), ("replicated", "SIGKILL"), pytest.param("sharded", "SIGSTOP", marks=pytest.mark.slow)],
 )
 def test_a_rank_that_dies_ends_the_others_and_the_pass_goes_on(layout: str, stops: str, tmp_path: Path) -> None:
-    processes = run_ranks(tmp_path, layout, stops)
+    processes = run_ranks(on_rank, 2, str(tmp_path), layout, stops, join=False).processes
     try:
         if stops == "SIGKILL":
-            assert processes[1].wait(200) == -signal.SIGKILL
+            processes[1].join(200)
+            assert processes[1].exitcode == -signal.SIGKILL
         died = time.monotonic()
-        _, errors = processes[0].communicate(timeout=200)
-        assert processes[0].returncode == 1
-        assert "rank 1 does not answer: killed, out of memory, or its machine is gone" in errors
+        processes[0].join(200)
+        assert processes[0].exitcode == 1
+        said = (tmp_path / f"said-{stops}-0").read_text()
+        assert "rank 1 does not answer: killed, out of memory, or its machine is gone" in said
         assert stops != "SIGKILL" or time.monotonic() - died < 60, "a machine under load is given four times as long"
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
     for world in (1, 3) if stops == "SIGKILL" else ():
         shutil.copytree(tmp_path / "state", tmp_path / str(world) / "state")
     model, rows = tiny("bert"), samples(count=120)
@@ -285,18 +273,11 @@ def test_a_rank_that_dies_ends_the_others_and_the_pass_goes_on(layout: str, stop
 
 def go_on(folder: Path, layout: str, world: int, expected: Fisher) -> None:
     """Finish an interrupted pass on some number of ranks."""
-    processes = run_ranks(folder, layout, "none", world)
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * world, outputs
-    # Anew, it would be nine rows to compare, a batch to check, and this rank's share.
-    assert int(outputs[0][0].split()[-1]) < 10 + 120 / world, "what was done is not done again"
+    run_ranks(on_rank, world, str(folder), layout, "none")
     for rank in range(world):
         found = torch.load(folder / f"result-{rank}.pt", weights_only=True)
+        # Anew, it would be nine rows to compare, a batch to check, and this rank's share.
+        assert rank or found["batches"] < 10 + 120 / world, "what was done is not done again"
         assert found["taken"] == 120
         check_same(found["diagonal"], found["trace"], expected)
     assert not (folder / "state").exists()

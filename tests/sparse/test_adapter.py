@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,6 +20,7 @@ from irdscale.sparse import entries_of, sparse_state, trained_numbers
 from irdscale.sparse.adapter import _contents_hash
 from tests.models import FAMILIES, collate, samples, tiny
 from tests.sparse.oracle import random_mask
+from tests.spawned import run_ranks
 
 HEAD = ("classifier.weight", "classifier.bias", "score.weight", "classifier.out_proj.weight")
 
@@ -195,7 +195,7 @@ def save_on_rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_rank_0_writes_and_ranks_fail_together(tmp_path: Path) -> None:
-    mp.spawn(save_on_rank, args=(2, str(tmp_path)), nprocs=2)
+    run_ranks(save_on_rank, 2, str(tmp_path))
     loaded = load_adapter(tiny("bert"), tmp_path / "adapter")
     assert all((entries.values == 1).all() for entries in entries_of(loaded).values())
     assert {p.name for p in tmp_path.iterdir()} <= {"adapter", "file", "store"}

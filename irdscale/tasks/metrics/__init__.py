@@ -1,9 +1,8 @@
-"""The metrics: `evaluate` modules that lie beside this file, so that no hub is needed."""
+"""The metrics: `evaluate`'s, of a table of this package, so that no hub is needed."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,15 @@ from irdscale.errors import InputError, RunError, TrainingError
 
 @functools.cache
 def load_metric(name: str) -> Any:
-    """The `evaluate.Metric` called `name`, loaded from its file in this folder.
+    """The `evaluate.Metric` called `name`.
 
     Raises:
         RunError: `evaluate` cannot write its folder in the Hugging Face cache.
     """
-    import evaluate
+    from irdscale.tasks.metrics.scores import Score
 
     try:
-        return evaluate.load(str(Path(__file__).with_name(f"{name}.py")), keep_in_memory=True)
+        return Score(name, keep_in_memory=True)
     except OSError as error:
         raise RunError(
             f"cannot load the metric {name}: {error} (HF_HOME must be a folder that can be written)"
