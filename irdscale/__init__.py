@@ -11,19 +11,10 @@ from typing import TYPE_CHECKING, Any
 from irdscale.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from irdscale.adapters import export_shira, load_adapter, pull_adapter, push_adapter, save_adapter, switch_adapter
     from irdscale.fisher import Fisher, accumulate_fisher
-    from irdscale.mask import Mask, top_k
-    from irdscale.sparse import (
-        export_shira,
-        load_adapter,
-        merge,
-        pull_adapter,
-        push_adapter,
-        save_adapter,
-        sparsify,
-        switch_adapter,
-        unload,
-    )
+    from irdscale.masks.mask import Mask, top_k
+    from irdscale.sparse import merge, sparsify, unload
 
 __version__ = "0.1.0"
 
@@ -48,16 +39,16 @@ __all__ = [
 _HOME = {
     "Fisher": "irdscale.fisher",
     "accumulate_fisher": "irdscale.fisher",
-    "Mask": "irdscale.mask",
-    "top_k": "irdscale.mask",
-    "export_shira": "irdscale.sparse",
-    "load_adapter": "irdscale.sparse",
+    "Mask": "irdscale.masks.mask",
+    "top_k": "irdscale.masks.mask",
+    "export_shira": "irdscale.adapters",
+    "load_adapter": "irdscale.adapters",
     "merge": "irdscale.sparse",
-    "pull_adapter": "irdscale.sparse",
-    "push_adapter": "irdscale.sparse",
-    "save_adapter": "irdscale.sparse",
+    "pull_adapter": "irdscale.adapters",
+    "push_adapter": "irdscale.adapters",
+    "save_adapter": "irdscale.adapters",
     "sparsify": "irdscale.sparse",
-    "switch_adapter": "irdscale.sparse",
+    "switch_adapter": "irdscale.adapters",
     "unload": "irdscale.sparse",
 }
 

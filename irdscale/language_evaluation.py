@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irdscale.answers import AnswerEnds, same_answer
-from irdscale.batches import LateRows, shared_batches
-from irdscale.checks import FIRST, padding_matters, require_causal, uneven_rows, warn_once
+from irdscale.distributed.ranks import add_up, largest_of, rank_and_world
+from irdscale.distributed.zero3 import device_of, gathering, is_partitioned
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
-from irdscale.partitioned import device_of, gathering, is_partitioned
-from irdscale.ranks import add_up, largest_of, rank_and_world
-from irdscale.tasks.metrics.errors import of_ratio, of_share
-from irdscale.tasks.tokens import labelled, pad_batch
-from irdscale.tokenwise import (
+from irdscale.models.batches import LateRows, shared_batches
+from irdscale.models.checks import FIRST, padding_matters, require_causal, uneven_rows, warn_once
+from irdscale.models.chunked_losses import (
     IGNORED,
     Headless,
     finishing,
@@ -30,6 +27,9 @@ from irdscale.tokenwise import (
     target_places,
     token_losses,
 )
+from irdscale.tasks.answers import AnswerEnds, same_answer
+from irdscale.tasks.metrics.errors import of_ratio, of_share
+from irdscale.tasks.tokens import labelled, pad_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +43,7 @@ COLUMNS = 3
 def evaluate_language(
     model: nn.Module, task: Task, split: Dataset, batch_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Every metric of the task on a split, and its standard error; see `irdscale.evaluation.evaluate_with_errors`.
+    """Every metric of the task on a split, and its standard error, as `evaluate_with_errors` returns them.
 
     - perplexity: exp of the mean loss of all target tokens of the split.
     - token_accuracy: share of the target tokens that the model finds likeliest, given those before.

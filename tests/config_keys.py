@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "configs" / "README.md"
 MARKS = ("<!-- keys -->\n", "<!-- /keys -->")

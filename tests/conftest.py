@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from irdscale.launched import free_port
+from irdscale.distributed.process_group import free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

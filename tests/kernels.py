@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from irdscale.triton_device import interpreting
+from irdscale.utils.triton_device import interpreting
 
 INTERPRETED = interpreting()
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 # A process that imports them for itself takes longer for that than most tests' ranks do for their work.
-NEEDED = ["irdscale.training", "transformers.models.auto.modeling_auto", "deepspeed"]
+NEEDED = ["irdscale.training.trainer", "transformers.models.auto.modeling_auto", "deepspeed"]
 
 
 def run_ranks(work: Callable[..., None], world: int, *arguments: Any, join: bool = True) -> Any:

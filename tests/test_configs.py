@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from transformers import RobertaConfig
 
-from irdscale import cli
-from irdscale.cli import app
-from irdscale.config import LANGUAGE_KINDS
-from irdscale.config_file import load_config
+from irdscale.cli import command_line
+from irdscale.cli.command_line import app
+from irdscale.config.loader import load_config
+from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.distributed.deepspeed import micro_batch
 from irdscale.errors import InputError
 from irdscale.plan import run_plan
-from irdscale.zero import micro_batch
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_a_study_runs_to_its_report(path, tmp_path, capsys):
     output = tmp_path / "out"
     # Libraries that the stand-ins import have said their things.
     capsys.readouterr()
-    assert cli.run(["compare", str(path), *changes, *small, *more, limit, f"output={output}", "--json"]) == 0
+    assert command_line.run(["compare", str(path), *changes, *small, *more, limit, f"output={output}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in result["methods"]] == methods
     assert all(entry["test"]["n"] == 1 for entry in result["methods"])

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from irdscale.config_file import load_config
-from irdscale.launched import free_port
-from irdscale.verbs import run_train
+from irdscale.config.loader import load_config
+from irdscale.distributed.process_group import free_port
+from irdscale.training.one_mask import run_train
 from tests.hosts import environment, make_checkout, script
 from tests.training_oracle import toy
 

@@ -177,7 +177,7 @@ def test_an_install_with_ray_alone_needs_no_tools_of_deepspeed(checkout):
         ("deepspeed.sh", "--num_gpus 3 --module irdscale train my.yaml a=b"),
         (
             "torchrun_multinode.sh",
-            "-m irdscale.nodes --nnodes=2 --nproc-per-node=3 --rdzv-backend=c10d --rdzv-id=irdscale "
+            "-m irdscale.distributed.multinode --nnodes=2 --nproc-per-node=3 --rdzv-backend=c10d --rdzv-id=irdscale "
             "--rdzv-endpoint=node1:4000 --rdzv-conf=join_timeout=60,read_timeout=60,is_host=0 "
             "-m irdscale train my.yaml a=b",
         ),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
 from tests.hosts import ROOT, TWO_NODES, apart, make_checkout, script
 from tests.search.toy import write_config
 

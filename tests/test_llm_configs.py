@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from irdscale.cli import app
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.cli.command_line import app
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
 from irdscale.plan import run_plan
 from irdscale.plan.hardware import GPUS
 

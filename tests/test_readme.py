@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
-from irdscale import cli
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.cli import command_line
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
 from tests.config_keys import PAGE, key_tables, page_with
 from tests.search.toy import write_config
 
@@ -113,7 +113,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_command(words: list[str]) -> None:
     if words[0] == "irdscale":
         # The toy machine may lack what doctor asks for; it must only answer.
-        assert cli.run(words[1:]) in ((0, 1) if words[1] == "doctor" else (0,)), words
+        assert command_line.run(words[1:]) in ((0, 1) if words[1] == "doctor" else (0,)), words
     elif words[0] == "torchrun":
         start = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", *words[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from irdscale import language_evaluation, tokenwise
-from irdscale.evaluation import evaluate_model
-from irdscale.fisher import SampleGradients, gradients, scored_parameters
+from irdscale import language_evaluation
+from irdscale.fisher import SampleGradients, passes, scored_parameters
 from irdscale.fisher.accumulate import new_sums
-from irdscale.tokenwise import next_tokens, token_losses
-from tests.models import collate, samples, tiny
-from tests.test_language_evaluation import made, texts
+from irdscale.models import chunked_losses
+from irdscale.models.chunked_losses import next_tokens, token_losses
+from irdscale.training.evaluate import evaluate_model
+from tests.tiny_models import collate, samples, tiny
+from tests.training.test_evaluate_language import made, texts
 from tests.waits import Waits
 
 
@@ -31,8 +32,8 @@ def model_waits(model: Any, batch: dict[str, Any]) -> int:
 def test_passes_read_the_device_once_for_many_batches(family: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = "lm" if family.endswith("texts") else "classification"
     model = tiny(family.split()[0], head)
-    rows = [samples(head)[0] | {"row": i} for i in range(4 * gradients.BATCHES_BETWEEN)]
-    monkeypatch.setattr(gradients, "target_places", (waits := Waits()).host(tokenwise.target_places))
+    rows = [samples(head)[0] | {"row": i} for i in range(4 * passes.BATCHES_BETWEEN)]
+    monkeypatch.setattr(passes, "target_places", (waits := Waits()).host(chunked_losses.target_places))
     scored = scored_parameters(model, [r"layers\."] if head == "lm" else None)
     taken = SampleGradients(model, rows, waits.host(collate), scored, batch_size=2)
     taken.prepare(range(len(rows)))
@@ -62,7 +63,7 @@ def test_evaluation_reads_the_device_once(kind: str, tmp_path: Path, monkeypatch
     found = []
     for batch_size in (24, 2):
         waits = Waits()
-        monkeypatch.setattr(language_evaluation, "target_places", waits.host(tokenwise.target_places))
+        monkeypatch.setattr(language_evaluation, "target_places", waits.host(chunked_losses.target_places))
         monkeypatch.setattr(language_evaluation, "pad_batch", waits.host(language_evaluation.pad_batch))
         with waits:
             evaluate_model(model, task, task.test, batch_size)

@@ -13,10 +13,11 @@ import yaml
 from torch import Tensor, nn
 
 from irdscale import Mask
-from irdscale.config import RunConfig, training_steps
-from irdscale.config_file import load_config
-from irdscale.tasks import Task, build_model
-from irdscale.training import trained_whole, training_order
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig, training_steps
+from irdscale.models.build import build_model
+from irdscale.tasks import Task
+from irdscale.training.trainer import trained_whole, training_order
 from tests.helpers import tiny_model
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask

@@ -19,17 +19,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from irdscale import merge
-from irdscale.base_model import KeptBase
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.ranks import add_up, end_rank
+from irdscale.distributed.zero3 import numel_of, shape_of, whole
 from irdscale.errors import TrainingError
-from irdscale.evaluation import evaluate_model
 from irdscale.fisher.pool import sample_gradients
-from irdscale.partitioned import numel_of, shape_of, whole
-from irdscale.ranks import add_up, end_rank
+from irdscale.models.build import build_model
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
-from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import Control, fine_tune, make_sparse, sparse_model
-from irdscale.warmup import model_to_score
+from irdscale.tasks import Task, load_task
+from irdscale.training.base_model import KeptBase
+from irdscale.training.evaluate import evaluate_model
+from irdscale.training.head_warmup import model_to_score
+from irdscale.training.trainer import Control, fine_tune, make_sparse, sparse_model
 from tests.training_oracle import changed, load, mask_of
 
 # Nothing stays gathered and nothing is gathered ahead, so that the tests see every gathering.

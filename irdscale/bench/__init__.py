@@ -19,7 +19,7 @@ from irdscale.bench.search import bench_search
 from irdscale.bench.train import MODELS as TRAIN_MODELS
 from irdscale.bench.train import bench_train
 from irdscale.errors import InputError
-from irdscale.progress import bar
+from irdscale.utils.progress import bar
 
 PARTS = ("fisher", "train", "search", "gpu")
 

@@ -22,7 +22,7 @@ from irdscale.bench.models import BATCH, collate, make_model, make_rows
 from irdscale.bench.timing import row, side_by_side
 from irdscale.fisher import Fisher, SampleGradients, scored_parameters
 from irdscale.fisher.accumulate import new_sums
-from irdscale.mask import top_k
+from irdscale.masks.mask import top_k
 
 log = logging.getLogger(__name__)
 

@@ -84,7 +84,7 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
     """
     from irdscale.bench.gpu_exact import CONFIG, checked
     from irdscale.bench.timing import figure
-    from irdscale.config_file import load_config
+    from irdscale.config.loader import load_config
     from irdscale.search.masks import search_masks
     from irdscale.tasks import load_task
 
@@ -105,10 +105,10 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
 
 def _search(output: Path) -> float:
     """The winner's perplexity over that of the model as it came."""
-    from irdscale import cli
     from irdscale.bench.gpu_exact import CONFIG
+    from irdscale.cli import command_line
 
-    code = cli.run(["search", str(CONFIG), f"output={output}"])
+    code = command_line.run(["search", str(CONFIG), f"output={output}"])
     assert code == 0, f"exit code {code}; expected 0"
     result = json.loads((output / "result.json").read_text())
     return float(result["best"]["metric"] / result["baseline"]["base"]["metric"])
@@ -131,7 +131,7 @@ def run_rank_checks(device: torch.device) -> Iterator[Check | dict[str, Any]]:
     import torch
 
     from irdscale.bench.gpu_exact import LIMITS, TUNED_LIMIT, checked, diagonal_error, tuned_error
-    from irdscale.ranks import rank_and_world
+    from irdscale.distributed.ranks import rank_and_world
 
     world = rank_and_world()[1]
     limit = LIMITS[torch.float32].diagonal
@@ -155,9 +155,10 @@ def zero_row() -> dict[str, Any]:
     """Steps a second of the quickstart's language model under ZeRO-3, after the first ones; collective."""
     from irdscale.bench.gpu_exact import tuning_config, tuning_mask
     from irdscale.bench.timing import figure
-    from irdscale.ranks import rank_and_world
-    from irdscale.tasks import build_model, load_task
-    from irdscale.training import Control, fine_tune, sparse_model
+    from irdscale.distributed.ranks import rank_and_world
+    from irdscale.models.build import build_model
+    from irdscale.tasks import load_task
+    from irdscale.training.trainer import Control, fine_tune, sparse_model
 
     config = tuning_config(f"train.steps={WARM_UP + MEASURED}", zero3(), batch=16)
     task, seed = load_task(config), config.search.seeds[0]
@@ -198,7 +199,7 @@ def tell(found: Iterable[Check | dict[str, Any]]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run one part; returns the exit code."""
-    from irdscale.cli import QUIET
+    from irdscale.cli.command_line import QUIET
     from irdscale.errors import InputError, RunError
 
     for name, value in QUIET.items():
@@ -242,7 +243,7 @@ def _tell_exact() -> int:
 def _tell_ranks() -> int:
     import torch
 
-    from irdscale.launched import joined, launched
+    from irdscale.distributed.process_group import joined, launched
 
     with joined(always=True):
         gpu = torch.cuda.is_available()
@@ -250,6 +251,6 @@ def _tell_ranks() -> int:
 
 
 if __name__ == "__main__":
-    from irdscale.launched import leave
+    from irdscale.distributed.process_group import leave
 
     leave(main(sys.argv[1:]))

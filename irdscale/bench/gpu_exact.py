@@ -19,17 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.ranks import gather_texts, rank_and_world
+from irdscale.distributed.zero3 import whole
 from irdscale.fisher import Fisher, accumulate_fisher
 from irdscale.fisher.diagonal import Layout
-from irdscale.mask import Mask, top_k
-from irdscale.partitioned import whole
-from irdscale.ranks import gather_texts, rank_and_world
+from irdscale.masks.mask import Mask, top_k
+from irdscale.models.build import build_model
+from irdscale.models.chunked_losses import IGNORED
 from irdscale.sparse import merge, sparsify, trained_numbers
-from irdscale.tasks import Task, build_model, load_task
-from irdscale.tokenwise import IGNORED
-from irdscale.training import fine_tune, sparse_model, training_order
+from irdscale.tasks import Task, load_task
+from irdscale.training.trainer import fine_tune, sparse_model, training_order
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart_llm.yaml"
 FAMILIES = ("bert", "gpt2", "llama", "mixtral")

@@ -17,7 +17,7 @@ from irdscale.bench.gpu_models import MATRICES, SIZES, collate, make_model, make
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.accumulate import new_sums
-from irdscale.tokenwise import found_losses, next_tokens
+from irdscale.models.chunked_losses import found_losses, next_tokens
 
 PASS_BAR = 1.15
 FIRST_BAR = 3.0

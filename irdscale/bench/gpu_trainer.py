@@ -15,11 +15,11 @@ from irdscale.bench.gpu_exact import CONFIG
 from irdscale.bench.gpu_models import Size, collate, make_rows, wait
 from irdscale.bench.gpu_steps import random_mask
 from irdscale.bench.timing import row
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
+from irdscale.models.chunked_losses import finishing, found_losses, headless, next_tokens
 from irdscale.sparse import sparsify
-from irdscale.tokenwise import finishing, found_losses, headless, next_tokens
-from irdscale.training import Control, fine_tune
+from irdscale.training.trainer import Control, fine_tune
 
 BAR = 1.10
 NAME = "135M-like"

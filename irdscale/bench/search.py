@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.bench.timing import figure
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, candidates
@@ -54,7 +54,7 @@ _figure = partial(figure, "search", model="minilm", tokens=32)
 def _overhead(folder: Path) -> dict[str, Any]:
     """Seconds of a round of 6 trivial candidates beyond what the candidates themselves take, after the first round."""
     from irdscale.cluster.connect import connected
-    from irdscale.search.ray import RayEngine
+    from irdscale.search.ray_engine import RayEngine
 
     config = _config(
         folder, "overhead", "train.steps=1", "fisher.samples=16", "task.limit={train: 64, selection: 16, test: 16}"

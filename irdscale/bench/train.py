@@ -20,7 +20,7 @@ from irdscale.bench.trainer import trainer_row
 from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
-from irdscale.mask import Mask, index_dtype, top_k
+from irdscale.masks.mask import Mask, index_dtype, top_k
 from irdscale.sparse import entries_of, sparsify
 from irdscale.sparse.functions import needed_input
 from irdscale.sparse.products import Side

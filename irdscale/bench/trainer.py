@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from irdscale.bench.models import make_rows
 from irdscale.bench.timing import row
-from irdscale.config import RunConfig
-from irdscale.partitioned import device_of
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.zero3 import device_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +72,7 @@ def _samples(count: int, tokens: int) -> Dataset:
 
 
 def _fine_tune(model: nn.Module, task: _Rows, config: RunConfig) -> float:
-    from irdscale.training import Control, fine_tune
+    from irdscale.training.trainer import Control, fine_tune
 
     stamps: list[float] = []
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from irdscale.bench.models import collate, make_model, make_rows
 from irdscale.bench.timing import row, side_by_side
+from irdscale.distributed.ranks import end_rank
 from irdscale.fisher import accumulate_fisher
-from irdscale.mask import top_k
-from irdscale.ranks import end_rank
+from irdscale.masks.mask import top_k
 from irdscale.sparse import sparsify
 
 log = logging.getLogger(__name__)

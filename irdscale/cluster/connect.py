@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irdscale.cluster.desk import Desk, cause_of
-from irdscale.cluster.ranks import Gang
 from irdscale.cluster.share import is_share, jobs_a_gpu
+from irdscale.cluster.supervisor import Desk, cause_of
+from irdscale.cluster.worker import Gang
 from irdscale.errors import InputError
 
 # Only for what this process and the cluster that it starts do; none is set where the user has set it.

@@ -11,8 +11,8 @@ import ray
 from ray import tune
 
 from irdscale.cluster.connect import answer
-from irdscale.cluster.desk import Job
-from irdscale.cluster.ranks import unpacked
+from irdscale.cluster.supervisor import Job
+from irdscale.cluster.worker import unpacked
 from irdscale.errors import InputError
 
 

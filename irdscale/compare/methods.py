@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.base_model import base_model
-from irdscale.compare.asked import Method, asked_methods
-from irdscale.config import RunConfig
+from irdscale.compare.method_specs import Method, asked_methods
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.fisher.pool import scored_by, scored_of
-from irdscale.lora import insert_lora
-from irdscale.partitioned import numel_of
+from irdscale.models.lora import insert_lora
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
-from irdscale.training import trained_whole
+from irdscale.training.base_model import base_model
+from irdscale.training.trainer import trained_whole
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -15,8 +15,8 @@ from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of
 from irdscale.compare.where import COLUMNS as MASK_COLUMNS
 from irdscale.compare.where import where_masks_lie
-from irdscale.files import write_atomic
 from irdscale.report.pages import write_pages
+from irdscale.utils.files import write_atomic
 
 CAPTIONS = {
     "scores": "Test score by method: mean and 95 % t interval over the seeds, which are the grey dots. "

@@ -20,40 +20,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.compare.asked import (
-    DRAWN,
-    FEW,
-    RANKINGS,
-    RESTART,
-    SEARCHES,
-    Method,
-    owner_of,
-    ranking_name,
-    slug,
-)
-from irdscale.compare.entries import fewest_samples, method_entries
+from irdscale.compare.method_specs import DRAWN, FEW, RANKINGS, RESTART, SEARCHES, Method, owner_of, ranking_name, slug
 from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
+from irdscale.compare.results import fewest_samples, method_entries
+from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
-from irdscale.compare.underway import Study
-from irdscale.config import RunConfig, training_steps
-from irdscale.config_file import dump_config
+from irdscale.config.loader import dump_config
+from irdscale.config.schema import RunConfig, training_steps
+from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
 from irdscale.errors import InputError
-from irdscale.files import read_json, write_atomic, write_json
-from irdscale.loss_trend import said_of_rises
-from irdscale.progress import bar
-from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.run_folder import held, search_part
+from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Pair, Wanted, rounds, together
-from irdscale.search.kept import SearchMasks
 from irdscale.search.limits import most_of_rounds
+from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Call, Runner
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
+from irdscale.training.loss_trend import said_of_rises
+from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

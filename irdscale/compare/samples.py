@@ -9,15 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from irdscale.compare.asked import RANKINGS, Method, asked_methods, owner_of, ranking_name
+from irdscale.compare.method_specs import RANKINGS, Method, asked_methods, owner_of, ranking_name
 from irdscale.compare.study import FILE
-from irdscale.config_file import check_config
+from irdscale.config.loader import check_config
 from irdscale.errors import InputError
-from irdscale.files import read_json
 from irdscale.report.analysis import Relation, by_chance, headline, overlaps, ranking_relations
 from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
-from irdscale.search.kept import index_file, load_mask, mask_folder, read_masks, traces_file
+from irdscale.search.mask_store import index_file, load_mask, mask_folder, read_masks, traces_file
+from irdscale.utils.files import read_json
 
 COLUMNS = ["property", "measure", "mean", "over the seeds", "by chance"]
 

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from irdscale.errors import InputError
-from irdscale.files import read_json
+from irdscale.utils.files import read_json
 
 FILE = "compare.json"
 

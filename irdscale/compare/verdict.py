@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from irdscale.compare.asked import FEW, SEARCHES
+from irdscale.compare.method_specs import FEW, SEARCHES
 from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
-from irdscale.config import METRIC_RANGES
+from irdscale.config.schema import METRIC_RANGES
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.

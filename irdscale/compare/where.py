@@ -7,7 +7,7 @@ from typing import Any
 
 from irdscale.report.analysis import most_held
 from irdscale.report.verdict import percent
-from irdscale.search.kept import load_mask, mask_folder
+from irdscale.search.mask_store import load_mask, mask_folder
 
 COLUMNS = ["method", "most entries are in", "of the masks", "of the scored parameters"]
 

@@ -2,6 +2,6 @@
 
 from irdscale.fisher.accumulate import accumulate_fisher, scored_parameters
 from irdscale.fisher.diagonal import Fisher
-from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.passes import SampleGradients
 
 __all__ = ["Fisher", "SampleGradients", "accumulate_fisher", "scored_parameters"]

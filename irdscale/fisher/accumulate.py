@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from irdscale.distributed.ranks import rank_and_world, same_on_every_rank
+from irdscale.distributed.zero3 import unwrapped
 from irdscale.errors import InputError
+from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.diagonal import Fisher, Layout
-from irdscale.fisher.gradients import Collate, SampleGradients, SizedDataset
 from irdscale.fisher.losses import Objective, TokenReduction
-from irdscale.fisher.resume import SavedPass
-from irdscale.fisher.room import check_room
+from irdscale.fisher.memory_check import check_room
+from irdscale.fisher.passes import Collate, SampleGradients, SizedDataset
 from irdscale.fisher.rules import add_squares
 from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
-from irdscale.partitioned import unwrapped
-from irdscale.ranks import rank_and_world, same_on_every_rank
 
 
 def scored_parameters(

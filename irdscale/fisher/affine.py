@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from irdscale.partitioned import shape_of
+from irdscale.distributed.zero3 import shape_of
 
 # Norms compute in float32 inside, whatever their weights.
 TOLERANCE = 1e-5

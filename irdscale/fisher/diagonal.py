@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from irdscale.ranks import gather_flat, rank_and_world, slice_of
-from irdscale.topk import Slice
+from irdscale.distributed.ranks import gather_flat, rank_and_world, slice_of
+from irdscale.masks.topk import Slice
 
 Layout = Literal["replicated", "sharded"]
 Shapes = dict[str, tuple[int, ...]]
@@ -21,7 +21,7 @@ class Fisher:
 
     Attributes:
         diagonal: name -> mean over samples of the squared gradient: in the parameter's shape where `layout` is
-            `replicated`, else this rank's slice of the flat parameter (`irdscale.ranks.slice_of`).
+            `replicated`, else this rank's slice of the flat parameter (`irdscale.distributed.ranks.slice_of`).
         sample_trace: float64 [N], in data set order: each sample's sum of squared gradients over `diagonal`'s names.
         sample_gradients: gradients of single samples that were taken to get there, by all ranks.
         shapes: name -> the parameter's shape.

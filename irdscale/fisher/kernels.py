@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from irdscale.triton_device import comes_out_right, interpreting, why_not_on
+from irdscale.utils.triton_device import comes_out_right, interpreting, why_not_on
 
 try:
     import triton

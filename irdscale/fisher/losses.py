@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irdscale.errors import InputError
-from irdscale.tokenwise import IGNORED, drawn_labels, generators, inverse_cdf, next_tokens, token_losses, uniform
+from irdscale.models.chunked_losses import (
+    IGNORED,
+    drawn_labels,
+    generators,
+    inverse_cdf,
+    next_tokens,
+    token_losses,
+    uniform,
+)
 
 Objective = Literal["label", "sampled", "expected"]
 TokenReduction = Literal["mean", "sum"]

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.zero3 import numel_of, to_gpu
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
-from irdscale.fisher.gradients import SampleGradients
-from irdscale.fisher.lattice import rank_samples, ranked_entries_by_prefix
-from irdscale.fisher.resume import SavedPass
-from irdscale.mask import Ranking
-from irdscale.partitioned import numel_of, to_gpu
-from irdscale.tasks.models import decoder_linears
-from irdscale.tokenwise import IGNORED
+from irdscale.fisher.checkpoint import SavedPass
+from irdscale.fisher.nested import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.passes import SampleGradients
+from irdscale.masks.mask import Ranking
+from irdscale.models.build import decoder_linears
+from irdscale.models.chunked_losses import IGNORED
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from irdscale.distributed.zero3 import whole
 from irdscale.fisher.affine import is_affine, slope, without_hooks
-from irdscale.partitioned import whole
 
 
 @dataclass

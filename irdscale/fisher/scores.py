@@ -16,12 +16,12 @@ import random
 import torch
 from torch import Tensor, nn
 
-from irdscale.config import Score
+from irdscale.config.schema import Score
+from irdscale.distributed.ranks import slice_of
+from irdscale.distributed.zero3 import shape_of, whole
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.rules import add_gradients, add_squares
 from irdscale.fisher.sums import Add
-from irdscale.partitioned import shape_of, whole
-from irdscale.ranks import slice_of
 
 
 def summed(score: Score) -> Add | None:

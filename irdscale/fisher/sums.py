@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from irdscale.distributed.ranks import add_up, rank_and_world, slice_of
 from irdscale.fisher.diagonal import Fisher, Layout, Shapes
 from irdscale.fisher.rules import Buffers, Term
-from irdscale.ranks import add_up, rank_and_world, slice_of
 
 # Adds a batch's terms of one parameter to its sum, and to the batch's traces where they are wanted.
 Add = Callable[[list[Term], Tensor, Tensor | None, Buffers], None]

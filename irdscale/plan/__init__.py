@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from irdscale.config import LANGUAGE_KINDS, RunConfig, training_steps
+from irdscale.config.schema import LANGUAGE_KINDS, RunConfig, training_steps
+from irdscale.distributed.deepspeed import micro_batch as checked_micro_batch
+from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError
 from irdscale.plan.hardware import find_gpu
 from irdscale.plan.layout import TRIAL, Job, Layout, cost, job_of, main_memory, micro_batch, phases
 from irdscale.plan.memory import zero_from
 from irdscale.plan.sizes import GIB
 from irdscale.search.ird import Pair
-from irdscale.zero import micro_batch as checked_micro_batch
-from irdscale.zero import zero_file
 
 
 def run_plan(

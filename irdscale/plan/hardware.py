@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from irdscale.config import nearest
+from irdscale.config.schema import nearest
 from irdscale.errors import InputError
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
 from irdscale.plan.sizes import GIB

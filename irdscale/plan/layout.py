@@ -7,17 +7,9 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from irdscale.cluster.share import counted, jobs_a_gpu, share_of, shared_turns
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.plan.hardware import Gpu
-from irdscale.plan.memory import (
-    F32,
-    Zero,
-    begin_items,
-    evaluate_items,
-    fisher_items,
-    pass_items,
-    train_items,
-)
+from irdscale.plan.memory import F32, Zero, begin_items, evaluate_items, fisher_items, pass_items, train_items
 from irdscale.plan.rates import columns_held
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import gradient_traffic, sample_flops, sums_traffic, weight_traffic

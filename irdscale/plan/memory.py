@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from irdscale.distributed.deepspeed import gathering_options
 from irdscale.plan.sizes import Items, Shapes, Traced
-from irdscale.zero import gathering_options
 
 F32 = 4
 # A mask's index and the place of each entry in its product.
@@ -56,7 +56,7 @@ def zero_from(settings: dict[str, Any] | None, hidden: int) -> Zero:
     """From the contents of a DeepSpeed file, `auto` filled in as the Trainer does.
 
     Args:
-        settings: as `irdscale.zero.zero_file` gives them.
+        settings: as `irdscale.distributed.deepspeed.zero_file` gives them.
         hidden: the model's width.
     """
     if settings is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from irdscale.config import nearest
+from irdscale.config.schema import nearest
 from irdscale.errors import InputError
 
 NUMBERS = ("nodes", "gpus_per_node", "tokens", "train_samples")

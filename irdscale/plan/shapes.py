@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from irdscale.config import LANGUAGE_KINDS, Kind, RunConfig
+from irdscale.config.schema import LANGUAGE_KINDS, Kind, RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher import pool
+from irdscale.models.build import load_model_config
 from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
-from irdscale.tasks.hub import one_line
-from irdscale.tasks.models import load_model_config
+from irdscale.utils.hub import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from irdscale.cluster.share import CONTEXT, Card, jobs_a_gpu, share_of, tensors_room
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.plan import trial_peak
 from irdscale.plan.sizes import GIB

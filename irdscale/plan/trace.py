@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves
 from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
 from irdscale.fisher.rules import Buffers, Outer, Rows, Term, add_squares, add_traces
-from irdscale.mask import index_dtype
+from irdscale.masks.mask import index_dtype
+from irdscale.models.chunked_losses import tokens_at_once
 from irdscale.plan.rates import columns_held
 from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
 from irdscale.sparse.products import Product, Side
-from irdscale.tokenwise import tokens_at_once
 
 Pass = Literal["train", "masks", "traces", "evaluate"]
 # Layers that are run; the difference of the two is one layer's.

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from scipy.stats import chi2, kruskal, mannwhitneyu, spearmanr
 
-from irdscale.config import LANGUAGE_KINDS
-from irdscale.files import read_json
-from irdscale.mask import Mask
+from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.masks.mask import Mask
 from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
+from irdscale.utils.files import read_json
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 OTHER = "other"

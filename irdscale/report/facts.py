@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.errors import InputError
-from irdscale.files import read_json
-from irdscale.mask import Mask, density
+from irdscale.masks.mask import Mask, density
 from irdscale.report.analysis import LAYER, Analysis, analyse
 from irdscale.search.ird import Pair, candidates
-from irdscale.search.kept import index_file, load_mask, read_masks, traces_file
 from irdscale.search.ledger import read_ledger
+from irdscale.search.mask_store import index_file, load_mask, read_masks, traces_file
+from irdscale.utils.files import read_json
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from irdscale.files import write_atomic
-from irdscale.progress import duration
 from irdscale.report.verdict import percent, with_error
+from irdscale.utils.files import write_atomic
+from irdscale.utils.progress import duration
 
 
 def write_pages(

@@ -14,27 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.base_model import base_model
-from irdscale.config import RunConfig, TrainConfig, training_steps
+from irdscale.adapters import load_adapter, save_adapter
+from irdscale.config.schema import RunConfig, TrainConfig, training_steps
+from irdscale.distributed.ranks import first_says, rank_and_world
 from irdscale.errors import InputError, RunError, TrainingError
-from irdscale.evaluation import evaluate_model, evaluate_with_errors
-from irdscale.mask import Mask
-from irdscale.progress import bar
-from irdscale.ranks import first_says, rank_and_world
+from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
-from irdscale.search.kept import mask_folder
 from irdscale.search.ledger import evaluation_key
-from irdscale.sparse import load_adapter, save_adapter
-from irdscale.training import (
-    Control,
-    Paused,
-    adapter_config,
-    adapter_dtype,
-    fine_tune,
-    make_sparse,
-    put_lora,
-)
-from irdscale.training_state import remove_training
+from irdscale.search.mask_store import mask_folder
+from irdscale.training.base_model import base_model
+from irdscale.training.checkpoint import remove_training
+from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
+from irdscale.training.trainer import Control, Paused, adapter_config, adapter_dtype, fine_tune, make_sparse, put_lora
+from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

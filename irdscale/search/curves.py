@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from irdscale.ranks import rank_and_world
+from irdscale.distributed.ranks import rank_and_world
 from irdscale.search.candidates import Candidate
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irdscale.config_file import check_config
+from irdscale.config.loader import check_config
 from irdscale.errors import InputError, RunError
-from irdscale.files import read_json, write_json
 from irdscale.fisher.accumulate import new_sums
-from irdscale.fisher.gradients import SampleGradients
+from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.pool import draw_samples, sample_gradients
 from irdscale.fisher.scores import summed
-from irdscale.mask import Mask
-from irdscale.run_folder import refuse_other_input
+from irdscale.masks.mask import Mask
+from irdscale.runs.folder import refuse_other_input
 from irdscale.tasks import load_task
-from irdscale.warmup import model_to_score
+from irdscale.training.head_warmup import model_to_score
+from irdscale.utils.files import read_json, write_json
 
 
 def masked_traces(

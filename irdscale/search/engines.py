@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from irdscale.cluster import require_ray
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.search.local import LocalEngine
 from irdscale.search.runner import Engine
 
@@ -27,7 +27,7 @@ def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
             local.release()
         return
     require_ray()
-    from irdscale.search.ray import ray_engine
+    from irdscale.search.ray_engine import ray_engine
 
     with ray_engine(config, task, output, progress) as engine:
         yield engine

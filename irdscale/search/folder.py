@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from irdscale.config import RunConfig
-from irdscale.config_file import config_changes, load_config, same_search
+from irdscale.config.loader import config_changes, load_config, same_search
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.files import remove_temporaries
 from irdscale.search.ledger import read_ledger
+from irdscale.utils.files import remove_temporaries
 
 
 def refuse_changes(config: RunConfig, output: Path) -> None:

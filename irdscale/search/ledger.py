@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.errors import InputError
-from irdscale.files import digest, fsync_folder, writing
+from irdscale.utils.files import digest, fsync_folder, writing
 
 FIELDS = ("round", "samples", "params", "seed", "direction", "mask", "metric", "status", "error", "seconds", "key")
-# Where the training's loss began and ended; see `irdscale.loss_trend.loss_trend`.
+# Where the training's loss began and ended; see `irdscale.training.loss_trend.loss_trend`.
 MORE_FIELDS = ("loss",)
 
 _STOPPED = re.compile(r"stopped early at step (\d+),")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from irdscale.base_model import KeptBase, keeping
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.runner import Call
+from irdscale.training.base_model import KeptBase, keeping
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from irdscale.base_model import base_model
-from irdscale.config import RunConfig
-from irdscale.config_file import same_search
+from irdscale.config.loader import same_search
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
+from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
-from irdscale.files import digest, read_json, write_json
-from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.pool import (
     draw_samples,
     mask_size,
@@ -27,13 +27,13 @@ from irdscale.fisher.pool import (
     scored_by,
     traces_of,
 )
-from irdscale.partitioned import numel_of
-from irdscale.ranks import failing_together, first_says, rank_and_world
 from irdscale.search.ird import Pair
-from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.search.limits import lattice
-from irdscale.training import trained_whole
-from irdscale.warmup import model_to_score
+from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
+from irdscale.training.base_model import base_model
+from irdscale.training.head_warmup import model_to_score
+from irdscale.training.trainer import trained_whole
+from irdscale.utils.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

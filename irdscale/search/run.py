@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irdscale import tasks
-from irdscale.config import RunConfig, training_steps
-from irdscale.config_file import dump_config
+from irdscale.config.loader import dump_config
+from irdscale.config.schema import RunConfig, training_steps
+from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
 from irdscale.errors import RunError
-from irdscale.files import read_json, write_atomic, write_json
-from irdscale.progress import bar
-from irdscale.ranks import failing_together, first_says, rank_and_world
-from irdscale.run_folder import held, search_part
+from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Outcome, Pair, StartError, ird
-from irdscale.search.kept import SearchMasks
 from irdscale.search.limits import most_evaluations
+from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
+from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

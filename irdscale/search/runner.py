@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from irdscale.config import RunConfig
-from irdscale.loss_trend import said_of_rises
+from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, adapter_folder, remove_folder
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import stopped_at
 from irdscale.search.shared import SharedLedger
+from irdscale.training.loss_trend import said_of_rises
 
 T = TypeVar("T")
 

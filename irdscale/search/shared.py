@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from irdscale.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
 from irdscale.search.ledger import Ledger
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irdscale.sparse.kernels import why_not
-from irdscale.triton_device import comes_out_right, interpreting
+from irdscale.utils.triton_device import comes_out_right, interpreting
 
 try:
     import triton

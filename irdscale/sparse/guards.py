@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
-from irdscale.partitioned import numel_of
 from irdscale.sparse.modules import SparseModule, held_entries
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from irdscale.config import nearest
+from irdscale.config.schema import nearest
+from irdscale.distributed.zero3 import numel_of, shape_of, whole
 from irdscale.errors import InputError
-from irdscale.mask import Mask, index_dtype
-from irdscale.partitioned import numel_of, shape_of, whole
+from irdscale.masks.mask import Mask, index_dtype
 from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, outside_graphs, patch_all
 
-# Where a model keeps the hashes of its base that `irdscale.sparse.base.vouch` was given.
+# Where a model keeps the hashes of its base that `irdscale.adapters.base.vouch` was given.
 VOUCHED = "_irdscale_vouched"
 
 
@@ -35,7 +35,7 @@ class SparseState:
         masters: name -> float32 numbers that are trained in place of such a parameter of a lower precision.
         required_grad: parameter names that required gradients before.
         hooks: those that patch everything as a forward pass starts.
-        known_bases: what `irdscale.sparse.base` remembers of the base's hashes.
+        known_bases: what `irdscale.adapters.base` remembers of the base's hashes.
         head_before: values of the model's configuration about its classes before an adapter was put on.
     """
 

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irdscale.distributed.zero3 import numel_of, shape_of, whole
 from irdscale.errors import InputError
-from irdscale.partitioned import numel_of, shape_of, whole
 from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
 from irdscale.sparse.products import Product, prepare
 

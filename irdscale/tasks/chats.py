@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from irdscale.errors import InputError, kind_of
-from irdscale.tasks.hub import one_line
-from irdscale.tokenwise import IGNORED
+from irdscale.models.chunked_losses import IGNORED
+from irdscale.utils.hub import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from irdscale.config import ColumnsConfig, nearest
+from irdscale.config.schema import ColumnsConfig, nearest
 from irdscale.errors import InputError, kind_of
 from irdscale.tasks.data import Rows
 from irdscale.tasks.labels import is_missing

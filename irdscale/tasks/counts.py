@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from irdscale.classes import SHOWN, listed
-from irdscale.config import LANGUAGE_KINDS
-from irdscale.progress import say
+from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.models.classes import SHOWN, listed
+from irdscale.utils.progress import say
 
 if TYPE_CHECKING:
     from irdscale.tasks.task import Task

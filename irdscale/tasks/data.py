@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from irdscale.classes import are_placeholders, places_of
-from irdscale.config import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, check_pool, nearest
+from irdscale.config.schema import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, check_pool, nearest
 from irdscale.errors import InputError
+from irdscale.models.classes import are_placeholders, places_of
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
-from irdscale.tasks.hub import hub_access, is_hub_id, one_line
+from irdscale.utils.hub import hub_access, is_hub_id, one_line
 
 FILE_TYPES = (".parquet", ".jsonl", ".csv")
 # The names under which data sets publish their validation split.

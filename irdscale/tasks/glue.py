@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from irdscale.config import Kind, nearest
+from irdscale.config.schema import Kind, nearest
 from irdscale.errors import InputError
 
 HUB_ID = "nyu-mll/glue"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from irdscale.classes import are_placeholders, listed, places_of
-from irdscale.config import nearest
+from irdscale.config.schema import nearest
 from irdscale.errors import InputError
+from irdscale.models.classes import are_placeholders, listed, places_of
 
 
 def is_missing(label: Any) -> bool:

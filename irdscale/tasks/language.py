@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 
-from irdscale.config import ColumnsConfig, Kind, TaskConfig
+from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig
 from irdscale.errors import InputError
+from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.chats import chat_messages, chat_sample
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
-from irdscale.tokenwise import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,16 +11,16 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from irdscale.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
-from irdscale.config import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind, LimitConfig, RunConfig
+from irdscale.config.schema import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind, LimitConfig, RunConfig
 from irdscale.errors import InputError
+from irdscale.models.build import load_model_config, load_tokenizer, trained_head
+from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
 from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import standard_errors
-from irdscale.tasks.models import load_model_config, load_tokenizer, trained_head
-from irdscale.tasks.pool import shaped_pool
+from irdscale.tasks.population import shaped_pool
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
 
@@ -37,7 +37,7 @@ class Task:
     `train`, `selection` (which the search reads) and `test` (which it does not) hold `input_ids`, `attention_mask`,
     `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split; those of
     language models what `irdscale.tasks.language` says. `origin` says, for people, where each of the three comes from.
-    `pool` is the population that `task.pool` shapes, as `irdscale.tasks.pool` says, and `pool_in_words` what it is.
+    `pool` is the population that `task.pool` shapes (see `irdscale.tasks.population`), `pool_in_words` what it is.
     `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
     instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated. `label_names` are
     the classes in the order of the model's outputs: the data's, or a trained head's own; `class_order` are their

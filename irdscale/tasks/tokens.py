@@ -10,8 +10,8 @@ import pyarrow as pa
 import torch
 
 from irdscale.errors import InputError
+from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.splits import Part
-from irdscale.tokenwise import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

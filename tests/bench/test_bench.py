@@ -12,7 +12,7 @@ import transformers
 from irdscale import bench
 from irdscale.bench import fisher, timing, train, trainer
 from irdscale.errors import InputError
-from tests.models import config_of
+from tests.tiny_models import config_of
 
 
 @pytest.fixture

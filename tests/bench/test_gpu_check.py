@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from irdscale import cli
 from irdscale.bench import gpu_check, gpu_exact
 from irdscale.bench.gpu_exact import DTYPES, FAMILIES, LIMITS, Check
 from irdscale.bench.timing import figure
-from irdscale.config_file import load_config
-from irdscale.ranks import end_rank
+from irdscale.cli import command_line
+from irdscale.config.loader import load_config
+from irdscale.distributed.ranks import end_rank
 from tests.spawned import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -151,9 +151,9 @@ def test_steps_a_second_are_of_those_after_the_first(monkeypatch: pytest.MonkeyP
 
     ends = iter([0.0, 10.0, 11.0, 11.5])
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
-    monkeypatch.setattr("irdscale.training.fine_tune", tuned)
+    monkeypatch.setattr("irdscale.training.trainer.fine_tune", tuned)
     # The model is not in partitions here.
-    monkeypatch.setattr("irdscale.training.sparse_model", lambda *_: None)
+    monkeypatch.setattr("irdscale.training.trainer.sparse_model", lambda *_: None)
     monkeypatch.setattr(gpu_check, "WARM_UP", 1)
     monkeypatch.setattr(gpu_check, "MEASURED", 2)
     row = gpu_check.zero_row()
@@ -199,15 +199,15 @@ def test_search_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def small(path: Any, overrides: list[str]) -> Any:
         return load_config(path, [*overrides, "fisher.samples=32", "task.limit.train=300", "task.max_length=32"])
 
-    monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr("irdscale.config_file.load_config", small)
+    monkeypatch.setattr(command_line, "run", run)
+    monkeypatch.setattr("irdscale.config.loader.load_config", small)
     check, evaluation, masks = gpu_check.run_search_check(tmp_path)
     assert check.ok  # type: ignore[union-attr]
     assert (evaluation["ratio"], evaluation["met"]) == (0.6, True)  # type: ignore[index]
     assert masks["what"] == "masks of 32 samples, after compiling, s"  # type: ignore[index]
     metrics["best"] = 4.1
     assert not next(gpu_check.run_search_check(tmp_path)).ok  # type: ignore[union-attr]
-    monkeypatch.setattr(cli, "run", lambda _: 1)
+    monkeypatch.setattr(command_line, "run", lambda _: 1)
     assert "exit code 1" in next(gpu_check.run_search_check(tmp_path)).line()  # type: ignore[union-attr]
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from irdscale.cluster import connect, share
-from irdscale.cluster.ranks import Gang
 from irdscale.cluster.share import GIB, counted, jobs_a_gpu, kept_to, mps_runs, share_of, shared_turns, tensors_room
+from irdscale.cluster.worker import Gang
 from irdscale.errors import InputError
 
 

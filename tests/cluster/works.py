@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from irdscale.cluster.ranks import Talk
+from irdscale.cluster.worker import Talk
+from irdscale.distributed.process_group import launched
 from irdscale.errors import InputError, RunError
-from irdscale.launched import launched
 
 
 def answer(talk: Talk) -> int:
@@ -78,7 +78,7 @@ def one_dies(talk: Talk, folder: Path) -> Any:
     """The second rank is killed, the first time."""
     import torch.distributed as dist
 
-    from irdscale.watch import watched
+    from irdscale.distributed.watchdog import watched
 
     mark = folder / "died"
     first_time = not mark.exists()

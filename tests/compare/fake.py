@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.statistics import interval, paired
-from irdscale.config import RunConfig
-from irdscale.files import write_json
+from irdscale.config.schema import RunConfig
+from irdscale.utils.files import write_json
 
 ALL = {
     "ird": ("IRD", 520),

@@ -10,7 +10,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.compare.run import run_compare  # noqa: E402
-from irdscale.config_file import load_config  # noqa: E402
+from irdscale.config.loader import load_config  # noqa: E402
 from irdscale.search.ledger import Ledger, read_ledger  # noqa: E402
 from tests.search import ray_toy  # noqa: E402
 from tests.search.toy import finished, killed_after, write_config  # noqa: E402

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from irdscale.compare import run
-from irdscale.compare.asked import RESTART
+from irdscale.compare.method_specs import RESTART
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Outcome, Pair, ird
-from irdscale.search.kept import SearchMasks
 from irdscale.search.ledger import read_ledger
 from irdscale.search.limits import lattice
 from irdscale.search.local import LocalEngine
+from irdscale.search.mask_store import SearchMasks
 from irdscale.search.runner import Call
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)

@@ -12,17 +12,17 @@ import torch
 from scipy import stats
 
 from irdscale.compare import write_comparison
-from irdscale.compare.asked import asked_methods, owner_of, ranking_name
+from irdscale.compare.method_specs import asked_methods, owner_of, ranking_name
 from irdscale.compare.samples import Samples, about_samples
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.files import write_json
-from irdscale.mask import Mask
+from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
-from irdscale.search.kept import SearchMasks, as_stored, index_file, keep_mask, traces_file
+from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, traces_file
 from irdscale.search.masks import search_masks
 from irdscale.tasks import load_task
+from irdscale.utils.files import write_json
 from tests.compare.fake import study, write_study
 from tests.pages import Cells
 from tests.search.toy import write_config

@@ -10,8 +10,8 @@ import torch
 from irdscale.compare import write_comparison
 from irdscale.compare.where import COLUMNS, where_masks_lie
 from irdscale.errors import InputError
-from irdscale.mask import Mask
-from irdscale.search.kept import keep_mask, mask_folder
+from irdscale.masks.mask import Mask
+from irdscale.search.mask_store import keep_mask, mask_folder
 from tests.compare.fake import study, write_study
 from tests.pages import Cells
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.models import BERT_LIKE, LLAMA_LIKE, SIZES, VOCABULARY, config_of, samples
+from tests.tiny_models import BERT_LIKE, LLAMA_LIKE, SIZES, VOCABULARY, config_of, samples
 
 WIDE = LLAMA_LIKE | {"head_dim": 6}
 EXPERTS = LLAMA_LIKE | {"num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 6}

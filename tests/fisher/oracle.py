@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.models import collate
+from tests.tiny_models import collate
 
 
 def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:

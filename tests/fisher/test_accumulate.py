@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import irdscale
 from irdscale.errors import InputError
-from irdscale.fisher import SampleGradients, accumulate_fisher, room, scored_parameters
+from irdscale.fisher import SampleGradients, accumulate_fisher, memory_check, scored_parameters
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.capture import checkpointed_layers
 from tests.fisher.oracle import brute_force
-from tests.models import FAMILIES, collate, samples, tiny
+from tests.tiny_models import FAMILIES, collate, samples, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-16}
 
@@ -379,15 +379,15 @@ def test_sums_that_do_not_fit_are_refused_with_a_way_out(monkeypatch: pytest.Mon
     model, rows = tiny("bert"), samples()
     numels = [p.numel() for p in model.parameters()]
     needed = 8 * (sum(numels) + max(numels))
-    monkeypatch.setattr(room, "free_main_memory", lambda: needed)
+    monkeypatch.setattr(memory_check, "free_main_memory", lambda: needed)
     accumulate(model, rows)
-    monkeypatch.setattr(room, "free_main_memory", lambda: needed - 1)
+    monkeypatch.setattr(memory_check, "free_main_memory", lambda: needed - 1)
     with pytest.raises(InputError, match=r"fisher\.layout: found sums of 0\.0 GiB a rank .* 'sharded' over 2 ranks"):
         accumulate(model, rows)
     shapes = {"large": (1000, 1000), "small": (10,)}
     for free in (8.1e6, 9e6, 11e6):
-        ranks = room.ranks_needed(shapes, 4, free)
+        ranks = memory_check.ranks_needed(shapes, 4, free)
         assert ranks is not None
-        assert room.bytes_needed(shapes, 4, "sharded", ranks) <= free
-        assert ranks == 2 or room.bytes_needed(shapes, 4, "sharded", ranks - 1) > free
-    assert room.ranks_needed(shapes, 4, 8e6) is None
+        assert memory_check.bytes_needed(shapes, 4, "sharded", ranks) <= free
+        assert ranks == 2 or memory_check.bytes_needed(shapes, 4, "sharded", ranks - 1) > free
+    assert memory_check.ranks_needed(shapes, 4, 8e6) is None

@@ -14,7 +14,7 @@ from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.capture import why_no_rules
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import brute_force
-from tests.models import collate
+from tests.tiny_models import collate
 
 README = Path(__file__).resolve().parents[2] / "irdscale" / "fisher" / "README.md"
 FAMILIES = tuple(configs())

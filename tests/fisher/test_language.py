@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irdscale import accumulate_fisher, tokenwise
-from irdscale.fisher import SampleGradients, gradients, scored_parameters
-from irdscale.tokenwise import IGNORED
-from tests.models import collate, samples, tiny
+from irdscale import accumulate_fisher
+from irdscale.fisher import SampleGradients, passes, scored_parameters
+from irdscale.models import chunked_losses
+from irdscale.models.chunked_losses import IGNORED
+from tests.tiny_models import collate, samples, tiny
 
 EXACT = {"rtol": 1e-9, "atol": 1e-16}
 BLOCKS = r"\.(layers|h)\.\d+\."
@@ -48,14 +49,14 @@ def brute_force(model: Any, rows: list[dict[str, Any]], reduction: str, names: l
 def test_equals_brute_force(
     family: str, reduction: Any, entries: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenwise, "ENTRIES", entries)
+    monkeypatch.setattr(chunked_losses, "ENTRIES", entries)
     model, rows = tiny(family, "lm"), answered()
     names = list(scored_parameters(model, BLOCKS))
     expected = brute_force(model, rows, reduction, names)
     if checkpointing:
         model.gradient_checkpointing_enable()
     taken: list[int] = []
-    monkeypatch.setattr(gradients, "found_losses", lambda *a: taken.append(1) or tokenwise.found_losses(*a))
+    monkeypatch.setattr(passes, "found_losses", lambda *a: taken.append(1) or chunked_losses.found_losses(*a))
     fisher = accumulate_fisher(
         model, rows, collate_fn=collate, dtype=torch.float64, include=BLOCKS, token_reduction=reduction, batch_size=3
     )

@@ -11,10 +11,10 @@ import transformers
 
 from irdscale import accumulate_fisher
 from irdscale.fisher import SampleGradients, scored_parameters
-from irdscale.tasks.models import decoder_linears
+from irdscale.models.build import decoder_linears
 from tests.fisher.families import configs
 from tests.fisher.oracle import brute_force
-from tests.models import collate, samples
+from tests.tiny_models import collate, samples
 
 FAMILIES = (
     "GPT-2",

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 from irdscale import accumulate_fisher, top_k
+from irdscale.distributed.ranks import end_rank
+from irdscale.distributed.zero3 import unwrapped
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, scored_parameters
-from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.sums import ShardedSums, WholeSums
-from irdscale.partitioned import unwrapped
-from irdscale.ranks import end_rank
-from tests.models import collate, samples, tiny
 from tests.spawned import run_ranks
+from tests.tiny_models import collate, samples, tiny
 
 # Family, head, and which parameters: of a language model's blocks alone, the head runs a few tokens at a time.
 CASES = (

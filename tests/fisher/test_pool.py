@@ -9,11 +9,11 @@ import datasets
 import pytest
 import torch
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.pool import ranked_samples
 from tests.fisher.oracle import loss_of
-from tests.models import collate, samples, tiny
+from tests.tiny_models import collate, samples, tiny
 
 TASKS = {"classification": "sequence-classification", "regression": "regression", "lm": "causal-lm"}
 

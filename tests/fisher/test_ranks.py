@@ -13,12 +13,20 @@ import torch.distributed as dist
 import transformers
 
 from irdscale import accumulate_fisher, top_k
+from irdscale.distributed.ranks import (
+    BUCKET_ENTRIES,
+    add_up,
+    end_rank,
+    failing_together,
+    gather_texts,
+    own_share,
+    rank_and_world,
+)
 from irdscale.errors import InputError, RunError
 from irdscale.fisher import SampleGradients, scored_parameters
-from irdscale.fisher.lattice import ranked_entries_by_prefix
-from irdscale.ranks import BUCKET_ENTRIES, add_up, end_rank, failing_together, gather_texts, own_share, rank_and_world
-from tests.models import collate, samples, tiny
+from irdscale.fisher.nested import ranked_entries_by_prefix
 from tests.spawned import run_ranks
+from tests.tiny_models import collate, samples, tiny
 
 COUNTS = (7, 2, 1)
 FAMILIES = ("bert", "gpt2", "deberta")

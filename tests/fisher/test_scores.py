@@ -10,9 +10,9 @@ from torch import Tensor
 
 from irdscale import Fisher, top_k
 from irdscale.fisher import SampleGradients, scored_parameters
-from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.fisher.nested import ranked_entries_by_prefix
 from tests.fisher.oracle import loss_of
-from tests.models import collate, samples, tiny
+from tests.tiny_models import collate, samples, tiny
 
 
 def by_hand(score: str, model: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

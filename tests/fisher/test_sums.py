@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 import transformers
 
 from irdscale import accumulate_fisher
-from irdscale.fisher.room import bytes_needed
+from irdscale.distributed.ranks import end_rank
+from irdscale.fisher.memory_check import bytes_needed
 from irdscale.fisher.sums import MainMemoryAdder
-from irdscale.ranks import end_rank
-from tests.models import collate, samples
+from tests.tiny_models import collate, samples
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")

@@ -15,14 +15,15 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
-from irdscale.fisher.lattice import ranked_entries_by_prefix
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.ranks import end_rank
+from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.pool import pass_options, sample_gradients
-from irdscale.mask import Mask
-from irdscale.ranks import end_rank
-from irdscale.tasks import Task, build_model, load_task
-from irdscale.training import fine_tune, sparse_model, trained_whole
+from irdscale.masks.mask import Mask
+from irdscale.models.build import build_model
+from irdscale.tasks import Task, load_task
+from irdscale.training.trainer import fine_tune, sparse_model, trained_whole
 from tests.helpers import Family, tiny_model
 from tests.sparse.oracle import random_mask
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
 from irdscale.plan import run_plan
 from tests.plan.measured import make_folder, on_rank
 

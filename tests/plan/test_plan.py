@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from irdscale.cli import run
-from irdscale.config import RunConfig
-from irdscale.config_file import load_config
+from irdscale.cli.command_line import run
+from irdscale.config.loader import load_config
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.plan import run_plan
 

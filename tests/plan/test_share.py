@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from irdscale.cluster.share import Card
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.plan import share
 from irdscale.plan.share import said_of, sharing_of

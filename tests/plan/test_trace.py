@@ -12,7 +12,7 @@ from irdscale.fisher.accumulate import scored_parameters
 from irdscale.plan import trace
 from irdscale.plan.sizes import Setting
 from irdscale.plan.trace import trace_pass
-from tests.models import config_of
+from tests.tiny_models import config_of
 
 B, T, D = 3, 11, 12
 

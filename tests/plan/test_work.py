@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 
 from irdscale.plan.memory import Zero
-from irdscale.plan.work import (
-    all_gather,
-    all_reduce,
-    gradient_traffic,
-    sample_flops,
-    sums_traffic,
-    weight_traffic,
-)
+from irdscale.plan.work import all_gather, all_reduce, gradient_traffic, sample_flops, sums_traffic, weight_traffic
 from tests.plan.llama import SHAPES
 
 # Layers of 218,103,808 entries, and the head.

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from irdscale.files import write_json
-from irdscale.mask import Mask
+from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import Ledger
+from irdscale.utils.files import write_json
 
 SHAPES = {
     "bert.embeddings.word_embeddings.weight": (50, 8),

@@ -11,8 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from irdscale.files import write_json
-from irdscale.mask import Mask
+from irdscale.masks.mask import Mask
 from irdscale.report import write_report
 from irdscale.report.analysis import (
     Relation,
@@ -29,6 +28,7 @@ from irdscale.report.analysis import (
     spearman,
 )
 from irdscale.report.facts import gather
+from irdscale.utils.files import write_json
 from tests.pages import Cells
 from tests.report.fake import write_output
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError, RunError
 
 PATIENCE_S = 60

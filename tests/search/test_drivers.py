@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from irdscale import Mask, accumulate_fisher, top_k
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
 from irdscale.errors import InputError
-from irdscale.files import write_json
 from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.models.build import build_model
 from irdscale.report import write_report
 from irdscale.search.drivers import masked_traces, write_drivers
 from irdscale.search.run import run_search
-from irdscale.tasks import build_model, load_task
+from irdscale.tasks import load_task
+from irdscale.utils.files import write_json
 from tests.fisher.oracle import loss_of
-from tests.models import collate, samples, tiny
 from tests.search.toy import write_config
+from tests.tiny_models import collate, samples, tiny
 
 
 def by_hand(model: Any, batches: list[Any], mask: Mask) -> list[float]:

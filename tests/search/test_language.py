@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from irdscale.config_file import load_config
-from irdscale.evaluation import evaluate_model
+from irdscale.config.loader import load_config
+from irdscale.models.build import build_model
 from irdscale.report import write_report
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
-from irdscale.tasks import build_model, load_task
-from irdscale.verbs import run_evaluate, run_export, run_train
+from irdscale.tasks import load_task
+from irdscale.training.evaluate import evaluate_model
+from irdscale.training.one_mask import run_evaluate, run_export, run_train
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart_llm.yaml"
 FEW = [

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from irdscale import Fisher, Mask, accumulate_fisher, top_k
-from irdscale.config import RunConfig
-from irdscale.config_file import dump_config, load_config
+from irdscale.config.loader import dump_config, load_config
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.fisher.lattice import rank_samples
+from irdscale.fisher.nested import rank_samples
 from irdscale.fisher.pool import draw_samples
+from irdscale.models.build import build_model
 from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
-from irdscale.search.kept import keep_mask, load_mask, mask_folder
+from irdscale.search.mask_store import keep_mask, load_mask, mask_folder
 from irdscale.search.masks import random_draw_mask, search_masks
-from irdscale.tasks import build_model, load_task
-from irdscale.verbs import run_fisher
+from irdscale.tasks import load_task
+from irdscale.training.one_mask import run_fisher
 from tests.search.toy import write_config
 
 

@@ -21,7 +21,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
-from irdscale.config_file import load_config  # noqa: E402
+from irdscale.config.loader import load_config  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
 from tests.search.ray_toy import (  # noqa: E402

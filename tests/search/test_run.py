@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from irdscale import Mask, load_adapter
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
 from irdscale.errors import InputError
-from irdscale.evaluation import evaluate_model
+from irdscale.models.build import build_model
 from irdscale.search import candidates, masks, run
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import Ledger, read_ledger
@@ -27,7 +27,8 @@ from irdscale.search.limits import lattice
 from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
-from irdscale.tasks import build_model, load_task
+from irdscale.tasks import load_task
+from irdscale.training.evaluate import evaluate_model
 from tests.search.toy import essence, write_config
 from tests.search.toy import finished as evaluations_of
 
@@ -254,7 +255,7 @@ def test_samples_for_masks_are_of_the_population(folder: Path, monkeypatch: pyte
 
 KILLED = """
 import sys
-from irdscale.config_file import load_config
+from irdscale.config.loader import load_config
 from irdscale.search.run import run_search
 config = load_config(sys.argv[1], [f"output={sys.argv[2]}"])
 print("ready", flush=True)

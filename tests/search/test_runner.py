@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_at, stopped_early

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irdscale.mask import Mask
+from irdscale.masks.mask import Mask
 
 
 def dense_masks(model: nn.Module, mask: Mask, always_train: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 from irdscale import Mask, sparsify
 from irdscale.sparse import entries_of, products
 from tests.fisher.families import configs, rows_for
-from tests.models import collate, config_of
 from tests.sparse.oracle import random_mask
+from tests.tiny_models import collate, config_of
 
 ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
 LOWER = list(ROUNDED)

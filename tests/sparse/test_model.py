@@ -16,8 +16,8 @@ from irdscale.errors import InputError
 from irdscale.sparse import base_hash, entries_of, functions, modules, products, sparse_state
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
-from tests.models import FAMILIES, collate, samples, tiny
 from tests.sparse.oracle import MaskedAdamW, batches, dense_masks, random_mask
+from tests.tiny_models import FAMILIES, collate, samples, tiny
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-10}
 

@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from irdscale import Mask, load_adapter, merge, save_adapter, sparsify, unload
 from irdscale.errors import InputError
 from irdscale.sparse import base_hash, entries_of, sparse_state, trained_numbers
-from tests.models import FAMILIES, collate, samples, tiny
 from tests.sparse.oracle import random_mask
+from tests.tiny_models import FAMILIES, collate, samples, tiny
 
 ROWS = samples("lm")
 

@@ -12,8 +12,8 @@ from tokenizers import models as parts
 from transformers import PreTrainedTokenizerFast
 
 from irdscale.errors import InputError
+from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.chats import Chat, chat_messages, chat_sample
-from irdscale.tokenwise import IGNORED
 
 SPECIAL = ["<|endoftext|>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|eom|>", "<think>", "</think>"]
 CHATML = (

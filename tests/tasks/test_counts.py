@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from irdscale import cli
-from irdscale.config import RunConfig
+from irdscale.cli import command_line
+from irdscale.config.schema import RunConfig
 from irdscale.tasks import counts, load_task, tell_classes
 from tests.helpers import tiny_model
 from tests.search.toy import write_config
@@ -100,5 +100,5 @@ def test_many_rare_classes_are_few_lines(model: Path, tmp_path: Path, caplog: py
 def test_verbs_say_it_before_they_work(tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str) -> None:
     # The mask of this ratio has no entry, which is found out after the data is read.
     config = write_config(tmp_path, search__ratio=1e-9, search__min_ratio=1e-9)
-    assert cli.run([verb, str(config)]) == 2
+    assert command_line.run([verb, str(config)]) == 2
     assert "Classes of train: 0 32, 1 32" in capfd.readouterr().err

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.tasks import Task, build_model, load_task, models
-from irdscale.tasks.models import decoder_linears
-from irdscale.tokenwise import IGNORED
+from irdscale.models import build
+from irdscale.models.build import build_model, decoder_linears
+from irdscale.models.chunked_losses import IGNORED
+from irdscale.tasks import Task, load_task
 from tests.helpers import tiny_model
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs"
@@ -254,12 +255,12 @@ def test_models_for_texts(model: Path, tmp_path: Path) -> None:
 
 def test_where_a_language_model_is_loaded_to(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(model, tmp_path, [{"text": "good film"}], **TEXTS)
-    assert models._straight_to_gpu(run) == {}
+    assert build._straight_to_gpu(run) == {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert models._straight_to_gpu(run) == {"device_map": {"": 3}}
-    monkeypatch.setattr(models, "zero_stage", lambda _config: 3)
-    assert models._straight_to_gpu(run) == {}
+    assert build._straight_to_gpu(run) == {"device_map": {"": 3}}
+    monkeypatch.setattr(build, "zero_stage", lambda _config: 3)
+    assert build._straight_to_gpu(run) == {}
 
 
 def test_the_shipped_texts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from irdscale.config import RunConfig
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.tasks import Task, load_task
 from tests.helpers import tiny_model

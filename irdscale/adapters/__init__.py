@@ -1,0 +1,17 @@
+"""Adapters: the files of a trained mask, on disk, on the hub, switched, as PEFT's SHiRA."""
+
+from irdscale.adapters.format import load_adapter, save_adapter
+from irdscale.adapters.heads import adapter_head
+from irdscale.adapters.hub import pull_adapter, push_adapter
+from irdscale.adapters.shira import export_shira
+from irdscale.adapters.switch import switch_adapter
+
+__all__ = [
+    "adapter_head",
+    "export_shira",
+    "load_adapter",
+    "pull_adapter",
+    "push_adapter",
+    "save_adapter",
+    "switch_adapter",
+]

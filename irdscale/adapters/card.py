@@ -1,0 +1,58 @@
+"""The model card of an adapter folder: what the Hugging Face hub shows of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+TAGS = ("irdscale", "sparse-fine-tuning", "adapter")
+
+
+def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
+    """Markdown with the hub's YAML header.
+
+    Args:
+        model: the sparse model.
+        meta: what adapter.json holds.
+    """
+    from huggingface_hub import ModelCardData
+
+    from irdscale.utils.hub import is_hub_id
+
+    base = str(meta["base_model"])
+    on_hub = is_hub_id(base) and not Path(base).exists()
+    # A folder's path says nothing to others, and would tell them who trained where.
+    shown = base if on_hub else Path(base).name or "the base model"
+    header = ModelCardData(library_name="irdscale", base_model=base if on_hub else None, tags=list(TAGS))
+    kind = getattr(type(model), "_original", type(model)).__name__
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    options = f", num_labels={labels}" if kind.endswith("ForSequenceClassification") and labels else ""
+    whole = f", and {meta['dense_parameters']:,} numbers of {', '.join(meta['dense'])}" if meta["dense"] else ""
+    return f"""---
+{header}
+---
+
+# Sparse adapter for {shown}
+
+Trains {meta["k"]:,} entries of the model's weights{whole}; all others are those of the base, bit for bit.
+
+```python
+import irdscale
+from transformers import {kind}
+
+model = {kind}.from_pretrained({json.dumps(shown)}{options})
+irdscale.load_adapter(model, "OWNER/NAME")  # this repository, or a folder; refuses another base
+```
+
+`irdscale.merge(model)` gives a plain Hugging Face model, `irdscale.unload(model)` the base model again.
+
+| | |
+|---|---|
+| trained entries (k) | {meta["k"]:,} |
+| numbers trained whole | {meta["dense_parameters"]:,} |
+| mask | `{meta["mask_hash"]}` |
+| base weights (SHA-256) | `{meta["base_hash"]}` |
+"""

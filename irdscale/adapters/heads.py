@@ -1,0 +1,114 @@
+"""What a model's head tells apart: kept in an adapter, compared with a base model's, and put there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from irdscale.adapters.hub import adapter_folder
+from irdscale.errors import InputError
+from irdscale.models.classes import HeadClasses, are_placeholders, names_of, order_of, other_classes
+from irdscale.sparse.model import sparse_state
+from irdscale.utils.files import read_json
+
+_KINDS = {
+    "single_label_classification": "sequence-classification",
+    "multi_label_classification": "multi-label-classification",
+    "regression": "regression",
+}
+_KEPT = ("id2label", "label2id", "problem_type")
+
+
+def head_of(model: nn.Module, changed: Mapping[str, Any] | None = None) -> HeadClasses | None:
+    """What a model is for; None where its class and its configuration do not tell.
+
+    Args:
+        changed: values of its configuration before an adapter was put on.
+    """
+    model = getattr(model, "_orig_mod", model)
+    name, config = getattr(type(model), "_original", type(model)).__name__, getattr(model, "config", None)
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return HeadClasses(name, "causal-lm", ())
+    if config is None or not name.endswith("ForSequenceClassification"):
+        return None
+    own = SimpleNamespace(**{key: getattr(config, key, None) for key in _KEPT} | dict(changed or {}))
+    names = names_of(own)
+    kind = "regression" if len(names) == 1 else _KINDS.get(str(own.problem_type))
+    return HeadClasses(name, kind, () if kind == "regression" else names)
+
+
+def head_in_words(head: HeadClasses | None) -> dict[str, Any] | None:
+    """What adapter.json says of a head."""
+    return None if head is None else {"kind": head.kind, "classes": list(head.names)}
+
+
+def read_head(stored: Any, folder: Path) -> HeadClasses | None:
+    """What `head_in_words` wrote; None where the model did not tell.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if stored is None:
+        return None
+    kind, names = (stored.get("kind"), stored.get("classes")) if isinstance(stored, dict) else (0, None)
+    if not isinstance(kind, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise InputError(
+            f"{folder / 'adapter.json'}: damaged adapter: found head {stored!r}; expected kind and classes"
+        )
+    return HeadClasses(f"the adapter {folder}", kind, tuple(names))
+
+
+def adapter_head(folder: Path | str) -> HeadClasses | None:
+    """What the head of an adapter tells apart, without reading its numbers.
+
+    Args:
+        folder: or `OWNER/NAME` on the Hugging Face hub.
+
+    Raises:
+        InputError: there is no adapter, or what it says of its head is damaged.
+    """
+    folder = adapter_folder(folder)
+    meta = read_json(folder / "adapter.json", "adapter")
+    head = read_head(meta.get("head") if isinstance(meta, dict) else None, folder)
+    made_with = meta.get("config") if isinstance(meta, dict) else None
+    counted = made_with.get("counted") if isinstance(made_with, dict) else None
+    if head is None:
+        return None
+    return replace(head, counted=tuple(map(str, counted)) if isinstance(counted, list) else head.names)
+
+
+def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str, Any] | None = None) -> None:
+    """Check that a base model is for what an adapter was trained for, as far as both say it.
+
+    Args:
+        changed: values as `head_of` takes them.
+
+    Raises:
+        InputError: it is for another kind of task, or for other classes.
+    """
+    own = head_of(model, changed)
+    if head is None or own is None:
+        return
+    if own.kind is not None and head.kind is not None and own.kind != head.kind:
+        raise InputError(f"{own.where}: found a model for {own.kind}; expected one for {head.kind}, as {head.where}")
+    if own.names and head.names and order_of(own.names, head.names) is None:
+        raise other_classes(own.names, head, own.where)
+
+
+def put_head(model: nn.Module, head: HeadClasses | None) -> None:
+    """Name the classes of a sparse model as its adapter does; `irdscale.unload` gives it its own names again."""
+    own, config = head_of(model), getattr(model, "config", None)
+    if head is None or own is None or config is None:
+        return
+    state = sparse_state(model)
+    state.head_before = state.head_before or {key: getattr(config, key, None) for key in _KEPT}
+    if head.names and not are_placeholders(head.names) and len(own.names) == len(head.names):
+        config.id2label = dict(enumerate(head.names))
+        config.label2id = {name: number for number, name in enumerate(head.names)}
+    if getattr(config, "problem_type", None) is None and head.kind in _KINDS.values():
+        config.problem_type = next(key for key, kind in _KINDS.items() if kind == head.kind)

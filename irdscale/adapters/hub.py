@@ -1,0 +1,97 @@
+"""Adapter folders on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from irdscale.errors import InputError, RunError
+
+FILES = ["adapter.json", "adapter.safetensors", "README.md"]
+
+
+def _is_repository(name: str) -> bool:
+    from irdscale.utils.hub import is_hub_id
+
+    return "/" in name and is_hub_id(name)
+
+
+def _check_id(repo_id: str) -> None:
+    if not _is_repository(repo_id):
+        raise InputError(f"{repo_id}: found no name on the hub; expected OWNER/NAME")
+
+
+def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
+    """Upload an adapter folder to the Hugging Face hub, with the token that `hf auth login` or HF_TOKEN gives.
+
+    Args:
+        folder: from `save_adapter`; checked before anything is sent.
+        repo_id: OWNER/NAME; made if there is none.
+        private: of a repository that is made; one that exists stays as it is.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: there is no adapter in `folder`, it is damaged, or `repo_id` is no OWNER/NAME.
+        RunError: the hub does not answer or does not take it.
+    """
+    from irdscale.adapters.format import read_adapter
+    from irdscale.utils.hub import hub_access, one_line
+
+    _check_id(repo_id)
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; expected an adapter")
+    read_adapter(folder)
+    try:
+        with hub_access():
+            from huggingface_hub import HfApi
+
+            api = HfApi()
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, allow_patterns=FILES, commit_message="Upload irdscale adapter"
+            )
+    except Exception as error:  # the hub's errors and its HTTP client's have no common class
+        raise RunError(f"{folder}: cannot push to {repo_id} on the hub: {one_line(error)}") from error
+    return str(address)
+
+
+def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str | None = None) -> Path:
+    """Download an adapter from the Hugging Face hub.
+
+    Args:
+        repo_id: OWNER/NAME.
+        folder: where to; unless given, the hub's cache, from which it also comes where there is no network.
+        revision: branch, tag or commit.
+
+    Returns:
+        The folder, for `load_adapter`.
+
+    Raises:
+        InputError: there is no such repository, or it cannot be reached.
+    """
+    from irdscale.utils.hub import hub_access, one_line
+
+    _check_id(repo_id)
+    try:
+        with hub_access():
+            from huggingface_hub import snapshot_download
+
+            return Path(snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=FILES))
+    except Exception as error:  # as above
+        raise InputError(f"{repo_id}: no adapter loaded from the hub: {one_line(error)}") from error
+
+
+def adapter_folder(place: Path | str) -> Path:
+    """The folder that `place` names, or that of `OWNER/NAME` on the hub where there is no such folder.
+
+    Raises:
+        InputError: there is neither.
+    """
+    folder = Path(place).expanduser()
+    if folder.exists() or not _is_repository(str(place)):
+        return folder
+    try:
+        return pull_adapter(str(place))
+    except InputError as error:
+        raise InputError(f"{place}: no such folder here, and {str(error).partition(': ')[2]}") from error

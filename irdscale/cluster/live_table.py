@@ -1,0 +1,98 @@
+"""What runs on the cluster right now, on the terminal; and the log lines of those who run."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from irdscale.utils.progress import PLAIN_SECONDS, duration, is_live, say, show_below
+
+LOOK_S = 1.0
+
+
+@contextmanager
+def watching(desk: Any, enabled: bool) -> Iterator[None]:
+    """Print the jobs' log lines while the body runs; if `enabled`, show which jobs there are too."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(desk, enabled, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(5 * LOOK_S)
+        show_below(None)
+
+
+def _watch(desk: Any, enabled: bool, ended: threading.Event) -> None:
+    import ray
+
+    printed = time.monotonic()
+    while not ended.wait(LOOK_S):
+        try:
+            seen = ray.get(desk.look.remote(), timeout=10 * LOOK_S)
+        except ray.exceptions.GetTimeoutError:
+            continue
+        except ray.exceptions.RayError:
+            return
+        for line in seen["logs"]:
+            say(f"irdscale: {line}")
+        if enabled and is_live():
+            show_below(table(seen["jobs"]))
+        elif enabled and seen["jobs"] and time.monotonic() - printed >= PLAIN_SECONDS:
+            say(line_of_all(seen["jobs"]))
+            printed = time.monotonic()
+
+
+def table(jobs: list[dict[str, Any]]) -> Table:
+    """A row for each job: round, candidate, step, metric at the last rung, time left, host; one for all that wait."""
+    found = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("round", "running", "step", "metric", "left", "on"):
+        found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
+    for job in summed_up(jobs):
+        found.add_row(*cells(job))
+    return found
+
+
+def line_of_all(jobs: list[dict[str, Any]]) -> str:
+    """All jobs in a line of a log file."""
+    return f"Running: {'; '.join(map(line_of, summed_up(jobs)))}"
+
+
+def summed_up(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The jobs that have begun, then those that wait, as one where they are several."""
+    waiting = [job for job in jobs if job["begun"] is None]
+    if len(waiting) > 1:
+        waiting = [{"name": f"{len(waiting)} more", "begun": None, "host": None}]
+    return [job for job in jobs if job["begun"] is not None] + waiting
+
+
+def cells(job: dict[str, Any]) -> tuple[str, ...]:
+    """What a row says."""
+    step, of, begun = job.get("step"), job.get("of"), job["begun"]
+    # A pass over samples says how far it is in its own words.
+    if step is None and job.get("progress"):
+        _, step, of, _ = job["progress"]
+    # A training that went on from a saved state has not made the steps before it in this time.
+    made = step - job.get("earlier", 0) if step else 0
+    left = duration(begun / made * (of - step)) if begun and made and of else ""
+    return (
+        "" if job.get("round") is None else str(job["round"]),
+        str(job.get("what", job["name"])),
+        "waiting" if begun is None else "starting" if step is None else f"{step:.0f}/{of or '?'}",
+        f"{job['metric']:.4f}" if "metric" in job else "",
+        left,
+        job["host"] or "",
+    )
+
+
+def line_of(job: dict[str, Any]) -> str:
+    """A job in a line of a log file."""
+    _, what, step, metric, left, _ = cells(job)
+    parts = [what, step if "/" not in step else f"step {step}", metric and f"metric {metric}", left and f"{left} left"]
+    return ", ".join(filter(None, parts))

@@ -1,0 +1,100 @@
+"""What a comparison found, method by method: scores, differences from the reference, and what each cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method, described
+from irdscale.compare.state import Study
+from irdscale.compare.statistics import interval, paired_methods
+from irdscale.config.schema import METRIC_RANGES
+from irdscale.search.candidates import Candidate
+from irdscale.search.limits import lattice as sizes
+
+
+def method_entries(
+    study: Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """What compare.json tells of each method.
+
+    Args:
+        chosen: (method, seed) -> its candidate that is best on the selection split; None where all failed.
+        tests: key -> test metric of the chosen candidates, and its standard error.
+    """
+    entries = [_entry(study, method, chosen, tests) for method in study.methods]
+    reference = next(entry for entry in entries if entry["name"] == study.reference)
+    lower, within = study.task.lower_is_better, METRIC_RANGES[study.task.metric]
+    for entry in entries:
+        entry["difference"] = None if entry is reference else paired_methods(reference, entry, lower, within)
+    return entries
+
+
+def fewest_samples(study: Study) -> int | None:
+    """The fewest samples that a search can come to in its rounds; None without a search."""
+    ends = []
+    for method in study.methods:
+        if method.kind in SEARCHES:
+            masks, search = study.lattices[method.name, study.seeds[0]], method.config.search
+            ends.append(sizes(masks.start, masks.minimum)[0][: search.max_rounds + 1][-1])
+    return min(ends, default=None)
+
+
+def _entry(
+    study: Study,
+    method: Method,
+    chosen: dict[tuple[str, int], Candidate | None],
+    tests: dict[str, tuple[float, float]],
+) -> dict[str, Any]:
+    seeds: list[dict[str, Any]] = []
+    for seed in study.seeds:
+        tried, best = study.tried[method.name, seed], chosen[method.name, seed]
+        test, error = (None, None) if best is None else tests[best.key(study.config)]
+        seeds.append(
+            {
+                "seed": seed,
+                "selection": None if best is None else study.runner.metric(best),
+                "test": test,
+                "test_error": error,
+                "samples": None if best is None or not best.pair.samples else best.pair.samples,
+                "pool": study.lattices[method.name, seed].start.samples if method.kind in RANKINGS else None,
+                "params": None if best is None else best.pair.params,
+                "mask": None if best is None else best.mask,
+                "loss": None if best is None else study.runner.trend(best),
+                "evaluations": len(study.grid) + study.spent.get((method.name, seed), 1) - 1,
+                "error": study.runner.error(tried[0]) if best is None else None,
+            }
+        )
+    ended, within = [one for one in seeds if one["test"] is not None], METRIC_RANGES[study.task.metric]
+    per_training = study.config.train.batch_size * study.steps
+    warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
+    gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
+    spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
+    return {
+        **described(method),
+        "learning_rate": study.rates[method.name],
+        "grid": study.grids[method.name],
+        "evaluations": _mean([one["evaluations"] for one in seeds]),
+        "fine_tunings": round(spent + gradients / per_training, 3),
+        "params": _mean([one["params"] for one in ended]) if ended else None,
+        "seeds": seeds,
+        "test": interval([one["test"] for one in ended], within),
+        # All seeds have the same test samples, so that a mean over them is no better known for that.
+        "test_error": _mean([one["test_error"] for one in ended]) if ended else None,
+        "selection": interval([one["selection"] for one in ended], within),
+    }
+
+
+def _gradients(study: Study, method: Method, seed: int) -> int:
+    """Sample gradients that the masks of a method take by themselves, whoever shares them."""
+    if method.kind not in RANKINGS:
+        return 0
+    lattice = study.lattices[method.name, seed]
+    if method.kind == "fish_best":
+        return lattice.start.samples + study.gradients.get((method.name, seed), 0)
+    alone = {"fish": lattice.start.samples, "fish_small": lattice.fewest.samples}
+    return alone.get(method.kind, int(lattice.facts["sample_gradients"]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

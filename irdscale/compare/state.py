@@ -1,0 +1,66 @@
+"""A comparison under way: what was asked for, and what is known so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from irdscale.compare.method_specs import Method
+from irdscale.compare.methods import ModelFacts
+from irdscale.config.schema import RunConfig
+from irdscale.search.candidates import Candidate
+from irdscale.search.mask_store import SearchMasks
+from irdscale.search.runner import Engine, Runner
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+@dataclass
+class Study:
+    """A comparison under way.
+
+    Attributes:
+        steps: of one training.
+        lattices: (method, seed) -> the masks of its ranking's sample sets.
+        drawn: name -> hash and entries of a mask that no sample was read for.
+        rates: method -> the learning rate kept; None where every training failed.
+        grids: method -> each learning rate and its mean on the selection split.
+        tried: (method, seed) -> its candidates at the rate kept, the first one first.
+        spent: (method, seed) -> how many of them were evaluated, where more than the first.
+        gradients: (method, seed) -> sample gradients of FISH's draws.
+    """
+
+    config: RunConfig
+    task: Task
+    engine: Engine
+    runner: Runner
+    output: Path
+    progress: bool
+    facts: ModelFacts
+    methods: list[Method]
+    steps: int
+    lattices: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
+    drawn: dict[str, tuple[str, int]] = field(default_factory=dict)
+    rates: dict[str, float | None] = field(default_factory=dict)
+    grids: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
+    tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
+    spent: dict[tuple[str, int], int] = field(default_factory=dict)
+    gradients: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> list[float]:
+        return self.config.compare.learning_rates or [self.config.train.learning_rate]
+
+    @property
+    def reference(self) -> str:
+        return self.config.compare.reference or self.methods[0].name
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.config.compare.seeds
+
+    def better(self, metric: float) -> float:
+        """A number that is larger for better metrics."""
+        return -metric if self.task.lower_is_better else metric

@@ -1,0 +1,1 @@
+"""Ranks: process groups, the watchdog, DeepSpeed's settings and partitions."""

@@ -1,0 +1,215 @@
+"""The user's DeepSpeed JSON: checked against the configuration, and made what the Trainer and `from_pretrained` take.
+
+Trained numbers and their moments are float32 whatever the model's data type, so DeepSpeed is told of no lower
+precision: only loading into ZeRO-3 partitions needs to know the base's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from irdscale.config.schema import RunConfig
+from irdscale.errors import InputError
+
+AUTO = "auto"
+
+
+def zero_stage(config: RunConfig) -> int | None:
+    """The ZeRO stage of `train.deepspeed`; None without such a file.
+
+    Raises:
+        InputError: as `zero_settings`.
+    """
+    settings = zero_settings(config)
+    return None if settings is None else int(settings["zero_optimization"]["stage"])
+
+
+def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any] | None:
+    """The contents of `train.deepspeed` for the Trainer; None without such a file. Imports nothing heavy.
+
+    Args:
+        world: number of ranks, to check the file's batch sizes with, if known.
+
+    Raises:
+        InputError: as `zero_file`, or deepspeed is not installed.
+    """
+    settings = zero_file(config, world)
+    if settings is None:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"train.deepspeed: found {config.train.deepspeed}, but deepspeed is not installed; expected it: "
+            f"pip install --no-build-isolation 'irdscale[deepspeed]'"
+        )
+    # The optimizer is torch's AdamW in every case: for k numbers DeepSpeed's own would gain nothing.
+    return {**settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | None:
+    """The contents of `train.deepspeed`, checked; None without such a file.
+
+    Args:
+        world: number of ranks, to check the file's batch sizes with, if known.
+
+    Raises:
+        InputError: the file is missing or no JSON object, contradicts the configuration (both values are named), or
+            asks for what irdscale does not run.
+    """
+    if config.train.deepspeed is None:
+        return None
+    file = config.train.deepspeed
+    try:
+        settings = json.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise InputError(f"train.deepspeed: {file}: cannot read it: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"train.deepspeed: {file}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"train.deepspeed: {file}: found {type(settings).__name__}; expected a JSON object")
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise _found(file, "zero_optimization", zero, "a section")
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise _found(file, "zero_optimization.stage", stage, "0, 1, 2 or 3")
+    _check_precision(file, settings, config.model.dtype)
+    _check_offload(file, zero)
+    _check_steps(file, settings, config, world)
+    _drop_optimizer(file, settings)
+    return settings
+
+
+def _found(file: str, key: str, value: Any, expected: str) -> InputError:
+    return InputError(f"train.deepspeed: {file}: {key}: found {json.dumps(value)}; expected {expected}")
+
+
+def _enabled(settings: dict[str, Any], section: str) -> Any:
+    """Whether a section says `"enabled": true`; the section is removed."""
+    inside = settings.pop(section, {})
+    return inside.get("enabled", False) if isinstance(inside, dict) else inside
+
+
+def _check_precision(file: str, settings: dict[str, Any], dtype: str) -> None:
+    if dtype == "float64":
+        raise InputError("model.dtype: found 'float64' with train.deepspeed; expected 'float32' or 'bfloat16'")
+    half = _enabled(settings, "fp16")
+    if half is True:
+        raise _found(file, "fp16.enabled", half, "false: set model.dtype=bfloat16 for a lower precision")
+    bfloat = _enabled(settings, "bf16")
+    if bfloat not in (AUTO, False) and (bfloat is True) != (dtype == "bfloat16"):
+        raise _found(file, "bf16.enabled", bfloat, f"{AUTO!r}, as model.dtype is {dtype!r}")
+
+
+def _check_offload(file: str, zero: dict[str, Any]) -> None:
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name)
+        device = section.get("device", "none") if isinstance(section, dict) else section
+        if device not in (None, "none", "cpu"):
+            raise _found(file, f"zero_optimization.{name}.device", device, "'cpu' or 'none'")
+
+
+def _check_steps(file: str, settings: dict[str, Any], config: RunConfig, world: int | None) -> None:
+    train = config.train
+    wanted: dict[str, Any] = {
+        "train_batch_size": (train.batch_size, "train.batch_size"),
+        "gradient_accumulation_steps": (train.gradient_accumulation, "train.gradient_accumulation"),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+    }
+    if world is not None:
+        micro = micro_batch(config, world)
+        what = f"train.batch_size / {world} ranks / train.gradient_accumulation"
+        wanted["train_micro_batch_size_per_gpu"] = (micro, what)
+    for key, (value, what) in wanted.items():
+        found = settings.setdefault(key, AUTO)
+        if found not in (AUTO, value):
+            raise _found(file, key, found, f"{AUTO!r}, or {value} as {what} has it")
+        settings[key] = AUTO
+
+
+def micro_batch(config: RunConfig, world: int) -> int:
+    """Samples of one forward pass on one rank.
+
+    Raises:
+        InputError: `train.batch_size` is not a multiple of the ranks times the accumulated passes; names settings that
+            are, with no more samples a pass.
+    """
+    batch, passes = config.train.batch_size, config.train.gradient_accumulation
+    if batch % (world * passes):
+        raise InputError(
+            f"train.batch_size: found {batch}; expected a multiple of {world * passes}: {world} rank(s) x "
+            f"train.gradient_accumulation {passes}; {' '.join(_dividing(batch, passes, world))} would do"
+        )
+    return batch // (world * passes)
+
+
+def _dividing(batch: int, passes: int, world: int) -> list[str]:
+    """Settings by which a step's samples divide among the ranks; the batch stays where it is a multiple of them."""
+    of_rank, most = -(-batch // world), max(1, batch // passes)
+    fewest = next(count for count in range(1, of_rank + 1) if of_rank % count == 0 and of_rank // count <= most)
+    changed = [] if of_rank * world == batch else [f"train.batch_size={of_rank * world}"]
+    return changed + ([] if fewest == passes else [f"train.gradient_accumulation={fewest}"])
+
+
+def _drop_optimizer(file: str, settings: dict[str, Any]) -> None:
+    """Leave out an optimizer section that says no more than the configuration does."""
+    optimizer = settings.pop("optimizer", None)
+    if optimizer is not None:
+        known = isinstance(optimizer, dict) and optimizer.get("type") == "AdamW"
+        values = optimizer.get("params", {}).values() if known else []
+        if not known or any(value != AUTO for value in values):
+            raise _found(file, "optimizer", optimizer, "none, or AdamW with 'auto' values: see train.learning_rate")
+    if settings.get("scheduler") is not None:
+        raise _found(file, "scheduler", settings["scheduler"], "none: see train.schedule and train.warmup_ratio")
+
+
+def gathering_options(zero: dict[str, Any], hidden: int) -> dict[str, int]:
+    """How ZeRO-3 gathers partitions, as DeepSpeed's options say it; `auto` filled in as the Trainer does.
+
+    Args:
+        zero: the section `zero_optimization` of a DeepSpeed file.
+        hidden: the model's width.
+    """
+    auto = {"prefetch_bucket_size": 0.9 * hidden * hidden}
+    usual = {"prefetch_bucket_size": 5e7, "max_live_parameters": 1e9, "max_reuse_distance": 1e9}
+    found = {key: zero.get(f"stage3_{key}", value) for key, value in usual.items()}
+    return {key: int(auto.get(key, usual[key]) if value == AUTO else value) for key, value in found.items()}
+
+
+@contextmanager
+def loading(config: RunConfig) -> Iterator[None]:
+    """Inside, `from_pretrained` loads straight into partitions, where `train.deepspeed` asks for ZeRO-3."""
+    settings = zero_settings(config)
+    if settings is None or settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    settings = {key: value for key, value in settings.items() if value != AUTO}
+    # What it partitions is of the data type that this says; training is told of none.
+    settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.model.dtype == "bfloat16"}}
+    settings["zero_optimization"] = {k: v for k, v in settings["zero_optimization"].items() if v != AUTO}
+    # Transformers knows it by a weak reference.
+    known = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        forget_settings()
+        del known
+
+
+def forget_settings() -> None:
+    """Have `from_pretrained` load whole models again, and the next training be without DeepSpeed unless it asks for it.
+
+    While a Trainer with ZeRO-3 is around, models are loaded into partitions.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    # Accelerate sets it, and takes it for a wish for ZeRO-2 from then on.
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -1,0 +1,277 @@
+"""Whether torchrun, or another launcher that sets its variables, started this process as one of several ranks.
+
+Ranks meet in the launcher's key-value store before they form a group: there each says what software it runs, and one
+that cannot come says why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+from irdscale import __version__
+from irdscale.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from irdscale.config.schema import DistributedConfig
+
+# A rank that has not come for so long never will: it failed before, or its node did.
+MEETING = timedelta(minutes=10)
+SAME_PACKAGES = ("torch", "transformers", "deepspeed")
+_ARRIVED, _READ, _PROBLEM = "irdscale/arrived", "irdscale/read", "irdscale/problem"
+_POLL_S = 0.1
+# Whether this process has met the others, which then fail together.
+_met = False
+
+
+def launched() -> tuple[int, int, int]:
+    """This process's rank, its rank on its host, and the world size.
+
+    Raises:
+        InputError: the launcher's variables are no numbers.
+    """
+    found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", found["RANK"])
+    for name, value in found.items():
+        if not value.isdigit():
+            raise InputError(f"{name}: found {value!r} in the environment; expected a number, as torchrun sets it")
+    return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
+
+
+def alone(verb: str) -> None:
+    """Refuse to run a verb on several ranks that would all do the same.
+
+    Raises:
+        InputError: there are several.
+    """
+    world = launched()[2]
+    if world > 1:
+        raise InputError(f"{verb}: found {world} ranks (WORLD_SIZE); expected one process: start it without a launcher")
+
+
+def free_port(host: str = "") -> int:
+    """A port that nobody listens on now, at this address of this host, or at any."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def interfaces(ip: str) -> list[str]:
+    """This host's network interfaces that have this address."""
+    import psutil
+
+    return [name for name, has in psutil.net_if_addrs().items() if any(a.address == ip for a in has)]
+
+
+def versions() -> dict[str, str]:
+    """What must be of one version on all ranks -> this process's."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"Python": platform.python_version(), "irdscale": __version__}
+    for package in SAME_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+@contextmanager
+def joined(settings: DistributedConfig | None = None, always: bool = False) -> Iterator[None]:
+    """Run with the process group of all ranks, where there are several.
+
+    Args:
+        settings: what they talk with, and how long they wait; the defaults if None.
+        always: make a group of one where this process is alone, as DeepSpeed wants it.
+
+    Raises:
+        InputError: there are more ranks on this host than GPUs, or none for NCCL; a rank has other versions, or other
+            reasons not to come (it is named).
+        RunError: a rank does not come.
+    """
+    rank, local_rank, world = launched()
+    asked = "auto" if settings is None else settings.backend
+    if world == 1 and not always and asked != "nccl":
+        yield
+        return
+    # What is set here would have later work in this process, and its children, look for ranks that are gone.
+    variables = environment_restored("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    with variables, _group(settings, asked, rank, local_rank, world, always):
+        yield
+
+
+@contextmanager
+def environment_restored(*names: str) -> Iterator[None]:
+    """Environment variables have the values of before after the body."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _group(
+    settings: DistributedConfig | None, asked: str, rank: int, local_rank: int, world: int, always: bool
+) -> Iterator[None]:
+    global _met
+    import torch
+    import torch.distributed as dist
+
+    from irdscale.config.schema import DistributedConfig
+    from irdscale.distributed import watchdog
+
+    settings = settings or DistributedConfig()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "nccl" and not gpus:
+        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
+    if world == 1 and not always:
+        yield
+        return
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
+    # Libraries look for all of them.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
+    if gpus:
+        if local_rank >= gpus:
+            raise InputError(f"LOCAL_RANK: found {local_rank}; expected 0 to {gpus - 1}, one rank a GPU")
+        torch.cuda.set_device(local_rank)
+    backend = asked if asked != "auto" else "nccl" if gpus else "gloo"
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    store = _store(rank, world, min(MEETING, timeout))
+    _meet(store, rank, world, {**versions(), "distributed.backend": backend}, min(MEETING, timeout))
+    _met = True
+    store.set_timeout(timeout)
+    watchdog.expect_beats_within(settings.silent_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _store(rank: int, world: int, wait: timedelta) -> Store:
+    """The store that the launcher's variables name; without a launcher's own, rank 0 makes it.
+
+    Raises:
+        RunError: nobody answers there, or not all ranks come to it.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store: Store = next(rendezvous("env://", rank, world, timeout=wait))[0]
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"{world} ranks did not meet at {place} (MASTER_ADDR, MASTER_PORT) within {_minutes(wait)}: one has ended, "
+            f"its node did not come, or a firewall is between them"
+        ) from error
+    return store
+
+
+def _meet(store: Store, rank: int, world: int, own: dict[str, str], wait: timedelta) -> None:
+    """Wait until all ranks are there, and check that they say the same of themselves.
+
+    Args:
+        own: what must be equal -> its value here.
+
+    Raises:
+        InputError: a rank said that it does not come, or differs from rank 0.
+        RunError: a rank did not come within `wait`, or the store went with its host.
+    """
+    import torch.distributed as dist
+
+    try:
+        store.set(_key(rank), json.dumps({"host": socket.gethostname(), **own}))
+        store.add(_ARRIVED, 1)
+        deadline = time.monotonic() + wait.total_seconds()
+        while store.add(_ARRIVED, 0) < world:
+            if store.check([_PROBLEM]):
+                raise InputError(store.get(_PROBLEM).decode())
+            if time.monotonic() > deadline:
+                missing = [r for r in range(world) if not store.check([_key(r)])]
+                names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+                raise RunError(f"{names} did not come within {_minutes(wait)}: ended before, or the node is gone")
+            time.sleep(_POLL_S)
+        found = [json.loads(text) for text in store.multi_get([_key(r) for r in range(world)])]
+        problem = _difference(found)
+        if problem is not None:
+            _let_all_read(store, rank, world)
+            raise InputError(problem)
+    except dist.DistError as error:
+        raise RunError(
+            f"rank 0, or the launcher that keeps its store, has ended: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _difference(found: list[dict[str, str]]) -> str | None:
+    """What one rank has that differs from rank 0."""
+    first = found[0]
+    for rank, other in enumerate(found):
+        for name in [*first, *other]:
+            if name != "host" and other.get(name) != first.get(name):
+                return (
+                    f"rank {rank} on {other['host']} has another {name}: found {other.get(name)}; "
+                    f"expected {first.get(name)}, as rank 0 on {first['host']}"
+                )
+    return None
+
+
+def _let_all_read(store: Store, rank: int, world: int) -> None:
+    """Keep the store for the others, where it is rank 0's, until they know what it does."""
+    store.add(_READ, 1)
+    deadline = time.monotonic() + 5
+    while rank == 0 and store.add(_READ, 0) < world and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    A rank that met others does not take the interpreter down: threads of gloo and of DeepSpeed that still hold tensors
+    then abort the process now and then, and its launcher takes finished work for failed.
+    """
+    if not _met:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def tell_others(problem: str) -> None:
+    """Tell the ranks of other nodes, which wait in `joined`, that this one does not come, and why."""
+    rank, _, world = launched()
+    # torchrun itself ends the ranks of this node; and without its store there may be nobody to hear it.
+    elsewhere = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if _met or not elsewhere or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    import torch.distributed as dist
+
+    with suppress(RunError, dist.DistError):
+        _store(rank, world, timedelta(seconds=5)).set(_PROBLEM, f"rank {rank} on {socket.gethostname()}: {problem}")
+
+
+def _key(rank: int) -> str:
+    return f"irdscale/{rank}"
+
+
+def _minutes(wait: timedelta) -> str:
+    return f"{wait.total_seconds() / 60:.3g} minutes"

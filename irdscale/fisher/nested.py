@@ -1,0 +1,109 @@
+"""The masks of a whole search from one ranking of the samples and one accumulation pass.
+
+Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples holds the scores (the
+Fisher information, by default) of every prefix on its way; and every mask of fewer entries is a prefix of the ranked
+entries.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from irdscale.config.schema import Scope, Score
+from irdscale.distributed.ranks import rank_and_world
+from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.checkpoint import SavedPass
+from irdscale.fisher.diagonal import Fisher, Layout
+from irdscale.fisher.passes import SampleGradients
+from irdscale.fisher.scores import entry_scores, summed
+from irdscale.masks.mask import Ranking, rank_entries
+
+
+def rank_samples(values: Tensor, direction: str, seed: int) -> list[int]:
+    """Places 0..N-1 in the order in which a search keeps them: the first s are the s-sample set.
+
+    `ird` puts the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded shuffle, which
+    is how FISH draws its samples.
+
+    Args:
+        values: [N], such as the samples' traces.
+    """
+    if direction == "random":
+        order = list(range(len(values)))
+        random.Random(seed).shuffle(order)
+    else:
+        order = values.sort(descending=direction != "reverse", stable=True).indices.tolist()
+    return order
+
+
+def ranked_entries_by_prefix(
+    samples: SampleGradients,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    k: int,
+    *,
+    score: Score = "fisher",
+    scope: Scope = "global",
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "replicated",
+    offload: bool = False,
+    traces: Tensor | None = None,
+    progress: bool = False,
+    saved: SavedPass | None = None,
+) -> dict[int, Ranking]:
+    """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
+
+    One accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. The mean over
+    s and the sum order entries alike, so the sums are ranked as they stand. With several ranks this is collective,
+    and all get the same.
+
+    Args:
+        scope: the largest of all, or of every parameter in proportion to its size (see `rank_entries`).
+        layout, offload: of the sums, as in `accumulate_fisher`.
+        traces: float64 [N], filled with each visited sample's trace where given.
+        saved: keeps the state of the pass, and the rankings that it has passed.
+    """
+    add = summed(score)
+    if rank_and_world()[1] == 1:
+        layout = "replicated"
+    if add is None:
+        if traces is not None:
+            samples.add_traces(order[: max(sizes)], traces, progress=progress)
+        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+    sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
+    rankings: dict[int, Ranking] = {}
+
+    def snapshot(size: int) -> None:
+        ranking = _ranking(samples, score, sums.tensors, layout, k, scope)
+        rankings[size] = ranking
+        if saved is not None:
+            saved.keep(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
+
+    samples.accumulate(
+        order[: max(sizes)],
+        sums,
+        traces,
+        boundaries=sizes,
+        at_boundary=snapshot,
+        progress=progress,
+        description="Masks",
+        saved=saved,
+    )
+    for size in sizes:
+        if size not in rankings:
+            assert saved is not None, "only a pass that goes on leaves a boundary out"
+            kept = saved.kept(f"ranking-{size}")
+            rankings[size] = Ranking(kept["parameter"], kept["index"], samples.shapes)
+    return rankings
+
+
+def _ranking(
+    samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int, scope: Scope
+) -> Ranking:
+    scores = entry_scores(score, samples.scored, sums, samples.seed, layout)
+    shapes = samples.shapes if layout == "sharded" else None
+    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, shapes), k, scope)

@@ -1,0 +1,1 @@
+"""Base models: loading, checks of what they compute, LoRA, losses in chunks."""

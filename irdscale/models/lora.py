@@ -1,0 +1,47 @@
+"""LoRA matrices (Hu et al. 2021, arXiv 2106.09685) by PEFT inside a model, to compare masks with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from irdscale.distributed.zero3 import is_partitioned
+from irdscale.errors import InputError
+
+
+def insert_lora(model: nn.Module, rank: int, seed: int, whole: Collection[str]) -> list[str]:
+    """Put LoRA matrices into every linear layer but the heads, in place; alpha is twice the rank, without dropout.
+
+    Args:
+        seed: of their initial weights; the global random state is left alone.
+        whole: names of the parameters that are trained whole; their layers get none.
+
+    Returns:
+        The names of the matrices.
+
+    Raises:
+        InputError: PEFT is missing, the model is partitioned by ZeRO-3, or it has no linear layer.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError(f"lora: needs the package peft (pip install irdscale[compare]): {error}") from error
+    if is_partitioned(model):
+        raise InputError("lora: found a model in ZeRO-3 partitions; expected ZeRO 0-2, or none")
+    head = cast(Any, model).get_output_embeddings()
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+        and module is not head
+        and not any(f"{name}.{own}" in whole for own, _ in module.named_parameters(recurse=False))
+    ]
+    if not targets:
+        raise InputError(f"lora: found no linear layer in {type(model).__name__}; expected some")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), cast(Any, model))
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]

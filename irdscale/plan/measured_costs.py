@@ -1,0 +1,214 @@
+"""How long a search will take: a few steps of its own are measured, and the rest is arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from irdscale.cluster.share import shared_turns
+from irdscale.config.schema import RunConfig, training_steps
+from irdscale.distributed.deepspeed import micro_batch
+from irdscale.distributed.process_group import joined
+from irdscale.distributed.zero3 import numel_of
+from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.passes import SampleGradients
+from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
+from irdscale.masks.mask import Mask, Ranking
+from irdscale.search.ird import Pair
+from irdscale.search.limits import lattice, most_candidates, most_evaluations, most_rounds
+from irdscale.search.masks import smallest_pair
+from irdscale.tasks import load_task
+from irdscale.training.base_model import KeptBase, base_model, keeping
+from irdscale.training.evaluate import evaluate_model
+from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_whole
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+# Training steps that are measured, after those in which everything is met for the first time.
+STEPS, FIRST = 5, 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a search take, in seconds.
+
+    Attributes:
+        trace, gradient: of a sample, in the pass that ranks the samples and in the one that makes masks.
+        ranking: of all entries, once for each number of samples.
+        begin: until a candidate's first step: its mask in a model that is there, and its Trainer.
+        step: of training.
+        prediction: of a sample, when a metric is measured.
+        load: reading of the model.
+    """
+
+    trace: float
+    gradient: float
+    ranking: float
+    begin: float
+    step: float
+    prediction: float
+    load: float = 0.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a search does, at most.
+
+    Attributes:
+        rounds: of candidates.
+        candidates: of one round.
+        evaluations: of the rounds and the baselines, each seed counted.
+        steps: of one evaluation.
+        samples: of the pool, whose gradients are taken in each pass.
+        rankings: sets of samples for which masks are made.
+        selection, test: samples of the splits.
+    """
+
+    rounds: int
+    candidates: int
+    evaluations: int
+    steps: int
+    samples: int
+    rankings: int
+    selection: int
+    test: int
+
+
+def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept: bool = True) -> tuple[Costs, Size]:
+    """Measure a few steps of a search on this machine; writes nothing.
+
+    Args:
+        threads: of the processor; those that torch chooses if None.
+        ranks: that share a training step: one rank's part of it is measured.
+        kept: whether a process keeps its model from one evaluation to the next; if not, `begin` has a load in it.
+
+    Raises:
+        InputError: the configuration does not fit the data, the model or the ranks.
+        TrainingError: the loss of one of the steps is no number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        always = config.train.deepspeed is not None
+        with joined(config.distributed, always=always), keeping(KeptBase()) if kept else nullcontext():
+            return _measured(config, ranks)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
+    part = micro_batch(config, ranks) * config.train.gradient_accumulation
+    task = load_task(config)
+    started = time.perf_counter()
+    with base_model(config, task, config.search.seeds[0]) as (model, new):
+        load = time.perf_counter() - started
+        size, passes, mask = _of_passes(config, task, model, trained_whole(config, model, new))
+    begin, step, prediction = _training(config, task, mask, part)
+    return Costs(*passes, begin, step, prediction, load), size
+
+
+def _of_passes(
+    config: RunConfig, task: Task, model: nn.Module, whole: list[str]
+) -> tuple[Size, tuple[float, float, float], Mask]:
+    """The search's size, the costs of its passes, and a mask of its size."""
+    pool = draw_samples(config, task, config.fisher.samples, "pool")
+    samples = sample_gradients(config, task, model, pool, whole)
+    start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
+    minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
+    size = Size(
+        rounds=most_rounds(start, minimum, config.search.max_rounds),
+        candidates=most_candidates(start, minimum),
+        evaluations=most_evaluations(start, minimum, config.search.max_rounds, len(config.search.seeds)),
+        steps=training_steps(config.train, len(task.trained)),
+        samples=len(pool),
+        rankings=len(lattice(start, minimum)[0]),
+        selection=len(task.selection),
+        test=len(task.test),
+    )
+    trace, gradient, ranking, mask = _passes(config, samples, start)
+    return size, (trace, gradient, ranking), mask
+
+
+def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:
+    """Seconds of a sample in each pass and of a ranking, and a mask of the search's size."""
+    few = max(1, min(config.fisher.batch_size, start.samples // 3))
+    many = min(3 * few, start.samples)
+    traces = torch.zeros(start.samples, dtype=torch.float64)
+    samples.add_traces(range(few), traces)
+    trace = _seconds(lambda: samples.add_traces(range(many), traces)) / many
+
+    def rank(count: int) -> Ranking:
+        return ranked_entries_by_prefix(samples, range(count), [count], start.params, **pass_options(config))[count]
+
+    mask = rank(1).prefix(start.params)
+    short, long = _seconds(lambda: rank(few)), _seconds(lambda: rank(many))
+    # Where a ranking takes so little that noise hides it, it counts with the samples.
+    gradient = (long - short) / (many - few) if long > short and many > few else long / many
+    return trace, gradient, max(0.0, long - many * gradient), mask
+
+
+def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
+    """Seconds until a candidate's first step, of a step, and of a sample when its metric is measured."""
+    started, seed = time.perf_counter(), config.search.seeds[0]
+    with base_model(config, task, seed) as (model, new):
+        make_sparse(config, model, new, mask, seed)
+        built = time.perf_counter() - started
+        begun, step, prediction = _steps(config, task, model, batch_size)
+    return built + begun, step, prediction
+
+
+def _steps(config: RunConfig, task: Task, model: nn.Module, batch_size: int) -> tuple[float, float, float]:
+    """Seconds until a sparse model's first step, of a step, and of a sample when its metric is measured."""
+    stamps: list[float] = []
+    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
+    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
+    fine_tune(model, task, config.model_copy(update={"train": train}), config.search.seeds[0], control)
+    step = statistics.median(b - a for a, b in zip(stamps[FIRST:], stamps[FIRST + 1 :], strict=False))
+    size = config.train.eval_batch_size
+    split = task.selection.select(range(min(len(task.selection), 2 * size)))
+    prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
+    return max(0.0, stamps[1] - stamps[0] - step), step, prediction
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def search_seconds(
+    config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1, trials_a_gpu: int = 1
+) -> float:
+    """How long a search takes that goes through all its rounds.
+
+    Ranks are taken to share a pass over samples without loss. What Ray itself takes is not in it: some seconds a round.
+
+    Args:
+        at_once: evaluations that run side by side; those of a round wait for its last one.
+        trials_a_gpu: evaluations that share a GPU, and its speed.
+    """
+    seeds = len(config.search.seeds)
+    # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
+    of_masks = 2 * size.samples * costs.gradient
+    passes = (size.samples * (config.traced * costs.trace + costs.prediction) + of_masks) / fisher_ranks
+    if config.fisher.head_warmup:
+        # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
+        passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
+    computing = size.steps * costs.step + size.selection * costs.prediction
+    groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)]
+    waves = sum(ceil(evaluations / at_once) for evaluations in groups)
+    turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
+    evaluations = waves * costs.begin + turns * computing
+    tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
+    # Processes load side by side; those of the evaluations are others than the passes' where there are several.
+    loads = (1 if at_once == 1 else 2) * costs.load
+    return loads + passes + (size.rankings + 1) * costs.ranking + evaluations + tests

@@ -1,0 +1,1 @@
+"""A run's folder: whose it is, what it has finished, and what it read."""

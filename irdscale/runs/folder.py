@@ -1,0 +1,310 @@
+"""The output folder of a run: whose it is, what was read for it, and who writes it now.
+
+One rule for every verb that writes: a folder belongs to a configuration and to what was read. The same call goes on, or
+shows the result; any other is refused, unless it is told to overwrite. OUTPUT/fisher/run.json says whose it is.
+
+A folder has parts, which verbs share where they would write the same: `mask` (of fisher, and of train without a mask),
+`training` (of train) and `search` (of search and compare). How work is spread (ranks, batches of a pass, places of
+files) is nobody's part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from irdscale.config.loader import config_changes, same_search, without_places
+from irdscale.config.schema import HOW_TO_TRAIN, RunConfig
+from irdscale.distributed.deepspeed import zero_file
+from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.errors import InputError, RunError
+from irdscale.runs.identity import data_digests, model_changes, model_digests
+from irdscale.runs.lock import locked
+from irdscale.utils.files import read_json, write_json
+from irdscale.utils.interrupts import Interrupted
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+log = logging.getLogger(__name__)
+FORMAT, VERSION = "irdscale-run", 1
+DO = "expected the same command, another folder (output=...), or --overwrite"
+# Keys of `fisher` that say how a pass is done, which changes its result by no more than rounding.
+HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload"}
+_ADAPTER = ("adapter/adapter.json", "adapter/adapter.safetensors", "adapter/README.md")
+_FIGURES = ("metric", "path", "density", "traces", "overlap", "drift", "cost")
+_COMPARED = ("scores", "parameters", "differences", "rates")
+# What is written for each part; of a folder without a record, the first ones show that there was a run.
+WRITTEN = {
+    "mask": (
+        "mask/mask.json",
+        "traces.json",
+        "mask/mask.safetensors",
+        "fisher/mask.json",
+        "fisher/state-mask*/**/*.json",
+        "fisher/state-mask*/**/*.safetensors",
+    ),
+    "training": (*_ADAPTER, "training/state.json", "training/numbers.safetensors"),
+    "search": (
+        "ledger.jsonl",
+        "config.yaml",
+        "result.json",
+        "compare.json",
+        *_ADAPTER,
+        "test_scores.json",
+        *(f"{name}.{kind}" for name in ("report", "compare") for kind in ("md", "html")),
+        "scores.csv",
+        *(f"figures/{name}.png" for name in (*_FIGURES, *_COMPARED)),
+        "masks/*/mask.json",
+        "masks/*/mask.safetensors",
+        *(f"candidates/*/{file.partition('/')[2]}" for file in _ADAPTER),
+        "candidates/*/state.json",
+        "candidates/*/numbers.safetensors",
+        "fisher/**/*.json",
+        "fisher/**/*.safetensors",
+        "tensorboard/**/events.out.tfevents.*",
+    ),
+}
+SHOWING = {"mask": 2, "training": 1, "search": 5}
+# From these, an interrupted run goes on.
+SAVED = {
+    "mask": ("fisher/mask.json", "fisher/state-mask*/state.json"),
+    "training": ("training/state.json",),
+    "search": ("ledger.jsonl", "fisher/**/masks.json", "fisher/**/state.json", "candidates/state-*/state.json"),
+}
+# Both have an adapter.
+CLASHING = {"training": "search", "search": "training"}
+
+
+def mask_part(config: RunConfig) -> dict[str, Any]:
+    """What a mask made by `fisher.samples` depends on, besides the data and the model."""
+    found: dict[str, Any] = {
+        "fisher": config.fisher.model_dump(mode="json", exclude=HOW_TO_PASS) | {"scope": config.scope},
+        "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0]},
+    }
+    if config.fisher.head_warmup:
+        found["train"] = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
+    return found
+
+
+def training_part(config: RunConfig, mask: str | None) -> dict[str, Any]:
+    """What a training depends on, besides the data and the model.
+
+    Args:
+        mask: its mask's hash, unless it is the folder's own.
+    """
+    train = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
+    return {"train": train, "search": {"seeds[0]": config.search.seeds[0]}, "mask": mask or "by search.ratio"}
+
+
+def search_part(config: RunConfig) -> dict[str, Any]:
+    """What a search, or a comparison, depends on, besides the data and the model."""
+    found = same_search(config.model_dump(mode="json"))
+    zero = {"deepspeed": zero_file(config)} if config.train.deepspeed else {}
+    return {"fisher": found["fisher"], "search": found["search"], "train": found["train"] | zero}
+
+
+class RunFolder:
+    """An output folder that this run holds. Its methods are collective; rank 0 reads and writes."""
+
+    def __init__(self, config: RunConfig, overwrite: bool) -> None:
+        self._config, self._overwrite = config, overwrite
+        self.output = Path(config.output)
+        self._record: dict[str, Any] = {}
+        self._claimed: list[str] = []
+        self._new: list[str] = []
+
+    def claim(self, task: Task | Callable[[], Task], parts: dict[str, dict[str, Any]], mask: str | None = None) -> None:
+        """Take parts of the folder for this run, or go on with what is in them.
+
+        Args:
+            task: or what loads it, which rank 0 alone then does.
+            parts: name -> what it depends on.
+            mask: a folder that the run reads, and that must stay.
+
+        Raises:
+            InputError: the folder belongs to other work: another configuration, other data, or another model (named).
+        """
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                self._claim(task() if callable(task) else task, json.loads(json.dumps(parts)), mask)
+        self._claimed = list(parts)
+
+    def _claim(self, task: Task, parts: dict[str, dict[str, Any]], mask: str | None) -> None:
+        before = read_record(self.output)
+        base = {**_base(self._config, task), **_model(self._config, before)}
+        other = [] if before is None else _changes(before, base)
+        known: dict[str, Any] = {} if before is None else before["parts"]
+        found, clashing = list(other), [CLASHING[part] for part in parts if CLASHING.get(part) in known]
+        for part, depends in parts.items():
+            if part in known:
+                # A change of the task or the model changes the rest too.
+                found += [] if other else config_changes(known[part]["of"], depends)
+            elif not clashing:
+                self._refuse_unknown(part)
+        found += [f"a {part}, whose adapter this would replace" for part in clashing]
+        if self._overwrite:
+            cleared = [part for part in known if other or part in parts or part in clashing]
+            self._clear(cleared, mask)
+            known = {part: kept for part, kept in known.items() if part not in cleared}
+        elif found:
+            raise InputError(f"output: {self.output} holds other work ({'; '.join(found)}); {DO}")
+        self._new = [part for part in parts if part not in known]
+        held = {part: known.get(part, {"of": depends}) for part, depends in parts.items()}
+        self._record = {"format": FORMAT, "version": VERSION, **base, "parts": {**known, **held}}
+        if self._record != before:
+            write_json(record_file(self.output), self._record)
+
+    def _refuse_unknown(self, part: str) -> None:
+        """What nobody has a record of may be another program's, or the user's."""
+        there = [name for name in WRITTEN[part][: SHOWING[part]] if (self.output / name).exists()]
+        if there:
+            raise InputError(
+                f"output: {self.output} holds {', '.join(there)} without a record of what they were made of "
+                f"({record_file(self.output)}); expected another folder (output=...), or that these are moved away"
+            )
+
+    def _clear(self, parts: list[str], mask: str | None) -> None:
+        files = [file for part in parts for file in self._written(part)]
+        if mask is not None and any(file.resolve().is_relative_to(Path(mask).resolve()) for file in files):
+            raise InputError(f"mask: {mask} lies in what --overwrite removes; expected a copy of it elsewhere")
+        folders = {above for file in files for above in file.parents if above.is_relative_to(self.output)}
+        record = record_file(self.output)
+        for file in files:
+            if file != record:
+                file.unlink(missing_ok=True)
+        for folder in sorted(folders - {self.output}, key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                folder.rmdir()
+
+    def result(self, part: str, needs: str) -> dict[str, Any] | None:
+        """What a finished run kept for this part; None without one, or where the file `needs` is gone."""
+        kept = self._record.get("parts", {}).get(part, {}).get("result") if (self.output / needs).exists() else None
+        found: dict[str, Any] | None = json.loads(gather_texts(json.dumps(kept))[0])
+        if found is not None:
+            log.info("%s holds this work, finished; --overwrite does it again", self.output)
+        return found
+
+    def keep(self, part: str, result: dict[str, Any]) -> None:
+        """The part is finished."""
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                self._record["parts"][part]["result"] = result
+                write_json(record_file(self.output), self._record)
+
+    def withdraw(self) -> None:
+        """Leave the parts of a run that ended before it wrote anything of them to others."""
+        record = record_file(self.output)
+        unused = [part for part in self._new if set(self._written(part)) <= {record}]
+        if not unused:
+            return
+        for part in unused:
+            del self._record["parts"][part]
+        if self._record["parts"]:
+            write_json(record, self._record)
+            return
+        record.unlink(missing_ok=True)
+        with suppress(OSError):
+            record.parent.rmdir()
+
+    def _written(self, part: str) -> list[Path]:
+        return [file for name in WRITTEN[part] for file in self.output.glob(name)]
+
+    def saved(self) -> bool:
+        """Whether there is something from which the same call goes on."""
+        names = [name for part in self._claimed for name in SAVED[part]]
+        return any(file.stat().st_size for name in names for file in self.output.glob(name))
+
+
+@contextmanager
+def held(config: RunConfig, overwrite: bool = False) -> Iterator[RunFolder]:
+    """Hold the output folder of a run. Collective; rank 0 has the lock.
+
+    Args:
+        overwrite: remove what other work, or an earlier run of this one, has written there.
+
+    Raises:
+        InputError: another process writes it; names its host and process.
+        Interrupted: the body was interrupted; says whether the same call goes on.
+    """
+    folder = RunFolder(config, overwrite)
+    with ExitStack() as stack:
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                stack.enter_context(locked(folder.output, "output"))
+        try:
+            yield folder
+        except KeyboardInterrupt as interrupt:
+            saved = folder.saved()
+            folder.withdraw()
+            raise Interrupted(saved) from interrupt
+        except Exception:
+            with suppress(OSError, RunError):
+                folder.withdraw()
+            raise
+
+
+def refuse_other_input(config: RunConfig, task: Task) -> None:
+    """Check that what is read now for a folder's results is what they were made of; nothing is written.
+
+    Raises:
+        InputError: the data or the model are others (named).
+    """
+    before = read_record(Path(config.output))
+    if before is not None:
+        found = _changes(before, {**_base(config, task), **_model(config, before)})
+        if found:
+            raise InputError(
+                f"output: {config.output} holds other work ({'; '.join(found)}); expected what was read then"
+            )
+
+
+def record_file(output: Path) -> Path:
+    """Where a folder says whose it is."""
+    return output / "fisher" / "run.json"
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    """Whose a folder is; None where nobody has taken it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = record_file(output)
+    if not file.exists():
+        return None
+    found = read_json(file, "record of a run")
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
+        raise InputError(f"{file}: not the record of a run; {DO.removeprefix('expected the same command, ')}")
+    return found
+
+
+def _base(config: RunConfig, task: Task) -> dict[str, Any]:
+    dumped = config.model_dump(mode="json", include={"model", "task"})
+    places = {"model.path": config.model.path, "task.dataset": config.task.dataset}
+    return {"config": without_places(dumped), "places": places, "data": data_digests(task)}
+
+
+def _model(config: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
+    return {"model": model_digests(config.model, None if before is None else before["model"])}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What was read then and is read now, where they differ, in words."""
+    places = {key: f"{before['places'].get(key)} -> {now['places'][key]}" for key in now["places"]}
+    changed = {key: words for key, words in places.items() if before["places"].get(key) != now["places"][key]}
+    found = config_changes(before["config"], now["config"])
+    files = model_changes(before["model"], now["model"])
+    if files:
+        place = changed.get("model.path", now["places"]["model.path"])
+        found.append(f"model.path: {place}: other contents of {', '.join(files)}")
+    splits = [name for name in {**before["data"], **now["data"]} if before["data"].get(name) != now["data"].get(name)]
+    # Another task, or tokenizer, has other samples anyway.
+    if splits and not found:
+        place = changed.get("task.dataset", now["places"]["task.dataset"])
+        found.append(f"task.dataset: {place}: other samples in {', '.join(splits)}")
+    return found

@@ -1,0 +1,82 @@
+"""One writer at a time: a lock file that names its holder's host and process; the kernel frees it when that ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from irdscale.errors import InputError
+from irdscale.utils.files import writing
+
+NAME = ".irdscale.runs.lock"
+log = logging.getLogger(__name__)
+# File systems that know no locks say so with one of these.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextmanager
+def locked(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder's lock, in this process; the folder is made, and is gone again if nothing was written to it.
+
+    Args:
+        key: the setting that names the folder, for messages.
+
+    Raises:
+        InputError: another process holds it; names its host and process.
+        RunError: the folder cannot be written.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    file = folder / NAME
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _taken(file, folder, key)
+    try:
+        yield
+    finally:
+        # While it is held: who waits for it notices that the file is not the one in the folder any more.
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+
+def _taken(file: Path, folder: Path, key: str) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise InputError(
+                f"{key}: {folder}: {holder} is writing it; expected one at a time: wait for it, or another {key}=..."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            log.warning("%s: cannot be locked (%s): nobody notices if two write it at once", folder, error.strerror)
+        with suppress(OSError):
+            if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
+                break
+        # Its holder ended between the two calls, and removed it.
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
+    return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        said = json.loads(os.pread(descriptor, 4096, 0))
+        return f"another irdscale, process {said['process']} on host {said['host']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another irdscale"

@@ -1,0 +1,240 @@
+"""The state of a training on disk, so that one that was killed goes on where it was, on whatever ranks and ZeRO stage.
+
+    FOLDER/state.json            step, and of which training it is
+    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, whole; rng/RANK;
+                                 losses, one of each step
+
+The frozen base is not in it: 12 bytes a trained number. The numbers are gathered from all ranks' parts, so neither the
+number of ranks nor DeepSpeed's way to divide them shows in the files; DeepSpeed's own checkpoints, which are pickled,
+are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from irdscale.distributed.ranks import add_up, failing_together, gather_flat, rank_and_world
+from irdscale.distributed.zero3 import numel_of, shape_of, whole
+from irdscale.errors import InputError
+from irdscale.utils.files import digest, read_json, read_tensors, write_folder, write_json
+
+FORMAT = "irdscale-training"
+VERSION = 1
+LOSSES = "losses"
+VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
+
+
+def save_training(
+    folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any], losses: list[float]
+) -> None:
+    """Write the state after `step` optimizer steps; collective, and rank 0 writes, in the place of the state before.
+
+    Args:
+        optimizer: AdamW, or what DeepSpeed made of it.
+        made_by: what the training is of.
+        losses: one of each step made.
+
+    Raises:
+        RunError: the disk refuses it; the state before stays.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {LOSSES: torch.tensor(losses, dtype=torch.float64), **_generators()}
+    for key in (VALUE, *MOMENTS):
+        tensors |= {f"{key}/{name}": found for name, found in _whole(_trained(model), optimizer, key).items()}
+
+    def fill(target: Path) -> None:
+        save_file(tensors, target / "numbers.safetensors")
+        meta = {"format": FORMAT, "version": VERSION, "step": step, "made_by": digest(made_by)}
+        write_json(target / "state.json", meta)
+
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            write_folder(folder, fill)
+
+
+def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
+    """How many steps the saved state of this training has behind it; 0 where there is none, or it is of another.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    file = folder / "state.json"
+    if not file.exists():
+        return 0
+    meta = read_json(file, "state of a training")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise InputError(f"{file}: not the state of a training; delete {folder} to start it anew")
+    return int(meta["step"]) if meta.get("made_by") == digest(made_by) else 0
+
+
+def saved_losses(folder: Path) -> list[float]:
+    """The loss of each step that the saved state has behind it."""
+    losses = read_tensors(folder / "numbers.safetensors", "state of a training").get(LOSSES)
+    return [] if losses is None else losses.tolist()
+
+
+def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:
+    """Put the saved numbers and moments in place; collective.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    with failing_together():
+        parameters = _trained(model)
+        tensors = _read(folder, parameters, (VALUE, *MOMENTS))
+    _make_moments(parameters, optimizer, step)
+    for name, parameter in parameters.items():
+        for key in (VALUE, *MOMENTS):
+            own = _own_part(parameter, optimizer, key)
+            if own is not None:
+                part, start, stop = own
+                value = tensors[f"{key}/{name}"].reshape(-1)[start:stop]
+                part.data[: len(value)].copy_(value)
+    _put_values(parameters, tensors)
+
+
+def load_values(folder: Path, model: nn.Module) -> None:
+    """Put the saved numbers alone in place, of a training that has made all its steps; collective.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    with failing_together():
+        parameters = _trained(model)
+        tensors = _read(folder, parameters, (VALUE,))
+    _put_values(parameters, tensors)
+
+
+def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    file = folder / "numbers.safetensors"
+    tensors = read_tensors(file, "state of a training")
+    for name, parameter in parameters.items():
+        for key in keys:
+            found = tensors.get(f"{key}/{name}")
+            if found is None or tuple(found.shape) != shape_of(parameter):
+                raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
+    return tensors
+
+
+def _put_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        with whole([parameter], changed=True):
+            parameter.data.copy_(tensors[f"{VALUE}/{name}"])
+
+
+def remove_training(folder: Path) -> None:
+    """Forget the state of a training whose result is kept; rank 0 does so."""
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _generators() -> dict[str, Tensor]:
+    """Every rank's random streams."""
+    world = rank_and_world()[1]
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+    own = torch.cat(states)
+    return dict(zip([f"rng/{r}" for r in range(world)], gather_flat(own, [len(own)] * world).split(len(own))))
+
+
+def load_generators(folder: Path, step: int) -> None:
+    """Go on with this rank's random streams; to be called last, as what starts up draws from them too."""
+    rank = rank_and_world()[0]
+    own = read_tensors(folder / "numbers.safetensors", "state of a training").get(f"rng/{rank}")
+    cpu = len(torch.get_rng_state())
+    if own is None:
+        # More ranks than before: a stream of its own.
+        torch.manual_seed(digest_seed(rank, step))
+        return
+    torch.set_rng_state(own[:cpu])
+    if len(own) > cpu and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own[cpu:])
+
+
+def digest_seed(rank: int, step: int) -> int:
+    """A seed for a rank that has no saved random stream."""
+    return int(digest([rank, step]), 16) % 2**31
+
+
+def _whole(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
+    """The trained parameters as AdamW has them, or one of their moments, whole and on the CPU; collective."""
+    first = next(iter(parameters.values()))
+    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=_type_of(first))
+    parts = dict(zip(parameters, flat.split([numel_of(p) for p in parameters.values()])))
+    for name, parameter in parameters.items():
+        own = _own_part(parameter, optimizer, key)
+        if own is not None:
+            part, start, stop = own
+            parts[name][start:stop] = part.detach()[: stop - start].cpu()
+    if _is_divided(first):
+        add_up([flat])
+    return {name: parts[name].view(shape_of(p)).clone() for name, p in parameters.items()}
+
+
+def _is_divided(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _type_of(parameter: nn.Parameter) -> torch.dtype:
+    return torch.float32 if _is_divided(parameter) else parameter.dtype
+
+
+def _own_part(parameter: Any, optimizer: Any, key: str) -> tuple[Tensor, int, int] | None:
+    """This rank's part of a parameter or moment, flat, and which entries it is; None where it has none."""
+    numel, (rank, _) = numel_of(parameter), rank_and_world()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        part = (
+            safe_get_local_fp32_param(parameter) if key == VALUE else safe_get_local_optimizer_state(parameter, key)
+        ).view(-1)
+        start = min(rank * len(part), numel)
+        return part, start, min(start + len(part), numel)
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        held = _zero(optimizer).single_partition_of_fp32_groups[mapping.param_group_index]
+        flat = held if key == VALUE else _plain(optimizer).state[held][key]
+        place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flat.narrow(0, place.start, place.numel), own.start, own.start + own.numel
+    flat = parameter.data if key == VALUE else _plain(optimizer).state[parameter][key]
+    return flat.view(-1), 0, numel
+
+
+def _plain(optimizer: Any) -> Any:
+    """The torch optimizer inside the wrappers of DeepSpeed and accelerate."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's ZeRO optimizer inside accelerate's wrapper."""
+    while not hasattr(optimizer, "fp32_partitioned_groups_flat") and not hasattr(optimizer, "bit16_groups"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int) -> None:
+    """Moments of zero, which AdamW itself makes only with its first step."""
+    first = next(iter(parameters.values()))
+    if hasattr(first, "ds_id"):
+        held = _zero(optimizer).fp32_partitioned_groups_flat
+    elif hasattr(first, "_hp_mapping"):
+        held = _zero(optimizer).single_partition_of_fp32_groups
+    else:
+        held = list(parameters.values())
+    for tensor in held:
+        state = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
+        # A fused step reads its count where the numbers are.
+        _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **state}

@@ -1,0 +1,81 @@
+"""A task's metrics of a model, on one rank or shared among several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from irdscale.distributed.ranks import add_up, failing_together
+from irdscale.distributed.watchdog import watched
+from irdscale.distributed.zero3 import device_of, gathering, to_gpu
+from irdscale.fisher.capture import frozen
+from irdscale.language_evaluation import evaluate_language
+from irdscale.models.batches import LateRows, shared_batches
+from irdscale.models.checks import padding_known_to_matter, warn_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from irdscale.tasks import Task
+
+
+def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> dict[str, float]:
+    """Every metric of the task on a split. Collective: ranks share the samples, and all get the metrics.
+
+    Raises:
+        TrainingError: a logit, or the loss of a text, is NaN or infinite.
+    """
+    return _evaluated(model, task, split, batch_size, errors=False)[0]
+
+
+def evaluate_with_errors(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`evaluate_model`, and the standard error of each metric: what another draw of as many samples would change it by.
+
+    Raises:
+        TrainingError: as `evaluate_model`.
+    """
+    return _evaluated(model, task, split, batch_size, errors=True)
+
+
+def _evaluated(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, errors: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    to_gpu(model)
+    with watched():
+        if task.is_language:
+            return evaluate_language(model, task, split, batch_size)
+        logits = _logits(model, task, split, batch_size).numpy()
+        with failing_together():
+            labels = np.asarray(split.with_format("numpy")["labels"])
+            return task.compute_metrics(logits, labels), task.standard_errors(logits, labels) if errors else {}
+
+
+def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:
+    """Logits [N, C] of every sample, as float64, on every rank."""
+    lengths = [len(ids) for ids in split["input_ids"]]
+    device, logits_NC = device_of(model), torch.zeros(len(lengths), task.num_labels, dtype=torch.float64)
+    found = LateRows(logits_NC)
+
+    def predict(places: list[int]) -> None:
+        samples = [split[i] for i in places or [0]]
+        inputs = {k: v.to(device, non_blocking=True) for k, v in task.collate(samples).items() if k != "labels"}
+        found_BC = model(**inputs).logits
+        if places:
+            found.add(places, found_BC.view(len(places), -1))
+
+    with gathering(model), frozen(model), torch.no_grad():
+        equal = batch_size > 1 and padding_known_to_matter(model, task.collate, split)
+        if equal:
+            warn_once(
+                f"train.eval_batch_size: what {type(model).__name__} makes of a sample depends on how far its batch is "
+                f"padded; samples of equal length alone are evaluated together"
+            )
+        shared_batches(model, lengths, batch_size, predict, equal=equal)
+        found.read()
+    add_up([logits_NC])
+    return logits_NC

@@ -1,0 +1,1 @@
+"""What any program needs: files, locks, interrupts, progress bars, the Hugging Face hub."""

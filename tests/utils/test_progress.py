@@ -1,0 +1,137 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from irdscale.utils import progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    return clock
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, force_terminal=True, width=120, _environ={}))
+    return stream
+
+
+def test_nothing_is_printed_when_not_enabled(capsys, terminal):
+    with progress.bar("work", 3, enabled=False) as advance:
+        advance()
+        advance(2, note="loss 0.1")
+    assert capsys.readouterr() == ("", "")
+    assert terminal.getvalue() == ""
+
+
+def test_plain_lines_every_ten_seconds_and_at_the_end(capsys, clock):
+    with progress.bar("train", 40) as advance:
+        for _ in range(40):
+            clock.now += 1
+            advance(note="loss 0.5")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "train: 10/40 (25 %), 1.0/s, 0:30 left, loss 0.5",
+        "train: 20/40 (50 %), 1.0/s, 0:20 left, loss 0.5",
+        "train: 30/40 (75 %), 1.0/s, 0:10 left, loss 0.5",
+        "train: 40/40 (100 %), 1.0/s, 0:40, loss 0.5",
+    ]
+
+
+def test_plain_quick_work_prints_one_line(capsys, clock):
+    with progress.bar("fisher", 2) as advance:
+        clock.now += 0.5
+        advance(2)
+    assert capsys.readouterr().err == "fisher: 2/2 (100 %), 4.0/s, 0:00\n"
+
+
+def test_plain_nested_bars_share_the_ten_seconds(capsys, clock):
+    with progress.bar("search", 3) as outer:
+        for _ in range(3):
+            with progress.bar("train", 4) as inner:
+                for _ in range(4):
+                    clock.now += 1
+                    inner()
+            outer()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["train: 2/4 (50 %)", "search: 3/3 (100 %)"]
+
+
+def test_unknown_total_shows_what_is_done(capsys, clock):
+    with progress.bar("read", None) as advance:
+        clock.now += 4
+        advance(2)
+    assert capsys.readouterr().err == "read: 2, 2.0 s each, 0:04\n"
+
+
+def test_a_failure_in_the_body_passes_through_and_leaves_no_bar_open(capsys, terminal):
+    with pytest.raises(RuntimeError, match="boom"), progress.bar("outer", 2), progress.bar("inner", 2):
+        raise RuntimeError("boom")
+    assert progress._State.live is None
+    assert progress._State.depth == 0
+
+
+def test_live_bars_nest_and_the_inner_one_disappears(terminal):
+    with progress.bar("search", 2) as outer:
+        with progress.bar("train [fast]", 5) as inner:
+            inner(5, note="loss 0.25")
+            progress._State.live.refresh()
+            shown = terminal.getvalue()
+            assert "train [fast]" in shown
+            assert "5/5" in shown
+            assert "loss 0.25" in shown
+        outer(note="best 0.9")
+        assert [task.description for task in progress._State.live.tasks] == ["search"]
+        terminal.truncate(0)
+    final = terminal.getvalue()
+    assert "1/2" in final
+    assert "best 0.9" in final
+    assert "train" not in final
+
+
+def test_say_keeps_brackets_and_goes_to_stderr(capsys):
+    progress.say("skipped [bold]x[/bold] " + "y" * 200)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "skipped [bold]x[/bold] " + "y" * 200 + "\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (754, "12:34"), (3723.4, "1:02:03"), (59.6, "1:00")])
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("speed", "text"), [(0, ""), (2.54, "2.5/s"), (0.5, "2.0 s each")])
+def test_rate_reads_as_the_larger_number(speed, text):
+    assert progress._rate(speed) == text
+
+
+def test_what_an_earlier_run_did_is_no_part_of_the_rate(capsys, clock, terminal):
+    with progress.bar("train", 100) as advance:
+        progress._State.live.get_time = clock
+        advance(1)
+        advance(90, earlier=True)
+        clock.now += 5
+        advance()
+        (task,) = progress._State.live.tasks
+        assert (task.completed, task.speed) == (92, 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "console", Console(stderr=True))
+        with progress.bar("train", 100) as advance:
+            advance(90, earlier=True)
+            clock.now += 10
+            advance(5)
+    assert capsys.readouterr().err == "train: 95/100 (95 %), 2.0 s each, 0:10 left\n"
