@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from irdscale.distributed.ranks import add_up, largest_of, rank_and_world
+from irdscale.distributed.ranks import all_reduce_sum, largest_of, rank_and_world
 from irdscale.distributed.zero3 import device_of, gathering, is_partitioned
 from irdscale.errors import TrainingError
 from irdscale.fisher.capture import frozen
@@ -124,7 +124,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
         measured = LateRows(table_NC)
         shared_batches(model, [len(ids) for ids, _ in texts], batch_size, measure)
         measured.read()
-    add_up([table_NC])
+    all_reduce_sum([table_NC])
     broken = (~table_NC.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise TrainingError(f"the model's loss of text {broken[0]} is not finite ({len(broken)} of {len(texts)} texts)")
@@ -177,7 +177,7 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
                 f"prompts of equal length alone are answered together"
             )
         shared_batches(model, prompts, batch_size, answer, equal=equal)
-    add_up([right_N])
+    all_reduce_sum([right_N])
     return float(right_N.mean())
 
 

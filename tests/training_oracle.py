@@ -17,7 +17,7 @@ from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.models.build import build_model
 from irdscale.tasks import Task
-from irdscale.training.trainer import trained_whole, training_order
+from irdscale.training.trainer import trained_densely, training_order
 from tests.helpers import tiny_model
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
@@ -83,7 +83,7 @@ def oracle(config: RunConfig, task: Task, mask: Mask, seed: int) -> Trained:
     model, new = build_model(config, task, seed)
     model.train().requires_grad_(True)
     train, steps = config.train, training_steps(config.train, len(task.train))
-    head = trained_whole(config, model, new)
+    head = trained_densely(config, model, new)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     masks = dense_masks(model, mask, tuple(head))
     exact = copy.deepcopy(model).float() if config.model.dtype == "bfloat16" else model

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from irdscale import merge
 from irdscale.config.schema import RunConfig
-from irdscale.distributed.ranks import add_up, end_rank
-from irdscale.distributed.zero3 import numel_of, shape_of, whole
+from irdscale.distributed.ranks import all_reduce_sum, end_rank
+from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import TrainingError
 from irdscale.fisher.pool import sample_gradients
 from irdscale.models.build import build_model
@@ -84,7 +84,7 @@ class Losses:
     def of_steps(self, passes: int, texts: bool) -> torch.Tensor:
         """Mean over the ranks and the passes of each step; of texts the sum, for each has its share of all tokens."""
         total = torch.stack(self.own).double().view(-1, passes).sum(1)
-        add_up([total])
+        all_reduce_sum([total])
         return total if texts else total / (passes * dist.get_world_size())
 
 
@@ -126,7 +126,7 @@ def check(config: RunConfig, task: Task, expected: Any, what: str) -> None:
     merge(model)
     for name, p in model.named_parameters():
         assert shape_of(p) == tuple(expected.before[name].shape), f"{what} {name}"
-        with whole([p]):
+        with gathered_parameters([p]):
             outside = expected.masks[name] == 0
             assert torch.equal(p.detach()[outside], expected.before[name][outside]), f"{what} {name}"
 
@@ -175,7 +175,7 @@ def heads(config: RunConfig, zero: RunConfig, task: Task) -> None:
     assert found == new
     assert all(p.numel() == 0 for p in model.parameters())
     for name, p in model.named_parameters():
-        with whole([p]):
+        with gathered_parameters([p]):
             assert torch.equal(p, expected.get_parameter(name)), name
 
 
@@ -228,7 +228,7 @@ def warm_head(config: RunConfig) -> dict[str, torch.Tensor]:
         samples.add_traces(range(13), traces)
         found = {"traces": traces}
         for name in new:
-            with whole([model.get_parameter(name)]):
+            with gathered_parameters([model.get_parameter(name)]):
                 found[name] = model.get_parameter(name).detach().clone()
     return found
 
@@ -310,9 +310,9 @@ def state_of_all_stages(rank: int, world: int, folder: str) -> None:
         ways = {str(s): changed(config, deepspeed=settings_file(Path(folder), s)) for s in (1, 3)}
         ways["offload"] = changed(config, deepspeed=settings_file(Path(folder), 2, offload_optimizer={"device": "cpu"}))
         ways["ddp"] = config
-        whole: dict[str, Any] = {}
+        gathered_parameters: dict[str, Any] = {}
         for name, way in ways.items():
-            whole[name] = trained_numbers(train(way, task)[0])
+            gathered_parameters[name] = trained_numbers(train(way, task)[0])
         for name, way in ways.items():
             state = Path(folder) / f"state-{world}-{name}"
             try:
@@ -326,7 +326,7 @@ def state_of_all_stages(rank: int, world: int, folder: str) -> None:
                 # Steps 1 to 9 were saved, step 10 was not.
                 assert len(losses) == 20 - 9, (name, other, len(losses))
                 exact = name == other
-                same(trained_numbers(model), whole[name], 0.0 if exact else 1e-5, f"{name} -> {other}")
+                same(trained_numbers(model), gathered_parameters[name], 0.0 if exact else 1e-5, f"{name} -> {other}")
         shapes_and_sizes(Path(folder), task, ways, world)
 
 

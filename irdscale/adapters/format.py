@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from irdscale.adapters.base import is_vouched, known_hash
 from irdscale.adapters.card import model_card
 from irdscale.adapters.heads import check_head, head_in_words, head_of, put_head, read_head
-from irdscale.adapters.hub import adapter_folder
+from irdscale.adapters.hub import find_adapter
 from irdscale.distributed.ranks import failing_together, rank_and_world
 from irdscale.distributed.zero3 import shape_of
 from irdscale.errors import InputError
@@ -143,7 +143,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     Raises:
         InputError: there is no adapter, or its files are damaged.
     """
-    folder = adapter_folder(folder)
+    folder = find_adapter(folder)
     meta = read_json(folder / "adapter.json", "adapter")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise InputError(f"{folder / 'adapter.json'}: found no adapter; expected format {FORMAT!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from irdscale.adapters.hub import adapter_folder
+from irdscale.adapters.hub import find_adapter
 from irdscale.errors import InputError
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of, order_of, other_classes
 from irdscale.sparse.model import sparse_state
@@ -72,7 +72,7 @@ def adapter_head(folder: Path | str) -> HeadClasses | None:
     Raises:
         InputError: there is no adapter, or what it says of its head is damaged.
     """
-    folder = adapter_folder(folder)
+    folder = find_adapter(folder)
     meta = read_json(folder / "adapter.json", "adapter")
     head = read_head(meta.get("head") if isinstance(meta, dict) else None, folder)
     made_with = meta.get("config") if isinstance(meta, dict) else None

@@ -82,7 +82,7 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
         raise InputError(f"{repo_id}: no adapter loaded from the hub: {one_line(error)}") from error
 
 
-def adapter_folder(place: Path | str) -> Path:
+def find_adapter(place: Path | str) -> Path:
     """The folder that `place` names, or that of `OWNER/NAME` on the hub where there is no such folder.
 
     Raises:

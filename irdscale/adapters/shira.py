@@ -54,7 +54,7 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
     shapes = {name: state.mask.shapes[name] for name in layers}
     needed = {name: -(-len(index) // sum(shapes[name])) for name, index in layers.items()}
     r = _best_r(needed, {name: parameter for name, parameter in model.named_parameters() if name in layers})
-    whole |= {name.removesuffix(".weight") for name in layers if not needed[name] <= r <= _room(shapes[name])}
+    whole |= {name.removesuffix(".weight") for name in layers if not needed[name] <= r <= _largest_rank(shapes[name])}
     # PEFT stores every module whose name ends so, and `pre_classifier` ends in `classifier`.
     whole = {path for path, _ in model.named_modules() if whole and path.endswith(tuple(whole))}
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in _contents(model, sorted(whole), holders).items()}
@@ -142,7 +142,7 @@ def _refuse_all_but_linear(layers: dict[str, Tensor], holders: dict[str, Holders
         )
 
 
-def _room(shape: tuple[int, ...]) -> int:
+def _largest_rank(shape: tuple[int, ...]) -> int:
     """The largest r that a layer has places for."""
     return shape[0] * shape[1] // (shape[0] + shape[1])
 
@@ -158,12 +158,12 @@ def _best_r(needed: dict[str, int], weights: dict[str, Tensor]) -> int:
         """Bytes: 8 of places and 4 (8 for a float64 weight) of values an entry, or the weights themselves."""
         total = 0
         for name, weight in weights.items():
-            fits = needed[name] <= r <= _room(tuple(weight.shape))
+            fits = needed[name] <= r <= _largest_rank(tuple(weight.shape))
             place = 16 if weight.dtype == torch.float64 else 12
             total += r * sum(weight.shape) * place if fits else weight.numel() * weight.element_size()
         return total
 
-    fitting = {n for name, n in needed.items() if n <= _room(tuple(weights[name].shape))}
+    fitting = {n for name, n in needed.items() if n <= _largest_rank(tuple(weights[name].shape))}
     return min(sorted(fitting, reverse=True), key=size, default=0)
 
 

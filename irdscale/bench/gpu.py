@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 # No group of rows begins later.
 BUDGET_S = 170
-Rows = Callable[[], Iterator[dict[str, Any]]]
+Measurements = Callable[[], Iterator[dict[str, Any]]]
 
 
-def _groups() -> dict[str, Rows]:
+def _groups() -> dict[str, Measurements]:
     small, large = SIZES
     peaks: Peaks = {}
     return {
@@ -66,7 +66,7 @@ def run_gpu_bench(advance: Callable[..., None] = lambda: None) -> tuple[list[dic
     return run_groups(_groups(), advance)
 
 
-def run_groups(groups: dict[str, Rows], advance: Callable[..., None]) -> tuple[list[dict[str, Any]], list[str]]:
+def run_groups(groups: dict[str, Measurements], advance: Callable[..., None]) -> tuple[list[dict[str, Any]], list[str]]:
     """As `run_gpu_bench`, of these groups of rows; one that fails does not stop the others."""
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -81,7 +81,7 @@ def run_groups(groups: dict[str, Rows], advance: Callable[..., None]) -> tuple[l
     return rows, failed
 
 
-def _measure(title: str, measure: Rows, rows: list[dict[str, Any]], failed: list[str]) -> None:
+def _measure(title: str, measure: Measurements, rows: list[dict[str, Any]], failed: list[str]) -> None:
     last = time.perf_counter()
     try:
         for found in measure():

@@ -243,9 +243,9 @@ def _tell_exact() -> int:
 def _tell_ranks() -> int:
     import torch
 
-    from irdscale.distributed.process_group import joined, launched
+    from irdscale.distributed.process_group import in_process_group, launched
 
-    with joined(always=True):
+    with in_process_group(always=True):
         gpu = torch.cuda.is_available()
         return tell(run_rank_checks(torch.device("cuda", launched()[1]) if gpu else torch.device("cpu")))
 

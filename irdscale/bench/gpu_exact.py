@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.ranks import gather_texts, rank_and_world
-from irdscale.distributed.zero3 import whole
+from irdscale.distributed.zero3 import gathered_parameters
 from irdscale.fisher import Fisher, accumulate_fisher
 from irdscale.fisher.diagonal import Layout
 from irdscale.masks.mask import Mask, top_k
@@ -339,7 +339,7 @@ def delta_error(sparse: nn.Module, base: dict[str, Tensor], oracle: _Dense, dtyp
     merged = dict(merge(sparse).named_parameters())
     for name, start in base.items():
         outside = ~mask[name] if name in mask else torch.full(start.shape, name not in dense)
-        with whole([merged[name]]):
+        with gathered_parameters([merged[name]]):
             kept = merged[name].detach().cpu()[outside]
         assert torch.equal(kept, start[outside].to(kept.dtype)), f"{name}: entries outside the mask have moved"
     errors, sizes = [], []

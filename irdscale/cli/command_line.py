@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from irdscale.cli.console import print_bench, print_doctor, print_search, readable
-from irdscale.distributed.process_group import alone, joined, launched, leave, tell_others
+from irdscale.distributed.process_group import alone, in_process_group, launched, leave, tell_others
 from irdscale.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _ranks(settings: RunConfig, train: bool = True) -> Iterator[None]:
     if train:
         micro_batch(settings, world)
     zero = zero_settings(settings, world if train else None)
-    with joined(settings.distributed, always=zero is not None):
+    with in_process_group(settings.distributed, always=zero is not None):
         if world > 1:
             from irdscale.config.loader import settings_of_ranks
             from irdscale.distributed.ranks import same_on_every_rank
@@ -386,7 +386,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from irdscale.utils.progress import say
 
-        if _place()[0] == 0:
+        if _rank_of_this_process()[0] == 0:
             say(f"irdscale: {self.format(record)}")
 
 
@@ -463,7 +463,7 @@ def _terminable(enabled: bool) -> Iterator[None]:
 
 
 def _complain(message: str, code: int) -> int:
-    rank, local_rank, _ = _place()
+    rank, local_rank, _ = _rank_of_this_process()
     # Ranks fail together; one line from each host is enough.
     if local_rank == 0:
         who = "irdscale" if rank == 0 else f"irdscale: rank {rank}"
@@ -471,7 +471,7 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _place() -> tuple[int, int, int]:
+def _rank_of_this_process() -> tuple[int, int, int]:
     try:
         return launched()
     except InputError:
@@ -504,7 +504,7 @@ def _load(
 
 
 def _show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | None = None) -> None:
-    if _place()[0] > 0:
+    if _rank_of_this_process()[0] > 0:
         return
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -236,16 +236,17 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
 
     from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
     from irdscale.plan.share import said_of
-    from irdscale.search.ray_engine import gang_of, sharing
+    from irdscale.search.ray_engine import rank_group_of, sharing
     from irdscale.tasks import load_task
 
     with connected() as cluster:
         ray["cluster"] = {**_described(), "started_here": cluster.own}
         check_nodes(Path(config.output))
-        asked, gang = config.search.ray, gang_of(config, config.search.ray.ranks)
-        room = fitting(gang)
+        asked, rank_group = config.search.ray, rank_group_of(config, config.search.ray.ranks)
+        room = fitting(rank_group)
         if room == 0:
-            why = f"{gang.size} x {gang.cpus} CPUs and {gang.gpus:g} GPUs (search.ray) do not fit on the cluster"
+            asks = f"{rank_group.size} x {rank_group.cpus} CPUs and {rank_group.gpus:g} GPUs (search.ray)"
+            why = f"{asks} do not fit on the cluster"
             _problem(problems, "run a trial", why, True)
             return None
         try:
@@ -253,10 +254,10 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
         except InputError as error:
             _problem(problems, "run trials that share a GPU", str(error), True)
             return None
-        costs, size = _on_cluster(config, gang)
+        costs, size = _on_cluster(config, rank_group)
         at_once = min(room, asked.concurrent or room)
         beside = 1 if shared is None else shared.trials
-        there = _taking(config, costs, size, at_once, asked.fisher_ranks or gang.size, beside)
+        there = _taking(config, costs, size, at_once, asked.fisher_ranks or rank_group.size, beside)
         there["sharing"] = None if shared is None else shared.facts() | {"said": said_of(shared)}
         # Where the GPUs are elsewhere, this machine need not have room for the model.
         elsewhere = has_gpus() and not torch.cuda.is_available()
@@ -277,7 +278,7 @@ def _taking(
     return {"at_once": at_once, "seconds": seconds, "costs": {k: round(v, 6) for k, v in asdict(costs).items()}}
 
 
-def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
+def _on_cluster(config: RunConfig, rank_group: Any) -> tuple[Costs, Size]:
     """What one rank of a trial measures on a node of the cluster.
 
     Raises:
@@ -288,9 +289,11 @@ def _on_cluster(config: RunConfig, gang: Any) -> tuple[Costs, Size]:
     from irdscale.plan.measured_costs import measured
 
     # The costs are of a GPU alone, which the Fisher passes have.
-    task = ray.remote(num_cpus=gang.cpus, num_gpus=ceil(gang.gpus), max_calls=1, max_retries=0)(measured)
+    task = ray.remote(num_cpus=rank_group.cpus, num_gpus=ceil(rank_group.gpus), max_calls=1, max_retries=0)(measured)
     try:
-        return cast("tuple[Costs, Size]", ray.get(task.remote(config, gang.cpus, gang.size, not gang.fresh)))
+        return cast(
+            "tuple[Costs, Size]", ray.get(task.remote(config, rank_group.cpus, rank_group.size, not rank_group.fresh))
+        )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.cluster.share import is_share, jobs_a_gpu
-from irdscale.cluster.supervisor import Desk, cause_of
-from irdscale.cluster.worker import Gang
+from irdscale.cluster.supervisor import Supervisor, cause_of
+from irdscale.cluster.worker import RankGroup
 from irdscale.errors import InputError
 
 # Only for what this process and the cluster that it starts do; none is set where the user has set it.
@@ -45,11 +45,11 @@ class Cluster:
     """A cluster that this process is connected to.
 
     Attributes:
-        desk: the handle of the search's desk.
+        supervisor: the handle of the search's supervisor.
         own: whether this process started it, and ends it.
     """
 
-    desk: Any
+    supervisor: Any
     own: bool
 
 
@@ -81,8 +81,8 @@ def connected() -> Iterator[Cluster]:
         # Lost, it starts anew without its jobs, which end with it; whoever follows them then starts them again.
         lives = {"max_restarts": -1, "max_task_retries": -1}
         options = {"num_cpus": 0, "max_concurrency": 10_000, "resources": beside(), **lives}
-        desk = ray.remote(**options)(Desk).remote()
-        yield Cluster(desk, own=address == LOCAL)
+        supervisor = ray.remote(**options)(Supervisor).remote()
+        yield Cluster(supervisor, own=address == LOCAL)
     finally:
         ray.shutdown()
 
@@ -162,12 +162,15 @@ def nodes() -> list[dict[str, Any]]:
     ]
 
 
-def fitting(gang: Gang) -> int:
+def fitting(rank_group: RankGroup) -> int:
     """How many such gangs the cluster has room for at once, when nothing else runs."""
-    return sum(min(_room(node["has"], *wanted) for wanted in gang.bundle.items()) for node in nodes()) // gang.size
+    return (
+        sum(min(_times(node["has"], *wanted) for wanted in rank_group.bundle.items()) for node in nodes())
+        // rank_group.size
+    )
 
 
-def _room(has: dict[str, float], name: str, amount: float) -> int:
+def _times(has: dict[str, float], name: str, amount: float) -> int:
     """How often a node has so much of a resource."""
     if name == "GPU" and is_share(amount):
         # Of one GPU: what is left of two makes no third.

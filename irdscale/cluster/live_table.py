@@ -16,10 +16,10 @@ LOOK_S = 1.0
 
 
 @contextmanager
-def watching(desk: Any, enabled: bool) -> Iterator[None]:
+def watching(supervisor: Any, enabled: bool) -> Iterator[None]:
     """Print the jobs' log lines while the body runs; if `enabled`, show which jobs there are too."""
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(desk, enabled, ended), daemon=True)
+    thread = threading.Thread(target=_watch, args=(supervisor, enabled, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -29,13 +29,13 @@ def watching(desk: Any, enabled: bool) -> Iterator[None]:
         show_below(None)
 
 
-def _watch(desk: Any, enabled: bool, ended: threading.Event) -> None:
+def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
     import ray
 
     printed = time.monotonic()
     while not ended.wait(LOOK_S):
         try:
-            seen = ray.get(desk.look.remote(), timeout=10 * LOOK_S)
+            seen = ray.get(supervisor.look.remote(), timeout=10 * LOOK_S)
         except ray.exceptions.GetTimeoutError:
             continue
         except ray.exceptions.RayError:

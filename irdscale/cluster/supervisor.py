@@ -1,9 +1,9 @@
-"""The desk: an actor beside the search that starts jobs on the cluster, hears from them, and ends those that hang.
+"""The supervisor: an actor beside the search that starts jobs on the cluster, follows them, and ends those that hang.
 
-A job is a function of one rank, run on all ranks of a gang at once. Ranks are Ray tasks, for Ray keeps the processes of
-tasks for the next ones, with all that they have imported; those of actors end with them. The desk outlives rounds and
-trials, so that it can own them. Several ranks get a placement group, which is had whole or not at all: two jobs never
-wait for each other's halves.
+A job is a function of one rank, run on all ranks of its group at once. Ranks are Ray tasks: Ray keeps the processes of
+tasks for the next ones, with all that they have imported; those of actors end with them. The supervisor outlives rounds
+and trials, so that it can own the tasks. The placement group of several ranks is allocated atomically: two jobs never
+wait for each other's bundles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from irdscale.cluster.worker import Gang, run_rank
+from irdscale.cluster.worker import RankGroup, run_rank
 from irdscale.errors import InputError, RunError
 
 LOOK_S = 0.5
@@ -27,7 +27,7 @@ END_S = 5.0
 
 @dataclass(frozen=True)
 class Job:
-    """A function of a rank, to be run on all ranks of a gang; not a dict or list, which Tune would look into.
+    """A function of a rank, run on all ranks of a group; not a dict or list, which Tune would look into.
 
     Attributes:
         work: the function, packed: what it needs is imported where it runs, and nowhere on the way.
@@ -38,7 +38,7 @@ class Job:
 
     name: str
     work: bytes = field(repr=False)
-    gang: Gang
+    rank_group: RankGroup
     silent_s: float
     limit_s: float | None = None
     label: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class _State:
         return self.task is not None and not self.task.done()
 
 
-class Desk:
+class Supervisor:
     """Starts and watches jobs; made an actor by `irdscale.cluster.connect`."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class Desk:
 
     def _state(self, name: str) -> _State:
         if name not in self._jobs:
-            raise RunError("the search's desk was lost, and what it watched with it")
+            raise RunError("the search's supervisor was lost, and what it watched with it")
         return self._jobs[name]
 
     async def _run(self, state: _State) -> Any:
@@ -193,9 +193,9 @@ class Desk:
             return None
         group, ranks = None, {}
         try:
-            if job.gang.size > 1:
-                strategy = "SPREAD" if job.gang.spread else "PACK"
-                group = ray.util.placement_group([job.gang.bundle] * job.gang.size, strategy)
+            if job.rank_group.size > 1:
+                strategy = "SPREAD" if job.rank_group.spread else "PACK"
+                group = ray.util.placement_group([job.rank_group.bundle] * job.rank_group.size, strategy)
                 await group.ready()
             ranks = _submit(job, group)
             waiting, first = set(ranks.values()), None
@@ -224,12 +224,12 @@ class Desk:
         now = time.monotonic()
         job = state.job
         if now - state.heard > job.silent_s:
-            raise RunError(f"no progress for {job.silent_s:.0f} s; last: {_place(state)}")
+            raise RunError(f"no progress for {job.silent_s:.0f} s; last: {_last_seen(state)}")
         if job.limit_s is not None and now - state.arrived > job.limit_s:
-            raise RunError(f"not done after {job.limit_s:.0f} s; last: {_place(state)}")
+            raise RunError(f"not done after {job.limit_s:.0f} s; last: {_last_seen(state)}")
 
 
-def _place(state: _State) -> str:
+def _last_seen(state: _State) -> str:
     step = state.facts.get("step")
     host = state.where[0]["host"] if 0 in state.where else "no node"
     return f"{'before the first step' if step is None else f'step {step}'}, on {host}"
@@ -247,14 +247,16 @@ def _submit(job: Job, group: Any) -> dict[Any, asyncio.Future[Any]]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    gang, ranks = job.gang, {}
-    desk = ray.get_runtime_context().current_actor
-    for rank in range(gang.size):
-        strategy: Any = "SPREAD" if gang.spread else "DEFAULT"
+    rank_group, ranks = job.rank_group, {}
+    supervisor = ray.get_runtime_context().current_actor
+    for rank in range(rank_group.size):
+        strategy: Any = "SPREAD" if rank_group.spread else "DEFAULT"
         if group is not None:
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        task = _rank_task(gang.fresh).options(num_cpus=gang.cpus, num_gpus=gang.gpus, scheduling_strategy=strategy)
-        ref = task.remote(desk, job.name, rank, gang, job.work)
+        task = _rank_task(rank_group.fresh).options(
+            num_cpus=rank_group.cpus, num_gpus=rank_group.gpus, scheduling_strategy=strategy
+        )
+        ref = task.remote(supervisor, job.name, rank, rank_group, job.work)
         ranks[ref] = asyncio.wrap_future(ref.future())
     return ranks
 
@@ -299,4 +301,4 @@ def _died_of(state: _State, error: Any) -> str:
     if cause is not error:
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     hosts = ", ".join(sorted({where["host"] for where in state.where.values()})) or "no node"
-    return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_place(state)})"
+    return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_last_seen(state)})"

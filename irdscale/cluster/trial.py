@@ -1,4 +1,4 @@
-"""A job of the desk as a Ray Tune trial, which computes nothing: it asks the desk to run it, and waits.
+"""A job of the supervisor as a Ray Tune trial, which computes nothing: it asks the supervisor to run it, and waits.
 
 Nothing here imports torch, nor anything that does: a round's trials are new processes, which should start at once.
 """
@@ -19,8 +19,8 @@ from irdscale.errors import InputError
 class JobTrial(tune.Trainable):
     """Hands a job's reports and its result to Tune: {"steps", "metric"}, at last {"result"} or {"bad_input"}."""
 
-    def setup(self, config: dict[str, Any], desk: Any) -> None:
-        self._desk, self._started = desk, False
+    def setup(self, config: dict[str, Any], supervisor: Any) -> None:
+        self._desk, self._started = supervisor, False
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cluster.share import kept_to
-from irdscale.distributed.process_group import environment_restored, free_port, interfaces, joined
+from irdscale.distributed.process_group import environment_restored, free_port, in_process_group, interfaces
 from irdscale.utils.interrupts import asking
-from irdscale.utils.progress import told
+from irdscale.utils.progress import progress_listener
 
 if TYPE_CHECKING:
     from irdscale.config.schema import DistributedConfig
@@ -25,7 +25,7 @@ SAY_S = 0.5
 
 
 @dataclass(frozen=True)
-class Gang:
+class RankGroup:
     """The ranks that a job needs.
 
     Attributes:
@@ -55,10 +55,10 @@ class Gang:
 
 
 @dataclass
-class Talk:
-    """A job's line to the desk: how far it is, and whether it is to pause. Ranks but the first say nothing."""
+class SupervisorClient:
+    """A job's line to the supervisor: how far it is, and whether it is to pause. Ranks but the first say nothing."""
 
-    desk: Any
+    supervisor: Any
     name: str
     rank: int
     _said: float = field(default=0.0, init=False)
@@ -69,18 +69,18 @@ class Talk:
         """Tell how far the job is, at most twice a second unless `now`."""
         self._facts |= facts
         if self.rank == 0 and (now or time.monotonic() - self._said >= SAY_S):
-            self._pausing = _answer(self.desk.say.remote(self.name, dict(self._facts)))
+            self._pausing = _answer(self.supervisor.say.remote(self.name, dict(self._facts)))
             self._said = time.monotonic()
 
     def pausing(self) -> bool:
-        """Whether the desk has asked it to pause."""
+        """Whether the supervisor has asked it to pause."""
         return self._pausing
 
     def report(self, step: int, metric: float) -> None:
         """Hand a metric to the scheduler."""
         self.say(now=True, step=step, metric=metric)
         if self.rank == 0:
-            _answer(self.desk.report.remote(self.name, step, metric))
+            _answer(self.supervisor.report.remote(self.name, step, metric))
 
 
 def _answer(ref: Any) -> Any:
@@ -95,7 +95,7 @@ def _answer(ref: Any) -> Any:
         return waiting.submit(ray.get, ref).result()
 
 
-Work = Callable[[Talk], Any]
+Work = Callable[[SupervisorClient], Any]
 
 
 def packed(what: Any) -> bytes:
@@ -116,29 +116,29 @@ def unpacked(data: bytes | None) -> Any:
     return None if data is None else ray.cloudpickle.loads(data)
 
 
-def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes | None:
+def run_rank(supervisor: Any, name: str, rank: int, rank_group: RankGroup, work: bytes) -> bytes | None:
     """Run one rank's part of a job, which is packed; the first rank's result, packed."""
     import ray
 
     context = ray.get_runtime_context()
     where = {"node": context.get_node_id(), "pid": os.getpid(), "host": socket.gethostname()}
     ip = ray.util.get_node_ip_address()
-    address = f"{ip}:{free_port()}" if rank == 0 and gang.size > 1 else ""
-    address = _answer(desk.arrive.remote(name, rank, where, address))
+    address = f"{ip}:{free_port()}" if rank == 0 and rank_group.size > 1 else ""
+    address = _answer(supervisor.arrive.remote(name, rank, where, address))
     import torch
 
-    torch.set_num_threads(gang.cpus)
-    talk = Talk(desk, name, rank)
+    torch.set_num_threads(rank_group.cpus)
+    client = SupervisorClient(supervisor, name, rank)
     with (
-        _as_rank(rank, gang, address, ip),
-        _logged(desk, name, rank),
-        kept_to(gang.gpus),
-        told(lambda *facts: talk.say(progress=facts)),
-        asking(talk.pausing),
-        joined(gang.distributed, always=gang.grouped),
+        _as_rank(rank, rank_group, address, ip),
+        _logged(supervisor, name, rank),
+        kept_to(rank_group.gpus),
+        progress_listener(lambda *facts: client.say(progress=facts)),
+        asking(client.pausing),
+        in_process_group(rank_group.distributed, always=rank_group.grouped),
     ):
         try:
-            result = unpacked(work)(talk)
+            result = unpacked(work)(client)
         except KeyboardInterrupt:
             # It was asked for room while it trained or took samples, and has saved its state.
             return None
@@ -146,15 +146,15 @@ def run_rank(desk: Any, name: str, rank: int, gang: Gang, work: bytes) -> bytes 
 
 
 @contextmanager
-def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
+def _as_rank(rank: int, rank_group: RankGroup, address: str, ip: str) -> Iterator[None]:
     """The environment that a launcher would give this rank; as it was, for the process's next job, at the end."""
-    if gang.size == 1 and not gang.grouped:
+    if rank_group.size == 1 and not rank_group.grouped:
         # By these variables the Trainer would look for others, also where one rank is all.
         yield
         return
     # Ray shows each rank its own GPUs alone.
-    local = 0 if gang.gpus else rank
-    given = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(gang.size)}
+    local = 0 if rank_group.gpus else rank
+    given = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(rank_group.size)}
     if address:
         host, _, port = address.partition(":")
         given |= {"MASTER_ADDR": host, "MASTER_PORT": port}
@@ -166,20 +166,20 @@ def _as_rank(rank: int, gang: Gang, address: str, ip: str) -> Iterator[None]:
         yield
 
 
-class _ToDesk(logging.Handler):
+class _ToSupervisor(logging.Handler):
     """The first rank's log lines go to whoever started the search."""
 
-    def __init__(self, desk: Any, name: str) -> None:
+    def __init__(self, supervisor: Any, name: str) -> None:
         super().__init__()
-        self._desk, self._name = desk, name
+        self._desk, self._name = supervisor, name
 
     def emit(self, record: logging.LogRecord) -> None:
         self._desk.log.remote(self._name, record.getMessage())
 
 
 @contextmanager
-def _logged(desk: Any, name: str, rank: int) -> Iterator[None]:
-    logger, handler = logging.getLogger("irdscale"), _ToDesk(desk, name)
+def _logged(supervisor: Any, name: str, rank: int) -> Iterator[None]:
+    logger, handler = logging.getLogger("irdscale"), _ToSupervisor(supervisor, name)
     if rank > 0:
         yield
         return

@@ -18,7 +18,7 @@ from irdscale.models.lora import insert_lora
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.training.base_model import base_model
-from irdscale.training.trainer import trained_whole
+from irdscale.training.trainer import trained_densely
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -50,7 +50,7 @@ def model_facts(config: RunConfig, task: Task, output: Path, lora: bool) -> Mode
         InputError: as `base_model` and `insert_lora`.
     """
     with base_model(config, task, config.compare.seeds[0]) as (model, new):
-        return _counted(config, task, model, trained_whole(config, model, new), lora)
+        return _counted(config, task, model, trained_densely(config, model, new), lora)
 
 
 def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], lora: bool) -> ModelFacts:

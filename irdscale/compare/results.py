@@ -10,7 +10,7 @@ from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.schema import METRIC_RANGES
 from irdscale.search.candidates import Candidate
-from irdscale.search.limits import lattice as sizes
+from irdscale.search.limits import reachable_sizes as sizes
 
 
 def method_entries(
@@ -89,11 +89,11 @@ def _gradients(study: Study, method: Method, seed: int) -> int:
     """Sample gradients that the masks of a method take by themselves, whoever shares them."""
     if method.kind not in RANKINGS:
         return 0
-    lattice = study.lattices[method.name, seed]
+    reachable_sizes = study.lattices[method.name, seed]
     if method.kind == "fish_best":
-        return lattice.start.samples + study.gradients.get((method.name, seed), 0)
-    alone = {"fish": lattice.start.samples, "fish_small": lattice.fewest.samples}
-    return alone.get(method.kind, int(lattice.facts["sample_gradients"]))
+        return reachable_sizes.start.samples + study.gradients.get((method.name, seed), 0)
+    alone = {"fish": reachable_sizes.start.samples, "fish_small": reachable_sizes.fewest.samples}
+    return alone.get(method.kind, int(reachable_sizes.facts["sample_gradients"]))
 
 
 def _mean(values: Sequence[float]) -> float:

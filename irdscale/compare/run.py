@@ -27,7 +27,7 @@ from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
 from irdscale.config.loader import dump_config
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
@@ -38,7 +38,7 @@ from irdscale.search.limits import most_of_rounds
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
 from irdscale.search.run import what_was_searched
-from irdscale.search.runner import Call, Runner
+from irdscale.search.runner import Runner, WorkItem
 from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import said_of_rises
@@ -81,7 +81,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
             task = load_task(config)
         folder.claim(task, {"search": search_part(config)})
         tell_classes(task, progress and rank_and_world()[0] == 0)
-        if first_says((output / FILE).exists()):
+        if broadcast_flag((output / FILE).exists()):
             result = read_study(output)
             if result["config"]["compare"] == config.compare.model_dump(mode="json"):
                 log.info("%s holds this comparison, finished; --overwrite runs it again", output)
@@ -184,7 +184,7 @@ def _make_masks(study: Study) -> None:
     }
     own = {(owner.name, seed): owner for (_, seed), owner in owners.items()}
     calls = [
-        Call(search_masks, (study.progress, ranking_name(owner, seed)), owner.of_seed(seed))
+        WorkItem(search_masks, (study.progress, ranking_name(owner, seed)), owner.of_seed(seed))
         for (_, seed), owner in own.items()
     ]
     made: dict[tuple[str, int], SearchMasks] = dict(zip(own, study.engine.call_all(calls), strict=True))
@@ -196,7 +196,7 @@ def _make_masks(study: Study) -> None:
 def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
     """Draw masks of entries: method, seed, and which draw of this seed."""
     calls = [
-        Call(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
+        WorkItem(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
         for method, seed, draw in asked
     ]
     found = study.engine.call_all(calls)
@@ -216,9 +216,9 @@ def _draw(study: Study, method: Method, seed: int, draw: int) -> Candidate:
 def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
     """What a method tries a learning rate with."""
     if method.kind in RANKINGS:
-        lattice = study.lattices[method.name, seed]
-        pair = lattice.fewest if method.kind in FEW else lattice.start
-        return trained(method, Candidate(lattice.masks[pair], pair, seed, None, method.name), rate)
+        reachable_sizes = study.lattices[method.name, seed]
+        pair = reachable_sizes.fewest if method.kind in FEW else reachable_sizes.start
+        return trained(method, Candidate(reachable_sizes.masks[pair], pair, seed, None, method.name), rate)
     if method.kind in DRAWN:
         return trained(method, _draw(study, method, seed, 0), rate)
     return dense_candidate(method, study.facts, rate, seed)
@@ -276,11 +276,11 @@ def _search(study: Study) -> None:
 
     searches = []
     for method, seed in started:
-        lattice, search = study.lattices[method.name, seed], method.config.search
+        reachable_sizes, search = study.lattices[method.name, seed], method.config.search
         searches.append(
             rounds(
-                lattice.start,
-                lattice.minimum,
+                reachable_sizes.start,
+                reachable_sizes.minimum,
                 [seed],
                 search.max_rounds,
                 search.patience,
@@ -326,7 +326,7 @@ def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[
     for method, seed, pair, again in wanted:
         suffix = f"-{again}" if again else ""
         name, purpose = f"{slug(method.name)}-{seed}{suffix}", f"fish-{pair.samples}-{pair.params}{suffix}"
-        calls.append(Call(random_draw_mask, (pair, study.progress, name, purpose), method.of_seed(seed)))
+        calls.append(WorkItem(random_draw_mask, (pair, study.progress, name, purpose), method.of_seed(seed)))
     drawn: dict[tuple[str, int], list[Candidate]] = {(method.name, seed): [] for method, seed in asked}
     for (method, seed, pair, _), draw in zip(wanted, study.engine.call_all(calls), strict=True):
         drawn[method.name, seed].append(Candidate(draw["mask"], pair, seed, None, method.name))
@@ -375,5 +375,5 @@ def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, f
             if rank_and_world()[0] == 0:
                 write_json(file, stored | known)
 
-    study.engine.call_all([Call(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
+    study.engine.call_all([WorkItem(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
     return known

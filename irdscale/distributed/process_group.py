@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def joined(settings: DistributedConfig | None = None, always: bool = False) -> Iterator[None]:
+def in_process_group(settings: DistributedConfig | None = None, always: bool = False) -> Iterator[None]:
     """Run with the process group of all ranks, where there are several.
 
     Args:
@@ -257,7 +257,7 @@ def leave(code: int) -> NoReturn:
 
 
 def tell_others(problem: str) -> None:
-    """Tell the ranks of other nodes, which wait in `joined`, that this one does not come, and why."""
+    """Tell the ranks of other nodes, which wait in `in_process_group`, that this one does not come, and why."""
     rank, _, world = launched()
     # torchrun itself ends the ranks of this node; and without its store there may be nobody to hear it.
     elsewhere = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -32,33 +32,33 @@ def current_group() -> object:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def own_share(items: Sequence[int]) -> list[int]:
+def shard(items: Sequence[int]) -> list[int]:
     """Every world-size-th item: each goes to one rank, none twice; a rank may get none."""
     rank, world = rank_and_world()
     return list(items[rank::world])
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks, in place. Every rank passes the same shapes in the same order."""
     if rank_and_world()[1] == 1:
         return
     waiting: list[Tensor] = []
     for tensor in tensors:
-        if waiting and _room(waiting, tensor) < 0:
-            _add_up_joined(waiting)
+        if waiting and _space_left(waiting, tensor) < 0:
+            _all_reduce_flattened(waiting)
             waiting = []
         waiting.append(tensor)
     if waiting:
-        _add_up_joined(waiting)
+        _all_reduce_flattened(waiting)
 
 
-def _room(waiting: list[Tensor], tensor: Tensor) -> int:
+def _space_left(waiting: list[Tensor], tensor: Tensor) -> int:
     if (waiting[0].dtype, waiting[0].device) != (tensor.dtype, tensor.device):
         return -1
     return BUCKET_ENTRIES - sum(t.numel() for t in waiting) - tensor.numel()
 
 
-def _add_up_joined(tensors: list[Tensor]) -> None:
+def _all_reduce_flattened(tensors: list[Tensor]) -> None:
     if len(tensors) == 1 and tensors[0].is_contiguous():
         _all_reduce(tensors[0])
         return
@@ -134,7 +134,7 @@ def gather_texts(text: str) -> list[str]:
     return [bytes(p[:n].tolist()).decode() for p, n in zip(parts, lengths.tolist(), strict=True)]
 
 
-def first_says(flag: bool) -> bool:
+def broadcast_flag(flag: bool) -> bool:
     """What rank 0 found, on every rank: it writes the files, so it knows which there are."""
     return gather_texts(str(int(flag)))[0] == "1"
 

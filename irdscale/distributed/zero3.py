@@ -55,7 +55,7 @@ def to_gpu(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]:
+def gathered_parameters(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]:
     """Gather partitioned parameters; collective if there are any.
 
     Those that a running module has gathered are left to it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irdscale.fisher.rules import Call, Rule, Term, is_generic, rule_for
+from irdscale.fisher.rules import ModuleCall, Rule, Term, is_generic, rule_for
 
 Arrived = Callable[[str, list[Term]], None]
 
@@ -147,12 +147,12 @@ class Capture:
         if not output.requires_grad:
             # A clone, for the model may go on in place, which a leaf forbids.
             output = output.detach().requires_grad_().clone()
-        call = Call(module, args, kwargs, self._size)
+        call = ModuleCall(module, args, kwargs, self._size)
         version = call.x._version
         output.register_hook(lambda dy: self._on_backward(call, version, dy))
         return output
 
-    def _on_backward(self, call: Call, version: int, dy: Tensor) -> None:
+    def _on_backward(self, call: ModuleCall, version: int, dy: Tensor) -> None:
         if call.x._version != version:
             raise RuntimeError(f"the input of {type(call.module).__name__} was changed in place after its use")
         own = self._held[call.module]

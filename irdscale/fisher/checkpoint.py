@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irdscale.distributed.ranks import add_up, failing_together, gather_texts, rank_and_world, slice_of
+from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_texts, rank_and_world, slice_of
 from irdscale.errors import InputError
 from irdscale.fisher.diagonal import Layout
 from irdscale.utils.files import digest, read_json, read_tensors, write_by, write_json
@@ -91,7 +91,7 @@ class SavedPass:
         with failing_together():
             self._read(state, meta, shapes)
         counts = torch.tensor([len(state.left)])
-        add_up([counts])
+        all_reduce_sum([counts])
         state.done = state.stop - int(counts)
         if rank == 0:
             log.info("going on with a pass that was interrupted: %d samples are done", state.done)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.distributed.ranks import (
-    add_up,
+    all_reduce_sum,
     current_group,
     failing_together,
     gather_texts,
     largest_of,
-    own_share,
     rank_and_world,
     same_on_every_rank,
+    shard,
 )
 from irdscale.distributed.watchdog import watched
 from irdscale.distributed.zero3 import device_of, gathering, is_partitioned, shape_of
@@ -233,7 +233,7 @@ class SampleGradients:
         with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
             shared_batches(self.model, lengths, fitting, measure)
             found.read()
-        add_up([losses_N])
+        all_reduce_sum([losses_N])
         self._refuse_not_finite(range(len(losses_N)), losses_N)
         return losses_N
 
@@ -412,7 +412,7 @@ class SampleGradients:
             advance(state.done, earlier=True)
             for stop in sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)}):
                 if state.stop < stop:
-                    state.stop, state.left = stop, own_share(order[begin:stop])
+                    state.stop, state.left = stop, shard(order[begin:stop])
                 begin = stop
                 if state.stop > stop:
                     continue
@@ -427,10 +427,10 @@ class SampleGradients:
                 if sums is not None and stop < len(order):
                     sums.go_on()
         taken = torch.tensor([state.taken])
-        add_up([taken])
+        all_reduce_sum([taken])
         self.taken += int(taken)
         if traces is not None:
-            add_up([own_traces])
+            all_reduce_sum([own_traces])
             traces += own_traces
 
     @contextmanager

@@ -38,7 +38,7 @@ def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> lis
 
 
 def sample_gradients(
-    config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], whole: Sequence[str]
+    config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], dense: Sequence[str]
 ) -> SampleGradients:
     """Ready to take gradients of the population's samples at `places`; moves the model to the GPU where there is one.
 
@@ -46,7 +46,7 @@ def sample_gradients(
     `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
 
     Args:
-        whole: names of the parameters that are trained outside any mask, and so are not scored.
+        dense: names of the parameters that are trained outside any mask, and so are not scored.
     """
     to_gpu(model)
     if config.train.gradient_checkpointing:
@@ -55,7 +55,7 @@ def sample_gradients(
         model,
         task.population.select(list(places)),
         task.collate,
-        scored_of(config, model, whole, task.is_language),
+        scored_of(config, model, dense, task.is_language),
         batch_size=config.fisher.batch_size,
         objective=config.fisher.objective,
         token_reduction=config.fisher.token_reduction,
@@ -90,16 +90,16 @@ def _tokens(task: Task, rows: Any) -> list[int]:
     return [len(ids) for ids in rows["input_ids"]]
 
 
-def scored_of(config: RunConfig, model: nn.Module, whole: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
+def scored_of(config: RunConfig, model: nn.Module, dense: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
     """The parameters that a mask may hold entries of: of a language model the decoder blocks' matrices, unless said.
 
     Args:
-        whole: names of the parameters that are trained outside any mask.
+        dense: names of the parameters that are trained outside any mask.
 
     Raises:
         InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
     """
-    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in whole)]
+    exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in dense)]
     include = config.fisher.include
     if include is None and language:
         include = [f"^({'|'.join(map(re.escape, decoder_linears(cast(Any, model))))})$"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from irdscale.distributed.zero3 import whole
+from irdscale.distributed.zero3 import gathered_parameters
 from irdscale.fisher.affine import is_affine, slope, without_hooks
 
 
@@ -29,7 +29,7 @@ class Outer:
 
 
 @dataclass
-class Rows:
+class TableRows:
     """G_n has row `ids_t` increased by `grad_t`, for a parameter of shape [V, D]."""
 
     ids_BT: Tensor
@@ -43,11 +43,11 @@ class Dense:
     grad_B: Tensor
 
 
-Term = Outer | Rows | Dense
+Term = Outer | TableRows | Dense
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module: its inputs, and how many samples the batch has."""
 
     module: nn.Module
@@ -72,7 +72,7 @@ LONG = 2**15
 # Two samples' gradients of so many entries are a small part of what a pass holds.
 PAIRED = 2**24
 
-Rule = Callable[[Call, Tensor, set[str]], dict[str, Term]]
+Rule = Callable[[ModuleCall, Tensor, set[str]], dict[str, Term]]
 
 
 def _samples(x: Tensor, batch: int) -> Tensor:
@@ -81,7 +81,7 @@ def _samples(x: Tensor, batch: int) -> Tensor:
     return x.reshape(batch, -1, x.shape[-1])
 
 
-def _linear(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _linear(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     dy_BTO = _samples(dy, call.batch)
     terms: dict[str, Term] = {}
     if "weight" in wanted:
@@ -91,7 +91,7 @@ def _linear(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return terms
 
 
-def _conv1d(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _conv1d(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     dy_BTO = _samples(dy, call.batch)
     terms: dict[str, Term] = {}
     if "weight" in wanted:
@@ -101,7 +101,7 @@ def _conv1d(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return terms
 
 
-def _embedding(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _embedding(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     ids = call.x
     ids = ids.expand(call.batch, *ids.shape[1:]) if call.batch > 1 and ids.shape[0] == 1 else ids
     ids_BT, grad_BTD = ids.reshape(call.batch, -1), _samples(dy, call.batch)
@@ -109,10 +109,10 @@ def _embedding(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     if padding is not None:
         # Embedding gives its padding row no gradient.
         grad_BTD = grad_BTD.masked_fill(ids_BT.eq(padding).unsqueeze(2), 0)
-    return {"weight": Rows(ids_BT, grad_BTD)}
+    return {"weight": TableRows(ids_BT, grad_BTD)}
 
 
-def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _layer_norm(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     module = cast(nn.LayerNorm, call.module)
     shape = tuple(module.normalized_shape)
     normal = F.layer_norm(call.x, shape, None, None, module.eps)
@@ -124,14 +124,14 @@ def _layer_norm(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return terms
 
 
-def _affine(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _affine(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     if len(call.args) + len(call.kwargs) != 1:
         return _generic(call, dy, wanted)
     (name,) = wanted
     return {name: Dense(_samples(dy * slope(call.module, call.x), call.batch).sum(1))}
 
 
-def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
+def _generic(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     """Vector-Jacobian product of the module alone, vmapped over samples."""
     module, batch = without_hooks(call.module), call.batch
     names = sorted(wanted)
@@ -151,7 +151,7 @@ def _generic(call: Call, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
 
     moving = [v for v, m in zip(tensors, mapped, strict=True) if m]
     held = {name: p for name, p in call.module._parameters.items() if p is not None}
-    with whole(list(held.values())):
+    with gathered_parameters(list(held.values())):
         parameters = {name: held[name].detach() for name in names}
         grads = vmap(local)(dy, *moving)
     return {name: Dense(grads[name]) for name in names}
@@ -191,14 +191,14 @@ def _inner(a: Term, b: Term) -> Tensor:
         left_BTT = torch.bmm(a.left_BTP, b.left_BTP.transpose(1, 2))
         right_BTT = torch.bmm(a.right_BTQ, b.right_BTQ.transpose(1, 2))
         return (left_BTT * right_BTT).sum((1, 2))
-    if isinstance(a, Rows) and isinstance(b, Rows):
+    if isinstance(a, TableRows) and isinstance(b, TableRows):
         same_BTT = a.ids_BT.unsqueeze(2) == b.ids_BT.unsqueeze(1)
         return (torch.bmm(a.grad_BTD, b.grad_BTD.transpose(1, 2)) * same_BTT).sum((1, 2))
-    if isinstance(a, Outer) and isinstance(b, Rows):
+    if isinstance(a, Outer) and isinstance(b, TableRows):
         product_BTT = torch.bmm(a.right_BTQ, b.grad_BTD.transpose(1, 2))
         left_BTT = a.left_BTP.gather(2, b.ids_BT.unsqueeze(1).expand(-1, a.left_BTP.shape[1], -1))
         return (left_BTT * product_BTT).sum((1, 2))
-    if isinstance(a, Rows) and isinstance(b, Outer):
+    if isinstance(a, TableRows) and isinstance(b, Outer):
         return _inner(b, a)
     raise TypeError("no inner product of dense terms")
 
@@ -233,12 +233,12 @@ def _cast(term: Term) -> Term:
         left, right = up(term.left_BTP), up(term.right_BTQ)
         wide = torch.promote_types(left.dtype, right.dtype)
         return Outer(left.to(wide), right.to(wide))
-    if isinstance(term, Rows):
-        return Rows(term.ids_BT, up(term.grad_BTD))
+    if isinstance(term, TableRows):
+        return TableRows(term.ids_BT, up(term.grad_BTD))
     return Dense(up(term.grad_B))
 
 
-def joined(terms: list[Term]) -> list[Term]:
+def concatenated(terms: list[Term]) -> list[Term]:
     """The terms cast, and the outer ones of several calls joined along their tokens: (A + B) is then one product."""
     terms = [_cast(t) for t in terms]
     outers = [t for t in terms if isinstance(t, Outer)]
@@ -250,12 +250,12 @@ def joined(terms: list[Term]) -> list[Term]:
 
 
 def per_sample_gradient(terms: list[Term], n: int, shape: torch.Size) -> Tensor:
-    """G_n of one sample, in the parameter's shape, from the sum of its terms (as `joined` leaves them)."""
+    """G_n of one sample, in the parameter's shape, from the sum of its terms (as `concatenated` leaves them)."""
     gradient: Tensor | None = None
     for term in terms:
         if isinstance(term, Outer):
             gradient = torch.mm(term.left_BTP[n].t(), term.right_BTQ[n]).view(shape)
-        elif isinstance(term, Rows):
+        elif isinstance(term, TableRows):
             if gradient is None:
                 gradient = term.grad_BTD.new_zeros(shape)
             gradient.index_add_(0, term.ids_BT[n], term.grad_BTD[n].to(gradient.dtype))
@@ -317,9 +317,9 @@ def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffer
     """
     if _by_kernel(terms, total, trace_B):
         return
-    terms = joined(terms)
+    terms = concatenated(terms)
     first = terms[0]
-    if len(terms) == 1 and isinstance(first, Rows):
+    if len(terms) == 1 and isinstance(first, TableRows):
         _add_row_squares(first, total, trace_B)
     elif all(isinstance(t, Dense) for t in terms):
         gradient_B = _dense_sum(terms).reshape(-1, *total.shape)
@@ -395,7 +395,7 @@ def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buff
         term = _cast(term)
         if isinstance(term, Outer):
             total += (term.left_BTP.flatten(0, 1).t() @ term.right_BTQ.flatten(0, 1)).to(total.dtype)
-        elif isinstance(term, Rows):
+        elif isinstance(term, TableRows):
             total.index_add_(0, term.ids_BT.flatten(), term.grad_BTD.flatten(0, 1).to(total.dtype))
         else:
             total += term.grad_B.sum(0).reshape(total.shape).to(total.dtype)
@@ -405,7 +405,7 @@ def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buff
 
 def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: Buffers) -> None:
     """trace_B[n] += sum of G_n^2 (float64), by inner products of tokens where that is less work than forming G_n."""
-    terms = joined(terms)
+    terms = concatenated(terms)
     first = terms[0]
     if isinstance(first, Outer) and not any(isinstance(t, Dense) for t in terms):
         tokens, (rows, columns) = first.left_BTP.shape[1], (shape[0], shape[1])
@@ -422,7 +422,7 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
             left_bPT, right_bTQ = left_BPT[start : start + together], right_BTQ[start : start + together]
             flat_bK = torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ[: len(left_bPT)]).flatten(1)
             trace_B[start : start + together] += _squared_norms(flat_bK)
-    elif len(terms) == 1 and isinstance(first, Rows):
+    elif len(terms) == 1 and isinstance(first, TableRows):
         _add_row_squares(first, None, trace_B)
     elif all(isinstance(t, Dense) for t in terms):
         trace_B += _dense_sum(terms).flatten(1).square().sum(1, dtype=torch.float64)
@@ -442,10 +442,10 @@ def _squared_norms(flat_BK: Tensor) -> Tensor:
 def _batch(term: Term) -> int:
     if isinstance(term, Outer):
         return term.left_BTP.shape[0]
-    return term.ids_BT.shape[0] if isinstance(term, Rows) else term.grad_B.shape[0]
+    return term.ids_BT.shape[0] if isinstance(term, TableRows) else term.grad_B.shape[0]
 
 
-def _add_row_squares(rows: Rows, total: Tensor | None, trace_B: Tensor | None) -> None:
+def _add_row_squares(rows: TableRows, total: Tensor | None, trace_B: Tensor | None) -> None:
     """Sum the gradients of equal ids within a sample before squaring; only rows that occur are touched.
 
     Nothing here waits for the device: equal ids are found by sorting, with room for as many as there are tokens.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from irdscale.config.schema import Score
 from irdscale.distributed.ranks import slice_of
-from irdscale.distributed.zero3 import shape_of, whole
+from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.rules import add_gradients, add_squares
 from irdscale.fisher.sums import Add
@@ -55,7 +55,7 @@ def entry_scores(
 
 def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
     """What this rank scores of a parameter."""
-    with whole([parameter]):
+    with gathered_parameters([parameter]):
         held = _held(parameter.detach(), layout)
         # A partitioned parameter is gone after this.
         return held.clone() if hasattr(parameter, "ds_tensor") else held

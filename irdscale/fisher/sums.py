@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from irdscale.distributed.ranks import add_up, rank_and_world, slice_of
+from irdscale.distributed.ranks import all_reduce_sum, rank_and_world, slice_of
 from irdscale.fisher.diagonal import Fisher, Layout, Shapes
 from irdscale.fisher.rules import Buffers, Term
 
@@ -131,7 +131,7 @@ class WholeSums:
         self._buffers.forget()
 
     def complete(self) -> None:
-        add_up(list(self.tensors.values()))
+        all_reduce_sum(list(self.tensors.values()))
 
     def go_on(self) -> None:
         # What the sums hold already counts once.
@@ -185,14 +185,14 @@ class ShardedSums:
         return -(-self._numel[name] // self._world) * self._world
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
-        buffer = self._room(name)
+        buffer = self._zeros(name)
         if terms:
             self._add(terms, buffer[: self._numel[name]].view(self._shapes[name]), trace_B, self._buffers)
         self._ready[name] = buffer
         while self._next < len(self._order) and self._order[self._next] in self._ready:
             self._send(self._ready.pop(self._order[self._next]))
 
-    def _room(self, name: str) -> Tensor:
+    def _zeros(self, name: str) -> Tensor:
         """A buffer of zeros, when those on their way leave room for it."""
         size = self._padded(name)
         if self._used + size > len(self._pool):
@@ -226,7 +226,7 @@ class ShardedSums:
         while self._next < len(self._order):
             name = self._order[self._next]
             ready = self._ready.pop(name, None)
-            self._send(self._room(name) if ready is None else ready)
+            self._send(self._zeros(name) if ready is None else ready)
         while self._sent:
             self._receive()
         self._adder.finish()

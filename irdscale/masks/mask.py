@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from irdscale.config.schema import Scope
-from irdscale.distributed.ranks import add_up, gather_texts
+from irdscale.distributed.ranks import all_reduce_sum, gather_texts
 from irdscale.errors import InputError
 from irdscale.masks.topk import Chosen, Slice, check_scores, largest, largest_of_checked, read
 from irdscale.utils.files import read_json, read_tensors, write_folder, write_json
@@ -212,7 +212,7 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
     floor = ROUNDING * _largest_score(pieces, shared)
     real_P = read([(piece.scores >= floor).sum() for piece in pieces.values()], torch.int64)
     if shared:
-        add_up([real_P])
+        all_reduce_sum([real_P])
     chosen: dict[str, Chosen] = {}
     for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
         count = min(sizes[name], int(sizes[name] * standing + 0.5)) if k else 0

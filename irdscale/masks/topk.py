@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from irdscale.distributed.ranks import add_up, failing_together, gather_flat, rank_and_world
+from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_flat, rank_and_world
 from irdscale.errors import InputError
 
 DIGITS = 11
@@ -128,7 +128,7 @@ def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
                     digit = (inside >> shift) & (2**digits - 1)
                     counts += torch.bincount(digit, minlength=2**digits).cpu()
         if shared:
-            add_up([counts])
+            all_reduce_sum([counts])
         above = counts.flip(0).cumsum(0).flip(0) - counts
         bucket = int(((above < left) & (above + counts >= left)).nonzero()[0])
         left -= int(above[bucket])
@@ -147,7 +147,7 @@ def _own_ties(equal_P: Tensor, ties: int, shared: bool) -> Tensor:
     equal_PR = torch.zeros(len(equal_P), world, dtype=torch.int64)
     equal_PR[:, rank] = equal_P
     if shared:
-        add_up([equal_PR])
+        all_reduce_sum([equal_PR])
     before_PR = (equal_PR.reshape(-1).cumsum(0) - equal_PR.reshape(-1)).view_as(equal_PR)
     return (ties - before_PR[:, rank]).clamp_min(0).minimum(equal_P)
 
@@ -173,7 +173,7 @@ def _everyones(own: dict[str, Chosen]) -> dict[str, Chosen]:
     rank, world = rank_and_world()
     counts_RP = torch.zeros(world, len(own), dtype=torch.int64)
     counts_RP[rank] = torch.tensor([len(chosen.index) for chosen in own.values()])
-    add_up([counts_RP])
+    all_reduce_sum([counts_RP])
     return {
         name: Chosen(gather_flat(chosen.index, counts), gather_flat(chosen.scores, counts))
         for (name, chosen), counts in zip(own.items(), counts_RP.t().tolist(), strict=True)

@@ -53,14 +53,14 @@ _PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _CAUSAL: WeakSet[nn.Module] = WeakSet()
 
 
-class Rows(Protocol):
+class SampleRows(Protocol):
     """Anything with a length and rows."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def uneven_rows(rows: Rows, collate: Collate, *, longest: int | None = None) -> list[Any]:
+def uneven_rows(rows: SampleRows, collate: Collate, *, longest: int | None = None) -> list[Any]:
     """A few samples of unlike lengths, the longest last; none where all have one length.
 
     Args:
@@ -161,7 +161,7 @@ def _targets(batch: dict[str, Any], place: int) -> int:
     return int((labels[place, 1:] >= 0).sum()) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
 
 
-def padding_known_to_matter(model: nn.Module, collate: Collate, rows: Rows) -> bool:
+def padding_known_to_matter(model: nn.Module, collate: Collate, rows: SampleRows) -> bool:
     """`padding_matters` by some of the rows, or as it was seen of this model before; False where it was not seen.
 
     Collective: ranks say the same.

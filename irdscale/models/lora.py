@@ -12,12 +12,12 @@ from irdscale.distributed.zero3 import is_partitioned
 from irdscale.errors import InputError
 
 
-def insert_lora(model: nn.Module, rank: int, seed: int, whole: Collection[str]) -> list[str]:
+def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) -> list[str]:
     """Put LoRA matrices into every linear layer but the heads, in place; alpha is twice the rank, without dropout.
 
     Args:
         seed: of their initial weights; the global random state is left alone.
-        whole: names of the parameters that are trained whole; their layers get none.
+        dense: names of the parameters that are trained whole; their layers get none.
 
     Returns:
         The names of the matrices.
@@ -37,7 +37,7 @@ def insert_lora(model: nn.Module, rank: int, seed: int, whole: Collection[str]) 
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D")
         and module is not head
-        and not any(f"{name}.{own}" in whole for own, _ in module.named_parameters(recurse=False))
+        and not any(f"{name}.{own}" in dense for own, _ in module.named_parameters(recurse=False))
     ]
     if not targets:
         raise InputError(f"lora: found no linear layer in {type(model).__name__}; expected some")

@@ -14,7 +14,7 @@ from irdscale.plan.rates import columns_held
 from irdscale.plan.sizes import Items, Setting, Shapes, Traced
 from irdscale.plan.work import gradient_traffic, sample_flops, sums_traffic, weight_traffic
 from irdscale.search.ird import Pair
-from irdscale.search.limits import lattice, most_evaluations
+from irdscale.search.limits import most_evaluations, reachable_sizes
 
 # Phases of a trial; in the others a rank has its GPU alone.
 TRIAL = ("begin", "train", "evaluate")
@@ -137,7 +137,7 @@ def job_of(
         eval_batch=config.train.eval_batch_size,
         # Before the pool's passes, and before those of the random samples.
         head_steps=2 * config.fisher.head_warmup,
-        sizes=len(lattice(start, minimum)[0]),
+        sizes=len(reachable_sizes(start, minimum)[0]),
         evaluations=most_evaluations(start, minimum, search.max_rounds, len(search.seeds)),
         traced=config.traced,
         item=8 if config.fisher.dtype == "float64" else 4,
@@ -211,7 +211,7 @@ def main_memory(job: Job, layout: Layout) -> int:
     if zero.offload_weights:
         a_rank += -(-shapes.parameters // world) * shapes.item
     if zero.offload_optimizer:
-        a_rank += 4 * F32 * -(-(job.k + shapes.whole) // world)
+        a_rank += 4 * F32 * -(-(job.k + shapes.dense) // world)
     return a_rank * layout.gpus_per_node
 
 
@@ -249,7 +249,7 @@ def cost(job: Job, layout: Layout) -> Cost:
     sums = sums_traffic(shapes, layout.sharded, job.item, layout.world, batches, job.sizes)
     passes = job.traced + 1
     micro = layout.accumulation * weight_traffic(shapes, train.zero, train.world)
-    gradients = gradient_traffic(job.k + shapes.whole, train.zero, train.world)
+    gradients = gradient_traffic(job.k + shapes.dense, train.zero, train.world)
     traffic = {
         "gradients_a_step": gradients,
         "weights_a_step": micro,

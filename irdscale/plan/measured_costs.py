@@ -16,19 +16,19 @@ from torch import nn
 from irdscale.cluster.share import shared_turns
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.deepspeed import micro_batch
-from irdscale.distributed.process_group import joined
+from irdscale.distributed.process_group import in_process_group
 from irdscale.distributed.zero3 import numel_of
 from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
 from irdscale.masks.mask import Mask, Ranking
 from irdscale.search.ird import Pair
-from irdscale.search.limits import lattice, most_candidates, most_evaluations, most_rounds
+from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, base_model, keeping
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_whole
+from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_densely
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -99,7 +99,7 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept
     torch.set_num_threads(threads or before)
     try:
         always = config.train.deepspeed is not None
-        with joined(config.distributed, always=always), keeping(KeptBase()) if kept else nullcontext():
+        with in_process_group(config.distributed, always=always), keeping(KeptBase()) if kept else nullcontext():
             return _measured(config, ranks)
     finally:
         torch.set_num_threads(before)
@@ -111,17 +111,17 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     started = time.perf_counter()
     with base_model(config, task, config.search.seeds[0]) as (model, new):
         load = time.perf_counter() - started
-        size, passes, mask = _of_passes(config, task, model, trained_whole(config, model, new))
+        size, passes, mask = _of_passes(config, task, model, trained_densely(config, model, new))
     begin, step, prediction = _training(config, task, mask, part)
     return Costs(*passes, begin, step, prediction, load), size
 
 
 def _of_passes(
-    config: RunConfig, task: Task, model: nn.Module, whole: list[str]
+    config: RunConfig, task: Task, model: nn.Module, dense: list[str]
 ) -> tuple[Size, tuple[float, float, float], Mask]:
     """The search's size, the costs of its passes, and a mask of its size."""
     pool = draw_samples(config, task, config.fisher.samples, "pool")
-    samples = sample_gradients(config, task, model, pool, whole)
+    samples = sample_gradients(config, task, model, pool, dense)
     start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
     minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
     size = Size(
@@ -130,7 +130,7 @@ def _of_passes(
         evaluations=most_evaluations(start, minimum, config.search.max_rounds, len(config.search.seeds)),
         steps=training_steps(config.train, len(task.trained)),
         samples=len(pool),
-        rankings=len(lattice(start, minimum)[0]),
+        rankings=len(reachable_sizes(start, minimum)[0]),
         selection=len(task.selection),
         test=len(task.test),
     )

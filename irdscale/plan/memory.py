@@ -129,7 +129,7 @@ def train_items(shapes: Shapes, traced: Traced, zero: Zero, world: int, k: int) 
         k: entries of the mask.
     """
     held, gathered = weights(shapes, zero, world)
-    numbers = k + shapes.whole
+    numbers = k + shapes.dense
     mask = k * (INDEX + shapes.item)
     return Items(
         weights=held,
@@ -143,9 +143,9 @@ def begin_items(shapes: Shapes, zero: Zero, world: int, k: int) -> Items:
     """The moment in which DistributedDataParallel makes all ranks' weights equal, by buckets of copies; or nothing."""
     if zero.stage is not None or world == 1:
         return Items()
-    numbers, whole = k + shapes.whole, shapes.parameters * shapes.item
-    buffers = min(whole, 2 * BROADCAST) + k * (INDEX + shapes.item) + F32 * numbers
-    return Items(weights=whole, values_and_moments=F32 * numbers, buffers=buffers)
+    numbers, base = k + shapes.dense, shapes.parameters * shapes.item
+    buffers = min(base, 2 * BROADCAST) + k * (INDEX + shapes.item) + F32 * numbers
+    return Items(weights=base, values_and_moments=F32 * numbers, buffers=buffers)
 
 
 def values_and_moments(numbers: int, zero: Zero, world: int) -> int:

@@ -124,7 +124,7 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
         parameters=sum(p.numel() for p in parameters.values()),
         item=getattr(torch, config.model.dtype).itemsize,
         scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
-        whole=sum(parameters[name].numel() for name in trained_outside(config, model)),
+        dense=sum(parameters[name].numel() for name in trained_outside(config, model)),
         products=[(out, inside) for out, inside in products],
         largest=max(p.numel() for p in parameters.values()),
         layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),

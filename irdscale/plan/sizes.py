@@ -16,7 +16,7 @@ class Shapes:
         parameters: all entries, tied ones once.
         item: bytes of one.
         scored: name -> shape of every parameter that a mask may hold entries of.
-        whole: entries trained outside the mask.
+        dense: entries trained outside the mask.
         products: [out, in] of every matrix that tokens are multiplied by, a language model's head included.
         largest: entries of the largest parameter.
         layer: entries of the largest layer.
@@ -30,7 +30,7 @@ class Shapes:
     parameters: int
     item: int
     scored: dict[str, tuple[int, ...]]
-    whole: int
+    dense: int
     products: list[tuple[int, int]]
     largest: int
     layer: int

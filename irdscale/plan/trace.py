@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
-from irdscale.fisher.rules import Buffers, Outer, Rows, Term, add_squares, add_traces
+from irdscale.fisher.rules import Buffers, Outer, TableRows, Term, add_squares, add_traces
 from irdscale.masks.mask import index_dtype
 from irdscale.models.chunked_losses import tokens_at_once
 from irdscale.plan.rates import columns_held
@@ -108,8 +108,8 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
     buffers = Buffers()
 
     def arrive(name: str, terms: list[Term]) -> None:
-        if any(isinstance(term, Rows) for term in terms):
-            _add_rows(next(term for term in terms if isinstance(term, Rows)))
+        if any(isinstance(term, TableRows) for term in terms):
+            _add_rows(next(term for term in terms if isinstance(term, TableRows)))
         elif kind == "traces":
             add_traces(terms, totals[name].shape, traces_B, buffers)
         elif not (setting.on_gpu and isinstance(terms[0], Outer)):
@@ -283,7 +283,7 @@ def _class_loss(logits_BC: Tensor) -> Tensor:
     return logits_BC.float().square().sum(1)
 
 
-def _add_rows(rows: Rows) -> None:
+def _add_rows(rows: TableRows) -> None:
     """What the sums of an embedding's gradients by row take, were all tokens of a batch different."""
     grad_BTD = rows.grad_BTD.float()
     rows_ND = torch.empty_like(grad_BTD).flatten(0, 1)

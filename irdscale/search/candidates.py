@@ -16,7 +16,7 @@ from torch import nn
 
 from irdscale.adapters import load_adapter, save_adapter
 from irdscale.config.schema import RunConfig, TrainConfig, training_steps
-from irdscale.distributed.ranks import first_says, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, rank_and_world
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
@@ -88,7 +88,7 @@ class Candidate:
         return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
 
 
-def adapter_folder(output: Path, key: str) -> Path:
+def candidate_adapter(output: Path, key: str) -> Path:
     """Where the trained adapter of an evaluation is kept, as long as it may be the winner's."""
     return output / "candidates" / key
 
@@ -147,7 +147,7 @@ def run_candidate(
             record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("%s failed: %s", candidate, record["error"])
         if model is not None and record["status"] == "ok":
-            save_adapter(model, adapter_folder(output, key), config=adapter_config(config, task, candidate.seed))
+            save_adapter(model, candidate_adapter(output, key), config=adapter_config(config, task, candidate.seed))
     remove_training(state_folder(output, key))
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -176,8 +176,8 @@ def score_on_test(
 @contextmanager
 def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> Iterator[nn.Module]:
     key, own, seed = candidate.key(config), candidate.config(config), candidate.seed
-    folder = adapter_folder(output, key)
-    if first_says(folder.exists()):
+    folder = candidate_adapter(output, key)
+    if broadcast_flag(folder.exists()):
         with base_model(own, task, seed) as (model, new):
             put_lora(own, model, new, seed, candidate.lora_rank)
             yield load_adapter(model, folder)

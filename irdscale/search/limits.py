@@ -5,7 +5,7 @@ from __future__ import annotations
 from irdscale.search.ird import Pair, candidates
 
 
-def lattice(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
+def reachable_sizes(start: Pair, minimum: Pair) -> tuple[list[int], list[int]]:
     """Every s and every p that a search from `start` can reach, the largest first."""
     return _halves(start.samples, minimum.samples), _halves(start.params, minimum.params)
 
@@ -19,7 +19,7 @@ def _halves(value: int, least: int) -> list[int]:
 
 def most_rounds(start: Pair, minimum: Pair, max_rounds: int) -> int:
     """How many rounds a search from `start` can have."""
-    samples, params = lattice(start, minimum)
+    samples, params = reachable_sizes(start, minimum)
     # The longest way halves one of the two at a time.
     return min(max_rounds, len(samples) + len(params) - 2)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, run_candidate
-from irdscale.search.runner import Call
+from irdscale.search.runner import WorkItem
 from irdscale.training.base_model import KeptBase, keeping
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LocalEngine:
             return work(*self._given, *args)
 
     def call_all(
-        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
         (own, task, output), results = self._given, []
         for place, call in enumerate(calls):

@@ -12,7 +12,7 @@ from torch import nn
 
 from irdscale.config.loader import same_search
 from irdscale.config.schema import RunConfig
-from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.fisher.nested import ranked_entries_by_prefix
@@ -28,11 +28,11 @@ from irdscale.fisher.pool import (
     traces_of,
 )
 from irdscale.search.ird import Pair
-from irdscale.search.limits import lattice
+from irdscale.search.limits import reachable_sizes
 from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.training.base_model import base_model
 from irdscale.training.head_warmup import model_to_score
-from irdscale.training.trainer import trained_whole
+from irdscale.training.trainer import trained_densely
 from irdscale.utils.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, na
     if earlier is not None:
         return earlier
     started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, whole):
-        return _made_masks(config, task, output, progress, name, model, whole, started)
+    with model_to_score(config, task, progress) as (model, dense):
+        return _made_masks(config, task, output, progress, name, model, dense, started)
 
 
 def _made_masks(
@@ -71,17 +71,17 @@ def _made_masks(
     progress: bool,
     name: str,
     model: nn.Module,
-    whole: list[str],
+    dense: list[str],
     started: float,
 ) -> SearchMasks:
     with failing_together():
         pool = draw_samples(config, task, config.fisher.samples, "pool")
-        samples = sample_gradients(config, task, model, pool, whole)
+        samples = sample_gradients(config, task, model, pool, dense)
         scored = sum(map(numel_of, samples.scored.values()))
         total = sum(map(numel_of, model.parameters()))
         start = Pair(len(pool), mask_size(config, model, scored))
     minimum = smallest_pair(config, start, total)
-    sizes, ks = lattice(start, minimum)
+    sizes, ks = reachable_sizes(start, minimum)
     state = _state("masks", name)
     saved_traces = saved_pass(config, f"{state}-traces")
     traces = torch.zeros(len(pool), dtype=torch.float64)
@@ -104,7 +104,7 @@ def _made_masks(
     facts = {
         "parameters": total,
         "scored": scored,
-        "head": sum(numel_of(names[name]) for name in whole),
+        "head": sum(numel_of(names[name]) for name in dense),
         "scored_by": scored_by(config, task),
         "sample_gradients": samples.taken,
         "seconds": round(time.perf_counter() - started, 2),
@@ -129,7 +129,7 @@ def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks
     index = index_file(output, name)
     with failing_together():
         earlier = _made_earlier(config, output, index) if index.exists() else None
-    if not first_says(earlier is not None):
+    if not broadcast_flag(earlier is not None):
         return None
     if earlier is None:
         raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
@@ -168,7 +168,7 @@ def random_draw_mask(
         {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
     """
     file = output / "fisher" / name / f"random-{pair.samples}-{pair.params}.json"
-    if first_says(file.exists()):
+    if broadcast_flag(file.exists()):
         with failing_together():
             stored = read_json(file, "mask of random samples")
             if not isinstance(stored, dict) or not {"mask", "sample_gradients", "seconds"} <= set(stored):
@@ -176,10 +176,10 @@ def random_draw_mask(
             load_mask(output, stored["mask"])
         return stored
     started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, whole):
+    with model_to_score(config, task, progress) as (model, dense):
         with failing_together():
             places = draw_samples(config, task, pair.samples, purpose)
-            samples = sample_gradients(config, task, model, places, whole)
+            samples = sample_gradients(config, task, model, places, dense)
         state = _state(f"random-{pair.samples}-{pair.params}", name)
         sizes = [pair.samples]
         rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, state, progress=progress)
@@ -205,7 +205,7 @@ def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[
         name: of the draw, for its file.
     """
     file = output / "fisher" / f"{name}.json"
-    if first_says(file.exists()):
+    if broadcast_flag(file.exists()):
         with failing_together():
             stored = read_json(file, "drawn mask")
             if not isinstance(stored, dict) or not {"mask", "params"} <= set(stored):
@@ -215,7 +215,7 @@ def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[
     with ExitStack() as lent:
         with failing_together():
             model, new = lent.enter_context(base_model(config, task, config.search.seeds[0]))
-            samples = sample_gradients(config, task, model, [0], trained_whole(config, model, new))
+            samples = sample_gradients(config, task, model, [0], trained_densely(config, model, new))
             k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
         mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
     with failing_together():

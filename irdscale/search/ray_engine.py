@@ -34,7 +34,7 @@ from irdscale.cluster.live_table import watching
 from irdscale.cluster.share import cards, counted, is_share
 from irdscale.cluster.supervisor import Job
 from irdscale.cluster.trial import JobTrial
-from irdscale.cluster.worker import Gang, Talk, packed, unpacked
+from irdscale.cluster.worker import RankGroup, SupervisorClient, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
 from irdscale.plan.share import Sharing, said_of, sharing_of
@@ -42,7 +42,7 @@ from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.curves import curves
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_early
-from irdscale.search.runner import Call
+from irdscale.search.runner import WorkItem
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, keeping
 from irdscale.training.trainer import Control, Paused
@@ -71,27 +71,27 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
         if config.search.ray.shares_gpus:
             shared = sharing(config, task)
             log.log(logging.WARNING if shared.fits is False else logging.INFO, said_of(shared))
-        with watching(cluster.desk, enabled=progress):
+        with watching(cluster.supervisor, enabled=progress):
             try:
                 yield engine
             except KeyboardInterrupt:
                 log.info("interrupted: trials save their state (again to end at once)")
-                _pause_all(cluster.desk)
+                _pause_all(cluster.supervisor)
                 raise
 
 
-def gang_of(config: RunConfig, ranks: int, whole: bool = False) -> Gang:
+def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> RankGroup:
     """The ranks of one job, on the cluster that this process is connected to.
 
     Args:
-        whole: each has its GPU alone, also where trials share one.
+        exclusive: each has its GPU alone, also where trials share one.
     """
     asked = config.search.ray
     gpus: float = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
     if is_share(gpus):
-        gpus = 1 if whole else counted(gpus)
+        gpus = 1 if exclusive else counted(gpus)
     grouped = config.train.deepspeed is not None
-    return Gang(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
+    return RankGroup(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
 
 
 def sharing(config: RunConfig, task: Task) -> Sharing:
@@ -100,7 +100,7 @@ def sharing(config: RunConfig, task: Task) -> Sharing:
     Raises:
         InputError: they take more memory than there is.
     """
-    share = gang_of(config, config.search.ray.ranks).gpus
+    share = rank_group_of(config, config.search.ray.ranks).gpus
     return sharing_of(config, share, cards(share), task.longest)
 
 
@@ -124,27 +124,27 @@ class RayEngine:
         self._mode = "min" if lower_is_better else "max"
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
         asked = config.search.ray
-        self._trial = gang_of(config, asked.ranks)
+        self._trial = rank_group_of(config, asked.ranks)
         # Sums over samples take more than a trial does, and no trial runs beside them.
-        self._fisher = gang_of(config, asked.fisher_ranks or asked.ranks, whole=True)
-        for key, gang in (("ranks", self._trial), ("fisher_ranks", self._fisher)):
-            if fitting(gang) == 0:
+        self._fisher = rank_group_of(config, asked.fisher_ranks or asked.ranks, exclusive=True)
+        for key, rank_group in (("ranks", self._trial), ("fisher_ranks", self._fisher)):
+            if fitting(rank_group) == 0:
                 problem = (
-                    f"search.ray.{key}: found {gang.size} x {gang.cpus} CPUs and {gang.gpus:g} GPUs, which do not fit "
-                    f"on the cluster ({'; '.join(map(_described, nodes()))})"
+                    f"search.ray.{key}: found {rank_group.size} x {rank_group.cpus} CPUs and {rank_group.gpus:g} GPUs, "
+                    f"which do not fit on the cluster ({'; '.join(map(_described, nodes()))})"
                 )
                 if cluster.own:
                     raise InputError(f"{problem}; expected less, or a larger cluster")
                 log.warning("%s; waiting for nodes that join", problem)
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
-        (result,) = self.call_all([Call(work, args)])
+        (result,) = self.call_all([WorkItem(work, args)])
         return cast(T, result)
 
     def call_all(
-        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
-        asked, desk = self._config.search.ray, self._cluster.desk
+        asked, supervisor = self._config.search.ray, self._cluster.supervisor
         results: list[Any] = [None] * len(calls)
         failures, left, following = [0] * len(calls), deque(range(len(calls))), dict[Any, int]()
         try:
@@ -167,33 +167,34 @@ class RayEngine:
                     ended(place, results[place])
         except Exception:
             for place in following.values():
-                answer(desk.stop.remote(_name(calls, place)))
+                answer(supervisor.stop.remote(_name(calls, place)))
             raise
         return results
 
-    def _begin(self, calls: Sequence[Call], place: int) -> Any:
+    def _begin(self, calls: Sequence[WorkItem], place: int) -> Any:
         """Start a call; what its end can be waited for with."""
-        call, desk, silent_s = calls[place], self._cluster.desk, 60 * self._config.search.ray.silent_minutes
+        call, supervisor, silent_s = calls[place], self._cluster.supervisor, 60 * self._config.search.ray.silent_minutes
         work = partial(_called, self._config, call.config or self._config, self._output, call.work, call.args)
         label = {"what": _said(calls, place)}
-        gang = self._trial if call.light and is_share(self._trial.gpus) else self._fisher
-        answer(desk.start.remote(Job(_name(calls, place), packed(work), gang, silent_s, label=label)))
-        return desk.follow.remote(_name(calls, place))
+        rank_group = self._trial if call.light and is_share(self._trial.gpus) else self._fisher
+        answer(supervisor.start.remote(Job(_name(calls, place), packed(work), rank_group, silent_s, label=label)))
+        return supervisor.follow.remote(_name(calls, place))
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
-        asked, desk = self._config.search.ray, self._cluster.desk
+        asked, supervisor = self._config.search.ray, self._cluster.supervisor
         by_name = {candidate.key(self._config): candidate for candidate in candidates}
-        journal = _Journal(self._config, by_name, ended, desk)
+        journal = _Journal(self._config, by_name, ended, supervisor)
         fits = fitting(self._trial)
         room = asked.concurrent or (fits if self._cluster.own else max(fits, len(candidates)))
         # What the winner is compared with is not compared with each other.
         early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
         jobs = [self._job(name, candidate) for name, candidate in by_name.items()]
-        ray.get(desk.close.remote(False))
+        ray.get(supervisor.close.remote(False))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(
-                    tune.with_parameters(JobTrial, desk=desk), tune.PlacementGroupFactory([beside() or {"memory": 1}])
+                    tune.with_parameters(JobTrial, supervisor=supervisor),
+                    tune.PlacementGroupFactory([beside() or {"memory": 1}]),
                 ),
                 param_space={"job": tune.grid_search(jobs)},
                 tune_config=tune.TuneConfig(
@@ -226,11 +227,11 @@ class RayEngine:
         )
 
 
-def _name(calls: Sequence[Call], place: int) -> str:
+def _name(calls: Sequence[WorkItem], place: int) -> str:
     return f"{calls[place].work.__name__}-{place}"
 
 
-def _said(calls: Sequence[Call], place: int) -> str:
+def _said(calls: Sequence[WorkItem], place: int) -> str:
     """What people read of a call."""
     words = calls[place].work.__name__.replace("_", " ")
     return words if len(calls) == 1 else f"{words}, {place + 1} of {len(calls)}"
@@ -248,9 +249,9 @@ class _Journal(tune.Callback):
         config: RunConfig,
         candidates: dict[str, Candidate],
         ended: Callable[[dict[str, Any]], None],
-        desk: Any,
+        supervisor: Any,
     ) -> None:
-        self._config, self._candidates, self._ended, self._desk = config, candidates, ended, desk
+        self._config, self._candidates, self._ended, self._desk = config, candidates, ended, supervisor
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -349,13 +350,20 @@ def kept_base() -> KeptBase:
 
 
 def _called(
-    run: RunConfig, config: RunConfig, output: Path, work: Callable[..., T], args: tuple[Any, ...], talk: Talk
+    run: RunConfig,
+    config: RunConfig,
+    output: Path,
+    work: Callable[..., T],
+    args: tuple[Any, ...],
+    client: SupervisorClient,
 ) -> T:
     with keeping(kept_base()):
         return work(config, _task(run.model_dump_json()), output, *args)
 
 
-def _evaluated(config: RunConfig, output: Path, candidate: Candidate, talk: Talk) -> dict[str, Any] | None:
+def _evaluated(
+    config: RunConfig, output: Path, candidate: Candidate, client: SupervisorClient
+) -> dict[str, Any] | None:
     """The record of a candidate; None where it was asked to pause."""
     task, done = _task(config.model_dump_json()), 0
     steps = training_steps(candidate.config(config).train, len(task.trained))
@@ -363,21 +371,21 @@ def _evaluated(config: RunConfig, output: Path, candidate: Candidate, talk: Talk
     def advance(n: int = 1) -> None:
         nonlocal done
         done += n
-        talk.say(step=done, of=steps)
+        client.say(step=done, of=steps)
 
     def resumed(n: int) -> None:
-        talk.say(earlier=n)
+        client.say(earlier=n)
         advance(n)
 
     def report(step: int, metric: float) -> None:
         draw(step, selection=metric)
-        talk.report(step, metric)
+        client.report(step, metric)
 
     early = config.search.ray.early_stopping and candidate.round is not None
     with curves(output, candidate) as draw, keeping(kept_base()):
         control = Control(
             advance,
-            talk.pausing,
+            client.pausing,
             rungs(config, steps) if early else frozenset(),
             seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
             resumed=resumed,
@@ -391,11 +399,11 @@ def _evaluated(config: RunConfig, output: Path, candidate: Candidate, talk: Talk
         return record
 
 
-def _pause_all(desk: Any) -> None:
+def _pause_all(supervisor: Any) -> None:
     """Have all jobs save their state and end, as far as they do so in time."""
-    ray.get(desk.close.remote(True))
+    ray.get(supervisor.close.remote(True))
     deadline = time.monotonic() + PAUSE_S
-    while not ray.get(desk.idle.remote()) and time.monotonic() < deadline:
+    while not ray.get(supervisor.idle.remote()) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from irdscale import tasks
 from irdscale.config.loader import dump_config
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import failing_together, first_says, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import RunError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
@@ -62,7 +62,7 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
         if not overwrite:
             refuse_changes(config, output)
     with held(config, overwrite) as folder:
-        if first_says(result_file.exists() and not overwrite):
+        if broadcast_flag(result_file.exists() and not overwrite):
             folder.claim(partial(tasks.load_task, config), parts)
             log.info("%s holds this search, finished; --overwrite runs it again", output)
             result: dict[str, Any] = read_json(result_file, "result of a search")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from irdscale.config.schema import RunConfig
-from irdscale.search.candidates import Candidate, adapter_folder, remove_folder
+from irdscale.search.candidates import Candidate, candidate_adapter, remove_folder
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import stopped_at
 from irdscale.search.shared import SharedLedger
@@ -23,7 +23,7 @@ def evaluated(mask: str | None, seed: int) -> Candidate:
 
 
 @dataclass(frozen=True)
-class Call:
+class WorkItem:
     """`work(config, task, output, *args)`.
 
     Attributes:
@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result."""
 
     def call_all(
-        self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None
+        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
         """The results of calls, which may run at the same time, in their order.
 
@@ -166,13 +166,13 @@ class Runner:
 
     def drop(self, candidate: Candidate) -> None:
         """Drop the adapter of a finished evaluation; who needs it trains it again."""
-        remove_folder(adapter_folder(self._output, candidate.key(self._config)))
+        remove_folder(candidate_adapter(self._output, candidate.key(self._config)))
 
     def drop_all_but(self, keys: Collection[str]) -> None:
         """Drop the adapters of all finished evaluations but these."""
         for key in self._ledger.finished:
             if key not in keys:
-                remove_folder(adapter_folder(self._output, key))
+                remove_folder(candidate_adapter(self._output, key))
 
     def clear(self) -> None:
         """Drop the adapters of all evaluations; the winner's has its own place."""

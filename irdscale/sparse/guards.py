@@ -18,17 +18,17 @@ from irdscale.errors import InputError
 from irdscale.sparse.modules import SparseModule, held_entries
 
 
-def guard(model: nn.Module, whole: Sequence[nn.Parameter]) -> None:
+def guard(model: nn.Module, dense: Sequence[nn.Parameter]) -> None:
     """Set the guards.
 
     Args:
-        whole: the parameters that are trained whole, themselves.
+        dense: the parameters that are trained whole, themselves.
     """
     for module in model.modules():
         if module is model or hasattr(type(module), "resize_token_embeddings"):
             for name, guarded in _GUARDS.items():
                 if hasattr(type(module), name) and name not in vars(module):
-                    vars(module)[name] = partial(guarded, module, list(whole))
+                    vars(module)[name] = partial(guarded, module, list(dense))
 
 
 def unguard(model: nn.Module) -> None:
@@ -47,11 +47,11 @@ def _refused(what: str, why: str) -> InputError:
     return InputError(f"{what}: {why}; unload or merge the sparse model first")
 
 
-def _is_trained(part: Any, whole: Sequence[nn.Parameter]) -> bool:
+def _is_trained(part: Any, dense: Sequence[nn.Parameter]) -> bool:
     """Whether a part of a model holds trained entries, or a parameter that is trained whole."""
     if not isinstance(part, nn.Module):
         return False
-    ids = {id(parameter) for parameter in whole}
+    ids = {id(parameter) for parameter in dense}
     return next(held_entries(part), None) is not None or any(id(p) in ids for p in part.parameters())
 
 
@@ -67,14 +67,14 @@ def _embeddings(module: Any) -> list[Any]:
 
 def _resize_token_embeddings(
     module: Any,
-    whole: Sequence[nn.Parameter],
+    dense: Sequence[nn.Parameter],
     new_num_tokens: int | None = None,
     pad_to_multiple_of: int | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     held = [part for part in _embeddings(module) if part is not None]
-    if any(_is_trained(part, whole) for part in held):
+    if any(_is_trained(part, dense) for part in held):
         rows = {int(part.weight.shape[0]) for part in held}
         wanted = new_num_tokens if new_num_tokens is not None else max(rows)
         if pad_to_multiple_of:
@@ -85,30 +85,30 @@ def _resize_token_embeddings(
     return _original(module, "resize_token_embeddings")(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
-def _resize_position_embeddings(module: Any, whole: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
+def _resize_position_embeddings(module: Any, dense: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
     try:
         held = module.get_position_embeddings()
     except NotImplementedError:
         held = None
     parts = held if isinstance(held, tuple | list) else [held]
-    if any(_is_trained(part, whole) for part in parts):
+    if any(_is_trained(part, dense) for part in parts):
         raise _refused("resize_position_embeddings", "entries of them are trained")
     return _original(module, "resize_position_embeddings")(*args, **kwargs)
 
 
-def _put_embeddings(what: str, module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
+def _put_embeddings(what: str, module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
     held = _embeddings(module)[what == "set_output_embeddings"]
-    if held is not value and _is_trained(held, whole):
+    if held is not value and _is_trained(held, dense):
         raise _refused(what, "entries of the embeddings are trained")
     return _original(module, what)(value)
 
 
-def _set_input_embeddings(module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_input_embeddings", module, whole, value)
+def _set_input_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
+    return _put_embeddings("set_input_embeddings", module, dense, value)
 
 
-def _set_output_embeddings(module: Any, whole: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_output_embeddings", module, whole, value)
+def _set_output_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
+    return _put_embeddings("set_output_embeddings", module, dense, value)
 
 
 def _tie_weights(module: Any, _whole: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
@@ -129,9 +129,9 @@ def _tie_weights(module: Any, _whole: Sequence[nn.Parameter], *args: Any, **kwar
     return result
 
 
-def _requires_grad_(module: Any, whole: Sequence[nn.Parameter], requires_grad: bool = True) -> Any:
+def _requires_grad_(module: Any, dense: Sequence[nn.Parameter], requires_grad: bool = True) -> Any:
     """The trained numbers require gradients, or none do; the base is frozen either way."""
-    trained = {id(parameter) for parameter in whole}
+    trained = {id(parameter) for parameter in dense}
     for *_, entries in held_entries(module):
         trained = trained - {id(entries.parameter)} | {id(entries.values)}
     for parameter in module.parameters():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from irdscale.config.schema import nearest
-from irdscale.distributed.zero3 import numel_of, shape_of, whole
+from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
 from irdscale.sparse.guards import guard, unguard
@@ -136,7 +136,7 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     copies, masters = {}, {}
     for name in dense:
         parameter = parameters[name]
-        with whole([parameter]):
+        with gathered_parameters([parameter]):
             copies[name] = parameter.detach().clone()
         if parameter.dtype in (torch.bfloat16, torch.float16):
             masters[name] = make_entries(
@@ -185,7 +185,7 @@ def merge(model: nn.Module) -> nn.Module:
         InputError: the model is not sparse.
     """
     for entries in sparse_state(model).patched:
-        with whole([entries.parameter, entries.values], changed=True):
+        with gathered_parameters([entries.parameter, entries.values], changed=True):
             entries.patch()
     _strip(model)
     return model
@@ -199,11 +199,11 @@ def unload(model: nn.Module) -> nn.Module:
     """
     state = sparse_state(model)
     for entries in state.patched:
-        with whole([entries.parameter], changed=True):
+        with gathered_parameters([entries.parameter], changed=True):
             entries.restore()
     parameters = dict(model.named_parameters())
     for name, base in state.dense.items():
-        with whole([parameters[name]], changed=True):
+        with gathered_parameters([parameters[name]], changed=True):
             parameters[name].data.copy_(base)
     for key, value in state.head_before.items():
         setattr(model.config, key, value)
@@ -244,7 +244,7 @@ def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
 @contextmanager
 def _base_of(parameter: nn.Parameter, entries: Entries | None) -> Iterator[None]:
     """The parameter whole, and without its deltas."""
-    with whole([parameter] if entries is None else [parameter, entries.values]):
+    with gathered_parameters([parameter] if entries is None else [parameter, entries.values]):
         if entries is None:
             yield
             return
@@ -276,12 +276,12 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
         if not entries.partitioned:
             entries.follow()
     for name, entries in state.entries.items():
-        with whole([entries.values]):
+        with gathered_parameters([entries.values]):
             deltas[name] = (entries.effective() - entries.base if entries.absolute else entries.values.detach()).cpu()
             deltas[name] = deltas[name].clone()
     for name in state.dense:
         source = state.masters[name].values if name in state.masters else parameters[name]
-        with whole([source]):
+        with gathered_parameters([source]):
             dense[name] = source.detach().to(parameters[name].dtype).view(shape_of(parameters[name])).cpu().clone()
     return deltas, dense
 
@@ -297,13 +297,13 @@ def set_trained_numbers(model: nn.Module, deltas: dict[str, Tensor], dense: dict
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, entries in state.entries.items():
-            with whole([entries.values], changed=True):
+            with gathered_parameters([entries.values], changed=True):
                 entries.values.data.copy_(deltas[name])
                 if not entries.partitioned:
                     entries.patch()
         for name in state.dense:
             target = state.masters[name].values if name in state.masters else parameters[name]
-            with whole([target], changed=True):
+            with gathered_parameters([target], changed=True):
                 target.data.copy_(dense[name].view(target.shape))
             if name in state.masters and not state.masters[name].partitioned:
                 state.masters[name].patch()

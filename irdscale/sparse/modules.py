@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irdscale.distributed.zero3 import numel_of, shape_of, whole
+from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
 from irdscale.sparse.products import Product, prepare
@@ -147,7 +147,7 @@ class Entries:
             return
         if not self.partitioned:
             self.follow()
-        with whole([self.values], changed=True), torch.no_grad():
+        with gathered_parameters([self.values], changed=True), torch.no_grad():
             self.values.data.add_(self.base.to(self.values), alpha=1 if absolute else -1)
         self.absolute = absolute
 
@@ -208,7 +208,7 @@ def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
     Collective for a partitioned parameter.
     """
     shape = shape_of(parameter)
-    with whole([parameter]):
+    with gathered_parameters([parameter]):
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
         index = index.to(parameter.device)

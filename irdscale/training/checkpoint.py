@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from irdscale.distributed.ranks import add_up, failing_together, gather_flat, rank_and_world
-from irdscale.distributed.zero3 import numel_of, shape_of, whole
+from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_flat, rank_and_world
+from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.utils.files import digest, read_json, read_tensors, write_folder, write_json
 
@@ -124,7 +124,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ..
 
 def _put_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        with whole([parameter], changed=True):
+        with gathered_parameters([parameter], changed=True):
             parameter.data.copy_(tensors[f"{VALUE}/{name}"])
 
 
@@ -176,7 +176,7 @@ def _whole(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dic
             part, start, stop = own
             parts[name][start:stop] = part.detach()[: stop - start].cpu()
     if _is_divided(first):
-        add_up([flat])
+        all_reduce_sum([flat])
     return {name: parts[name].view(shape_of(p)).clone() for name, p in parameters.items()}
 
 

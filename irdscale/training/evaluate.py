@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from irdscale.distributed.ranks import add_up, failing_together
+from irdscale.distributed.ranks import all_reduce_sum, failing_together
 from irdscale.distributed.watchdog import watched
 from irdscale.distributed.zero3 import device_of, gathering, to_gpu
 from irdscale.fisher.capture import frozen
@@ -77,5 +77,5 @@ def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Te
             )
         shared_batches(model, lengths, batch_size, predict, equal=equal)
         found.read()
-    add_up([logits_NC])
+    all_reduce_sum([logits_NC])
     return logits_NC

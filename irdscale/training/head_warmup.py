@@ -19,7 +19,7 @@ from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
 from irdscale.sparse import merge, sparsify
 from irdscale.training.base_model import base_model
-from irdscale.training.trainer import Control, fine_tune, trained_whole
+from irdscale.training.trainer import Control, fine_tune, trained_densely
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
     with ExitStack() as lent:
         with failing_together():
             model, new = lent.enter_context(base_model(config, task, seed))
-            whole = trained_whole(config, model, new)
+            dense = trained_densely(config, model, new)
             if steps and not new:
                 raise InputError(
                     f"fisher.head_warmup: found {steps}; expected 0: the checkpoint holds all of the model, "
@@ -53,4 +53,4 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
             with bar("Head", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
                 fine_tune(model, task, config.model_copy(update={"train": train}), seed, Control(advance))
             merge(model)
-        yield model, whole
+        yield model, dense

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from irdscale.adapters import adapter_head, export_shira, load_adapter, push_adapter, save_adapter
-from irdscale.adapters.hub import adapter_folder
+from irdscale.adapters.hub import find_adapter
 from irdscale.config.schema import RunConfig, nearest, training_steps
-from irdscale.distributed.ranks import failing_together, first_says, rank_and_world, same_on_every_rank
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, same_on_every_rank
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, sample_gradients, saved_pass, traces_of
@@ -43,10 +43,10 @@ COMPARED_ROWS = 16
 def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
     """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
     started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, whole):
+    with model_to_score(config, task, progress) as (model, dense):
         with failing_together():
             pool = draw_samples(config, task, config.fisher.samples, "pool")
-            samples = sample_gradients(config, task, model, pool, whole)
+            samples = sample_gradients(config, task, model, pool, dense)
             scored = sum(map(numel_of, samples.scored.values()))
             k = mask_size(config, model, scored)
         traces = torch.zeros(len(pool), dtype=torch.float64)
@@ -197,7 +197,7 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
         stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
         mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None
         mask = mask if mask is not None and mask.hash == stored["hash"] else None
-    if first_says(mask is not None):
+    if broadcast_flag(mask is not None):
         if mask is None:
             raise InputError(f"{note}: not found on this rank; expected an output folder that all ranks share")
         return mask
@@ -215,7 +215,7 @@ def _adapted(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str
 
     A new head that is no part of the adapter is drawn as its run drew it.
     """
-    folder = adapter_folder(adapter)
+    folder = find_adapter(adapter)
     meta = read_json(folder / "adapter.json", "adapter")
     made_with = meta.get("config") if isinstance(meta, dict) else None
     seed = made_with.get("seed") if isinstance(made_with, dict) else None

@@ -30,7 +30,7 @@ from transformers.optimization import get_scheduler
 from irdscale.config.schema import HOW_TO_TRAIN, RunConfig, TrainConfig, training_steps
 from irdscale.distributed.deepspeed import forget_settings, micro_batch, zero_settings
 from irdscale.distributed.ranks import (
-    add_up,
+    all_reduce_sum,
     current_group,
     failing_together,
     gather_texts,
@@ -99,7 +99,7 @@ class Control:
     resumed: Callable[[int], None] | None = None
 
 
-def trained_whole(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
+def trained_densely(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
     """Names of the parameters that are trained outside the mask.
 
     Args:
@@ -135,10 +135,10 @@ def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, ran
         The names of the parameters that are trained outside a mask: these matrices and the head.
 
     Raises:
-        InputError: as `trained_whole` and `irdscale.models.lora.insert_lora`.
+        InputError: as `trained_densely` and `irdscale.models.lora.insert_lora`.
     """
-    whole = trained_whole(config, model, new)
-    return whole if rank is None else [*whole, *insert_lora(model, rank, seed, whole)]
+    dense = trained_densely(config, model, new)
+    return dense if rank is None else [*dense, *insert_lora(model, rank, seed, dense)]
 
 
 def sparse_model(
@@ -167,11 +167,11 @@ def make_sparse(
     Raises:
         InputError: as `sparse_model`.
     """
-    whole = put_lora(config, model, new, seed, lora_rank)
+    dense = put_lora(config, model, new, seed, lora_rank)
     mask = mask if mask is not None else Mask({}, {})
-    if mask.k == 0 and not whole:
+    if mask.k == 0 and not dense:
         raise InputError("train.always_train: found no parameter and an empty mask; expected something to train")
-    return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in whole])
+    return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in dense])
 
 
 def fine_tune(
@@ -379,7 +379,7 @@ class _Callback(TrainerCallback):
     def losses(self) -> list[float]:
         """The loss of each step, those of an earlier run first: the mean of what the ranks found; collective."""
         own = torch.tensor(self.trainer.step_losses(), dtype=torch.float64)
-        add_up([own])
+        all_reduce_sum([own])
         return [*self._earlier, *(own / rank_and_world()[1]).tolist()]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

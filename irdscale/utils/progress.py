@@ -94,7 +94,7 @@ def show_below(what: RenderableType | None) -> None:
 
 
 @contextmanager
-def told(listener: Listener) -> Iterator[None]:
+def progress_listener(listener: Listener) -> Iterator[None]:
     """Show no bars in the body, but tell `listener` of each: description, items done, their total, note."""
     _State.listener = listener
     try:

@@ -310,7 +310,7 @@ def gpus_of_a_cluster(monkeypatch):
     monkeypatch.setattr(connect, "connected", lambda: contextlib.nullcontext(NoCluster()))
     monkeypatch.setattr(connect, "check_nodes", lambda output: None)
     monkeypatch.setattr(doctor, "_described", lambda: {"nodes": 1, "cpus": 8, "gpus": 1, "memory_gib": 1.0})
-    monkeypatch.setattr(doctor, "_on_cluster", lambda config, gang: measured)
+    monkeypatch.setattr(doctor, "_on_cluster", lambda config, rank_group: measured)
     monkeypatch.setattr(measured_costs, "measured", lambda config: measured)
     return monkeypatch.setattr
 

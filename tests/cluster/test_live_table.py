@@ -45,13 +45,15 @@ def test_lines() -> None:
 
 def test_log_lines_and_jobs_are_told_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    desk = SimpleNamespace(look=SimpleNamespace(remote=lambda: {"logs": ["a line"], "jobs": [PASS, WAITING, WAITING]}))
+    supervisor = SimpleNamespace(
+        look=SimpleNamespace(remote=lambda: {"logs": ["a line"], "jobs": [PASS, WAITING, WAITING]})
+    )
     said: list[str] = []
     monkeypatch.setattr(ray, "get", lambda found, timeout: found)
     monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), width=100))
     for name, value in (("LOOK_S", 0.01), ("PLAIN_SECONDS", 0.0), ("say", said.append)):
         monkeypatch.setattr(shown, name, value)
-    with watching(desk, enabled=True):
+    with watching(supervisor, enabled=True):
         until = time.monotonic() + 30
         while len(said) < 4 and time.monotonic() < until:
             time.sleep(0.01)
@@ -75,7 +77,7 @@ def test_the_table_stands_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_who_listens_hears_of_bars_and_none_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     text, heard = io.StringIO(), []
     monkeypatch.setattr(progress, "console", Console(file=text, width=100))
-    with progress.told(lambda *facts: heard.append(facts)), progress.bar("Traces", 3) as advance:
+    with progress.progress_listener(lambda *facts: heard.append(facts)), progress.bar("Traces", 3) as advance:
         advance()
         advance(2, note="last")
     assert heard == [("Traces", 1.0, 3, ""), ("Traces", 3.0, 3, "last")]

@@ -14,7 +14,7 @@ import torch
 
 from irdscale.cluster import connect, share
 from irdscale.cluster.share import GIB, counted, jobs_a_gpu, kept_to, mps_runs, share_of, shared_turns, tensors_room
-from irdscale.cluster.worker import Gang
+from irdscale.cluster.worker import RankGroup
 from irdscale.errors import InputError
 
 
@@ -55,7 +55,7 @@ def test_what_is_left_of_two_gpus_makes_no_third_place(monkeypatch: pytest.Monke
     found = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 4.0}]
     monkeypatch.setattr(connect, "nodes", lambda: [{"id": "", "host": "", "has": has} for has in found])
     # Of the second node the processors are the limit.
-    assert [connect.fitting(Gang(gpus=gpus)) for gpus in (0, 1, 0.5, 0.4, 0.25, 0.1)] == [23, 3, 6, 6, 11, 19]
+    assert [connect.fitting(RankGroup(gpus=gpus)) for gpus in (0, 1, 0.5, 0.4, 0.25, 0.1)] == [23, 3, 6, 6, 11, 19]
 
 
 @pytest.mark.parametrize("beside", [1, 2, 4])

@@ -24,7 +24,7 @@ COMPARED = {
 }
 
 
-def told(result: dict[str, Any]) -> dict[str, Any]:
+def progress_listener(result: dict[str, Any]) -> dict[str, Any]:
     """What a comparison found, without times and the runner."""
     return {key: value for key, value in result.items() if key not in ("seconds", "config")}
 
@@ -43,7 +43,7 @@ def test_ray_and_local_tell_the_same_and_go_on_with_each_others(
             run_compare(load_config(toy, [f"output={tmp_path / 'ray'}"]), progress=False)
     begun = read_ledger(tmp_path / "ray" / "ledger.jsonl")
     assert len(begun) == 9
-    assert told(run_compare(on_ray, progress=False)) == told(expected)
+    assert progress_listener(run_compare(on_ray, progress=False)) == progress_listener(expected)
     records = read_ledger(tmp_path / "ray" / "ledger.jsonl")
     assert records[:9] == begun
     assert len({record["key"] for record in records}) == len(records)

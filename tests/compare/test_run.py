@@ -20,10 +20,10 @@ from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Outcome, Pair, ird
 from irdscale.search.ledger import read_ledger
-from irdscale.search.limits import lattice
+from irdscale.search.limits import reachable_sizes
 from irdscale.search.local import LocalEngine
 from irdscale.search.mask_store import SearchMasks
-from irdscale.search.runner import Call
+from irdscale.search.runner import WorkItem
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
@@ -68,7 +68,9 @@ class Engine:
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
         return work(*self.given, *args)
 
-    def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
+    def call_all(
+        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
+    ) -> Any:
         # Test scores may share a GPU, passes that make masks may not.
         assert all(call.light is (call.work is run.score_on_test) for call in calls)
         return LocalEngine(*self.given).call_all(calls, ended)
@@ -92,7 +94,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
 
     def masks(config: RunConfig, task: Any, output: Path, progress: bool, name: str) -> SearchMasks:
         how = f"{config.search.direction}-{config.search.rank_by}-{config.fisher.seed}"
-        sizes, ks = lattice(START, MINIMUM)
+        sizes, ks = reachable_sizes(START, MINIMUM)
         found = {
             Pair(s, p): f"all-{config.fisher.seed}-{p}" if s == 16 else f"{how}-{s}-{p}" for s in sizes for p in ks
         }

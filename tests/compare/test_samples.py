@@ -72,7 +72,7 @@ def compared(*methods: str, seeds: int = 3, reference: str | None = None, **chan
     return study(tests, reference=reference or methods[0]) | {"config": config_of(*methods, **changes)}
 
 
-def told(output: Path, given: dict[str, Any]) -> Samples:
+def progress_listener(output: Path, given: dict[str, Any]) -> Samples:
     found = about_samples(output, given)
     assert found is not None
     return found
@@ -81,7 +81,7 @@ def told(output: Path, given: dict[str, Any]) -> Samples:
 def test_means_over_the_seeds(tmp_path: Path) -> None:
     for seed in SEEDS:
         write_ranking(tmp_path, f"ird-{seed}", seed, altered=True)
-    found = told(tmp_path, compared("ird", "fish"))
+    found = progress_listener(tmp_path, compared("ird", "fish"))
     rhos = [stats.spearmanr(trace, LENGTHS).statistic for trace, _, _ in SEEDS.values()]
     rows = {row[0]: row[1:] for row in found.rows}
     assert rows["ranking and length"] == [
@@ -109,7 +109,7 @@ def test_means_over_the_seeds(tmp_path: Path) -> None:
 def test_one_seed_has_no_range_and_no_other_draw(tmp_path: Path) -> None:
     write_ranking(tmp_path, "ird-1", 1)
     given = compared("ird", seeds=1) | {"seeds": [1]}
-    found = told(tmp_path, given)
+    found = progress_listener(tmp_path, given)
     assert [row[3] for row in found.rows] == ["-"] * len(found.rows)
     assert found.sentences[0] == "For one seed 8 samples were drawn, and ranked as for IRD."
     assert "two seeds" not in " ".join(found.sentences)
@@ -121,7 +121,7 @@ def test_a_relation_that_one_seed_does_not_show_is_weak(tmp_path: Path) -> None:
         write_ranking(tmp_path, f"ird-{seed}", seed)
     shuffled = json.loads(traces_file(tmp_path, "ird-1").read_text())
     write_json(traces_file(tmp_path, "ird-1"), shuffled | {"length": [9, 3, 17, 5, 11, 15, 7, 13]})
-    said = told(tmp_path, compared("ird")).sentences[1]
+    said = progress_listener(tmp_path, compared("ird")).sentences[1]
     assert said.startswith("The ranking follows length a little, more than by chance: Spearman -0.75 with length, by")
     assert "There is no sign that the ranking is class in disguise" in said
 
@@ -137,7 +137,7 @@ def test_whose_ranking_it_is(tmp_path: Path) -> None:
         given = compared("lora", "reverse", "ird", "fish", reference="lora", variants=variants)
         more = given["methods"][0] | {"name": "by length"}
         given["config"] = config_of("lora", "reverse", "ird", "fish", "by length", variants=variants)
-        found = told(tmp_path, given | {"reference": reference, "methods": [*given["methods"], more]})
+        found = progress_listener(tmp_path, given | {"reference": reference, "methods": [*given["methods"], more]})
         assert f"ranked as for {label};" in found.sentences[0]
         # FISH, which has no folder of its own, shares IRD's.
         shared = {row[0]: row[2] for row in found.rows}["masks of the first 2 and of all"]
@@ -210,7 +210,7 @@ def test_files_of_real_passes(tmp_path: Path) -> None:
     given = study(tests, reference="top_samples") | {"config": config.model_dump(mode="json")}
     # Where the folder is moved, so it is read.
     moved = output.rename(tmp_path / "moved")
-    found = told(moved, given)
+    found = progress_listener(moved, given)
     assert [row[0] for row in found.rows] == [
         *(f"ranking and {name}" for name in ("length", "loss", "class")),
         "masks of the first 4 and of all",

@@ -88,14 +88,16 @@ def test_a_search_that_dropped_no_sample_proves_no_ranking(kept: int, masks: boo
     said = cost_and_gain(found)
     assert (PAYS in said) != masks
     assert ("its masks are FISH masks, so that a difference comes from their number of parameters" in said) == masks
-    told = f"IRD dropped no sample for {kept} of 5 seeds: its mask there is a FISH mask."
-    assert (told in notes(found)) == (kept > 0)
+    progress_listener = f"IRD dropped no sample for {kept} of 5 seeds: its mask there is a FISH mask."
+    assert (progress_listener in notes(found)) == (kept > 0)
 
 
 def test_the_error_of_the_test_set_is_told() -> None:
     found = study({"ird": IRD, "fish": FAR}, changes={"ird": {"test_error": 0.0219}, "fish": {"test_error": 0.0228}})
-    told = "By its 437 samples alone the test split gives each test metric a standard error of 0.0219 to 0.0228"
-    assert any(note.startswith(told) for note in notes(found))
+    progress_listener = (
+        "By its 437 samples alone the test split gives each test metric a standard error of 0.0219 to 0.0228"
+    )
+    assert any(note.startswith(progress_listener) for note in notes(found))
     assert [row[-1] for row in rows(found)] == ["0.0219", "0.0228"]
 
 

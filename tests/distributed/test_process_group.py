@@ -26,7 +26,7 @@ from irdscale.cli.command_line import run
 from irdscale.config.loader import load_config
 from irdscale.config.schema import DistributedConfig
 from irdscale.distributed import watchdog
-from irdscale.distributed.process_group import _meet, joined, launched, versions
+from irdscale.distributed.process_group import _meet, in_process_group, launched, versions
 from irdscale.errors import InputError, RunError
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
@@ -277,7 +277,7 @@ def test_the_group_is_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     settings = DistributedConfig(backend="gloo", timeout_minutes=3.0, silent_seconds=20.0)
     assert DistributedConfig().silent_seconds == watchdog.SILENT_S
-    with joined(settings, always=True):
+    with in_process_group(settings, always=True):
         assert dist.get_backend() == "gloo"
         # There is no public way to ask.
         options = dist.group.WORLD._get_backend(torch.device("cpu")).options

@@ -165,7 +165,7 @@ def test_the_state_of_any_ranks_and_layout_is_shared_out(
     for module in (checkpoint, ranks):
         monkeypatch.setattr(module, "rank_and_world", lambda: here)
     monkeypatch.setattr(checkpoint, "failing_together", nullcontext)
-    monkeypatch.setattr(checkpoint, "add_up", lambda tensors: None)
+    monkeypatch.setattr(checkpoint, "all_reduce_sum", lambda tensors: None)
     monkeypatch.setattr(checkpoint, "gather_texts", lambda text: [json.dumps(SavedPass._meta(going_on))])
 
     def held(layout: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,12 +15,12 @@ import transformers
 from irdscale import accumulate_fisher, top_k
 from irdscale.distributed.ranks import (
     BUCKET_ENTRIES,
-    add_up,
+    all_reduce_sum,
     end_rank,
     failing_together,
     gather_texts,
-    own_share,
     rank_and_world,
+    shard,
 )
 from irdscale.errors import InputError, RunError
 from irdscale.fisher import SampleGradients, scored_parameters
@@ -168,7 +168,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     assert rank_and_world() == (rank, world)
-    shares = gather_texts(" ".join(map(str, own_share(range(5)))))
+    shares = gather_texts(" ".join(map(str, shard(range(5)))))
     assert sorted(int(i) for share in shares for i in share.split()) == list(range(5))
     # More than a bucket, two types, one tensor that is not contiguous.
     tensors = [
@@ -177,7 +177,7 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         torch.full((2,), rank + 1, dtype=torch.int64),
         torch.full((5,), rank + 1.0),
     ]
-    add_up(tensors)
+    all_reduce_sum(tensors)
     for tensor in tensors:
         assert bool((tensor == world * (world + 1) // 2).all())
     found = {layout: work(layout) for layout in LAYOUTS}

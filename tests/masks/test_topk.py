@@ -37,7 +37,7 @@ class Ranks:
     def rank_and_world(self) -> tuple[int, int]:
         return self.local.rank, self.world
 
-    def add_up(self, tensors: list[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             total = torch.stack(self.exchange(tensor.clone())).sum(0)
             tensor.copy_(total)
@@ -81,7 +81,7 @@ class Alone:
 def on_ranks(slices: list[dict[str, Slice]], k: int) -> list[dict[str, Chosen]]:
     ranks = Ranks(len(slices))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("rank_and_world", "add_up", "gather_flat"):
+        for name in ("rank_and_world", "all_reduce_sum", "gather_flat"):
             patch.setattr(topk, name, getattr(ranks, name))
         patch.setattr(topk, "failing_together", Alone)
         return ranks.run(lambda rank: largest(slices[rank], k, shared=True))

@@ -16,7 +16,7 @@ from irdscale.models.lora import insert_lora
 from irdscale.search.candidates import run_candidate, score_on_test
 from irdscale.tasks import load_task
 from irdscale.training.trainer import fine_tune, sparse_model
-from irdscale.utils.progress import told
+from irdscale.utils.progress import progress_listener
 from tests.search.toy import write_config
 
 
@@ -68,7 +68,7 @@ def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Pat
         (output / "candidates" / candidate.key(config)).rename(tmp_path / method.name)
         # Trained again, it is the same; a cluster hears that it goes on, and does not end it as silent.
         heard.clear()
-        with told(lambda *facts: heard.append(facts)):
+        with progress_listener(lambda *facts: heard.append(facts)):
             assert score_on_test(config, task, output, [(candidate, False)]) == kept
         assert ("Training", 2, 2, "") in heard
 

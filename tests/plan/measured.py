@@ -23,7 +23,7 @@ from irdscale.fisher.pool import pass_options, sample_gradients
 from irdscale.masks.mask import Mask
 from irdscale.models.build import build_model
 from irdscale.tasks import Task, load_task
-from irdscale.training.trainer import fine_tune, sparse_model, trained_whole
+from irdscale.training.trainer import fine_tune, sparse_model, trained_densely
 from tests.helpers import Family, tiny_model
 from tests.sparse.oracle import random_mask
 
@@ -121,7 +121,7 @@ def _allocations(events: list[Any]) -> list[Any]:
 def fisher_peak(config: RunConfig, task: Task) -> int:
     """Bytes of a rank at the peak of the two passes over samples, the model's included."""
     model, new = build_model(config, task, 0)
-    samples = sample_gradients(config, task, model, range(SAMPLES), trained_whole(config, model, new))
+    samples = sample_gradients(config, task, model, range(SAMPLES), trained_densely(config, model, new))
     traces = torch.zeros(SAMPLES, dtype=torch.float64)
 
     def work() -> None:

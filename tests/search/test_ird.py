@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from irdscale.errors import RunError
 from irdscale.search.ird import Outcome, Pair, best_of, candidates, ird
-from irdscale.search.limits import lattice, most_evaluations, most_rounds
+from irdscale.search.limits import most_evaluations, most_rounds, reachable_sizes
 
 SIZES = st.integers(1, 300)
 SEEDS = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
@@ -60,7 +60,7 @@ def test_invariants_on_any_landscape(
     outcome = run(scores, start, minimum, seeds, max_rounds, patience)
     assert set(scores.asked.values()) == {1}, "never evaluated twice"
     assert outcome.evaluations == len(scores.asked)
-    reachable_s, reachable_p = lattice(start, minimum)
+    reachable_s, reachable_p = reachable_sizes(start, minimum)
     assert len(outcome.path) - 1 <= most_rounds(start, minimum, max_rounds)
     assert outcome.evaluations <= most_evaluations(start, minimum, max_rounds, len(seeds)) - 2 * len(seeds)
     for pair, _ in scores.asked:
@@ -90,7 +90,7 @@ def test_invariants_on_any_landscape(
 def test_finds_the_planted_best_of_a_monotone_landscape(i: int, j: int, seeds: list[int]) -> None:
     """The nearer to the planted pair in halvings, the better: greedy descent must arrive there."""
     start, minimum = Pair(320, 640), Pair(5, 10)
-    reachable_s, reachable_p = lattice(start, minimum)
+    reachable_s, reachable_p = reachable_sizes(start, minimum)
     planted = Pair(reachable_s[i], reachable_p[j])
 
     def score(pair: Pair, seed: int) -> float:
@@ -145,7 +145,7 @@ def test_odd_sizes_and_minima() -> None:
     assert candidates(Pair(7, 5), Pair(3, 2)) == [Pair(3, 5), Pair(7, 2), Pair(3, 2)]
     assert candidates(Pair(7, 5), Pair(4, 2)) == [Pair(7, 2)]
     assert candidates(Pair(7, 5), Pair(4, 3)) == []
-    assert lattice(Pair(7, 5), Pair(1, 2)) == ([7, 3, 1], [5, 2])
+    assert reachable_sizes(Pair(7, 5), Pair(1, 2)) == ([7, 3, 1], [5, 2])
     outcome = run(Scores(lambda pair, seed: 0.0), Pair(10, 20), Pair(10, 20), [0])
     assert outcome.stop == "no half of 10 samples or 20 parameters is above the minima"
 

@@ -19,7 +19,7 @@ from irdscale.errors import InputError, RunError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
 from irdscale.search.ray_engine import ray_engine, rungs  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
-from irdscale.search.runner import Call  # noqa: E402
+from irdscale.search.runner import WorkItem  # noqa: E402
 from irdscale.tasks import load_task  # noqa: E402
 from tests.search import calls, ray_toy  # noqa: E402
 from tests.search.toy import essence, finished, write_config  # noqa: E402
@@ -51,15 +51,15 @@ def faulty(raising: str, dying: str, folder: Path) -> Callable[[], None]:
     def setup() -> None:
         import logging
 
-        from irdscale.cluster.worker import Talk
+        from irdscale.cluster.worker import SupervisorClient
 
         loads = logging.FileHandler(folder / "loads")
         loads.setFormatter(logging.Formatter("%(process)d %(message)s"))
         logging.getLogger("irdscale.training.base_model").setLevel(logging.DEBUG)
         logging.getLogger("irdscale.training.base_model").addHandler(loads)
-        real = Talk.say
+        real = SupervisorClient.say
 
-        def say(self: Talk, now: bool = False, **facts: Any) -> None:
+        def say(self: SupervisorClient, now: bool = False, **facts: Any) -> None:
             real(self, now, **facts)
             step = facts.get("step")
             if self.name == raising and step == 3:
@@ -72,7 +72,7 @@ def faulty(raising: str, dying: str, folder: Path) -> Callable[[], None]:
                     mark.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        Talk.say = say  # type: ignore[method-assign]
+        SupervisorClient.say = say  # type: ignore[method-assign]
 
     return setup
 
@@ -117,14 +117,14 @@ def test_calls_run_side_by_side(folder: Path, on_ray: Callable[..., None], tmp_p
     ended: dict[int, Any] = {}
     with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
         # The last needs the place of one that has ended.
-        both = [Call(calls.meets, (0, 1)), Call(calls.meets, (1, 0), other), Call(calls.fails_once)]
+        both = [WorkItem(calls.meets, (0, 1)), WorkItem(calls.meets, (1, 0), other), WorkItem(calls.fails_once)]
         found = engine.call_all(both, ended.__setitem__)
         assert found == [(0, config.fisher.seed), (1, 7), "done"]
         assert ended == dict(enumerate(found))
         with pytest.raises(InputError, match="found too few"):
-            engine.call_all([Call(calls.meets, (5, 6)), Call(calls.refuses)])
+            engine.call_all([WorkItem(calls.meets, (5, 6)), WorkItem(calls.refuses)])
         # Both processors are free again.
-        assert engine.call_all([Call(calls.meets, (2, 3)), Call(calls.meets, (3, 2))])[1][0] == 3
+        assert engine.call_all([WorkItem(calls.meets, (2, 3)), WorkItem(calls.meets, (3, 2))])[1][0] == 3
 
 
 def test_light_calls_share_a_gpu_as_trials_do(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_light_calls_share_a_gpu_as_trials_do(folder: Path, on_ray: Callable[...
     on_ray(gpus=1)
     config = load_config(folder / "toy.yaml", ["search.runner=ray", "search.ray.gpus_per_rank=0.5"])
     with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
-        both = [Call(calls.meets, (place, 1 - place), light=True) for place in (0, 1)]
-        assert engine.call_all([*both, Call(calls.gpus)]) == [(0, config.fisher.seed), (1, config.fisher.seed), 1.0]
+        both = [WorkItem(calls.meets, (place, 1 - place), light=True) for place in (0, 1)]
+        assert engine.call_all([*both, WorkItem(calls.gpus)]) == [(0, config.fisher.seed), (1, config.fisher.seed), 1.0]
 
 
 def test_a_local_search_goes_on_on_ray_and_back(local: tuple[Path, dict[str, Any]], folder: Path) -> None:

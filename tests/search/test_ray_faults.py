@@ -71,7 +71,7 @@ def test_a_driver_killed_in_a_trial_and_in_a_round(toy: Path, local: tuple[Path,
     for done in (0, 4, 9):
         with command(toy, output) as process:
             wait_for(lambda done=done, process=process: in_training(output, done) or process.poll() is not None)
-            working = [p for name in (RANK, "ray::_Trial", "ray::Desk") for p in named(below(process.pid), name)]
+            working = [p for name in (RANK, "ray::_Trial", "ray::Supervisor") for p in named(below(process.pid), name)]
             assert process.poll() is None
             process.kill()
             process.wait()
@@ -278,7 +278,7 @@ def test_early_stopping_takes_fewer_steps(toy: Path, local: tuple[Path, dict[str
 
 
 def test_twenty_kills_at_random_moments(toy: Path, local: tuple[Path, dict[str, Any]]) -> None:
-    """Ranks, trials, the desk and the driver, as they come."""
+    """Ranks, trials, the supervisor and the driver, as they come."""
     output, generator, kills = toy.parent / "soak", random.Random(6), dict[str, int]()
     while True:
         with command(toy, output, "search.ray.max_failures=20") as process:
@@ -288,7 +288,7 @@ def test_twenty_kills_at_random_moments(toy: Path, local: tuple[Path, dict[str, 
                     time.sleep(0.1)
                 if process.poll() is not None:
                     break
-                what = generator.choices([RANK, "ray::ResourceTrainable", "ray::Desk", "driver"], [6, 3, 1, 2])[0]
+                what = generator.choices([RANK, "ray::ResourceTrainable", "ray::Supervisor", "driver"], [6, 3, 1, 2])[0]
                 if what == "driver":
                     process.kill()
                     process.wait()

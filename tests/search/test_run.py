@@ -23,7 +23,7 @@ from irdscale.models.build import build_model
 from irdscale.search import candidates, masks, run
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import Ledger, read_ledger
-from irdscale.search.limits import lattice
+from irdscale.search.limits import reachable_sizes
 from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
@@ -58,7 +58,7 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -
     assert len(result["warnings"]) == any(r["loss"]["rose"] for r in ok)
     best = result["best"]
     start = Pair(16, round(0.05 * result["model"]["parameters"]))
-    sizes, ks = lattice(start, Pair(4, round(0.01 * result["model"]["parameters"])))
+    sizes, ks = reachable_sizes(start, Pair(4, round(0.01 * result["model"]["parameters"])))
     assert result["path"][0] | {"metric": 0} == {"round": 0, "samples": 16, "params": start.params, "metric": 0}
     assert best["samples"] in sizes
     assert best["params"] in ks

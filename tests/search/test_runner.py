@@ -10,7 +10,7 @@ from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import stopped_at, stopped_early
-from irdscale.search.runner import Call, Runner
+from irdscale.search.runner import Runner, WorkItem
 from irdscale.search.shared import SharedLedger
 
 A, B, C = Pair(8, 4), Pair(4, 4), Pair(8, 2)
@@ -27,7 +27,9 @@ class Engine:
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
         raise AssertionError
 
-    def call_all(self, calls: Sequence[Call], ended: Callable[[int, Any], None] = lambda place, result: None) -> Any:
+    def call_all(
+        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
+    ) -> Any:
         raise AssertionError
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:

@@ -313,20 +313,20 @@ def test_a_search_is_the_same_to_the_bit(
     else:
         path, more = write_config(tmp_path, train__steps=4, search__max_rounds=1), []
         more = ["fisher.head_warmup=2", "model.dtype=bfloat16"] if kind == "warm" else more
-    again, told = failing(monkeypatch), []
+    again, progress_listener = failing(monkeypatch), []
     for way in ("kept", "fresh"):
         again()
         loads.clear()
         config = load_config(path, [*more, f"output={tmp_path / way}"])
         if way == "kept":
             with watched(monkeypatch) as backs:
-                told.append(essence(run_search(config, progress=False)))
+                progress_listener.append(essence(run_search(config, progress=False)))
             assert loads == [config.model.path]
         else:
             monkeypatch.setattr(local, "keeping", lambda kept: nullcontext())
-            told.append(essence(run_search(config, progress=False)))
+            progress_listener.append(essence(run_search(config, progress=False)))
             assert len(loads) == len(backs) > 8
-    assert told[0] == told[1]
+    assert progress_listener[0] == progress_listener[1]
     kept, fresh = (written(tmp_path / way) for way in ("kept", "fresh"))
     assert kept == fresh
     failed = [record["error"] for record in kept[0] if record["status"] == "failed"]
@@ -339,7 +339,7 @@ def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], m
     methods = ["ird", "fish", "random_mask", "lora", "bitfit", "full", "linear_probe"]
     compare = {"methods": methods, "learning_rates": [0.003], "seeds": [0, 1], "equal_budget": False}
     path = write_config(tmp_path, compare=compare, search__max_rounds=1, train__steps=2)
-    told = []
+    progress_listener = []
     for way in ("kept", "fresh"):
         loads.clear()
         config = load_config(path, [f"output={tmp_path / way}"])
@@ -351,8 +351,8 @@ def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], m
             monkeypatch.setattr(local, "keeping", lambda kept: nullcontext())
             found = run_compare(config, progress=False)
             assert len(loads) > 20
-        told.append({k: v for k, v in found.items() if k not in ("seconds", "config")})
-    assert told[0] == told[1]
+        progress_listener.append({k: v for k, v in found.items() if k not in ("seconds", "config")})
+    assert progress_listener[0] == progress_listener[1]
     assert written(tmp_path / "kept")[0] == written(tmp_path / "fresh")[0]
 
 

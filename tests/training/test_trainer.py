@@ -21,7 +21,7 @@ from irdscale.sparse import entries_of, sparse_state, sparsify
 from irdscale.tasks import Task, load_task
 from irdscale.training import trainer
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, sparse_model, trained_whole
+from irdscale.training.trainer import Control, fine_tune, sparse_model, trained_densely
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
 
@@ -234,10 +234,10 @@ def test_a_late_bad_loss_is_read_before_anything_is_kept(
 def test_what_is_trained_whole(toy: tuple[RunConfig, Task], tmp_path: Path) -> None:
     config, task = toy
     model, new = build_model(config, task, 0)
-    assert trained_whole(config, model, new) == new == ["classifier.weight", "classifier.bias"]
+    assert trained_densely(config, model, new) == new == ["classifier.weight", "classifier.bias"]
     chosen = config.model_copy(update={"train": config.train.model_copy(update={"always_train": ["pooler"]})})
-    assert trained_whole(chosen, model, new) == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
-    scored = sample_gradients(chosen, task, model, [0, 1], trained_whole(chosen, model, new)).scored
+    assert trained_densely(chosen, model, new) == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    scored = sample_gradients(chosen, task, model, [0, 1], trained_densely(chosen, model, new)).scored
     assert "classifier.weight" in scored
     assert "bert.pooler.dense.weight" not in scored
     none = config.model_copy(update={"train": config.train.model_copy(update={"always_train": []})})
@@ -257,7 +257,7 @@ def test_a_mask_that_helps(toy: tuple[RunConfig, Task]) -> None:
     """The sparse model learns what the head alone cannot."""
     config, task = toy
     model, new = build_model(config, task, 0)
-    samples = sample_gradients(config, task, model, range(32), trained_whole(config, model, new))
+    samples = sample_gradients(config, task, model, range(32), trained_densely(config, model, new))
     from irdscale import accumulate_fisher
 
     fisher = accumulate_fisher(
