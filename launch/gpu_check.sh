@@ -18,7 +18,7 @@ if ! "$python" -c "$there"; then
   echo "gpu_check.sh: found no torch and irdscale in $python; expected them installed (bash launch/install.sh)" >&2
   exit 2
 fi
-card="$("$python" -m irdscale.bench.gpu_check card)"
+card="$("$python" -m irdscale.cli.gpu_check card)"
 echo "$card"
 
 failed=""
@@ -44,13 +44,13 @@ else
   if [[ "$took" -gt 60 ]]; then mark="MISSED"; else mark="met   "; fi
   echo "$mark $took s  checks of the kernels, asked <= 60 s"
 fi
-check exactness 120 "$python" -m irdscale.bench.gpu_check exact
+check exactness 120 "$python" -m irdscale.cli.gpu_check exact
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-check search 120 "$python" -m irdscale.bench.gpu_check search "$scratch"
+check search 120 "$python" -m irdscale.cli.gpu_check search "$scratch"
 gpus="${card%% x *}"
 launcher=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
-check ranks 180 "$python" "${launcher[@]}" -m irdscale.bench.gpu_check ranks
+check ranks 180 "$python" "${launcher[@]}" -m irdscale.cli.gpu_check ranks
 check benchmark 300 "$python" -m irdscale bench gpu
 
 if [[ -n "$failed" ]]; then

@@ -29,5 +29,5 @@ export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 ranks="${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 conf="join_timeout=${WAIT:-600},read_timeout=${WAIT:-600}"
 [[ -z "${NODE_RANK:-}" ]] || conf+=",is_host=$((NODE_RANK == 0))"
-exec python -m irdscale.distributed.multinode --nnodes="$NODES" --nproc-per-node="$ranks" --rdzv-backend=c10d --rdzv-id=irdscale \
-  --rdzv-endpoint="$HEAD" --rdzv-conf="$conf" -m irdscale "$@"
+exec python -m irdscale.distributed.multinode --nnodes="$NODES" --nproc-per-node="$ranks" \
+  --rdzv-backend=c10d --rdzv-id=irdscale --rdzv-endpoint="$HEAD" --rdzv-conf="$conf" -m irdscale "$@"

@@ -101,6 +101,7 @@ def checkout(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/usr/bin/env bash\necho "$*" >>"{folder}/calls"\n')
     python.chmod(0o755)
+    shutil.copy(python, python.with_name("lint-imports"))
     return folder
 
 
@@ -330,6 +331,6 @@ def test_quickstart_says_when_it_is_done_already(checkout):
 def test_the_tests_are_checked_in_order_and_arguments_go_to_pytest(checkout):
     done, lines = call(checkout, "test.sh", "tests/test_x.py", "-k", "one")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[1] for line in lines[-4:]] == ["ruff", "ruff", "mypy", "pytest"]
+    assert [line.split()[1] for line in lines[-5:]] == ["ruff", "ruff", "pyproject.toml", "mypy", "pytest"]
     assert lines[-1] == "-m pytest tests/test_x.py -k one"
     assert call(checkout, "test.sh")[1][-1] == "-m pytest -n 2 --dist worksteal"

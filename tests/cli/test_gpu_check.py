@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from irdscale.bench import gpu_check, gpu_exact
+from irdscale.bench import gpu_exact
 from irdscale.bench.gpu_exact import DTYPES, FAMILIES, LIMITS, Check
 from irdscale.bench.timing import figure
-from irdscale.cli import command_line
+from irdscale.cli import command_line, gpu_check
 from irdscale.config.loader import load_config
 from irdscale.distributed.ranks import end_rank
 from tests.spawned import run_ranks
@@ -256,9 +256,9 @@ def test_the_script_runs_all_in_order(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     asked = [line.partition("1 ")[2] for line in calls if " -c " not in line]
     kernels = "-m pytest -q -p no:cacheprovider tests/fisher/kernel_checks.py tests/sparse/kernel_checks.py"
-    assert asked[:3] == ["-m irdscale.bench.gpu_check card", kernels, "-m irdscale.bench.gpu_check exact"]
-    assert asked[3].startswith("-m irdscale.bench.gpu_check search ")
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2 -m irdscale.bench.gpu_check ranks"
+    assert asked[:3] == ["-m irdscale.cli.gpu_check card", kernels, "-m irdscale.cli.gpu_check exact"]
+    assert asked[3].startswith("-m irdscale.cli.gpu_check search ")
+    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2 -m irdscale.cli.gpu_check ranks"
     assert asked[4:] == [ranks, "-m irdscale bench gpu"]
     assert [line.startswith("0 1 ") for line in calls if "pytest -q" in line] == [True]
     assert not Path(asked[3].split()[-1]).exists()

@@ -1,4 +1,4 @@
-"""What launch/gpu_check.sh checks besides the kernels, each printed as it ends: `python -m irdscale.bench.gpu_check`.
+"""What launch/gpu_check.sh checks besides the kernels, each printed as it ends: `python -m irdscale.cli.gpu_check`.
 
     card          what is measured on, in one line; refuses a machine without a GPU (exit code 2)
     exact         Fisher diagonals and sparse training on the GPU against float64 on the CPU
