@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_zero.py do: every way to train, one after the other in one process group."""
+"""What the ranks of tests/distributed/test_deepspeed.py do: every way to train, in one process group."""
 
 from __future__ import annotations
 
