@@ -1,6 +1,6 @@
 """`python -m irdscale`: the same as the `irdscale` command."""
 
-from irdscale.cli.command_line import main
+from irdscale.cli import main
 
 if __name__ == "__main__":
     main()
