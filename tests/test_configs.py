@@ -67,10 +67,9 @@ def named_by_a_refusal(path: Path, world: int) -> list[str]:
 
 def planned(path: Path, folder: Path, world: int) -> dict[str, Any]:
     """The plan of a shipped configuration on so many GPUs, without the hub."""
-    local = ROOT / "tests" / "llm" / path.stem.rpartition("_")[0]
     changes = stand_ins(path, folder) if path.parent.name == "studies" else []
-    if local.is_dir():
-        changes = [f"model.path={local}"]
+    if path in LLM:
+        changes = [f"model.path={ROOT / 'tests' / 'llm' / path.stem.rpartition('_')[0]}"]
     elif not changes and "/" in (base := load_config(path).model.path) and not base.startswith(("package:", "/")):
         RobertaConfig().save_pretrained(folder / "base")
         changes = [f"model.path={folder / 'base'}"]
