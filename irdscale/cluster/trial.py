@@ -20,7 +20,7 @@ class JobTrial(tune.Trainable):
     """Hands a job's reports and its result to Tune: {"steps", "metric"}, at last {"result"} or {"bad_input"}."""
 
     def setup(self, config: dict[str, Any], supervisor: Any) -> None:
-        self._desk, self._started = supervisor, False
+        self._supervisor, self._started = supervisor, False
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -32,9 +32,9 @@ class JobTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         try:
             if not self._started:
-                answer(self._desk.start.remote(self._job))
+                answer(self._supervisor.start.remote(self._job))
                 self._started = True
-            reply = answer(self._desk.follow.remote(self._job.name, self._seen))
+            reply = answer(self._supervisor.follow.remote(self._job.name, self._seen))
         except InputError as error:
             return {"done": True, "bad_input": str(error)}
         if "report" in reply:
@@ -52,4 +52,4 @@ class JobTrial(tune.Trainable):
     def cleanup(self) -> None:
         if self._started:
             self._started = False
-            ray.get(self._desk.stop.remote(self._job.name))
+            ray.get(self._supervisor.stop.remote(self._job.name))

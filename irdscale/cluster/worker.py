@@ -171,10 +171,10 @@ class _ToSupervisor(logging.Handler):
 
     def __init__(self, supervisor: Any, name: str) -> None:
         super().__init__()
-        self._desk, self._name = supervisor, name
+        self._supervisor, self._name = supervisor, name
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._desk.log.remote(self._name, record.getMessage())
+        self._supervisor.log.remote(self._name, record.getMessage())
 
 
 @contextmanager

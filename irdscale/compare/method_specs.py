@@ -9,7 +9,7 @@ from typing import Any, Literal
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import METHODS, RunConfig
 
-# Whose masks come from the lattice of one ranking, and of which.
+# Whose masks come from the sample sets of one ranking, and of which.
 RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
     "ird": "ird",
     "reverse": "reverse",

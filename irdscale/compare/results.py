@@ -10,7 +10,7 @@ from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.schema import METRIC_RANGES
 from irdscale.search.candidates import Candidate
-from irdscale.search.limits import reachable_sizes as sizes
+from irdscale.search.limits import reachable_sizes
 
 
 def method_entries(
@@ -35,8 +35,8 @@ def fewest_samples(study: Study) -> int | None:
     ends = []
     for method in study.methods:
         if method.kind in SEARCHES:
-            masks, search = study.lattices[method.name, study.seeds[0]], method.config.search
-            ends.append(sizes(masks.start, masks.minimum)[0][: search.max_rounds + 1][-1])
+            masks, search = study.ranking_masks[method.name, study.seeds[0]], method.config.search
+            ends.append(reachable_sizes(masks.start, masks.minimum)[0][: search.max_rounds + 1][-1])
     return min(ends, default=None)
 
 
@@ -57,7 +57,7 @@ def _entry(
                 "test": test,
                 "test_error": error,
                 "samples": None if best is None or not best.pair.samples else best.pair.samples,
-                "pool": study.lattices[method.name, seed].start.samples if method.kind in RANKINGS else None,
+                "pool": study.ranking_masks[method.name, seed].start.samples if method.kind in RANKINGS else None,
                 "params": None if best is None else best.pair.params,
                 "mask": None if best is None else best.mask,
                 "loss": None if best is None else study.runner.trend(best),
@@ -89,11 +89,11 @@ def _gradients(study: Study, method: Method, seed: int) -> int:
     """Sample gradients that the masks of a method take by themselves, whoever shares them."""
     if method.kind not in RANKINGS:
         return 0
-    reachable_sizes = study.lattices[method.name, seed]
+    masks = study.ranking_masks[method.name, seed]
     if method.kind == "fish_best":
-        return reachable_sizes.start.samples + study.gradients.get((method.name, seed), 0)
-    alone = {"fish": reachable_sizes.start.samples, "fish_small": reachable_sizes.fewest.samples}
-    return alone.get(method.kind, int(reachable_sizes.facts["sample_gradients"]))
+        return masks.start.samples + study.gradients.get((method.name, seed), 0)
+    alone = {"fish": masks.start.samples, "fish_small": masks.fewest.samples}
+    return alone.get(method.kind, int(masks.facts["sample_gradients"]))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -188,7 +188,7 @@ def _make_masks(study: Study) -> None:
         for (_, seed), owner in own.items()
     ]
     made: dict[tuple[str, int], SearchMasks] = dict(zip(own, study.engine.call_all(calls), strict=True))
-    study.lattices |= {(name, seed): made[owner.name, seed] for (name, seed), owner in owners.items()}
+    study.ranking_masks |= {(name, seed): made[owner.name, seed] for (name, seed), owner in owners.items()}
     drawn = [method for method in study.methods if method.kind in DRAWN]
     _make_draws(study, [(method, seed, 0) for method in drawn for seed in study.seeds])
 
@@ -216,9 +216,9 @@ def _draw(study: Study, method: Method, seed: int, draw: int) -> Candidate:
 def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
     """What a method tries a learning rate with."""
     if method.kind in RANKINGS:
-        reachable_sizes = study.lattices[method.name, seed]
-        pair = reachable_sizes.fewest if method.kind in FEW else reachable_sizes.start
-        return trained(method, Candidate(reachable_sizes.masks[pair], pair, seed, None, method.name), rate)
+        masks = study.ranking_masks[method.name, seed]
+        pair = masks.fewest if method.kind in FEW else masks.start
+        return trained(method, Candidate(masks.masks[pair], pair, seed, None, method.name), rate)
     if method.kind in DRAWN:
         return trained(method, _draw(study, method, seed, 0), rate)
     return dense_candidate(method, study.facts, rate, seed)
@@ -260,7 +260,7 @@ def _search(study: Study) -> None:
     ]
 
     def candidate(method: Method, pair: Pair, seed: int) -> Candidate:
-        mask = study.lattices[method.name, seed].masks[pair]
+        mask = study.ranking_masks[method.name, seed].masks[pair]
         rate = study.rates[method.name]
         assert rate is not None
         return trained(method, Candidate(mask, pair, seed, None, method.name), rate)
@@ -276,11 +276,11 @@ def _search(study: Study) -> None:
 
     searches = []
     for method, seed in started:
-        reachable_sizes, search = study.lattices[method.name, seed], method.config.search
+        masks, search = study.ranking_masks[method.name, seed], method.config.search
         searches.append(
             rounds(
-                reachable_sizes.start,
-                reachable_sizes.minimum,
+                masks.start,
+                masks.minimum,
                 [seed],
                 search.max_rounds,
                 search.patience,

@@ -23,7 +23,7 @@ class Study:
 
     Attributes:
         steps: of one training.
-        lattices: (method, seed) -> the masks of its ranking's sample sets.
+        ranking_masks: (method, seed) -> the masks of its ranking's sample sets.
         drawn: name -> hash and entries of a mask that no sample was read for.
         rates: method -> the learning rate kept; None where every training failed.
         grids: method -> each learning rate and its mean on the selection split.
@@ -41,7 +41,7 @@ class Study:
     facts: ModelFacts
     methods: list[Method]
     steps: int
-    lattices: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
+    ranking_masks: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
     drawn: dict[str, tuple[str, int]] = field(default_factory=dict)
     rates: dict[str, float | None] = field(default_factory=dict)
     grids: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
 
 
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:
-    """Every mask of the lattice: a trace pass and an accumulation pass, or what an earlier run wrote.
+    """Every mask that the search can reach: a trace pass and an accumulation pass, or what an earlier run wrote.
 
     The samples' losses, which say what their traces follow, take a forward pass.
 

@@ -251,7 +251,7 @@ class _Journal(tune.Callback):
         ended: Callable[[dict[str, Any]], None],
         supervisor: Any,
     ) -> None:
-        self._config, self._candidates, self._ended, self._desk = config, candidates, ended, supervisor
+        self._config, self._candidates, self._ended, self._supervisor = config, candidates, ended, supervisor
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class _Journal(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["job"].name
-        text = ray.get(self._desk.why.remote(name)) or "its trial was lost, with its process or its node"
+        text = ray.get(self._supervisor.why.remote(name)) or "its trial was lost, with its process or its node"
         log.warning("%s failed: %s", self._candidates[name], text)
         self._end(self._candidates[name].record(self._config) | {"error": text})
 
@@ -285,7 +285,7 @@ class _Journal(tune.Callback):
 
     def _fail(self, error: Exception) -> None:
         self.error = self.error or error
-        ray.get(self._desk.close.remote(True))
+        ray.get(self._supervisor.close.remote(True))
 
 
 class _ByFirstSeed(AsyncHyperBandScheduler):
