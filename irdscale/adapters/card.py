@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from irdscale.utils.hub import is_hub_id
+
 TAGS = ("irdscale", "sparse-fine-tuning", "adapter")
 
 
@@ -19,8 +21,6 @@ def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
         meta: what adapter.json holds.
     """
     from huggingface_hub import ModelCardData
-
-    from irdscale.utils.hub import is_hub_id
 
     base = str(meta["base_model"])
     on_hub = is_hub_id(base) and not Path(base).exists()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from irdscale.errors import InputError, RunError
+from irdscale.utils.hub import hub_access, is_hub_id, one_line
 
 FILES = ["adapter.json", "adapter.safetensors", "README.md"]
 
 
 def _is_repository(name: str) -> bool:
-    from irdscale.utils.hub import is_hub_id
-
     return "/" in name and is_hub_id(name)
 
 
@@ -36,7 +35,6 @@ def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
         RunError: the hub does not answer or does not take it.
     """
     from irdscale.adapters.format import read_adapter
-    from irdscale.utils.hub import hub_access, one_line
 
     _check_id(repo_id)
     if not Path(folder).is_dir():
@@ -70,7 +68,6 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
     Raises:
         InputError: there is no such repository, or it cannot be reached.
     """
-    from irdscale.utils.hub import hub_access, one_line
 
     _check_id(repo_id)
     try:
