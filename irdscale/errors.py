@@ -7,7 +7,22 @@ def kind_of(value: object) -> str:
 
 
 class InputError(ValueError):
-    """Bad input: one line that names the config key, file or row, what was found and what was expected."""
+    """Bad input, told in one line: `WHERE: KEY: FOUND; expected EXPECTED`.
+
+    Attributes:
+        found: fault as the line says it ("found 3", "no such folder")
+        expected: input that would do; empty where the fault says it
+        key: configuration key, argument or name that the fault is about; may be empty
+        where: file, row, method or host of the fault; empty where the key is enough
+    """
+
+    def __init__(self, found: str, expected: str = "", key: str = "", where: str = "") -> None:
+        super().__init__(found, expected, key, where)
+        self.found, self.expected, self.key, self.where = found, expected, key, where
+
+    def __str__(self) -> str:
+        line = ": ".join(part for part in (self.where, self.key, self.found) if part)
+        return f"{line}; expected {self.expected}" if self.expected else line
 
 
 class RunError(RuntimeError):
