@@ -18,7 +18,7 @@ from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.losses import Objective, TokenReduction
 from irdscale.fisher.memory_check import check_room
 from irdscale.fisher.passes import Collate, SampleGradients, SizedDataset
-from irdscale.fisher.rules import add_squares
+from irdscale.fisher.squares import add_squares
 from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from irdscale.distributed.zero3 import shape_of
+from irdscale.fisher.terms import wide
 
 # Norms compute in float32 inside, whatever their weights.
 TOLERANCE = 1e-5
@@ -42,7 +43,7 @@ def is_affine(module: nn.Module) -> bool:
 
 def slope(module: nn.Module, x: Tensor) -> Tensor:
     """d(out) / d(weight) of a module that `is_affine`, in x's shape; of float32 at least."""
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    x = wide(x)
     bare = without_hooks(module)
     ones = _with_weights(bare, x, x.new_ones(x.shape[-1]))
     return ones - _with_weights(bare, x, x.new_zeros(x.shape[-1])) if _based[module] else ones

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irdscale.fisher.rules import ModuleCall, Rule, Term, is_generic, rule_for
+from irdscale.fisher.rules import ModuleCall, Rule, is_generic, rule_for
+from irdscale.fisher.terms import Term
 
 Arrived = Callable[[str, list[Term]], None]
 

@@ -29,8 +29,9 @@ from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, 
 from irdscale.fisher.checkpoint import PassState, SavedPass
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses, reduced, sample_losses
-from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
+from irdscale.fisher.squares import Buffers, add_traces
 from irdscale.fisher.sums import Sums
+from irdscale.fisher.terms import Dense, Term
 from irdscale.models.batches import LateRows, shared_batches
 from irdscale.models.checks import CLASSES, FIRST, loss_differs, padding_matters, require_causal, uneven_rows
 from irdscale.models.chunked_losses import (

@@ -20,7 +20,7 @@ from irdscale.config.schema import Score
 from irdscale.distributed.ranks import slice_of
 from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.fisher.diagonal import Layout
-from irdscale.fisher.rules import add_gradients, add_squares
+from irdscale.fisher.squares import add_gradients, add_squares
 from irdscale.fisher.sums import Add
 
 

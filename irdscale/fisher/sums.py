@@ -15,7 +15,8 @@ from torch import Tensor
 
 from irdscale.distributed.ranks import all_reduce_sum, rank_and_world, slice_of
 from irdscale.fisher.diagonal import Fisher, Layout, Shapes
-from irdscale.fisher.rules import Buffers, Term
+from irdscale.fisher.squares import Buffers
+from irdscale.fisher.terms import Term
 
 # Adds a batch's terms of one parameter to its sum, and to the batch's traces where they are wanted.
 Add = Callable[[list[Term], Tensor, Tensor | None, Buffers], None]

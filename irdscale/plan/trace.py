@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
-from irdscale.fisher.rules import Buffers, Outer, TableRows, Term, add_squares, add_traces
+from irdscale.fisher.squares import Buffers, add_squares, add_traces
+from irdscale.fisher.terms import Outer, TableRows, Term
 from irdscale.masks.mask import index_dtype
 from irdscale.models.chunked_losses import tokens_at_once
 from irdscale.plan.rates import columns_held
