@@ -17,9 +17,10 @@ from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.losses import Objective, TokenReduction
 from irdscale.fisher.memory_check import check_room
-from irdscale.fisher.passes import Collate, SampleGradients, SizedDataset
+from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.squares import add_squares
-from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
+from irdscale.fisher.sums import Add, ReplicatedSums, ShardedSums, Sums
+from irdscale.models.batches import Collate, SizedDataset
 
 
 def scored_parameters(
@@ -131,7 +132,7 @@ def accumulate_fisher(
         total /= len(dataset)
     if saved is not None:
         saved.remove()
-    return sums.fisher(traces, samples.taken)
+    return Fisher(sums.tensors, traces, samples.taken, sums.layout, samples.shapes)
 
 
 def new_sums(
@@ -151,7 +152,7 @@ def new_sums(
     same_on_every_rank({"layout": layout, "data type of the sums": dtype, "offload": offload})
     check_room(samples.shapes, dtype, layout, samples.device, offload)
     if layout == "replicated" or rank_and_world()[1] == 1:
-        return WholeSums(samples.shapes, dtype, samples.device, add, offload)
+        return ReplicatedSums(samples.shapes, dtype, samples.device, add, offload)
     samples.prepare(order)
     arrival = samples.arrival_order(order[0])
     return ShardedSums(samples.shapes, dtype, samples.device, add, arrival, offload)

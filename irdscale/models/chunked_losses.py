@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from irdscale.distributed.zero3 import device_of, shape_of
+from irdscale.models.batches import FIRST, by_token, moved, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,6 @@ ENTRIES = 2**24
 GPU_SHARE = 64
 # Bytes of one logit: itself in 16 bits, in float32, as a logarithm of a probability, and both gradients.
 LOGIT_BYTES = 16
-# Tokens on which a model is tried.
-FIRST = 64
 # How far losses by the head alone may be from those of the model's own logits.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -73,9 +72,8 @@ def headless(model: nn.Module, batch: dict[str, Any]) -> Headless | None:
     if not isinstance(body, nn.Module) or body is model or not isinstance(head, nn.Linear):
         return None
     found = Headless(body, head)
-    device = device_of(model)
-    one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    sample = beginning({key: value for key, value in one.items() if key != "labels"})
+    sample = beginning(moved(rows_of(batch, slice(1)), device_of(model)))
+    sample.pop("labels", None)
     with torch.no_grad(), own_forward(model):
         own_BTV = model(**sample).logits
         hidden_BTD = found.hidden(sample)
@@ -97,11 +95,7 @@ def headless(model: nn.Module, batch: dict[str, Any]) -> Headless | None:
 
 def beginning(batch: dict[str, Any]) -> dict[str, Any]:
     """The first tokens of a collated batch of texts, enough to see how a model treats them."""
-    length = batch["input_ids"].shape[1]
-    return {
-        key: value[:, :FIRST] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length else value
-        for key, value in batch.items()
-    }
+    return by_token(batch, lambda x_BT: x_BT[:, :FIRST])
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
         live = stack.enter_context(counting(model, [*totals.values(), traces_B], setting.on_gpu))
         inputs = _inputs(setting)
         if setting.language:
-            capture._size, capture._uses = setting.batch, {}
+            capture.begin(setting.batch)
             losses_B = _text_loss(model, inputs, setting)
         else:
             losses_B = _class_loss(capture.forward(inputs, setting.batch).logits)

@@ -342,7 +342,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         gradients.accumulate(range(8), sums, found)
         gradients.add_traces(range(8), torch.zeros(8, dtype=torch.float64))
-    said = [f"fisher.batch_size: {size} does not fit in memory; going on with {size // 2}" for size in (8, 4)]
+    said = [f"fisher.batch_size: {size} does not fit in memory; continuing with {size // 2}" for size in (8, 4)]
     assert fallbacks(caplog) == said
     assert_same({n.removeprefix("model."): s / 8 for n, s in sums.tensors.items()}, expected)
     torch.testing.assert_close(found, traces, **EXACT)
