@@ -299,7 +299,7 @@ def _know_norms(model: nn.Module) -> None:
             alike = copy.deepcopy(module).to_empty(device="cpu")
             with torch.no_grad():
                 next(alike.parameters()).fill_(1.0)
-            affine._based[module] = affine._try(alike)
+            affine.probe(module, alike)
 
 
 @contextmanager
