@@ -1,7 +1,7 @@
 """Modules whose output is affine in their only weight vector, entry by entry of the last dimension, such as RMSNorm.
 
-out[..., d] = slope(x)[..., d] * weight[d] + base(x)[..., d]. The gradient of weight[d] is a sum of dY * slope. The slope
-is the module's output for weights of 1 minus its output for weights of 0.
+out[..., d] = slope(x)[..., d] * weight[d] + base(x)[..., d]. The gradient of weight[d] is a sum of dY * slope, and the
+slope is the module's output for weights of 1 minus its output for weights of 0.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from irdscale.fisher.exactness import why_no_rules
 from irdscale.fisher.halving import Batch, Batches
 from irdscale.fisher.losses import Objective, TokenReduction
 from irdscale.fisher.sample_loss import SampleLoss
-from irdscale.fisher.sums import Sums, TracesOnly
+from irdscale.fisher.sums import Sums
 from irdscale.fisher.terms import Term
 from irdscale.fisher.work import description_of, first_entries
 from irdscale.models.batches import FIRST, Collate, LateRows, SizedDataset, has_token_labels, shared_batches
@@ -146,7 +146,7 @@ class SampleGradients:
     ) -> None:
         """Add the squared gradient norm of each ordered sample to its entry of `traces` (float64 [N])."""
         with watched():
-            self._run(order, TracesOnly(self.shapes), traces, "Sample traces", progress, saved)
+            self._run(order, Sums(self.shapes), traces, "Sample traces", progress, saved)
 
     def label_losses(self, lengths: Sequence[int]) -> Tensor:
         """The loss of every sample by its own label, float64 [N], whatever the objective, by forward passes alone.

@@ -133,32 +133,18 @@ def ranked_entries(
     sizes: Sequence[int],
     k: int,
     name: str,
-    *,
-    traces: Tensor | None = None,
-    progress: bool = False,
+    **more: Any,
 ) -> dict[int, Ranking]:
     """`ranked_entries_by_prefix` by a configuration; `name` is that of the pass's saved state."""
-    return ranked_entries_by_prefix(
-        samples,
-        order,
-        sizes,
-        k,
-        traces=traces,
-        progress=progress,
-        saved=saved_pass(config, name),
-        **pass_options(config),
-    )
+    options = {"saved": saved_pass(config, name), **pass_options(config), **more}
+    return ranked_entries_by_prefix(samples, order, sizes, k, **options)
 
 
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
     """The saved state of one of the run's passes; a state of another head or scope is not used."""
     steps = config.fisher.head_warmup
-    also = {
-        "scope": config.scope,
-        "seed": config.search.seeds[0],
-        "steps": steps,
-        "by": config.train.model_dump(mode="json") if steps else None,
-    }
+    by = config.train.model_dump(mode="json") if steps else None
+    also = {"scope": config.scope, "seed": config.search.seeds[0], "steps": steps, "by": by}
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 
 

@@ -90,14 +90,12 @@ class SampleLoss:
                 return False
             for labels in [batch["labels"], *(() if place else _classes_to_try(self.model, batch["labels"]))]:
                 tried = {**batch, "labels": labels}
-                if all(loss_differs(self.model, tried, self._loss_by(r)) for r in {"mean", self.token_reduction}):
+                if all(loss_differs(self.model, tried, partial(self._ours, r)) for r in {"mean", self.token_reduction}):
                     return True
         return False
 
-    def _loss_by(self, token_reduction: TokenReduction) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda logits, labels: sample_losses(
-            loss_kind(self.model, logits, labels), logits, labels, token_reduction
-        )
+    def _ours(self, reduction: TokenReduction, logits: Tensor, labels: Tensor) -> Tensor:
+        return sample_losses(loss_kind(self.model, logits, labels), logits, labels, reduction)
 
     def why_own(self) -> str | None:
         """Why the model's own loss is taken; None if it is not.

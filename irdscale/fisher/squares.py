@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
-from irdscale.fisher.terms import Dense, Outer, TableRows, Term, concatenated, per_sample_gradient, widened
+from irdscale.fisher.terms import Dense, Outer, TableRows, Term, concatenated, per_sample_gradient, samples_in, widened
 
 # Gradient entries formed in one call: as many as a CPU's cache holds. On a GPU each call costs more.
 ENTRIES_A_CALL = 600_000
@@ -120,7 +122,7 @@ def add_squares(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffer
     elif len(terms) == 1 and isinstance(first, Outer):
         _add_outer_squares(first, total, trace_B, buffers)
     else:
-        for n in range(first.batch):
+        for n in range(samples_in(first)):
             _add_square(per_sample_gradient(terms, n, total.shape), total, None if trace_B is None else trace_B[n])
 
 
@@ -176,10 +178,7 @@ def _add_square(gradient: Tensor, total: Tensor, trace: Tensor | None) -> None:
 
 
 def _dense_sum(terms: list[Term]) -> Tensor:
-    first, *others = [t.grad_B for t in terms if isinstance(t, Dense)]
-    for other in others:
-        first = first + other
-    return first
+    return reduce(torch.add, [t.grad_B for t in terms if isinstance(t, Dense)])
 
 
 def add_gradients(terms: list[Term], total: Tensor, trace_B: Tensor | None, buffers: Buffers) -> None:
@@ -208,10 +207,10 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
                 for b in terms[i + 1 :]:
                     trace_B += 2 * _inner(a, b).double()
             return
-        together = min(first.batch, _samples_a_call(first.left_BTP, shape))
+        together = min(samples_in(first), _samples_a_call(first.left_BTP, shape))
         gradient_bPQ = buffers.take(torch.Size((together, *shape)), first.left_BTP)
         left_BPT, right_BTQ = first.left_BTP.transpose(1, 2), first.right_BTQ
-        for start in range(0, first.batch, together):
+        for start in range(0, samples_in(first), together):
             left_bPT, right_bTQ = left_BPT[start : start + together], right_BTQ[start : start + together]
             flat_bK = torch.bmm(left_bPT, right_bTQ, out=gradient_bPQ[: len(left_bPT)]).flatten(1)
             trace_B[start : start + together] += _squared_norms(flat_bK)
@@ -220,7 +219,7 @@ def add_traces(terms: list[Term], shape: torch.Size, trace_B: Tensor, buffers: B
     elif all(isinstance(t, Dense) for t in terms):
         trace_B += _dense_sum(terms).flatten(1).square().sum(1, dtype=torch.float64)
     else:
-        for n in range(first.batch):
+        for n in range(samples_in(first)):
             flat = per_sample_gradient(terms, n, shape).reshape(-1)
             trace_B[n] += torch.dot(flat, flat)
 

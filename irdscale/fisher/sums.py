@@ -8,8 +8,6 @@ all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,55 +29,35 @@ def _reduce_scatter(own: Tensor, full: Tensor) -> dist.Work:
     return work
 
 
-class Sums(Protocol):
-    """Takes the gradients of a pass over samples.
+class Sums:
+    """Takes the gradients of a pass over samples; this base class keeps no sums.
 
     Attributes:
         tensors: name -> this rank's part of the sum, in the parameter's shape (replicated) or flat (sharded)
         in_step: whether all ranks must make the same number of backward passes
     """
 
-    tensors: dict[str, Tensor]
-    layout: Layout
+    layout: Layout = "replicated"
+    in_step = False
 
-    @property
-    def in_step(self) -> bool: ...
+    def __init__(self, shapes: Shapes) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._shapes, self._buffers = shapes, Buffers()
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         """Add one parameter's terms over a batch to its sum, and to the traces [B] if given; no terms mean zero."""
+        if terms and trace_B is not None:
+            add_traces(terms, torch.Size(self._shapes[name]), trace_B, self._buffers)
 
     def end_backward(self) -> None:
         """End one backward pass; a parameter that did not arrive had no gradient."""
+        self._buffers.forget()
 
     def complete(self) -> None:
         """Make the sums those of all ranks' samples."""
 
     def go_on(self) -> None:
         """Prepare for more samples after `complete`."""
-
-
-@dataclass
-class TracesOnly:
-    """Takes the traces of samples and keeps no sums."""
-
-    shapes: Shapes
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    layout: Layout = "replicated"
-    in_step: bool = False
-    buffers: Buffers = field(default_factory=Buffers)
-
-    def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
-        if terms and trace_B is not None:
-            add_traces(terms, torch.Size(self.shapes[name]), trace_B, self.buffers)
-
-    def end_backward(self) -> None:
-        self.buffers.forget()
-
-    def complete(self) -> None:
-        pass
-
-    def go_on(self) -> None:
-        pass
 
 
 class MainMemoryAdder:
@@ -121,24 +99,21 @@ class MainMemoryAdder:
             self._pending = None
 
 
-class ReplicatedSums:
+class ReplicatedSums(Sums):
     """Sums of each rank's own samples, in the parameters' shapes.
 
     Args:
         offload: keep the sums in main memory; each layer's batch sum is formed on the model's device, then copied
     """
 
-    layout: Layout = "replicated"
-    in_step = False
-
     def __init__(
         self, shapes: Shapes, dtype: torch.dtype, device: torch.device, add: Add, offload: bool = False
     ) -> None:
+        super().__init__(shapes)
         where = torch.device("cpu") if offload else device
         self.tensors = {name: torch.zeros(shape, dtype=dtype, device=where) for name, shape in shapes.items()}
-        self._add, self._buffers = add, Buffers()
+        self._add, self._adder = add, MainMemoryAdder()
         self._device, self._offload, self._batch_sums = device, offload, Buffers()
-        self._adder = MainMemoryAdder()
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         total = self.tensors[name]
@@ -165,7 +140,7 @@ class ReplicatedSums:
                 total.zero_()
 
 
-class ShardedSums:
+class ShardedSums(Sums):
     """Sums of all ranks' samples; each rank holds 1 / world size of each parameter's entries.
 
     Each layer's batch sum is formed in a buffer and reduce-scattered asynchronously. The buffers in flight share memory
@@ -188,17 +163,17 @@ class ShardedSums:
         order: list[str],
         offload: bool = False,
     ) -> None:
-        self._shapes, self._order, self._device, self._dtype = shapes, order, device, dtype
+        super().__init__(shapes)
+        self._order, self._device, self._dtype = order, device, dtype
         self._numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         self._world = rank_and_world()[1]
         where = torch.device("cpu") if offload else device
-        self.tensors = {}
         for name, numel in self._numel.items():
             start, stop = slice_of(numel)
             self.tensors[name] = torch.zeros(stop - start, dtype=dtype, device=where)
         self._pool = torch.empty(max(map(self._padded, shapes)), dtype=dtype, device=device)
         self._used = 0
-        self._add, self._buffers, self._adder = add, Buffers(), MainMemoryAdder()
+        self._add, self._adder = add, MainMemoryAdder()
         self._ready: dict[str, Tensor] = {}
         self._sent: list[tuple[dist.Work, str, Tensor, Tensor]] = []
         self._next = 0
@@ -254,9 +229,3 @@ class ShardedSums:
         self._adder.finish()
         self._next = self._used = 0
         self._buffers.forget()
-
-    def complete(self) -> None:
-        pass
-
-    def go_on(self) -> None:
-        pass

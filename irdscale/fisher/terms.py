@@ -18,10 +18,6 @@ class Outer:
     left_BTP: Tensor
     right_BTQ: Tensor
 
-    @property
-    def batch(self) -> int:
-        return len(self.left_BTP)
-
 
 @dataclass
 class TableRows:
@@ -30,10 +26,6 @@ class TableRows:
     ids_BT: Tensor
     grad_BTD: Tensor
 
-    @property
-    def batch(self) -> int:
-        return len(self.ids_BT)
-
 
 @dataclass
 class Dense:
@@ -41,12 +33,15 @@ class Dense:
 
     grad_B: Tensor
 
-    @property
-    def batch(self) -> int:
-        return len(self.grad_B)
-
 
 Term = Outer | TableRows | Dense
+
+
+def samples_in(term: Term) -> int:
+    """Number of samples B."""
+    return len(
+        term.left_BTP if isinstance(term, Outer) else term.grad_BTD if isinstance(term, TableRows) else term.grad_B
+    )
 
 
 def wide(x: Tensor) -> Tensor:

@@ -133,16 +133,13 @@ def top_k(fisher: Fisher, k: int, scope: Scope = "global") -> Mask:
     """
     if scope == "layerwise":
         return rank_entries(fisher, k, scope).prefix(k)
-    chosen, shapes = _largest(fisher, k)
+    _check_k(fisher, k)
+    chosen, shapes = largest(fisher.slices(), k, fisher.layout == "sharded"), fisher.shapes
     return Mask({name: _stored(entries.index, shapes[name]) for name, entries in chosen.items()}, shapes)
 
 
-def _largest(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
-    _check_k(k, sum(torch.Size(shape).numel() for shape in fisher.shapes.values()))
-    return largest(fisher.slices(), k, shared=fisher.layout == "sharded"), fisher.shapes
-
-
-def _check_k(k: int, total: int) -> None:
+def _check_k(fisher: Fisher, k: int) -> None:
+    total = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
     if not 0 <= k <= total:
         raise InputError(f"found k = {k}", f"0 to {total}, the number of scored entries", "top_k")
 
@@ -169,12 +166,10 @@ class Ranking:
         """The mask of the k entries with the largest scores."""
         if not 0 <= k <= len(self.index):
             raise InputError(f"found k = {k}", f"0 to {len(self.index)}, the number of ranked entries")
-        parameter, index = self.parameter[:k], self.index[:k]
-        indices: dict[str, Tensor] = {}
-        for place, (name, shape) in enumerate(self.shapes.items()):
-            inside = index[parameter == place].sort().values
-            if len(inside):
-                indices[name] = _stored(inside, shape)
+        parameter, order = self.parameter[:k].sort(stable=True)
+        counts = parameter.bincount(minlength=len(self.shapes)).tolist()
+        parts = zip(self.shapes, self.index[:k][order].split(counts), strict=True)
+        indices = {name: _stored(part.sort().values, self.shapes[name]) for name, part in parts if len(part)}
         return Mask(indices, self.shapes)
 
 
@@ -187,24 +182,26 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
             largest count as 0, so that the entries of a parameter without gradient (a key's bias) do not depend on the
             number of ranks.
     """
-    chosen, shapes = _largest(fisher, k) if scope == "global" else _largest_of_each(fisher, k)
+    _check_k(fisher, k)
+    shapes = fisher.shapes
+    if scope == "global":
+        chosen = largest(fisher.slices(), k, fisher.layout == "sharded")
+        keys = [entries.scores for entries in chosen.values()]
+    else:
+        chosen = _largest_of_each(fisher, k)
+        keys = [-_positions(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
     if not chosen:
         none = torch.zeros(0, dtype=torch.int64)
         return Ranking(none, none, shapes)
     places = {name: place for place, name in enumerate(shapes)}
-    if scope == "global":
-        keys = [entries.scores for entries in chosen.values()]
-    else:
-        keys = [-_positions(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
     order = torch.cat(keys).sort(descending=True, stable=True).indices[:k]
     parameter = torch.cat([torch.full_like(entries.index, places[name]) for name, entries in chosen.items()])
     return Ranking(parameter[order], torch.cat([entries.index for entries in chosen.values()])[order], shapes)
 
 
-def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
+def _largest_of_each(fisher: Fisher, k: int) -> dict[str, Chosen]:
     """The largest entries of every parameter, as many as the first k by position can contain."""
     sizes = {name: torch.Size(shape).numel() for name, shape in fisher.shapes.items()}
-    _check_k(k, sum(sizes.values()))
     # Of n entries, floor(n x + 1/2) have positions up to x: more than k of all parameters together at this x.
     last = (k + len(sizes)) / max(1, sum(sizes.values()))
     shared, pieces = fisher.layout == "sharded", fisher.slices()
@@ -215,12 +212,12 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
         all_reduce_sum([real_P])
     chosen: dict[str, Chosen] = {}
     for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
-        count = min(sizes[name], int(sizes[name] * last + 0.5)) if k else 0
+        count = min(sizes[name], int(sizes[name] * last + 0.5))
         # The scores are copied only if rounding errors would be among the largest.
         if real < count:
             piece = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0))
         chosen |= largest_of_checked({name: piece}, count, shared)
-    return chosen, fisher.shapes
+    return chosen
 
 
 def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:

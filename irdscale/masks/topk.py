@@ -77,7 +77,12 @@ def check_scores(slices: dict[str, Slice], shared: bool = False) -> None:
         InputError: names the parameter.
     """
     with failing_together() if shared else nullcontext():
-        _check_own(slices)
+        held = {name: piece.scores.detach().aminmax() for name, piece in slices.items() if piece.scores.numel()}
+        ends = read([end for both in held.values() for end in both], torch.float64).view(-1, 2).tolist()
+        for name, (low, high) in zip(held, ends, strict=True):
+            if not (low >= 0 and high < float("inf")):
+                fault = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
+                raise InputError(f"found {fault} Fisher information", "finite numbers of at least 0", name)
 
 
 def read(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -87,15 +92,6 @@ def read(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         places = [i for i, number in enumerate(numbers) if number.device == device]
         found[places] = torch.stack([numbers[i].to(dtype) for i in places]).cpu()
     return found
-
-
-def _check_own(slices: dict[str, Slice]) -> None:
-    held = {name: piece.scores.detach().aminmax() for name, piece in slices.items() if piece.scores.numel()}
-    ends = read([end for both in held.values() for end in both], torch.float64).view(-1, 2).tolist()
-    for name, (low, high) in zip(held, ends, strict=True):
-        if not (low >= 0 and high < float("inf")):
-            fault = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
-            raise InputError(f"found {fault} Fisher information", "finite numbers of at least 0", name)
 
 
 def ordered_bits(scores: Tensor) -> Tensor:
