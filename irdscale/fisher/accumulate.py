@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -100,13 +100,7 @@ def accumulate_fisher(
             have different inputs, or the sums or a batch do not fit in memory.
         RunError: a rank died (named).
     """
-    _one_of("objective", objective, get_args(Objective))
-    _one_of("layout", layout, get_args(Layout))
-    _one_of("token_reduction", token_reduction, get_args(TokenReduction))
-    if len(dataset) == 0:
-        raise InputError("the data set is empty", "at least one sample")
-    if batch_size < 1:
-        raise InputError(f"found {batch_size}", "at least 1", "fisher.batch_size")
+    _check_options(len(dataset), batch_size, objective=objective, layout=layout, token_reduction=token_reduction)
     model = unwrapped(model)
     scored = scored_parameters(model, include, exclude)
     samples = SampleGradients(model, dataset, collate_fn, scored, batch_size, objective, token_reduction, seed)
@@ -145,6 +139,12 @@ def new_sums(
     return ShardedSums(samples.shapes, dtype, samples.device, add, arrival, offload)
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"found {value!r}", f"one of {', '.join(known)}", name)
+def _check_options(count: int, batch_size: int, **options: str) -> None:
+    known = {"objective": get_args(Objective), "layout": get_args(Layout), "token_reduction": get_args(TokenReduction)}
+    for key, value in options.items():
+        if value not in known[key]:
+            raise InputError(f"found {value!r}", f"one of {', '.join(known[key])}", key)
+    if count == 0:
+        raise InputError("the data set is empty", "at least one sample")
+    if batch_size < 1:
+        raise InputError(f"found {batch_size}", "at least 1", "fisher.batch_size")

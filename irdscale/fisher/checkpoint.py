@@ -124,26 +124,16 @@ class SavedPass:
                 state.taken += int(tensors["taken"])
                 state.traces += tensors["traces"]
             if mine or self._layout == "sharded":
-                self._read_sums(state.sums, tensors, old, meta, shapes)
+                # In either layout, the parts of all ranks add up to the sum.
+                for name, own in state.sums.items():
+                    numel = torch.Size(shapes[name]).numel()
+                    own_start, own_stop = slice_of(numel) if self._layout == "sharded" else (0, numel)
+                    start, stop = slice_of(numel, old, meta["world"]) if meta["layout"] == "sharded" else (0, numel)
+                    first, last = max(own_start, start), min(own_stop, stop)
+                    if first < last:
+                        part = tensors[SUM + name].view(-1)[first - start : last - start]
+                        own.view(-1)[first - own_start : last - own_start] += part.to(own.device)
         state.left = left if same else left[rank::world]
-
-    def _read_sums(
-        self,
-        sums: dict[str, Tensor],
-        stored: dict[str, Tensor],
-        old: int,
-        meta: dict[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """Add this rank's part of an old rank's sums; in either layout, the parts of all ranks add up to the sum."""
-        for name, own in sums.items():
-            numel = torch.Size(shapes[name]).numel()
-            own_start, own_stop = slice_of(numel) if self._layout == "sharded" else (0, numel)
-            start, stop = slice_of(numel, old, meta["world"]) if meta["layout"] == "sharded" else (0, numel)
-            first, last = max(own_start, start), min(own_stop, stop)
-            if first < last:
-                part = stored[SUM + name].view(-1)[first - start : last - start]
-                own.view(-1)[first - own_start : last - own_start] += part.to(own.device)
 
     def due(self) -> bool:
         """Whether it is time to save, by the clock of rank 0."""

@@ -86,10 +86,7 @@ class _SeenCall:
 
 
 def _calls_of(
-    model: nn.Module,
-    held: dict[nn.Module, dict[str, str]],
-    inputs: dict[str, Any],
-    scored: dict[str, nn.Parameter],
+    model: nn.Module, held: dict[nn.Module, dict[str, str]], inputs: dict[str, Any], scored: dict[str, nn.Parameter]
 ) -> tuple[list[_SeenCall], str | None]:
     """The calls of the holding modules in one forward pass, and the first problem with them.
 

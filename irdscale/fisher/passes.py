@@ -260,10 +260,7 @@ class SampleGradients:
         if saved is not None:
             saved.load(state, {**work, **facts, "pass": description}, self.shapes, sums.layout)
         begin = 0
-        with (
-            self._capturing(),
-            bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance,
-        ):
+        with self._capturing(), bar(description, len(order), enabled=progress and rank_and_world()[0] == 0) as advance:
             advance(state.done, earlier=True)
             for stop in sorted({b for b in boundaries if 0 < b < len(order)} | {len(order)}):
                 if state.stop < stop:

@@ -100,28 +100,22 @@ def _affine(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
 
 def _generic(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     """The vector-Jacobian product of the module alone, vmapped over samples."""
-    module, batch = without_hooks(call.module), call.batch
-    names = sorted(wanted)
+    module, batch, count = without_hooks(call.module), call.batch, len(call.args)
     values = [*call.args, *call.kwargs.values()]
-    keys = list(call.kwargs)
-    mapped = [isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] in (batch, 1) for v in values]
-    tensors = [
-        v.detach().expand(batch, *v.shape[1:]) if is_mapped else v for v, is_mapped in zip(values, mapped, strict=True)
-    ]
+    dims = [0 if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] in (batch, 1) else None for v in values]
+    inputs = [v if dim is None else v.detach().expand(batch, *v.shape[1:]) for v, dim in zip(values, dims, strict=True)]
 
-    def local(dy_sample: Tensor, *moving: Tensor) -> dict[str, Tensor]:
-        stream = iter(moving)
-        inputs = [next(stream).unsqueeze(0) if m else v for v, m in zip(tensors, mapped, strict=True)]
-        args, kwargs = tuple(inputs[: len(call.args)]), dict(zip(keys, inputs[len(call.args) :], strict=True))
-        _, pull = vjp(lambda p: functional_call(module, p, args, kwargs), parameters)[:2]
+    def local(dy_sample: Tensor, *values: Any) -> dict[str, Tensor]:
+        own = [v if dim is None else v.unsqueeze(0) for v, dim in zip(values, dims, strict=True)]
+        args, kwargs = tuple(own[:count]), dict(zip(call.kwargs, own[count:], strict=True))
+        pull = vjp(lambda p: functional_call(module, p, args, kwargs), parameters)[1]
         return pull(dy_sample.unsqueeze(0))[0]
 
-    moving = [v for v, m in zip(tensors, mapped, strict=True) if m]
     held = {name: p for name, p in call.module._parameters.items() if p is not None}
     with gathered_parameters(list(held.values())):
-        parameters = {name: held[name].detach() for name in names}
-        grads = vmap(local)(dy, *moving)
-    return {name: Dense(grads[name]) for name in names}
+        parameters = {name: held[name].detach() for name in sorted(wanted)}
+        grads = vmap(local, in_dims=(0, *dims))(dy, *inputs)
+    return {name: Dense(gradient) for name, gradient in grads.items()}
 
 
 def rule_for(module: nn.Module) -> Rule | None:

@@ -178,9 +178,7 @@ class SampleLoss:
             row = self.dataset[indices[bad[0]]]
             row = f" (row {row['row']} of its split)" if isinstance(row, dict) and "row" in row else ""
             raise InputError(
-                f"found a loss of {losses_N[bad[0]].item()}",
-                "a finite number",
-                where=f"sample {indices[bad[0]]}{row}",
+                f"found a loss of {losses_N[bad[0]].item()}", "a finite number", where=f"sample {indices[bad[0]]}{row}"
             )
 
 

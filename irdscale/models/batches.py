@@ -88,12 +88,7 @@ class LateRows:
 
 
 def shared_batches(
-    model: nn.Module,
-    lengths: Sequence[int],
-    batch_size: int,
-    work: Callable[[list[int]], None],
-    *,
-    equal: bool = False,
+    model: nn.Module, lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None], *, equal: bool = False
 ) -> None:
     """Call `work` with the places of each batch of this rank; samples of similar length share a batch, to pad less.
 

@@ -173,19 +173,17 @@ def measured_tokens(head: nn.Module, hidden_BTD: Tensor, targets_BT: Tensor, pla
     Args:
         places_K: flat places that have a target; other places get 0 and False
     """
+
+    def measure(hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
+        logits_nV = head(hidden_nD)
+        losses_n = _row_losses(logits_nV, targets_n)
+        return torch.stack([losses_n, (logits_nV.argmax(-1) == targets_n).to(losses_n.dtype)], 1)
+
     with torch.no_grad():
         hidden_KD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, places_K)
-        targets_K = targets_BT.reshape(-1).index_select(0, places_K)
-        size, losses, right = part_size(head), [], []
-        for hidden_nD, targets_n in zip(hidden_KD.split(size), targets_K.split(size), strict=True):
-            logits_nV = head(hidden_nD)
-            losses.append(_row_losses(logits_nV, targets_n))
-            right.append(logits_nV.argmax(-1) == targets_n)
-        losses_K, right_K = torch.cat(losses), torch.cat(right)
-        count = targets_BT.numel()
-        losses_N = losses_K.new_zeros(count).index_copy(0, places_K, losses_K)
-        right_N = right_K.new_zeros(count).index_copy(0, places_K, right_K)
-    return losses_N.view(targets_BT.shape), right_N.view(targets_BT.shape)
+        found_K2 = _in_parts(head, measure, hidden_KD, targets_BT.reshape(-1).index_select(0, places_K))
+        losses_N, right_N = found_K2.new_zeros(targets_BT.numel(), 2).index_copy(0, places_K, found_K2).unbind(1)
+    return losses_N.view(targets_BT.shape), right_N.view(targets_BT.shape).bool()
 
 
 def drawn_tokens(head: nn.Module, hidden_BTD: Tensor, labels_BT: Tensor, indices: Sequence[int], seed: int) -> Tensor:
@@ -228,7 +226,7 @@ def _losses(head: nn.Module, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
 def _in_parts(head: nn.Module, work: Callable[[Tensor, Tensor], Tensor], *rows: Tensor) -> Tensor:
     """The concatenated results of `work` over a few tokens at a time."""
     size = part_size(head)
-    return torch.cat([work(*(r[i : i + size] for r in rows)) for i in range(0, len(rows[0]), size)])
+    return torch.cat([work(*parts) for parts in zip(*(r.split(size) for r in rows), strict=True)])
 
 
 def part_size(head: nn.Module) -> int:
@@ -257,10 +255,10 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_KD: Tensor, targets_K: Tensor, head: nn.Module) -> Tensor:
         losses, gradients = [], []
         size = part_size(head)
-        for start in range(0, len(hidden_KD), size):
-            part = hidden_KD[start : start + size].detach().requires_grad_()
+        for hidden_nD, targets_n in zip(hidden_KD.split(size), targets_K.split(size), strict=True):
+            part = hidden_nD.detach().requires_grad_()
             with torch.enable_grad():
-                loss = _losses(head, part, targets_K[start : start + size])
+                loss = _losses(head, part, targets_n)
                 (gradient,) = torch.autograd.grad(loss.sum(), part)
             losses.append(loss.detach())
             gradients.append(gradient)

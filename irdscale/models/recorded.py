@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Recorded:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         self._model, self._without = model, frozenset(without)
-        self._sums = self._summed()
+        self._checksums = self._summed()
 
     def restore(self, values: Mapping[str, Tensor] | None = None) -> bool:
         """Restore everything except the weights; False if a parameter is not the recorded one any more.
@@ -89,10 +89,11 @@ class Recorded:
 
     def same_weights(self) -> bool:
         """Whether the parameters have the recorded values, by their checksums."""
-        return self._summed() == self._sums
+        return self._summed() == self._checksums
 
     def _summed(self) -> list[int]:
-        return _sums(p for name, p in self._model.named_parameters() if name not in self._without)
+        sums = [_checksum(p) for name, p in self._model.named_parameters() if name not in self._without]
+        return torch.stack(sums).tolist() if sums else []
 
 
 def _recorded(module: nn.Module, copies: dict[int, Tensor]) -> _Module:
@@ -133,14 +134,9 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, PretrainedConfig | GenerationConfig)
 
 
-def _sums(parameters: Iterable[Tensor]) -> list[int]:
-    """A checksum of each parameter: the sum of its bytes, as 64-bit integers, computed on its device."""
-    sums = [_sum(p.detach()) for p in parameters]
-    return torch.stack(sums).tolist() if sums else []
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    bytes_N = tensor.reshape(-1).view(torch.uint8)
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bytes as 64-bit integers, on its device."""
+    bytes_N = tensor.detach().reshape(-1).view(torch.uint8)
     if bytes_N.storage_offset() % 8:
         bytes_N = bytes_N.clone()
     aligned = len(bytes_N) // 8 * 8
