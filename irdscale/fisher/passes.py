@@ -34,7 +34,6 @@ from irdscale.fisher.terms import Term
 from irdscale.fisher.work import description_of, first_entries
 from irdscale.models.batches import FIRST, Collate, LateRows, SizedDataset, has_token_labels, shared_batches
 from irdscale.models.checks import padding_matters, require_causal, uneven_rows
-from irdscale.models.chunked_losses import beginning
 from irdscale.utils.files import digest
 from irdscale.utils.interrupts import deferred, wanted
 from irdscale.utils.progress import Advance, bar
@@ -183,7 +182,7 @@ class SampleGradients:
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""
         with gathering(self.model):
-            names = arrival_order(self.model, self.scored, self._small_batch([index]))
+            names = arrival_order(self.model, self.scored, self.loss.small_batch([index]))
         return gather_texts("\n".join(names))[0].split("\n")
 
     def prepare(self, order: Sequence[int]) -> dict[str, Any]:
@@ -209,35 +208,28 @@ class SampleGradients:
             self._work = work
         return self._work
 
-    def _small_batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The samples in one batch, texts cut short so that the logits of all tokens fit in memory."""
-        batch = self.loss.batch(indices)
-        return beginning(batch) if has_token_labels(batch) else batch
-
     def _check(self, first: Sequence[int]) -> None:
         """Find out how to take samples, by forward passes over one or two of them."""
-        name, loss, batch = type(self.model).__name__, self.loss, self._small_batch(first)
+        loss, batch = self.loss, self.loss.small_batch(first)
         if loss.is_causal(batch):
             with frozen(self.model):
                 require_causal(self.model, loss.collated(first[:1]))
         reason = why_no_rules(self.model, self.scored, batch)
         with frozen(self.model):
-            padded = reason is None and self.batch_size > 1 and self._padding_matters(batch)
+            own, padded = loss.differs(first[0]), False
+            if reason is None and self.batch_size > 1:
+                rows = uneven_rows(self.dataset, self.collate_fn, longest=FIRST if has_token_labels(batch) else None)
+                padded = bool(padding_matters(self.model, self.collate_fn, rows))
             # Ranks agree, since rounding on different devices may decide a close comparison.
-            own, padded = map(bool, largest_of([loss.differs(first[0]), padded]))
-        loss.has_own = own
+            loss.has_own, padded = map(bool, largest_of([own, padded]))
         reason = loss.why_own() or reason
         if reason is None and padded:
-            reason = f"what {name} computes for a sample depends on how far its batch is padded"
+            reason = f"what {type(self.model).__name__} computes for a sample depends on how far its batch is padded"
         if reason is not None and rank_and_world()[0] == 0:
             log.warning("Fisher takes one sample per backward: %s", reason)
         self._by_rules = reason is None
         self._batches = Batches(self.batch_size if reason is None else 1)
         loss.choose(batch, self.scored)
-
-    def _padding_matters(self, batch: dict[str, Any]) -> bool:
-        rows = uneven_rows(self.dataset, self.collate_fn, longest=FIRST if has_token_labels(batch) else None)
-        return bool(padding_matters(self.model, self.collate_fn, rows))
 
     def _run(
         self,

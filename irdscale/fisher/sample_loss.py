@@ -22,6 +22,7 @@ from irdscale.models.checks import CLASSES, loss_differs
 from irdscale.models.chunked_losses import (
     PLACES,
     Headless,
+    beginning,
     drawn_tokens,
     finishing,
     found_losses,
@@ -71,9 +72,10 @@ class SampleLoss:
             raise InputError("found no labels", "labels for fisher.objective 'label'", where=f"sample {indices[0]}")
         return batch
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """The samples in one batch on the model's device."""
-        return moved(self.collated(indices), device_of(self.model))
+    def small_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The samples in one batch on the model's device, texts cut short so that the logits of all tokens fit."""
+        batch = moved(self.collated(indices), device_of(self.model))
+        return beginning(batch) if has_token_labels(batch) else batch
 
     def is_causal(self, batch: dict[str, Any]) -> bool:
         """Whether the batch is one of texts for a causal language model."""

@@ -22,7 +22,7 @@ def description_of(loss: SampleLoss, scored: dict[str, nn.Parameter], batch_size
     entries = [] if loss.partitioned else first_entries(scored)
     count = len(loss.dataset)
     some = [count * i // SAMPLES for i in range(SAMPLES)] + [count - 1]
-    rows = [sorted(loss.batch([i]).items()) for i in dict.fromkeys(some)]
+    rows = [sorted(loss.collated([i]).items()) for i in dict.fromkeys(some)]
     values = [[k, str(v.tolist() if isinstance(v, Tensor) else v)] for row in rows for k, v in row]
     return {
         "number of samples": count,
