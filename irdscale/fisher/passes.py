@@ -248,7 +248,7 @@ class SampleGradients:
         same_on_every_rank({**facts, "choice of traces": traces is not None, "pass": description})
         own_traces = torch.zeros(0 if traces is None else len(traces), dtype=torch.float64)
         state = PassState(own_traces, sums.tensors)
-        sums.go_on()
+        sums.resume()
         if saved is not None:
             saved.load(state, {**work, **facts, "pass": description}, self.shapes, sums.layout)
         begin = 0
@@ -268,7 +268,7 @@ class SampleGradients:
                 if stop in boundaries and at_boundary is not None:
                     at_boundary(stop)
                 if stop < len(order):
-                    sums.go_on()
+                    sums.resume()
         taken = torch.tensor([state.taken])
         all_reduce_sum([taken])
         self.taken += int(taken)

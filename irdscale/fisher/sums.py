@@ -56,7 +56,7 @@ class Sums:
     def complete(self) -> None:
         """Make the sums those of all ranks' samples."""
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Prepare for more samples after `complete`."""
 
 
@@ -133,7 +133,7 @@ class ReplicatedSums(Sums):
     def complete(self) -> None:
         all_reduce_sum(list(self.tensors.values()))
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         # The completed sums count once.
         if rank_and_world()[0] > 0:
             for total in self.tensors.values():

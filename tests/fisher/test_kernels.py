@@ -1,4 +1,4 @@
-"""The Triton kernel: its checks in the interpreter and, where there is a GPU, on it; and life without Triton."""
+"""The Triton kernel in the interpreter and on a GPU if there is one, and the package without Triton."""
 
 from __future__ import annotations
 

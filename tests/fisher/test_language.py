@@ -1,4 +1,4 @@
-"""Fisher passes over texts: the losses of their targets alone, by mean or sum, with and without the logits of all."""
+"""Fisher passes over texts: losses of their targets by mean or sum, with and without the logits of all tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fisher passes over models in DeepSpeed ZeRO-3 partitions, against the same models whole."""
+"""Fisher passes over models in DeepSpeed ZeRO-3 partitions, against the same models without partitions."""
 
 from __future__ import annotations
 

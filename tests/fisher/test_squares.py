@@ -1,4 +1,4 @@
-"""Sums of squares and traces from terms of the sizes at which products are joined or cut, against formed gradients."""
+"""Sums of squares and traces at the sizes at which products are combined or divided, against formed gradients."""
 
 from __future__ import annotations
 
