@@ -119,8 +119,8 @@ class SampleLoss:
             expected = f"'mean' for {name}, whose own loss is not that of its logits"
             raise InputError("found 'sum'", expected, key="fisher.token_reduction")
         return (
-            f"the own loss of {name} is not the negative log-likelihood of its logits (class weights, auxiliary "
-            f"losses), and is taken instead"
+            f"the own loss of {name}, which is used, is not the negative log-likelihood of its logits (class weights or "
+            f"auxiliary losses)"
         )
 
     def choose(self, batch: dict[str, Any], scored: dict[str, nn.Parameter]) -> None:

@@ -131,8 +131,7 @@ def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
 
 
 def _count_equal(flat: Tensor, threshold: int) -> Tensor:
-    counts = [(part == threshold).sum() for part in _parts(flat)]
-    return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+    return torch.stack([(part == threshold).sum() for part in _parts(flat)]).sum()
 
 
 def _own_ties(equal_P: Tensor, ties: int, shared: bool) -> Tensor:

@@ -61,9 +61,13 @@ def uneven_rows(rows: SizedDataset, collate: Collate, *, longest: int | None = N
         return []
     has_tokens = _tokens_of(rows[0]) is not None
     some = min(total, PROBED if has_tokens else COLLATED)
-    places = [total * i // some for i in range(some)]
-    sizes = {place: _tokens_of(rows[place]) if has_tokens else _entries(collate([rows[place]])) for place in places}
-    order = sorted(places, key=lambda place: sizes[place] or 0)
+
+    def size(row: Any) -> int:
+        batch = {} if has_tokens else collate([row])
+        return _tokens_of(row) or sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
+
+    sizes = {place: size(rows[place]) for place in (total * i // some for i in range(some))}
+    order = sorted(sizes, key=lambda place: sizes[place])
     shorter = [place for place in order if sizes[place] != sizes[order[-1]]]
     if not shorter:
         return []
@@ -75,10 +79,6 @@ def uneven_rows(rows: SizedDataset, collate: Collate, *, longest: int | None = N
 def _tokens_of(row: Any) -> int | None:
     ids = row.get("input_ids") if isinstance(row, Mapping) else None
     return len(ids) if isinstance(ids, (Sequence, Tensor, np.ndarray)) else None
-
-
-def _entries(batch: dict[str, Any]) -> int:
-    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
 
 
 def _cut(row: Any, tokens: int) -> Any:

@@ -26,24 +26,23 @@ class NewHead:
         Args:
             names: names of the parameters that the checkpoint lacks
         """
-        self._names, new = list(names), set(names)
+        self._names = list(names)
         empty: dict[int, Any] = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
             for name, p in model.named_parameters()
-            if name not in new
+            if name not in names
         }
         self._copy: Any = copy.deepcopy(model, empty)
 
     def drawn(self, seed: int) -> dict[str, Tensor]:
         """name -> initial value on the CPU; NaN where the model does not initialise it."""
-        new = set(self._names)
         # transformers initialises whatever does not have this mark.
         for module in self._copy.modules():
             vars(module).pop("_is_hf_initialized", None)
         for buffer in self._copy.buffers():
             buffer._is_hf_initialized = True
         for name, parameter in self._copy.named_parameters():
-            parameter._is_hf_initialized = name not in new
+            parameter._is_hf_initialized = name not in self._names
         parameters = {name: self._copy.get_parameter(name) for name in self._names}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for parameter in parameters.values():
