@@ -119,7 +119,7 @@ class SampleLoss:
             expected = f"'mean' for {name}, whose own loss is not that of its logits"
             raise InputError("found 'sum'", expected, key="fisher.token_reduction")
         return (
-            f"the own loss of {name}, which is used, is not the negative log-likelihood of its logits (class weights or "
+            f"the own loss of {name}, which is used, is not the negative log-likelihood of its logits (class weights, "
             f"auxiliary losses)"
         )
 
