@@ -107,15 +107,14 @@ class Mask:
             InputError: an index is out of range, unsorted or repeated, or a shape is missing.
         """
         for name, index in self.indices.items():
+            key = f"mask: {name}"
             if name not in self.shapes:
-                raise InputError("found indices without a shape", key=name, where="mask")
+                raise InputError("found indices without a shape", key=key)
             numel = torch.Size(self.shapes[name]).numel()
             if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"found {index.dtype} {tuple(index.shape)}", "flat integers", name, "mask")
+                raise InputError(f"found {index.dtype} {tuple(index.shape)}", "flat integers", key)
             if len(index) and (int(index[0]) < 0 or int(index[-1]) >= numel or bool((index[1:] <= index[:-1]).any())):
-                raise InputError(
-                    "found invalid indices", f"sorted, distinct indices from 0 to {numel - 1}", name, "mask"
-                )
+                raise InputError("found invalid indices", f"sorted, distinct indices from 0 to {numel - 1}", key)
 
 
 def top_k(fisher: Fisher, k: int, scope: Scope = "global") -> Mask:
