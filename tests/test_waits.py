@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from irdscale import language_evaluation
-from irdscale.fisher import SampleGradients, passes, scored_parameters
+from irdscale.fisher import SampleGradients, passes, sample_loss, scored_parameters
 from irdscale.fisher.accumulate import new_sums
 from irdscale.models import chunked_losses
 from irdscale.models.chunked_losses import next_tokens, token_losses
@@ -33,7 +33,7 @@ def test_passes_read_the_device_once_for_many_batches(family: str, what: str, mo
     head = "lm" if family.endswith("texts") else "classification"
     model = tiny(family.split()[0], head)
     rows = [samples(head)[0] | {"row": i} for i in range(4 * passes.BATCHES_BETWEEN)]
-    monkeypatch.setattr(passes, "target_places", (waits := Waits()).host(chunked_losses.target_places))
+    monkeypatch.setattr(sample_loss, "target_places", (waits := Waits()).host(chunked_losses.target_places))
     scored = scored_parameters(model, [r"layers\."] if head == "lm" else None)
     taken = SampleGradients(model, rows, waits.host(collate), scored, batch_size=2)
     taken.prepare(range(len(rows)))

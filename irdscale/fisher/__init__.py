@@ -1,4 +1,4 @@
-"""Per-sample squared gradients: the Fisher diagonal, sample traces, and the masks of a whole search."""
+"""Per-sample squared gradients: the Fisher diagonal, Fisher traces of samples, and all masks of a search."""
 
 from irdscale.fisher.accumulate import accumulate_fisher, scored_parameters
 from irdscale.fisher.diagonal import Fisher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from irdscale.errors import InputError
 from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.losses import Objective, TokenReduction
-from irdscale.fisher.memory_check import check_room
-from irdscale.fisher.passes import Collate, SampleGradients, SizedDataset
-from irdscale.fisher.rules import add_squares
-from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
+from irdscale.fisher.memory_check import check_memory
+from irdscale.fisher.passes import SampleGradients
+from irdscale.fisher.squares import add_squares
+from irdscale.fisher.sums import Add, ReplicatedSums, ShardedSums, Sums
+from irdscale.models.batches import Collate, SizedDataset
 
 
 def scored_parameters(
@@ -28,7 +29,7 @@ def scored_parameters(
     """The floating-point parameters that match an `include` expression and no `exclude` expression, tied ones once.
 
     Raises:
-        InputError: an expression is malformed, or no parameter is left.
+        InputError: an expression is malformed, or no parameter matches.
     """
     wanted, unwanted = _expressions("include", include), _expressions("exclude", exclude)
     kept = {
@@ -40,9 +41,8 @@ def scored_parameters(
     }
     if not kept:
         names = ", ".join(list(dict(model.named_parameters()))[:3])
-        raise InputError(
-            f"fisher.include={include} and fisher.exclude={exclude}: found no parameter; expected names such as {names}"
-        )
+        key = f"fisher.include={include} and fisher.exclude={exclude}"
+        raise InputError("found no parameter", f"names such as {names}", key)
     return kept
 
 
@@ -52,7 +52,7 @@ def _expressions(key: str, patterns: str | Sequence[str] | None) -> list[re.Patt
     try:
         return [re.compile(p) for p in ([patterns] if isinstance(patterns, str) else patterns)]
     except re.error as error:
-        raise InputError(f"fisher.{key}: found {patterns!r}; expected regular expressions ({error})") from None
+        raise InputError(f"found {patterns!r}", f"regular expressions ({error})", f"fisher.{key}") from None
 
 
 def accumulate_fisher(
@@ -75,53 +75,35 @@ def accumulate_fisher(
 ) -> Fisher:
     """The diagonal Fisher information of `model` over `dataset`: the mean of squared per-sample gradients.
 
-    Each sample's own gradient is squared, then summed (Sung, Nair, Raffel 2021, arXiv 2111.09839, equation 3); the
-    answer does not depend on the batch size or the number of ranks beyond float rounding. The model is put in
-    evaluation mode for the passes and left as it was found. With torch.distributed initialised this is collective:
-    every rank passes the same model and full data set, takes its share of the samples, and gets the whole result, or
-    its slice of it. A model that DeepSpeed ZeRO-3 keeps in partitions stays so.
+    Each sample's own gradient is squared, then summed (Sung, Nair, Raffel 2021, arXiv 2111.09839, equation 3). The
+    result does not depend on batch size, layout or world size beyond rounding. The model runs in evaluation mode and is
+    restored. With torch.distributed initialised the call is collective: every rank passes the same model and full data
+    set, takes its shard of the samples, and gets the full result or its slice. A ZeRO-3 model stays partitioned.
 
     Args:
-        model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model).
-        dataset: rows for `collate_fn`; N of them.
-        collate_fn: a list of rows -> a dictionary of tensors whose first dimension is the batch, with `labels`.
-        objective: `label` (the data's labels), `sampled` (drawn from the model, by `seed` and the sample's index) or
-            `expected` (over all classes, one backward pass each).
-        include, exclude: regular expressions, searched in parameter names.
-        layout: `replicated`: every rank holds the whole diagonal, and one all-reduce adds the ranks' sums up.
-            `sharded`: a rank holds 1 / world size of every parameter's entries; each layer's sum is reduce-scattered as
-            its backward ends. One process holds the whole diagonal in either layout.
-        dtype: of the sums; squares are formed in float32 at least.
-        token_reduction: for language models, a sample's loss is the mean or the sum over its target tokens.
-        offload: keep the sums in main memory where the model is on a GPU.
-        save_to: a folder that all ranks share, for the state of the pass; a pass that was killed goes on from there,
-            on any number of ranks. It is removed at the end.
-        save_minutes: how often the state is saved.
+        model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model)
+        dataset: N rows for `collate_fn`
+        collate_fn: maps rows to a dictionary of tensors whose first dimension is the batch, with `labels`
+        objective: `label` (labels of the data), `sampled` (labels drawn from the model, by `seed` and the sample's
+            index) or `expected` (all classes, one backward pass each)
+        include, exclude: regular expressions, searched in parameter names
+        layout: `replicated` (every rank holds the full diagonal) or `sharded` (a rank holds 1 / world size of it)
+        dtype: data type of the sums; squares are formed in float32 at least
+        token_reduction: reduction of a text's loss over its target tokens
+        offload: keep the sums in main memory while the model is on a GPU
+        save_to: folder for the state of the pass, shared by all ranks and removed at the end; a killed pass continues
+            from there on any number of ranks
+        save_minutes: minutes between two saves
 
     Raises:
-        InputError: an unknown option, no parameter or sample is left, a sample's loss is not finite (named), or the
-            model's loss is of a kind that is not covered, or the ranks differ in what they were given (named), or the
-            sums or a batch do not fit in memory.
+        InputError: an option is unknown, no parameter or sample is left, a loss is not finite or not supported, ranks
+            have different inputs, or the sums or a batch do not fit in memory.
         RunError: a rank died (named).
     """
-    _one_of("objective", objective, ("label", "sampled", "expected"))
-    _one_of("layout", layout, ("replicated", "sharded"))
-    _one_of("token_reduction", token_reduction, ("mean", "sum"))
-    if len(dataset) == 0:
-        raise InputError("the data set is empty; expected at least one sample")
-    if batch_size < 1:
-        raise InputError(f"fisher.batch_size: found {batch_size}; expected at least 1")
+    _check_options(len(dataset), batch_size, objective=objective, layout=layout, token_reduction=token_reduction)
     model = unwrapped(model)
-    samples = SampleGradients(
-        model,
-        dataset,
-        collate_fn,
-        scored_parameters(model, include, exclude),
-        batch_size=batch_size,
-        objective=objective,
-        token_reduction=token_reduction,
-        seed=seed,
-    )
+    scored = scored_parameters(model, include, exclude)
+    samples = SampleGradients(model, dataset, collate_fn, scored, batch_size, objective, token_reduction, seed)
     order = range(len(dataset))
     sums = new_sums(samples, order, layout=layout, dtype=dtype, offload=offload)
     traces = torch.zeros(len(dataset), dtype=torch.float64)
@@ -131,7 +113,7 @@ def accumulate_fisher(
         total /= len(dataset)
     if saved is not None:
         saved.remove()
-    return sums.fisher(traces, samples.taken)
+    return Fisher(sums.tensors, traces, samples.taken, sums.layout, samples.shapes)
 
 
 def new_sums(
@@ -143,20 +125,26 @@ def new_sums(
     add: Add = add_squares,
     offload: bool = False,
 ) -> Sums:
-    """Sums of zero for a pass over the ordered samples; collective.
+    """Zero sums for a pass over the ordered samples; collective.
 
     Raises:
-        InputError: they do not fit in memory, ranks ask for different ones, or what `SampleGradients.prepare` refuses.
+        InputError: they do not fit in memory, ranks have different options, or `SampleGradients.prepare` raises it.
     """
     same_on_every_rank({"layout": layout, "data type of the sums": dtype, "offload": offload})
-    check_room(samples.shapes, dtype, layout, samples.device, offload)
+    check_memory(samples.shapes, dtype, layout, samples.device, offload)
     if layout == "replicated" or rank_and_world()[1] == 1:
-        return WholeSums(samples.shapes, dtype, samples.device, add, offload)
+        return ReplicatedSums(samples.shapes, dtype, samples.device, add, offload)
     samples.prepare(order)
     arrival = samples.arrival_order(order[0])
     return ShardedSums(samples.shapes, dtype, samples.device, add, arrival, offload)
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name}: found {value!r}; expected one of {', '.join(known)}")
+def _check_options(count: int, batch_size: int, **options: str) -> None:
+    known = {"objective": get_args(Objective), "layout": get_args(Layout), "token_reduction": get_args(TokenReduction)}
+    for key, value in options.items():
+        if value not in known[key]:
+            raise InputError(f"found {value!r}", f"one of {', '.join(known[key])}", key)
+    if count == 0:
+        raise InputError("the data set is empty", "at least one sample")
+    if batch_size < 1:
+        raise InputError(f"found {batch_size}", "at least 1", "fisher.batch_size")

@@ -1,7 +1,7 @@
-"""Modules whose output is affine in their one vector of weights, entry by entry of the last dimension, such as RMSNorm.
+"""Modules whose output is affine in their only weight vector, entry by entry of the last dimension, such as RMSNorm.
 
-out[..., d] = slope(x)[..., d] * weight[d] + base(x)[..., d], so the gradient of weight[d] is a sum of dY * slope, and
-the slope is the module's own output for weights of 1 less that for weights of 0.
+out[..., d] = slope(x)[..., d] * weight[d] + base(x)[..., d]. The gradient of weight[d] is a sum of dY * slope, and the
+slope is the module's output for weights of 1 minus its output for weights of 0.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from irdscale.distributed.zero3 import shape_of
+from irdscale.fisher.terms import wide
 
-# Norms compute in float32 inside, whatever their weights.
+# Norms compute in float32 whatever the data type of their weights.
 TOLERANCE = 1e-5
 
-_based: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+# Whether each module has a base other than 0; None if it is not affine.
+_has_base: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The module's own computation: neither our hooks nor those that gather its parameters."""
+    """A copy of the module without hooks, neither ours nor those that gather its parameters."""
     bare = copy.copy(module)
     for name, value in vars(module).items():
         if name.endswith("_hooks"):
@@ -34,28 +36,33 @@ def without_hooks(module: nn.Module) -> nn.Module:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the module was found to be of this kind: tried once, on random inputs and weights."""
-    if module not in _based:
-        _based[module] = _try(module)
-    return _based[module] is not None
+    """Whether the module is affine in its weights, by one test on random inputs and weights."""
+    if module not in _has_base:
+        probe(module, module)
+    return _has_base[module] is not None
+
+
+def probe(module: nn.Module, like: nn.Module) -> None:
+    """Test a module by another one of the same kind, such as a copy off the meta device."""
+    _has_base[module] = _find_base(like)
 
 
 def slope(module: nn.Module, x: Tensor) -> Tensor:
-    """d(out) / d(weight) of a module that `is_affine`, in x's shape; of float32 at least."""
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """d(out) / d(weight) of an affine module, in x's shape, in float32 at least."""
+    x = wide(x)
     bare = without_hooks(module)
     ones = _with_weights(bare, x, x.new_ones(x.shape[-1]))
-    return ones - _with_weights(bare, x, x.new_zeros(x.shape[-1])) if _based[module] else ones
+    return ones - _with_weights(bare, x, x.new_zeros(x.shape[-1])) if _has_base[module] else ones
 
 
-def _try(module: nn.Module) -> bool | None:
-    """Whether there is a base, which is not 0; None for a module of another kind."""
+def _find_base(module: nn.Module) -> bool | None:
+    """Whether the base is not 0; None if the module is not affine."""
     held = [p for p in module._parameters.values() if p is not None]
     if len(held) != 1 or len(shape_of(held[0])) != 1 or next(module.children(), None) is not None:
         return None
     (width,) = shape_of(held[0])
     generator = torch.Generator().manual_seed(0)
-    # No other dimension may be taken for the one of the weights.
+    # No other dimension may equal that of the weights.
     shape = (2, 3, width) if width > 3 else (5, 7, width)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(held[0].device)
     weights = torch.randn(2, width, generator=generator, dtype=torch.float64).to(x)
@@ -65,10 +72,10 @@ def _try(module: nn.Module) -> bool | None:
             base, one = _with_weights(bare, x, torch.zeros_like(weights[0])), _with_weights(bare, x, x.new_ones(width))
             for weight in (weights[0], 10 * weights[1]):
                 found, expected = _with_weights(bare, x, weight), base + (one - base) * weight
-                # Written so that a NaN is a difference.
+                # A NaN counts as a difference.
                 if not float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()):
                     return None
-    except Exception:  # A module that takes other inputs fails in its own way.
+    except Exception:  # a module with other inputs may raise errors of any class
         return None
     return bool(base.count_nonzero())
 

@@ -1,10 +1,10 @@
-"""The state of a pass over samples on disk, so that a pass that was killed goes on where it was.
+"""The state of a pass over samples on disk, from which a killed pass continues.
 
-    FOLDER/state.json               which set of files is whole, and of which work it is
-    FOLDER/<set>/rank-<r>.safetensors   each rank's sums, traces and samples that are left
-    FOLDER/<name>.safetensors       results that a finished part of the pass has left
+    FOLDER/state.json                   the complete set of files, and the work that it belongs to
+    FOLDER/<set>/rank-<r>.safetensors   a rank's sums, traces and remaining samples
+    FOLDER/<name>.safetensors           results of finished parts of the pass
 
-A set becomes the state when every rank has written its file, so a kill at any moment leaves the one before.
+A set becomes the state when every rank has written its file, so a kill at any moment leaves the previous set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_texts, rank_and_world, slice_of
-from irdscale.errors import InputError
 from irdscale.fisher.diagonal import Layout
 from irdscale.utils.files import digest, read_json, read_tensors, write_by, write_json
 
@@ -30,19 +29,21 @@ log = logging.getLogger(__name__)
 
 VERSION = 2
 SUM = "sum/"
+# Named in errors.
+WHAT = "state of a Fisher pass (all ranks share its folder)"
 
 
 @dataclass
 class PassState:
-    """How far a pass is on this rank.
+    """Progress of a pass on this rank.
 
     Attributes:
-        traces: float64 [N], this rank's share of them; empty where none are wanted.
-        sums: name -> this rank's sums.
-        stop: the pass is in the segment that ends before this place of the order; 0 before the first.
-        left: samples of that segment that this rank has still to take.
-        taken: gradients of single samples that this rank took.
-        done: samples that all ranks together had taken when the state was loaded.
+        traces: float64 [N], traces of this rank's samples; empty if the pass computes none
+        sums: name -> this rank's sums
+        stop: end of the current segment of the order; 0 before the first
+        left: samples of that segment that this rank has not taken yet
+        taken: gradients of single samples that this rank has taken
+        done: samples that all ranks had taken when the state was loaded
     """
 
     traces: Tensor
@@ -54,10 +55,10 @@ class PassState:
 
 
 class SavedPass:
-    """Keeps one pass's state in `folder`, which all ranks share, every so many minutes.
+    """Saves one pass's state in `folder`, which all ranks share, at intervals of `minutes`.
 
     Args:
-        also: what tells the pass from others beside its work.
+        also: facts that identify the pass, beside its work
     """
 
     def __init__(self, folder: Path, minutes: float, also: Mapping[str, Any] | None = None) -> None:
@@ -70,10 +71,10 @@ class SavedPass:
     def load(
         self, state: PassState, work: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], layout: Layout
     ) -> None:
-        """Fill `state` from a pass that was interrupted, of any number of ranks; without one, start anew. Collective.
+        """Fill `state` from an interrupted pass, if there is one, of any number of ranks and either layout. Collective.
 
         Args:
-            layout: of the state's sums; the pass that was interrupted may have had the other one.
+            layout: layout of `state.sums`
 
         Raises:
             InputError: a rank's file is missing or damaged.
@@ -94,7 +95,7 @@ class SavedPass:
         all_reduce_sum([counts])
         state.done = state.stop - int(counts)
         if rank == 0:
-            log.info("going on with a pass that was interrupted: %d samples are done", state.done)
+            log.info("continuing an interrupted pass: %d samples are done", state.done)
 
     def _meta(self) -> dict[str, Any] | None:
         file = self._folder / "state.json"
@@ -102,7 +103,7 @@ class SavedPass:
             return None
         meta = read_json(file, "state of a Fisher pass")
         if not isinstance(meta, dict) or meta.get("version") != VERSION or meta.get("made_by") != self._made_by:
-            log.info("%s is of other work and is not used", self._folder)
+            log.info("%s belongs to other work and is not used", self._folder)
             return None
         return meta
 
@@ -117,35 +118,25 @@ class SavedPass:
             mine = old % world == rank
             if same and not mine:
                 continue
-            tensors = read_tensors(self._file(meta["set"], old), "state of a Fisher pass (all ranks share its folder)")
+            tensors = read_tensors(self._file(meta["set"], old), WHAT)
             left += tensors["left"].tolist()
             if mine:
                 state.taken += int(tensors["taken"])
                 state.traces += tensors["traces"]
             if mine or self._layout == "sharded":
-                self._read_sums(state.sums, tensors, old, meta, shapes)
+                # In either layout, the parts of all ranks add up to the sum.
+                for name, own in state.sums.items():
+                    numel = torch.Size(shapes[name]).numel()
+                    own_start, own_stop = slice_of(numel) if self._layout == "sharded" else (0, numel)
+                    start, stop = slice_of(numel, old, meta["world"]) if meta["layout"] == "sharded" else (0, numel)
+                    first, last = max(own_start, start), min(own_stop, stop)
+                    if first < last:
+                        part = tensors[SUM + name].view(-1)[first - start : last - start]
+                        own.view(-1)[first - own_start : last - own_start] += part.to(own.device)
         state.left = left if same else left[rank::world]
 
-    def _read_sums(
-        self,
-        sums: dict[str, Tensor],
-        stored: dict[str, Tensor],
-        old: int,
-        meta: dict[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """Add what this rank holds of an old rank's sums: in either layout, all ranks' together are the sum."""
-        for name, own in sums.items():
-            numel = torch.Size(shapes[name]).numel()
-            own_start, own_stop = slice_of(numel) if self._layout == "sharded" else (0, numel)
-            start, stop = slice_of(numel, old, meta["world"]) if meta["layout"] == "sharded" else (0, numel)
-            first, last = max(own_start, start), min(own_stop, stop)
-            if first < last:
-                part = stored[SUM + name].view(-1)[first - start : last - start]
-                own.view(-1)[first - own_start : last - own_start] += part.to(own.device)
-
     def due(self) -> bool:
-        """Whether it is time to save: rank 0's clock counts."""
+        """Whether it is time to save, by the clock of rank 0."""
         return rank_and_world()[0] == 0 and time.monotonic() - self._saved >= 60 * self._minutes
 
     def save(self, state: PassState) -> None:
@@ -165,32 +156,28 @@ class SavedPass:
         with failing_together():
             if rank == 0:
                 meta = {"version": VERSION, "made_by": self._made_by, "world": world, "stop": state.stop}
-                meta["layout"] = self._layout
-                write_json(self._folder / "state.json", {**meta, "set": self._set})
+                write_json(self._folder / "state.json", {**meta, "layout": self._layout, "set": self._set})
         if rank == 0:
             shutil.rmtree(self._folder / str(before), ignore_errors=True)
         self._saved = time.monotonic()
 
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep a result that later parts of the pass do not make again; collective."""
+    def save_result(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Save a result of a finished part of the pass; collective."""
         from safetensors.torch import save_file
 
         with failing_together():
             if rank_and_world()[0] == 0:
                 write_by(self._folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
 
-    def kept(self, name: str) -> dict[str, Tensor]:
-        """What `keep` kept under this name.
+    def load_result(self, name: str) -> dict[str, Tensor]:
+        """A result that `save_result` saved.
 
         Raises:
-            InputError: it is not there.
+            InputError: it is missing or damaged.
         """
-        file = self._folder / f"{name}.safetensors"
-        if not file.exists():
-            raise InputError(f"{file}: not found; expected it beside state.json, in a folder that all ranks share")
-        return read_tensors(file, "part of the state of a Fisher pass")
+        return read_tensors(self._folder / f"{name}.safetensors", WHAT)
 
     def remove(self) -> None:
-        """The pass has ended and its result is kept elsewhere."""
+        """Remove the state of a finished pass."""
         if rank_and_world()[0] == 0:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The result of a Fisher pass: whole on every rank, or in slices over the ranks."""
+"""The result of a Fisher pass, replicated on every rank or sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Fisher:
     """Diagonal Fisher information and per-sample traces.
 
     Attributes:
-        diagonal: name -> mean over samples of the squared gradient: in the parameter's shape where `layout` is
-            `replicated`, else this rank's slice of the flat parameter (`irdscale.distributed.ranks.slice_of`).
-        sample_trace: float64 [N], in data set order: each sample's sum of squared gradients over `diagonal`'s names.
-        sample_gradients: gradients of single samples that were taken to get there, by all ranks.
-        shapes: name -> the parameter's shape.
+        diagonal: name -> mean over samples of the squared gradient, in the parameter's shape (replicated) or as this
+            rank's slice of the flat parameter (sharded; `irdscale.distributed.ranks.slice_of`)
+        sample_trace: float64 [N], each sample's Fisher trace in data set order, over the names of `diagonal`
+        sample_gradients: gradients of single samples that all ranks took for it
+        sharded_shapes: name -> shape of the full parameter; needed if sharded
     """
 
     diagonal: dict[str, Tensor]
@@ -35,25 +35,25 @@ class Fisher:
 
     @property
     def shapes(self) -> Shapes:
-        """name -> shape of the whole parameter."""
+        """name -> shape of the full parameter."""
         return self.sharded_shapes or {name: tuple(d.shape) for name, d in self.diagonal.items()}
 
     def gather(self) -> dict[str, Tensor]:
-        """The whole diagonal on every rank; collective where it is sharded."""
+        """The full diagonal on every rank; collective if sharded."""
         if self.layout == "replicated":
             return self.diagonal
-        return {name: gathered(part, self.shapes[name]) for name, part in self.diagonal.items()}
+        return {name: _gathered(part, self.shapes[name]) for name, part in self.diagonal.items()}
 
     def slices(self) -> dict[str, Slice]:
-        """What this rank holds of each parameter."""
+        """This rank's part of each parameter."""
         if self.layout == "replicated":
             return {name: Slice(0, d.reshape(-1)) for name, d in self.diagonal.items()}
         starts = {name: slice_of(torch.Size(shape).numel())[0] for name, shape in self.shapes.items()}
         return {name: Slice(starts[name], part) for name, part in self.diagonal.items()}
 
 
-def gathered(part: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A whole tensor from every rank's slice of it."""
+def _gathered(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The full tensor from every rank's slice."""
     numel, world = torch.Size(shape).numel(), rank_and_world()[1]
     bounds = [slice_of(numel, rank) for rank in range(world)]
     return gather_flat(part, [stop - start for start, stop in bounds]).view(shape)

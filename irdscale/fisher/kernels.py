@@ -1,6 +1,6 @@
-"""A Triton kernel that squares per-sample gradients of a linear layer while they are still in registers.
+"""A Triton kernel that squares per-sample gradients of a linear layer while they are in registers.
 
-Imports without Triton; `usable` says whether the kernel can run.
+The module can be imported without Triton; `usable` returns whether the kernel can run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ except ImportError:
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Lengths in multiples of this let a kernel copy 16 bytes at once, for all data types.
+# With lengths in multiples of this a kernel copies 16 bytes at once, for all data types.
 UNIT = 16
-# Neighbouring programs share the columns of this many rows of tiles, which then stay in the L2 cache.
+# Rows of tiles whose columns neighbouring programs share, so that they stay in the L2 cache.
 GROUP = 8
 
 
 class Tile(NamedTuple):
-    """What is compiled for: a program's part of the gradient, the tokens of one step, and how both are worked on."""
+    """Compile-time settings: a program's block of the gradient, the tokens of one step, and how they are computed."""
 
     block_p: int
     block_q: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of a data type on a device: for large gradients, for small ones, and for layouts without UNIT."""
+    """The tiles of a data type on a device: for large gradients, small ones, and layouts that are not aligned."""
 
     large: Tile
     small: Tile
@@ -48,16 +48,17 @@ class Tiles(NamedTuple):
 
 
 INTERPRETED_TILE = Tile(16, 32, 16, 4, 1)
-# Registers hold a tile of the gradient and one of the sum; larger tiles than these do not fit there.
+# Registers hold a tile of the gradient and one of the sum; larger tiles do not fit.
 HALF_ON_HOPPER = Tiles(Tile(128, 128, 64, 8, 5), Tile(64, 64, 64, 4, 4), Tile(64, 64, 32, 8, 2))
 HALF = Tiles(Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), Tile(64, 64, 32, 8, 2))
 FLOAT = Tiles(Tile(128, 128, 16, 8, 3), Tile(64, 64, 16, 4, 3), Tile(64, 64, 16, 8, 3))
-# Three products of rounded parts are as exact as one of float32, and hold the sum of a step beside the other two.
+# tf32x3 is as exact as float32, and needs registers for the sum of a step beside the other two tiles.
 FLOAT_ON_TENSOR_CORES = Tiles(
     Tile(64, 64, 16, 4, 3, "tf32x3"), Tile(64, 64, 16, 4, 3, "tf32x3"), Tile(64, 64, 16, 8, 3, "tf32x3")
 )
 
 
+# Over 60 lines: a kernel is one function, and most lines name its arguments.
 def _squares(  # type: ignore[no-untyped-def]
     left_ptr,
     right_ptr,
@@ -90,7 +91,7 @@ def _squares(  # type: ignore[no-untyped-def]
 
     ALIGNED: the last dimensions are contiguous, and other sizes and strides are given in multiples of UNIT.
     """
-    # Any product with a stride may pass 2^31; the interpreter takes no note of the types above.
+    # Products with a stride may exceed 2^31; the interpreter ignores the types above.
     left_n, left_t, right_n, right_t = (
         left_n.to(tl.int64),
         left_t.to(tl.int64),
@@ -115,7 +116,7 @@ def _squares(  # type: ignore[no-untyped-def]
     t = tl.arange(0, BLOCK_T)
     in_p, in_q = p[None, :] < rows, q[None, :] < columns
     if PREFETCH:
-        # The old sums arrive in the L2 cache, one line of 128 bytes at a time, while the gradients are formed.
+        # The old sums are loaded into the L2 cache, in lines of 128 bytes, while the gradients are formed.
         line_p = tl.minimum(p, rows - 1)
         line_q = tl.minimum(first_q + 32 * tl.arange(0, BLOCK_Q // 32), columns - 1)
         tl.inline_asm_elementwise(
@@ -153,9 +154,9 @@ def _squares(  # type: ignore[no-untyped-def]
 
 
 def usable(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> bool:
-    """Whether the kernel can take these: Triton is there and works, on their device and for their data types.
+    """Whether the kernel can run: Triton is installed and works on this device, for these data types and shapes.
 
-    The first call that needs a kernel of its own runs it on a small example, and logs a failure once.
+    The first call for each compiled kernel runs it on a small example, and logs a failure once.
     """
     if _why_not(left_BTP, right_BTQ, total_PQ) is not None:
         return False
@@ -167,13 +168,13 @@ def usable(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> bool:
 def add_squared_products(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, trace_B: Tensor | None = None) -> None:
     """total_PQ += sum_n (left_n^T right_n)^2, and trace_B[n] += sum of (left_n^T right_n)^2, in place.
 
-    Products are summed in float32. The result is the same in each run on the same kind of device. Triton compiles
-    once for all sizes that are multiples of 16 in contiguous tensors, and keeps that on disk; others are slower.
+    Products are summed in float32, and the result is reproducible on the same kind of device. Triton compiles once, and
+    caches on disk, for all contiguous tensors whose sizes are multiples of 16; other tensors are slower.
 
     Args:
-        left_BTP, right_BTQ: bfloat16, float16 or float32, both the same; any strides.
-        total_PQ: float32, on the same device; any strides.
-        trace_B: float64 [B], on the same device.
+        left_BTP, right_BTQ: bfloat16, float16 or float32, both the same; any strides
+        total_PQ: float32, on the same device; any strides
+        trace_B: float64 [B], on the same device
 
     Raises:
         ValueError: Triton is missing, or a tensor is not as above.
@@ -214,7 +215,7 @@ def _choose(left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor) -> tuple[Tile
 
 
 def _tile(tiles: Tiles, rows: int, columns: int, aligned: bool, processors: int) -> Tile:
-    """The large tile, unless the gradient is smaller or half of the processors would have none."""
+    """The large tile, unless the gradient is smaller or half of the multiprocessors would be idle."""
     if not aligned:
         return tiles.unaligned
     large = tiles.large
@@ -228,32 +229,32 @@ def _aligned(x: Tensor) -> bool:
 
 
 def _strides(x: Tensor) -> list[int]:
-    # The stride of a dimension of one entry can be anything.
+    # The stride of a dimension of size 1 is arbitrary.
     return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 @cache
 def _tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, int]:
-    """The tiles, and the number of processors that share them."""
+    """The tiles, and the number of multiprocessors."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return _tiles_of(dtype, None if torch.version.hip else torch.cuda.get_device_capability(device)), processors
 
 
 def _tiles_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Tiles:
-    """The tiles for a compute capability; None stands for other makes."""
+    """The tiles for a compute capability; None for other vendors' GPUs."""
     if dtype == torch.float32:
-        # Elsewhere tensor cores multiply TF32 no faster than three times as fast as float32 is multiplied without.
+        # On other GPUs, TF32 is at most three times as fast as float32, so three products gain nothing.
         return FLOAT_ON_TENSOR_CORES if capability in ((8, 0), (9, 0)) else FLOAT
-    # Hopper and the data centre's Blackwell have twice the shared memory, and multiply from there.
+    # Hopper and data centre Blackwell have twice the shared memory, from which they multiply.
     return HALF_ON_HOPPER if capability is not None and capability[0] in (9, 10) else HALF
 
 
 @cache
 def _works(device: torch.device, dtype: torch.dtype, tile: Tile, aligned: bool) -> bool:
-    """Whether a small example comes out right."""
-    # Not random, for the global generators are not ours to move.
+    """Whether a small example is computed correctly."""
+    # Not random, which would change the state of the global generators.
     values = torch.arange(2 * 80 * 144, dtype=torch.float64).sin().view(2, 80, 144)
-    # The example is compiled as the real layers are, so that they find the kernel ready.
+    # The example compiles the same kernel as the real layers.
     rows = 112 if aligned else 111
     left, right = values[..., :rows].to(device, dtype).contiguous(), values.cos().to(device, dtype)
     total = torch.zeros(rows, 144, dtype=torch.float32, device=device)
@@ -268,18 +269,18 @@ def _works(device: torch.device, dtype: torch.dtype, tile: Tile, aligned: bool) 
 def _add(
     tile: Tile, aligned: bool, left_BTP: Tensor, right_BTQ: Tensor, total_PQ: Tensor, trace_B: Tensor | None
 ) -> None:
-    """One launch; nothing is empty."""
+    """One launch, of tensors that are not empty."""
     batch, tokens, rows = left_BTP.shape
     columns = right_BTQ.shape[2]
     count = _count(rows, columns, tile)
     traced = trace_B is not None
-    # Nothing is written there without a trace.
+    # Without a trace the kernel does not write to its `parts`.
     parts = torch.empty(batch, count, dtype=torch.float32, device=total_PQ.device) if traced else total_PQ
     lengths = [rows, columns]
     strides = [stride for x in (left_BTP, right_BTQ, total_PQ) for stride in _strides(x)]
     if aligned:
         lengths, strides = [x // UNIT for x in lengths], [x // UNIT for x in strides]
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may be another than the tensors'.
     with torch.cuda.device(total_PQ.device) if total_PQ.is_cuda else nullcontext():
         _jitted(aligned)[(count,)](
             left_BTP,
@@ -302,7 +303,7 @@ def _add(
 def _constants(tile: Tile, aligned: bool) -> dict[str, Any]:
     return {
         "ALIGNED": aligned,
-        # The instruction is NVIDIA's.
+        # The instruction exists only on NVIDIA GPUs.
         "PREFETCH": aligned and not interpreting() and torch.version.hip is None,
         # The interpreter multiplies the bits of bfloat16 as integers.
         "WIDEN": interpreting(),
@@ -321,8 +322,8 @@ def _count(rows: int, columns: int, tile: Tile) -> int:
 
 @cache
 def _jitted(aligned: bool) -> Any:
-    """The kernel, compiled once for a data type and a tile, whatever the sizes and strides."""
-    # Only pointers are looked at, where all are aligned.
+    """The kernel, compiled once for each data type and tile, whatever the sizes and strides."""
+    # Triton specializes for aligned pointers only.
     watched = ("_ptr",) if aligned else ()
     names = [x for x in inspect.signature(_squares).parameters if not x.isupper() and not x.endswith(watched)]
     return triton.jit(_squares, do_not_specialize=names)

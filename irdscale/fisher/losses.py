@@ -1,7 +1,7 @@
-"""A sample's loss, and the losses whose squared gradients sum to an objective of the Fisher information.
+"""The loss of each sample from a model's logits, and the losses of each objective of the Fisher information.
 
 A sample's loss equals the Hugging Face `.loss` of a batch of one: cross-entropy for classification, squared error for
-regression, the mean (or sum) over its target tokens for causal language models.
+regression, mean (or sum) over the target tokens for causal language models.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irdscale.errors import InputError
+from irdscale.fisher.terms import wide
 from irdscale.models.chunked_losses import (
     IGNORED,
     drawn_labels,
@@ -29,30 +30,26 @@ TokenReduction = Literal["mean", "sum"]
 
 
 def loss_kind(model: torch.nn.Module, logits: Tensor, labels: Tensor) -> str:
-    """`regression`, `classification` or `causal-lm`, as transformers would choose from the same logits and labels.
+    """`regression`, `classification` or `causal-lm`, as transformers chooses from the same logits and labels.
 
     Raises:
         InputError: the model's loss is of another kind.
     """
-    config = getattr(model, "config", None)
+    config, where = getattr(model, "config", None), type(model).__name__
     if logits.dim() == 3 and labels.dim() == 2:
-        if getattr(config, "is_encoder_decoder", False) or getattr(model, "loss_type", None) not in (
-            None,
-            "ForCausalLM",
-        ):
-            raise InputError(
-                f"{type(model).__name__}: found token labels; expected a causal language model or a sequence classifier"
-            )
+        loss_type = getattr(model, "loss_type", None)
+        if getattr(config, "is_encoder_decoder", False) or loss_type not in (None, "ForCausalLM"):
+            raise InputError("found token labels", "a causal language model or a sequence classifier", where=where)
         return "causal-lm"
     if logits.dim() != 2:
-        raise InputError(f"{type(model).__name__}: found logits of shape {tuple(logits.shape)}; expected [B, classes]")
+        raise InputError(f"found logits of shape {tuple(logits.shape)}", "[B, classes]", where=where)
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification" or (problem is None and labels.dim() == 2 and logits.shape[1] > 1):
-        raise InputError(f"{type(model).__name__}: found multi-label targets; expected one class or number a sample")
+        raise InputError("found multi-label targets", "one class or number per sample", where=where)
     if problem == "regression" or (problem is None and logits.shape[1] == 1):
         return "regression"
     if labels.is_floating_point():
-        raise InputError(f"{type(model).__name__}: found labels of {labels.dtype}; expected integer classes")
+        raise InputError(f"found labels of {labels.dtype}", "integer classes", where=where)
     return "classification"
 
 
@@ -60,14 +57,14 @@ def sample_losses(kind: str, logits: Tensor, labels: Tensor, token_reduction: To
     """Loss of each sample, shape [B], from logits [B, C] (or [B, T, V]) and labels [B] (or [B, T])."""
     if kind == "causal-lm":
         return reduced(token_losses(logits, next_tokens(labels)), labels, token_reduction)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = wide(logits)
     if kind == "regression":
         return (logits.reshape(len(logits), -1) - labels.to(logits.dtype).reshape(len(logits), -1)).square().mean(1)
     return F.cross_entropy(logits, labels.reshape(-1), reduction="none")
 
 
 def reduced(loss_BT: Tensor, labels: Tensor, token_reduction: TokenReduction) -> Tensor:
-    """Loss of each text [B] from the losses [B, T] of its places."""
+    """Loss of each text [B] from the losses [B, T] of its tokens."""
     total_B = loss_BT.sum(1)
     return total_B if token_reduction == "sum" else total_B / (next_tokens(labels) != IGNORED).sum(1)
 
@@ -83,10 +80,10 @@ def objective_losses(
 ) -> Iterator[Tensor]:
     """Yield losses [B]; the sum of their squared per-sample gradients is the objective's Fisher information.
 
-    `label` yields the loss of the data's labels (the empirical Fisher). `sampled` draws one target per sample from
-    the model, by the sample's index and not its place in a batch. `expected` yields one loss per class, scaled by
-    the square root of its probability. A squared error is the negative log-likelihood of a normal distribution of
-    variance 1/2, which gives both their targets for regression.
+    `label` yields the loss of the data's labels (the empirical Fisher). `sampled` draws one target per sample from the
+    model, by the sample's index. `expected` yields one loss per class, scaled by the square root of the class's
+    probability. For regression, targets of the last two follow a normal distribution of variance 1/2, whose negative
+    log-likelihood is the squared error.
     """
     if objective == "label":
         assert labels is not None
@@ -96,16 +93,16 @@ def objective_losses(
         yield sample_losses(kind, logits, targets, token_reduction)
     elif kind == "regression":
         # d/df (f - y)^2 = 2 (f - y), and E[(f - y)^2] = 1/2 under the model: E[g^2] = 2 (df)^2.
-        flat_BC = logits.float().reshape(len(logits), -1) if logits.dtype == torch.bfloat16 else logits
-        flat_BC = flat_BC.reshape(len(logits), -1)
+        flat_BC = wide(logits).reshape(len(logits), -1)
         for c in range(flat_BC.shape[1]):
             yield flat_BC[:, c] * (2.0**0.5 / flat_BC.shape[1])
     elif kind == "classification":
-        log_p_BC = F.log_softmax(logits.float() if logits.dtype == torch.bfloat16 else logits, dim=1)
+        log_p_BC = F.log_softmax(wide(logits), dim=1)
         for c in range(log_p_BC.shape[1]):
             yield -log_p_BC[:, c] * (log_p_BC[:, c].detach() / 2).exp()
     else:
-        raise InputError("fisher.objective: found 'expected'; expected 'label' or 'sampled' for a language model")
+        expected = "'label' or 'sampled' for a language model"
+        raise InputError("found 'expected'", expected, key="fisher.objective")
 
 
 def _draw_targets(kind: str, logits: Tensor, labels: Tensor | None, indices: Sequence[int], seed: int) -> Tensor:

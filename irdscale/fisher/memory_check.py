@@ -1,8 +1,9 @@
-"""Whether the sums of a Fisher pass fit in memory, and what would make them fit."""
+"""A check that the sums of a Fisher pass fit in memory, with the options that would make them fit."""
 
 from __future__ import annotations
 
 import socket
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ GIB = 2**30
 
 
 def bytes_needed(shapes: Shapes, item: int, layout: Layout, world: int) -> int:
-    """Bytes that a rank needs for its sums and the buffers of the largest layer: one sample's gradient, a batch's sum.
+    """Bytes per rank for the sums and the buffers of the largest layer (a sample's gradient, and a batch's sum).
 
     Args:
-        item: bytes an entry.
+        item: bytes per entry
     """
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     if layout == "replicated" or world == 1:
@@ -27,21 +28,14 @@ def bytes_needed(shapes: Shapes, item: int, layout: Layout, world: int) -> int:
 
 
 def ranks_needed(shapes: Shapes, item: int, free: float) -> int | None:
-    """The fewest ranks over which sharded sums fit, each in `free` bytes; None if a layer's buffers are too large."""
-    fewest, most = 2, sum(torch.Size(shape).numel() for shape in shapes.values())
-    if bytes_needed(shapes, item, "sharded", most) > free:
-        return None
-    while fewest < most:
-        middle = (fewest + most) // 2
-        if bytes_needed(shapes, item, "sharded", middle) <= free:
-            most = middle
-        else:
-            fewest = middle + 1
-    return fewest
+    """The fewest ranks, each with `free` bytes, over which sharded sums fit; None if a layer's buffers do not fit."""
+    counts = range(2, sum(torch.Size(shape).numel() for shape in shapes.values()) + 1)
+    found = bisect_left(counts, True, key=lambda world: bytes_needed(shapes, item, "sharded", world) <= free)
+    return counts[found] if found < len(counts) else None
 
 
 def free_main_memory() -> int:
-    """Bytes of main memory that this process may still take: of the machine, or of its container."""
+    """Bytes of main memory that are free on the machine, or in its container if that is less."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -54,11 +48,11 @@ def free_main_memory() -> int:
     return free
 
 
-def check_room(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: torch.device, offload: bool) -> None:
-    """Refuse sums that do not fit; collective.
+def check_memory(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: torch.device, offload: bool) -> None:
+    """Check that the sums fit in memory; collective.
 
     Raises:
-        InputError: says how many bytes are missing, and how many ranks, which layout or where would do.
+        InputError: they do not; names the needed and free memory, and options that would fit.
     """
     world = rank_and_world()[1]
     hosts = gather_texts(socket.gethostname())
@@ -66,19 +60,17 @@ def check_room(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: torch
     on_device = device.type == "cuda" and not offload
     free = torch.cuda.mem_get_info(device)[0] if on_device else free_main_memory() / beside
     needed = bytes_needed(shapes, dtype.itemsize, layout, world)
-    # The rank with the least room speaks for all.
-    rooms = [int(text) for text in gather_texts(str(int(free)))]
-    least = min(rooms)
+    least = min(map(int, gather_texts(str(int(free)))))
     if needed <= least:
         return
     ways = []
     ranks = ranks_needed(shapes, dtype.itemsize, least)
     if ranks is not None:
-        ways.append(f"layout 'sharded' over {ranks} ranks or more with as much memory each")
+        ways.append(f"layout 'sharded' over {ranks} or more such ranks")
     if on_device and needed <= free_main_memory() / beside:
         ways.append("fisher.offload")
     ways.append("fewer parameters (fisher.include, fisher.exclude)")
-    raise InputError(
-        f"fisher.layout: found sums of {needed / GIB:.1f} GiB a rank with layout '{layout}' and {least / GIB:.1f} GiB "
-        f"of free memory; expected {', or '.join(ways)}"
+    found = (
+        f"found sums of {needed / GIB:.1f} GiB per rank with layout '{layout}' and {least / GIB:.1f} GiB of memory free"
     )
+    raise InputError(found, ", or ".join(ways), "fisher.layout")

@@ -1,8 +1,7 @@
-"""The masks of a whole search from one ranking of the samples and one accumulation pass.
+"""All masks of a search from one ranking of the samples and one accumulation pass.
 
-Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples holds the scores (the
-Fisher information, by default) of every prefix on its way; and every mask of fewer entries is a prefix of the ranked
-entries.
+Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples gives the scores (the
+Fisher information, by default) of every prefix. Every smaller mask is a prefix of the ranked entries.
 """
 
 from __future__ import annotations
@@ -24,20 +23,19 @@ from irdscale.masks.mask import Ranking, rank_entries
 
 
 def rank_samples(values: Tensor, direction: str, seed: int) -> list[int]:
-    """Places 0..N-1 in the order in which a search keeps them: the first s are the s-sample set.
+    """Places 0..N-1 of the ranked samples; the first s are the sample set of size s.
 
-    `ird` puts the largest values first, `reverse` the smallest, ties in data order; `random` is a seeded shuffle, which
-    is how FISH draws its samples.
+    `ird` ranks the largest values first and `reverse` the smallest, with ties in data order. `random` is a seeded
+    shuffle, as FISH draws its samples.
 
     Args:
-        values: [N], such as the samples' traces.
+        values: [N], such as the samples' Fisher traces
     """
     if direction == "random":
         order = list(range(len(values)))
         random.Random(seed).shuffle(order)
-    else:
-        order = values.sort(descending=direction != "reverse", stable=True).indices.tolist()
-    return order
+        return order
+    return values.sort(descending=direction != "reverse", stable=True).indices.tolist()
 
 
 def ranked_entries_by_prefix(
@@ -57,15 +55,14 @@ def ranked_entries_by_prefix(
 ) -> dict[int, Ranking]:
     """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
-    One accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. The mean over
-    s and the sum order entries alike, so the sums are ranked as they stand. With several ranks this is collective,
-    and all get the same.
+    It takes one accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. Sums
+    are ranked, which rank entries as their means do. Collective; all ranks get the same rankings.
 
     Args:
-        scope: the largest of all, or of every parameter in proportion to its size (see `rank_entries`).
-        layout, offload: of the sums, as in `accumulate_fisher`.
-        traces: float64 [N], filled with each visited sample's trace where given.
-        saved: keeps the state of the pass, and the rankings that it has passed.
+        scope: `global`, or `layerwise`, in proportion to each parameter's size (see `rank_entries`)
+        layout, offload: options of the sums, as in `accumulate_fisher`
+        traces: float64 [N], to which each visited sample's Fisher trace is added
+        saved: saves the state of the pass and its finished rankings
     """
     add = summed(score)
     if rank_and_world()[1] == 1:
@@ -81,7 +78,7 @@ def ranked_entries_by_prefix(
         ranking = _ranking(samples, score, sums.tensors, layout, k, scope)
         rankings[size] = ranking
         if saved is not None:
-            saved.keep(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
+            saved.save_result(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
 
     samples.accumulate(
         order[: max(sizes)],
@@ -95,9 +92,8 @@ def ranked_entries_by_prefix(
     )
     for size in sizes:
         if size not in rankings:
-            assert saved is not None, "only a pass that goes on leaves a boundary out"
-            kept = saved.kept(f"ranking-{size}")
-            rankings[size] = Ranking(kept["parameter"], kept["index"], samples.shapes)
+            assert saved is not None, "only a continued pass skips a boundary"
+            rankings[size] = Ranking(**saved.load_result(f"ranking-{size}"), shapes=samples.shapes)
     return rankings
 
 
@@ -105,5 +101,4 @@ def _ranking(
     samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int, scope: Scope
 ) -> Ranking:
     scores = entry_scores(score, samples.scored, sums, samples.seed, layout)
-    shapes = samples.shapes if layout == "sharded" else None
-    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, shapes), k, scope)
+    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, samples.shapes), k, scope)

@@ -1,4 +1,4 @@
-"""The samples and parameters that a configuration scores."""
+"""The Fisher passes of a configuration: its samples, scored parameters, options and results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 def draw_seed(config: RunConfig) -> int:
-    """The seed of every draw of samples."""
+    """The seed of all draws of samples."""
     return config.task.split_seed if config.fisher.seed is None else config.fisher.seed
 
 
 def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> list[int]:
-    """Places in the population of `count` samples, drawn without repetition by `fisher.seed` and the purpose."""
+    """Places of `count` samples of the population, drawn without replacement by `fisher.seed` and the purpose."""
     generator = random.Random(f"{purpose}/{draw_seed(config)}")
     return sorted(generator.sample(range(len(task.population)), count))
 
@@ -40,13 +40,12 @@ def draw_samples(config: RunConfig, task: Task, count: int, purpose: str) -> lis
 def sample_gradients(
     config: RunConfig, task: Task, model: nn.Module, places: Sequence[int], dense: Sequence[str]
 ) -> SampleGradients:
-    """Ready to take gradients of the population's samples at `places`; moves the model to the GPU where there is one.
+    """The gradients of the population's samples at `places`; moves the model to the GPU if there is one.
 
-    Of a language model, the linear layers of its decoder blocks are scored unless `fisher.include` says otherwise. With
-    `train.gradient_checkpointing` the passes keep only the layers' inputs, too.
+    With `train.gradient_checkpointing` the Fisher passes keep only the layers' inputs too.
 
     Args:
-        dense: names of the parameters that are trained outside any mask, and so are not scored.
+        dense: names of the parameters that are trained outside any mask, and not scored
     """
     to_gpu(model)
     if config.train.gradient_checkpointing:
@@ -66,16 +65,16 @@ def sample_gradients(
 def ranked_samples(
     config: RunConfig, task: Task, samples: SampleGradients, traces: Tensor, losses: Tensor
 ) -> list[int]:
-    """Places of the samples in the order in which a search keeps them, by what `search` says of it.
+    """Places of the samples, ranked by `search.rank_by` and `search.direction`.
 
     Args:
-        traces: float64 [N], of all samples, unless `search.direction` is random.
-        losses: float64 [N], by the samples' labels.
+        traces: float64 [N], Fisher traces; not used if `search.direction` is `random`
+        losses: float64 [N], losses of the samples' labels
     """
     search, values = config.search, traces
     if search.rank_by == "length":
         tokens = torch.tensor(_tokens(task, samples.dataset), dtype=torch.float64)
-        # The gradient of a sum is as many times that of the mean, its square that many times squared.
+        # The squared gradient of a sum over n tokens is n^2 times that of the mean.
         summed = task.is_language and config.fisher.token_reduction == "sum"
         values = traces / tokens if summed else traces * tokens
     elif search.rank_by == "loss":
@@ -84,20 +83,20 @@ def ranked_samples(
 
 
 def _tokens(task: Task, rows: Any) -> list[int]:
-    """Tokens of each sample over which its loss is a mean: of a text those that it predicts, of others all."""
+    """Number of target tokens of each text; for other tasks, of all tokens."""
     if task.is_language:
         return [sum(label != IGNORED for label in labels[1:]) for labels in rows["labels"]]
     return [len(ids) for ids in rows["input_ids"]]
 
 
 def scored_of(config: RunConfig, model: nn.Module, dense: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
-    """The parameters that a mask may hold entries of: of a language model the decoder blocks' matrices, unless said.
+    """The parameters whose entries a mask may hold; the default of a language model is its decoder blocks' matrices.
 
     Args:
-        dense: names of the parameters that are trained outside any mask.
+        dense: names of the parameters that are trained outside any mask
 
     Raises:
-        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
+        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or no parameter matches.
     """
     exclude = [*(config.fisher.exclude or ()), *(f"^{re.escape(name)}$" for name in dense)]
     include = config.fisher.include
@@ -107,17 +106,17 @@ def scored_of(config: RunConfig, model: nn.Module, dense: Sequence[str], languag
 
 
 def scored_by(config: RunConfig, task: Task) -> str:
-    """Which parameters `sample_gradients` scores, in words."""
+    """A description of the parameters that `sample_gradients` scores."""
     include, exclude = config.fisher.include, config.fisher.exclude
     by_default = (
         "all linear layers of the decoder blocks" if task.is_language else "all parameters outside the new head"
     )
     chosen = by_default if include is None else f"parameters that match {' or '.join(include)}"
-    return chosen if not exclude else f"{chosen}, but those that match {' or '.join(exclude)}"
+    return chosen if not exclude else f"{chosen}, except those that match {' or '.join(exclude)}"
 
 
 def pass_options(config: RunConfig) -> dict[str, Any]:
-    """How `ranked_entries_by_prefix` is to sum and score."""
+    """The options of `ranked_entries_by_prefix`."""
     return {
         "score": config.fisher.score,
         "scope": config.scope,
@@ -134,32 +133,18 @@ def ranked_entries(
     sizes: Sequence[int],
     k: int,
     name: str,
-    *,
-    traces: Tensor | None = None,
-    progress: bool = False,
+    **more: Any,
 ) -> dict[int, Ranking]:
-    """`ranked_entries_by_prefix` as a configuration says; `name` is that of the state that is kept of the pass."""
-    return ranked_entries_by_prefix(
-        samples,
-        order,
-        sizes,
-        k,
-        traces=traces,
-        progress=progress,
-        saved=saved_pass(config, name),
-        **pass_options(config),
-    )
+    """`ranked_entries_by_prefix` by a configuration; `name` is that of the pass's saved state."""
+    options = {"saved": saved_pass(config, name), **pass_options(config), **more}
+    return ranked_entries_by_prefix(samples, order, sizes, k, **options)
 
 
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
-    """Where the state of a pass of this run is kept until its result is; one of another head or scope is not used."""
+    """The saved state of one of the run's passes; a state of another head or scope is not used."""
     steps = config.fisher.head_warmup
-    also = {
-        "scope": config.scope,
-        "seed": config.search.seeds[0],
-        "steps": steps,
-        "by": config.train.model_dump(mode="json") if steps else None,
-    }
+    by = config.train.model_dump(mode="json") if steps else None
+    also = {"scope": config.scope, "seed": config.search.seeds[0], "steps": steps, "by": by}
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 
 
@@ -167,7 +152,7 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
     """K = round(search.ratio * parameters of the model).
 
     Args:
-        scored: entries that a mask may hold.
+        scored: number of entries that a mask may hold
 
     Raises:
         InputError: K is below 1 or above `scored`.
@@ -175,17 +160,15 @@ def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
     total = sum(map(numel_of, model.parameters()))
     k = round(config.search.ratio * total)
     if not 1 <= k <= scored:
-        raise InputError(
-            f"search.ratio: found {config.search.ratio}, which gives {k} of {total} parameters; "
-            f"expected 1 to {scored}, the scored ones"
-        )
+        found = f"found {config.search.ratio}, which gives {k} of {total} parameters"
+        raise InputError(found, f"1 to {scored}, the scored ones", "search.ratio")
     return k
 
 
 def traces_of(task: Task, pool: Sequence[int], traces: Tensor) -> dict[str, Any]:
-    """Each pool sample's row in its split, Fisher trace, length in tokens and label (of texts: its target tokens).
+    """Each pool sample's row in its split, Fisher trace, number of tokens and label (for texts: number of targets).
 
-    Of a population that `task.pool` shapes, also whether it is `altered`.
+    With `task.pool` also whether the sample is `altered`.
     """
     chosen = task.population.select(list(pool))
     labels = list(chosen["labels"])

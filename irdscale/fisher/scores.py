@@ -1,12 +1,10 @@
-"""What makes an entry worth training: the Fisher information, or one of its rivals.
+"""Scores by which a mask's entries are chosen: the Fisher information and its alternatives.
 
-A score names what is summed over the samples, and how the sum becomes a number for each entry:
-
-    fisher      sum of squared per-sample gradients (FISH, arXiv 2111.09839)
-    gradient    size of the mean gradient
-    saliency    size of weight times mean gradient (SNIP, arXiv 1810.02340)
-    magnitude   size of the weight; no samples are read
-    random      a seeded draw; no samples are read
+fisher      sum of squared per-sample gradients (FISH, arXiv 2111.09839)
+gradient    absolute value of the mean gradient
+saliency    absolute value of weight times mean gradient (SNIP, arXiv 1810.02340)
+magnitude   absolute value of the weight; no samples are read
+random      seeded random number; no samples are read
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from irdscale.config.schema import Score
 from irdscale.distributed.ranks import slice_of
 from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.fisher.diagonal import Layout
-from irdscale.fisher.rules import add_gradients, add_squares
+from irdscale.fisher.squares import add_gradients, add_squares
 from irdscale.fisher.sums import Add
 
 
 def summed(score: Score) -> Add | None:
-    """What to add to a parameter's sum for a batch; None for a score that reads no samples."""
+    """The function that adds a batch to a parameter's sum; None for a score that reads no samples."""
     if score == "fisher":
         return add_squares
     return add_gradients if score in ("gradient", "saliency") else None
@@ -34,10 +32,10 @@ def summed(score: Score) -> Add | None:
 def entry_scores(
     score: Score, scored: dict[str, nn.Parameter], sums: dict[str, Tensor], seed: int, layout: Layout = "replicated"
 ) -> dict[str, Tensor]:
-    """The score of every entry, of at least 0, from what was summed.
+    """The non-negative score of every entry; in slices, as the sums, if the layout is `sharded`.
 
     Args:
-        sums: name -> the parameter's sum, or with layout `sharded` this rank's slice of it, as the scores are then.
+        sums: name -> the parameter's sum, or this rank's slice of it
     """
     if score == "fisher":
         return sums
@@ -54,10 +52,10 @@ def entry_scores(
 
 
 def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
-    """What this rank scores of a parameter."""
+    """This rank's part of a parameter's weights."""
     with gathered_parameters([parameter]):
         held = _held(parameter.detach(), layout)
-        # A partitioned parameter is gone after this.
+        # The gathered weights of a partitioned parameter are released at the end of this block.
         return held.clone() if hasattr(parameter, "ds_tensor") else held
 
 

@@ -1,77 +1,80 @@
-"""Where squared gradients are summed: in whole tensors on each rank, or in slices over the ranks.
+"""Sums of squared gradients, replicated on every rank or sharded over the ranks.
 
-Both take a parameter's terms as they arrive during a backward pass. Whole sums differ from rank to rank until
-`complete`; slices are reduce-scattered layer by layer while the backward goes on, and hold all ranks' samples always.
+Both take a parameter's terms as they arrive during a backward pass. Replicated sums differ between ranks until
+`complete`. Sharded sums are reduce-scattered layer by layer during the backward pass, and always hold the samples of
+all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from irdscale.distributed.ranks import all_reduce_sum, rank_and_world, slice_of
-from irdscale.fisher.diagonal import Fisher, Layout, Shapes
-from irdscale.fisher.rules import Buffers, Term
+from irdscale.fisher.diagonal import Layout, Shapes
+from irdscale.fisher.squares import Buffers, add_traces
+from irdscale.fisher.terms import Term
 
-# Adds a batch's terms of one parameter to its sum, and to the batch's traces where they are wanted.
+# Function that adds a batch's terms of one parameter to its sum, and to the batch's traces unless they are None.
 Add = Callable[[list[Term], Tensor, Tensor | None, Buffers], None]
 
 
-def _reduce_scatter(own: Tensor, whole: Tensor) -> dist.Work:
+def _reduce_scatter(own: Tensor, full: Tensor) -> dist.Work:
     # torch 2.13 renamed it.
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work: dist.Work = reduce_scatter(own, whole, async_op=True)
+    work: dist.Work = reduce_scatter(own, full, async_op=True)
     return work
 
 
-class Sums(Protocol):
-    """What a pass over samples adds to.
+class Sums:
+    """Takes the gradients of a pass over samples; this base class keeps no sums.
 
     Attributes:
-        tensors: name -> this rank's part, in the parameter's shape or flat.
-        layout: which of the two.
-        in_step: whether all ranks must make the same number of backward passes.
+        tensors: name -> this rank's part of the sum, in the parameter's shape (replicated) or flat (sharded)
+        in_step: whether all ranks must make the same number of backward passes
     """
 
-    tensors: dict[str, Tensor]
-    layout: Layout
-    in_step: bool
+    layout: Layout = "replicated"
+    in_step = False
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._shapes, self._buffers = shapes, Buffers()
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
-        """Take one parameter's terms over a batch; none count as a gradient of zero."""
+        """Add one parameter's terms over a batch to its sum, and to the traces [B] if given; no terms mean zero."""
+        if terms and trace_B is not None:
+            add_traces(terms, torch.Size(self._shapes[name]), trace_B, self._buffers)
 
     def end_backward(self) -> None:
-        """One backward pass is over; what did not arrive had no gradient."""
+        """End one backward pass; a parameter that did not arrive had no gradient."""
+        self._buffers.forget()
 
     def complete(self) -> None:
         """Make the sums those of all ranks' samples."""
 
-    def go_on(self) -> None:
-        """More samples follow after `complete`."""
-
-    def fisher(self, traces: Tensor, taken: int) -> Fisher:
-        """The sums as they stand."""
+    def resume(self) -> None:
+        """Prepare for more samples after `complete`."""
 
 
 class MainMemoryAdder:
-    """Adds tensors of a GPU to sums in main memory, one behind: the GPU goes on while one is on its way.
+    """Adds GPU tensors to sums in main memory, one call late, so that the GPU computes during each copy.
 
-    Holds two pinned buffers of the largest tensor.
+    It holds two pinned buffers of the size of the largest tensor.
     """
 
     def __init__(self) -> None:
         self._pinned: list[Tensor] = []
-        self._on_its_way: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
+        self._pending: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
 
     def add(self, total: Tensor, part: Tensor) -> None:
-        """total += part, at the latest when `finish` returns; `part` may be written to again at once.
+        """total += part, at the latest when `finish` returns; `part` may be overwritten at once.
 
         Args:
-            total: contiguous, on the CPU, of as many entries and the same data type as `part`.
+            total: contiguous, on the CPU, with the number of entries and data type of `part`
         """
         if not part.is_cuda:
             total += part.view_as(total)
@@ -85,35 +88,32 @@ class MainMemoryAdder:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(part.device))
         self.finish()
-        self._on_its_way = event, total, copied
+        self._pending = event, total, copied
 
     def finish(self) -> None:
-        """Wait for what is on its way."""
-        if self._on_its_way is not None:
-            event, total, copied = self._on_its_way
+        """Wait for the last copy and add it."""
+        if self._pending is not None:
+            event, total, copied = self._pending
             event.synchronize()
             total += copied.view_as(total)
-            self._on_its_way = None
+            self._pending = None
 
 
-class WholeSums:
-    """Each rank's own samples, in tensors of the parameters' shapes.
+class ReplicatedSums(Sums):
+    """Sums of each rank's own samples, in the parameters' shapes.
 
     Args:
-        offload: the sums are kept in main memory; each layer's batch sum is made beside the model, then moved.
+        offload: keep the sums in main memory; each layer's batch sum is formed on the model's device, then copied
     """
-
-    layout: Layout = "replicated"
-    in_step = False
 
     def __init__(
         self, shapes: Shapes, dtype: torch.dtype, device: torch.device, add: Add, offload: bool = False
     ) -> None:
+        super().__init__(shapes)
         where = torch.device("cpu") if offload else device
         self.tensors = {name: torch.zeros(shape, dtype=dtype, device=where) for name, shape in shapes.items()}
-        self._add, self._buffers = add, Buffers()
+        self._add, self._adder = add, MainMemoryAdder()
         self._device, self._offload, self._batch_sums = device, offload, Buffers()
-        self._adder = MainMemoryAdder()
 
     def arrive(self, name: str, terms: list[Term], trace_B: Tensor | None) -> None:
         total = self.tensors[name]
@@ -133,25 +133,22 @@ class WholeSums:
     def complete(self) -> None:
         all_reduce_sum(list(self.tensors.values()))
 
-    def go_on(self) -> None:
-        # What the sums hold already counts once.
+    def resume(self) -> None:
+        # The completed sums count once.
         if rank_and_world()[0] > 0:
             for total in self.tensors.values():
                 total.zero_()
 
-    def fisher(self, traces: Tensor, taken: int) -> Fisher:
-        return Fisher(self.tensors, traces, taken)
 
+class ShardedSums(Sums):
+    """Sums of all ranks' samples; each rank holds 1 / world size of each parameter's entries.
 
-class ShardedSums:
-    """All ranks' samples; this rank holds 1 / world size of each parameter's entries.
-
-    A batch's sum of one layer is made in a buffer and reduce-scattered, asynchronously, as soon as it is there. All
-    buffers on their way share the room of the largest layer.
+    Each layer's batch sum is formed in a buffer and reduce-scattered asynchronously. The buffers in flight share memory
+    of the size of the largest layer.
 
     Args:
-        order: every scored name, in the order in which all ranks send them: a backward pass delivers them so.
-        offload: the slices are kept in main memory.
+        order: every scored name, in the order in which a backward pass delivers them, the same on all ranks
+        offload: keep the slices in main memory
     """
 
     layout: Layout = "sharded"
@@ -166,17 +163,17 @@ class ShardedSums:
         order: list[str],
         offload: bool = False,
     ) -> None:
-        self._shapes, self._order, self._device, self._dtype = shapes, order, device, dtype
+        super().__init__(shapes)
+        self._order, self._device, self._dtype = order, device, dtype
         self._numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         self._world = rank_and_world()[1]
         where = torch.device("cpu") if offload else device
-        self.tensors = {}
         for name, numel in self._numel.items():
             start, stop = slice_of(numel)
             self.tensors[name] = torch.zeros(stop - start, dtype=dtype, device=where)
         self._pool = torch.empty(max(map(self._padded, shapes)), dtype=dtype, device=device)
         self._used = 0
-        self._add, self._buffers, self._adder = add, Buffers(), MainMemoryAdder()
+        self._add, self._adder = add, MainMemoryAdder()
         self._ready: dict[str, Tensor] = {}
         self._sent: list[tuple[dist.Work, str, Tensor, Tensor]] = []
         self._next = 0
@@ -193,7 +190,7 @@ class ShardedSums:
             self._send(self._ready.pop(self._order[self._next]))
 
     def _zeros(self, name: str) -> Tensor:
-        """A buffer of zeros, when those on their way leave room for it."""
+        """A buffer of zeros, after waiting for those in flight if they leave too little memory."""
         size = self._padded(name)
         if self._used + size > len(self._pool):
             while self._sent:
@@ -201,7 +198,7 @@ class ShardedSums:
             if not self._ready:
                 self._used = 0
         if self._used + size > len(self._pool):
-            # Only where a model's order differs from the one that all ranks keep.
+            # Only if this backward pass has another order than `order`.
             return torch.zeros(size, dtype=self._dtype, device=self._device)
         self._used += size
         return self._pool[self._used - size : self._used].zero_()
@@ -232,12 +229,3 @@ class ShardedSums:
         self._adder.finish()
         self._next = self._used = 0
         self._buffers.forget()
-
-    def complete(self) -> None:
-        pass
-
-    def go_on(self) -> None:
-        pass
-
-    def fisher(self, traces: Tensor, taken: int) -> Fisher:
-        return Fisher(self.tensors, traces, taken, "sharded", self._shapes)

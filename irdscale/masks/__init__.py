@@ -1,1 +1,1 @@
-"""Masks: which entries are trained, and the exact top k of a Fisher diagonal."""
+"""Masks of the entries to train, and the exact top k of a Fisher diagonal."""

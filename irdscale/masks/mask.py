@@ -1,4 +1,4 @@
-"""Masks: which entries of which parameters are trained."""
+"""Masks: the entries of the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 FORMAT = "irdscale-mask"
 VERSION = 1
-# Of squared gradients: a millionth of the largest gradient, above what float32 leaves of one that is 0.
+# Relative to the largest squared gradient: smaller ones may be rounding errors of a gradient of 0 in float32.
 ROUNDING = 1e-12
 
 
 def index_dtype(numel: int) -> torch.dtype:
-    """int32 where every flat index of a parameter fits, int64 otherwise."""
+    """int32 if every flat index of a parameter fits, else int64."""
     return torch.int32 if numel <= 2**31 else torch.int64
 
 
@@ -36,15 +36,15 @@ class Mask:
     """The k entries to train.
 
     Attributes:
-        indices: name -> sorted flat indices (int32 or int64, by the parameter's size), only where there are any.
-        shapes: name -> shape, of every parameter that was scored.
+        indices: name -> sorted flat indices (int32 or int64 by the parameter's size), without parameters that have none
+        shapes: name -> shape of every scored parameter
     """
 
     indices: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the entries are the same, in whatever order and type their names and indices are kept."""
+        """Whether the entries are the same, whatever the order of names and the type of indices."""
         return self.hash == other.hash if isinstance(other, Mask) else NotImplemented
 
     def __hash__(self) -> int:
@@ -57,7 +57,7 @@ class Mask:
 
     @cached_property
     def hash(self) -> str:
-        """16 hexadecimal digits of SHA-256 over names and indices: equal for equal masks."""
+        """16 hexadecimal digits of SHA-256 over names and indices, equal for equal masks."""
         sha = hashlib.sha256()
         for name in sorted(self.indices):
             sha.update(name.encode() + b"\0")
@@ -68,13 +68,11 @@ class Mask:
         """Write mask.safetensors and mask.json into `folder`, atomically."""
         from safetensors.torch import save_file
 
+        meta = {"format": FORMAT, "version": VERSION, "k": self.k, "hash": self.hash, "shapes": self.shapes}
+
         def fill(target: Path) -> None:
             save_file(self.indices, target / "mask.safetensors")
-            shapes = {name: list(shape) for name, shape in self.shapes.items()}
-            write_json(
-                target / "mask.json",
-                {"format": FORMAT, "version": VERSION, "k": self.k, "hash": self.hash, "shapes": shapes},
-            )
+            write_json(target / "mask.json", meta)
 
         write_folder(folder, fill)
 
@@ -83,68 +81,66 @@ class Mask:
         """Read what `save` wrote.
 
         Raises:
-            InputError: no mask there, or its files are damaged.
+            InputError: there is no mask, or its files are damaged.
         """
-        folder = Path(folder)
-        meta = read_json(folder / "mask.json", "mask")
+        file, tensors = Path(folder) / "mask.json", Path(folder) / "mask.safetensors"
+        meta = read_json(file, "mask")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise InputError(f"{folder / 'mask.json'}: found no mask; expected format {FORMAT!r}")
+            raise InputError("found no mask", f"format {FORMAT!r}", where=str(file))
         if meta.get("version") != VERSION:
-            raise InputError(f"{folder / 'mask.json'}: found version {meta.get('version')}; expected {VERSION}")
-        indices = read_tensors(folder / "mask.safetensors", "mask")
+            raise InputError(f"found version {meta.get('version')}", str(VERSION), where=str(file))
+        indices = read_tensors(tensors, "mask")
         try:
             mask = cls(indices, {name: tuple(shape) for name, shape in meta["shapes"].items()})
-            whole = mask.hash == meta["hash"] and mask.k == meta["k"] and set(indices) <= set(mask.shapes)
+            matches = mask.hash == meta["hash"] and mask.k == meta["k"] and set(indices) <= set(mask.shapes)
         except (KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{folder / 'mask.json'}: damaged mask: no valid {error}") from error
-        if not whole:
-            raise InputError(f"{folder / 'mask.safetensors'}: damaged mask: its contents do not match the stored hash")
+            raise InputError(f"damaged mask: no valid {error}", where=str(file)) from error
+        if not matches:
+            raise InputError("damaged mask: its contents do not match the stored hash", where=str(tensors))
         mask.check()
         return mask
 
     def check(self) -> None:
-        """Refuse indices that no parameter of the stated shapes can have.
+        """Check the indices against the shapes.
 
         Raises:
             InputError: an index is out of range, unsorted or repeated, or a shape is missing.
         """
         for name, index in self.indices.items():
+            key = f"mask: {name}"
             if name not in self.shapes:
-                raise InputError(f"mask: {name}: found indices without a shape")
+                raise InputError("found indices without a shape", key=key)
             numel = torch.Size(self.shapes[name]).numel()
             if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"mask: {name}: found {index.dtype} {tuple(index.shape)}; expected flat integers")
+                raise InputError(f"found {index.dtype} {tuple(index.shape)}", "flat integers", key)
             if len(index) and (int(index[0]) < 0 or int(index[-1]) >= numel or bool((index[1:] <= index[:-1]).any())):
-                raise InputError(f"mask: {name}: expected sorted, distinct indices from 0 to {numel - 1}")
+                raise InputError("found invalid indices", f"sorted, distinct indices from 0 to {numel - 1}", key)
 
 
 def top_k(fisher: Fisher, k: int, scope: Scope = "global") -> Mask:
     """The mask of the k entries with the largest Fisher information, exactly; ties go by the global flat index.
 
-    The global flat index counts through the parameters in the order of `fisher.diagonal`. Collective where the Fisher
-    information is sharded: every rank gets the whole mask (see `irdscale.masks.topk`).
+    The global flat index counts through the parameters in the order of `fisher.diagonal`. Collective if the Fisher
+    information is sharded: every rank gets the full mask (see `irdscale.masks.topk`).
 
     Args:
-        scope: `global`, the largest of the whole model (FISH, arXiv 2111.09839, section 3), or `layerwise`, of each
-            parameter in proportion to its size (see `rank_entries`).
+        scope: `global` takes the largest entries of the model (FISH, arXiv 2111.09839, section 3), `layerwise` those of
+            each parameter in proportion to its size (see `rank_entries`)
 
     Raises:
         InputError: k is not within 0 and the number of entries, or an entry is NaN, infinite or negative (named).
     """
     if scope == "layerwise":
         return rank_entries(fisher, k, scope).prefix(k)
-    chosen, shapes = _largest(fisher, k)
+    _check_k(fisher, k)
+    chosen, shapes = largest(fisher.slices(), k, fisher.layout == "sharded"), fisher.shapes
     return Mask({name: _stored(entries.index, shapes[name]) for name, entries in chosen.items()}, shapes)
 
 
-def _largest(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
-    _check_k(k, sum(torch.Size(shape).numel() for shape in fisher.shapes.values()))
-    return largest(fisher.slices(), k, shared=fisher.layout == "sharded"), fisher.shapes
-
-
-def _check_k(k: int, total: int) -> None:
+def _check_k(fisher: Fisher, k: int) -> None:
+    total = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
     if not 0 <= k <= total:
-        raise InputError(f"top_k: found k = {k}; expected 0 to {total}, the number of scored entries")
+        raise InputError(f"found k = {k}", f"0 to {total}, the number of scored entries", "top_k")
 
 
 def _stored(index: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -156,9 +152,9 @@ class Ranking:
     """The entries of a mask from the largest score to the smallest, so that every smaller mask is a prefix.
 
     Attributes:
-        parameter: int64 [k], which parameter, counting through `shapes`.
-        index: int64 [k], flat index in that parameter.
-        shapes: name -> shape of every scored parameter.
+        parameter: int64 [k], each entry's parameter, as its position in `shapes`
+        index: int64 [k], each entry's flat index in its parameter
+        shapes: name -> shape of every scored parameter
     """
 
     parameter: Tensor
@@ -168,13 +164,11 @@ class Ranking:
     def prefix(self, k: int) -> Mask:
         """The mask of the k entries with the largest scores."""
         if not 0 <= k <= len(self.index):
-            raise InputError(f"found k = {k}; expected 0 to {len(self.index)}, the ranked entries")
-        parameter, index = self.parameter[:k], self.index[:k]
-        indices: dict[str, Tensor] = {}
-        for place, (name, shape) in enumerate(self.shapes.items()):
-            inside = index[parameter == place].sort().values
-            if len(inside):
-                indices[name] = _stored(inside, shape)
+            raise InputError(f"found k = {k}", f"0 to {len(self.index)}, the number of ranked entries")
+        parameter, order = self.parameter[:k].sort(stable=True)
+        counts = parameter.bincount(minlength=len(self.shapes)).tolist()
+        parts = zip(self.shapes, self.index[:k][order].split(counts), strict=True)
+        indices = {name: _stored(part.sort().values, self.shapes[name]) for name, part in parts if len(part)}
         return Mask(indices, self.shapes)
 
 
@@ -182,31 +176,33 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
     """The k entries with the largest Fisher information in descending order, by the tie rule of `top_k`.
 
     Args:
-        scope: with `layerwise` every parameter has its share of each prefix, by its number of entries: the r-th largest
-            of n stands at (2 r - 1) / 2n, as seats are dealt out by Webster's rule. Scores below `ROUNDING` times the
-            largest of all count as 0: a parameter without any gradient, as a key's bias, gets the same entries however
-            many ranks there are.
+        scope: `global`, or `layerwise`, where every prefix has a share of each parameter in proportion to its size: the
+            r-th largest of n entries has position (2 r - 1) / 2n, by Webster's rule. Scores below `ROUNDING` times the
+            largest count as 0, so that the entries of a parameter without gradient (a key's bias) do not depend on the
+            number of ranks.
     """
-    chosen, shapes = _largest(fisher, k) if scope == "global" else _largest_of_each(fisher, k)
+    _check_k(fisher, k)
+    shapes = fisher.shapes
+    if scope == "global":
+        chosen = largest(fisher.slices(), k, fisher.layout == "sharded")
+        keys = [entries.scores for entries in chosen.values()]
+    else:
+        chosen = _largest_of_each(fisher, k)
+        keys = [-_positions(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
     if not chosen:
         none = torch.zeros(0, dtype=torch.int64)
         return Ranking(none, none, shapes)
     places = {name: place for place, name in enumerate(shapes)}
-    if scope == "global":
-        keys = [entries.scores for entries in chosen.values()]
-    else:
-        keys = [-_standing(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
     order = torch.cat(keys).sort(descending=True, stable=True).indices[:k]
     parameter = torch.cat([torch.full_like(entries.index, places[name]) for name, entries in chosen.items()])
     return Ranking(parameter[order], torch.cat([entries.index for entries in chosen.values()])[order], shapes)
 
 
-def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[str, tuple[int, ...]]]:
-    """Of every parameter as many of its largest entries as the k first by standing can hold."""
+def _largest_of_each(fisher: Fisher, k: int) -> dict[str, Chosen]:
+    """The largest entries of every parameter, as many as the first k by position can contain."""
     sizes = {name: torch.Size(shape).numel() for name, shape in fisher.shapes.items()}
-    _check_k(k, sum(sizes.values()))
-    # Of n entries n x + 1/2, rounded down, stand at x or before: of all parameters together more than k.
-    standing = (k + len(sizes)) / max(1, sum(sizes.values()))
+    # Of n entries, floor(n x + 1/2) have positions up to x: more than k of all parameters together at this x.
+    last = (k + len(sizes)) / max(1, sum(sizes.values()))
     shared, pieces = fisher.layout == "sharded", fisher.slices()
     check_scores(pieces, shared)
     floor = ROUNDING * _largest_score(pieces, shared)
@@ -215,12 +211,12 @@ def _largest_of_each(fisher: Fisher, k: int) -> tuple[dict[str, Chosen], dict[st
         all_reduce_sum([real_P])
     chosen: dict[str, Chosen] = {}
     for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
-        count = min(sizes[name], int(sizes[name] * standing + 0.5)) if k else 0
-        # A copy of the scores is made only where rounding errors would be chosen among.
-        few = real < count
-        cleared = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0)) if few else piece
-        chosen |= largest_of_checked({name: cleared}, count, shared)
-    return chosen, fisher.shapes
+        count = min(sizes[name], int(sizes[name] * last + 0.5))
+        # The scores are copied only if rounding errors would be among the largest.
+        if real < count:
+            piece = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0))
+        chosen |= largest_of_checked({name: piece}, count, shared)
+    return chosen
 
 
 def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:
@@ -228,16 +224,16 @@ def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:
     return max(map(float, gather_texts(repr(own)))) if shared else own
 
 
-def _standing(scores: Tensor, numel: int) -> Tensor:
-    """(2 r - 1) / 2n for the r-th largest of the n scores, of which these are some of the largest."""
+def _positions(scores: Tensor, numel: int) -> Tensor:
+    """(2 r - 1) / 2n for the r-th largest of a parameter's n entries, of which these are the largest."""
     order = scores.sort(descending=True, stable=True).indices
-    standing = torch.empty(len(scores), dtype=torch.float64)
-    standing[order] = (2 * torch.arange(len(scores), dtype=torch.float64) + 1) / (2 * numel)
-    return standing
+    positions = torch.empty(len(scores), dtype=torch.float64)
+    positions[order] = (2 * torch.arange(len(scores), dtype=torch.float64) + 1) / (2 * numel)
+    return positions
 
 
 def density(mask: Mask) -> dict[str, Any]:
-    """name -> share of the parameter's entries that the mask trains, for every scored parameter."""
+    """name -> fraction of the parameter's entries in the mask, for every scored parameter."""
     return {
         name: len(mask.indices.get(name, ())) / max(1, torch.Size(shape).numel()) for name, shape in mask.shapes.items()
     }

@@ -1,8 +1,7 @@
-"""The k largest of many non-negative numbers, exactly, wherever they are: on one process or in slices over ranks.
+"""The exact k largest of many non-negative numbers, in one process or in slices over the ranks.
 
-Non-negative floats order like their bits, so the k-th largest value is found by counting 11 bits at a time; ranks
-exchange counts and never scores. Ties at that value go by the global flat index: through the parameters in order,
-then through each parameter's entries.
+Non-negative floats have the order of their bits, so the k-th largest value is found by counting 11 bits at a time.
+Ranks exchange counts, not scores. Ties go by the global flat index: by parameter, then by entry of the parameter.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_
 from irdscale.errors import InputError
 
 DIGITS = 11
-# Entries looked at together: what a pass over them allocates stays in the cache, and small beside the scores.
+# Entries that are counted together, so that temporary tensors stay in the CPU's cache.
 CHUNK = 2**20
-# On a GPU each look is waited for.
+# On a GPU each count waits for the device, so there are fewer.
 GPU_CHUNK = 2**26
 
 
@@ -29,8 +28,8 @@ class Slice:
     """A run of one parameter's entries.
 
     Attributes:
-        start: flat index of the first.
-        scores: [n], non-negative.
+        start: flat index of the first entry
+        scores: non-negative scores [n]
     """
 
     start: int
@@ -46,12 +45,11 @@ class Chosen:
 
 
 def largest(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str, Chosen]:
-    """The k largest entries, by parameter; parameters without any are left out.
+    """The k largest entries by parameter, without parameters that have none.
 
     Args:
-        slices: the entries of each parameter that this process holds; all of them, or with `shared` some of them.
-        shared: collective. Every rank passes the same names, with slices that follow each other by rank, and gets
-            the entries of all ranks.
+        slices: this process's entries of each parameter: all of them, or with `shared` a slice
+        shared: collective; every rank passes the same names, with consecutive slices by rank, and gets all entries
 
     Raises:
         InputError: an entry is NaN, infinite or negative; names the parameter.
@@ -61,7 +59,7 @@ def largest(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str,
 
 
 def largest_of_checked(slices: dict[str, Slice], k: int, shared: bool = False) -> dict[str, Chosen]:
-    """`largest` of scores that `check_scores` has passed."""
+    """`largest` without `check_scores`."""
     if k == 0:
         return {}
     bits = {name: ordered_bits(s.scores) for name, s in slices.items()}
@@ -73,17 +71,22 @@ def largest_of_checked(slices: dict[str, Slice], k: int, shared: bool = False) -
 
 
 def check_scores(slices: dict[str, Slice], shared: bool = False) -> None:
-    """Refuse scores that have no order; with `shared` on all ranks at once.
+    """Check that scores are finite and non-negative; with `shared` all ranks fail together.
 
     Raises:
         InputError: names the parameter.
     """
     with failing_together() if shared else nullcontext():
-        _check_own(slices)
+        held = {name: piece.scores.detach().aminmax() for name, piece in slices.items() if piece.scores.numel()}
+        ends = read([end for both in held.values() for end in both], torch.float64).view(-1, 2).tolist()
+        for name, (low, high) in zip(held, ends, strict=True):
+            if not (low >= 0 and high < float("inf")):
+                fault = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
+                raise InputError(f"found {fault} Fisher information", "finite numbers of at least 0", name)
 
 
 def read(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Numbers, each alone on any device, as a tensor on the CPU: one wait for each device."""
+    """Scalar tensors on any devices as one tensor on the CPU; waits once per device."""
     found = torch.zeros(len(numbers), dtype=dtype)
     for device in dict.fromkeys(number.device for number in numbers):
         places = [i for i, number in enumerate(numbers) if number.device == device]
@@ -91,21 +94,12 @@ def read(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _check_own(slices: dict[str, Slice]) -> None:
-    held = {name: piece.scores.detach().aminmax() for name, piece in slices.items() if piece.scores.numel()}
-    ends = read([end for both in held.values() for end in both], torch.float64).view(-1, 2).tolist()
-    for name, (low, high) in zip(held, ends, strict=True):
-        if not (low >= 0 and high < float("inf")):
-            found = "NaN" if high != high or low != low else "an infinite" if high == float("inf") else "a negative"
-            raise InputError(f"{name}: found {found} Fisher information; expected finite numbers of at least 0")
-
-
 def ordered_bits(scores: Tensor) -> Tensor:
     """Non-negative floats as integers of the same order, flat."""
     flat = scores.detach().reshape(-1)
     flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
     integers = flat.view(torch.int32 if flat.dtype == torch.float32 else torch.int64)
-    # -0.0 has the sign bit alone: as an integer it is the only negative one. To look for it costs less than a copy.
+    # -0.0 has only the sign bit, and is the only negative integer here. The search for it is cheaper than a copy.
     return integers if not len(integers) or int(integers.min()) >= 0 else integers.clamp_min(0)
 
 
@@ -114,7 +108,7 @@ def _parts(flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
-    """The bits of the k-th largest value, and how many entries equal to it are among the k largest."""
+    """The bits of the k-th largest value, and the number of entries equal to it among the k largest."""
     width = 31 if all(f.dtype == torch.int32 for f in flats) else 63
     prefix, known, left = 0, 0, k
     while known < width:
@@ -137,12 +131,11 @@ def _kth_largest(flats: list[Tensor], k: int, shared: bool) -> tuple[int, int]:
 
 
 def _count_equal(flat: Tensor, threshold: int) -> Tensor:
-    counts = [(part == threshold).sum() for part in _parts(flat)]
-    return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+    return torch.stack([(part == threshold).sum() for part in _parts(flat)]).sum()
 
 
 def _own_ties(equal_P: Tensor, ties: int, shared: bool) -> Tensor:
-    """How many of this process's entries at the threshold are taken from each parameter."""
+    """Number of this process's entries at the threshold that are chosen, for each parameter."""
     rank, world = rank_and_world() if shared else (0, 1)
     equal_PR = torch.zeros(len(equal_P), world, dtype=torch.int64)
     equal_PR[:, rank] = equal_P

@@ -1,7 +1,7 @@
-"""What a few small forward passes show of a model before a pass: padding that matters, targets seen, a loss of its own.
+"""Checks of a model by a few small forward passes: does padding matter, is it causal, is its loss that of its logits.
 
-The model must be in evaluation mode, so that dropout is off; one in ZeRO-3 partitions must be gathering, and all ranks
-call alike. What cannot be tried shows nothing: the pass itself says what is wrong.
+The model must be in evaluation mode, so that dropout is off. A ZeRO-3 model must be inside `gathering`, and all ranks
+call together. A forward pass that fails here shows nothing; the error appears again in the pass itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -21,59 +21,53 @@ from torch import Tensor, nn
 from irdscale.distributed.ranks import largest_of
 from irdscale.distributed.zero3 import device_of, is_partitioned
 from irdscale.errors import InputError
+from irdscale.models.batches import FIRST, Collate, SizedDataset, by_token, moved, rows_of
 
 log = logging.getLogger(__name__)
 
-Collate = Callable[[list[Any]], dict[str, Any]]
-
-# Samples whose lengths are looked at, and those that must be collated for it.
+# Samples whose lengths are read, where rows hold tokens and where they must be collated first.
 PROBED = 256
 COLLATED = 32
-# Samples that are tried: the shortest ones and the longest.
+# Samples in a check of padding: the shortest ones and the longest.
 TRIED = 4
-# Tokens of a text that is tried, and those before a changed one whose logits are compared.
-FIRST = 64
+# Tokens before the first changed one whose logits are compared.
 NEAREST = 8
-# How far logits may differ, as a share of the largest, of a sample padded and not, and before changed tokens. Equal
-# shapes leave little to rounding; in 16 bits, and with quantised weights, only what most numbers show counts.
+# Largest differences that count as rounding, relative to the largest logit: of padded and unpadded samples, and of
+# tokens before a changed one. In 16 bits, and with quantised weights, the median counts.
 PADDING_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
 CAUSAL_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
-# Products by TF32.
 TF32_TOLERANCE = 1e-2
 HALF_PADDING_TOLERANCE = 2e-2
 HALF_CAUSAL_TOLERANCE = 1e-2
-# How far two losses of the same logits may differ, as a share.
+# Largest relative difference of two losses of the same logits that counts as rounding.
 LOSS_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 HALF_LOSS_TOLERANCE = 2e-2
 # Classes whose losses are compared.
 CLASSES = 16
 
-# What was seen of models before.
+# Results of earlier checks of the same model.
 _PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _CAUSAL: WeakSet[nn.Module] = WeakSet()
 
 
-class SampleRows(Protocol):
-    """Anything with a length and rows."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-def uneven_rows(rows: SampleRows, collate: Collate, *, longest: int | None = None) -> list[Any]:
-    """A few samples of unlike lengths, the longest last; none where all have one length.
+def uneven_rows(rows: SizedDataset, collate: Collate, *, longest: int | None = None) -> list[Any]:
+    """A few samples of different lengths, the longest last; none if all have the same length.
 
     Args:
-        longest: give two samples, cut to so many tokens and a quarter of them.
+        longest: return two samples, cut to this many tokens and to a quarter of them
     """
     total = len(rows)
     if total == 0:
         return []
     has_tokens = _tokens_of(rows[0]) is not None
     some = min(total, PROBED if has_tokens else COLLATED)
-    places = [total * i // some for i in range(some)]
-    sizes = {place: _tokens_of(rows[place]) if has_tokens else _entries(collate([rows[place]])) for place in places}
-    order = sorted(places, key=lambda place: sizes[place] or 0)
+
+    def size(row: Any) -> int:
+        batch = {} if has_tokens else collate([row])
+        return _tokens_of(row) or sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
+
+    sizes = {place: size(rows[place]) for place in (total * i // some for i in range(some))}
+    order = sorted(sizes, key=lambda place: sizes[place])
     shorter = [place for place in order if sizes[place] != sizes[order[-1]]]
     if not shorter:
         return []
@@ -87,12 +81,8 @@ def _tokens_of(row: Any) -> int | None:
     return len(ids) if isinstance(ids, (Sequence, Tensor, np.ndarray)) else None
 
 
-def _entries(batch: dict[str, Any]) -> int:
-    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor))
-
-
 def _cut(row: Any, tokens: int) -> Any:
-    """A row's first tokens, with what else it has a value a token of."""
+    """A row cut to its first tokens, in all fields that have a value per token."""
     length = _tokens_of(row)
     if length is None or length <= tokens:
         return row
@@ -106,14 +96,14 @@ def padding_matters(
     rows: Sequence[Any],
     logits_of: Callable[[dict[str, Any]], Tensor | None] | None = None,
 ) -> bool | None:
-    """Whether a sample's logits change with how far it is padded in a batch, on the side where `collate` pads.
+    """Whether a sample's logits depend on its padding in a batch, on the side where `collate` pads.
 
     Args:
-        rows: samples of unlike lengths, as `uneven_rows` chooses them.
-        logits_of: a collated batch; those of the model's forward unless given.
+        rows: samples of different lengths, as `uneven_rows` returns them
+        logits_of: function from a collated batch to logits; default: the model's forward
 
     Returns:
-        None where that was not seen: none of the rows is padded, or the model does not take such a batch.
+        None if unknown: none of the rows is padded, or the model fails on such a batch.
     """
     if len(rows) < 2:
         return None
@@ -124,25 +114,25 @@ def padding_matters(
     if not any(is_padded and begin is not None for is_padded, begin in zip(padded, begins, strict=True)):
         return None
     if any(_targets(one, 0) != _targets(together, place) for place, one in enumerate(alone)):
-        # Behind padding on the left a text's first token is a target, too.
+        # After padding on the left, the first token of a text is a target too.
         return True
-    # A model may change for good by what it sees (BigBird at a short text): first as in a pass.
-    whole_B = logits_of(together)
-    if whole_B is None and len(rows) > 2:
+    # The batch runs first, as in a pass: a short text can change a model permanently (BigBird).
+    batch_logits = logits_of(together)
+    if batch_logits is None and len(rows) > 2:
         # It may not fit in memory.
         return padding_matters(model, collate, [rows[0], rows[-1]], logits_of)
-    if whole_B is None or len(whole_B) != len(rows):
+    if batch_logits is None or len(batch_logits) != len(rows):
         return None
-    half = _is_half(model, whole_B)
+    half = _is_half(model, batch_logits)
     differences, scales = [], []
     for place, (one, begin) in enumerate(zip(alone, begins, strict=True)):
-        # Rounding alone may send a token to another expert: in 16 bits all that are padded must agree.
+        # In 16 bits rounding alone can route a token to another expert, so only padded samples are compared.
         if begin is None or (half and not padded[place]):
             continue
         logits_1 = logits_of(one)
         if logits_1 is None:
             return None
-        found, expected = whole_B[place].double(), logits_1[0].double()
+        found, expected = batch_logits[place].double(), logits_1[0].double()
         if expected.dim() == 2:
             found = found[begin : begin + len(expected)]
         if found.shape != expected.shape:
@@ -151,21 +141,18 @@ def padding_matters(
         scales.append(expected.abs().amax().reshape(1))
     difference_N = torch.cat(differences)
     difference = difference_N.median() if half else difference_N.max()
-    tolerance = HALF_PADDING_TOLERANCE if half else _tolerance(PADDING_TOLERANCE, whole_B)
+    tolerance = HALF_PADDING_TOLERANCE if half else _tolerance(PADDING_TOLERANCE, batch_logits)
     return _beyond(difference, torch.cat(scales).max(), tolerance)
 
 
 def _targets(batch: dict[str, Any], place: int) -> int:
-    """How many tokens of a text are predicted."""
+    """Number of target tokens of a text."""
     labels = batch.get("labels")
     return int((labels[place, 1:] >= 0).sum()) if isinstance(labels, Tensor) and labels.dim() == 2 else 0
 
 
-def padding_known_to_matter(model: nn.Module, collate: Collate, rows: SampleRows) -> bool:
-    """`padding_matters` by some of the rows, or as it was seen of this model before; False where it was not seen.
-
-    Collective: ranks say the same.
-    """
+def padding_known_to_matter(model: nn.Module, collate: Collate, rows: SizedDataset) -> bool:
+    """`padding_matters` for some of the rows, or the earlier result for this model; False if unknown. Collective."""
     if model not in _PADDING:
         found = padding_matters(model, collate, uneven_rows(rows, collate))
         if largest_of([found is not None])[0] == 0:
@@ -175,7 +162,7 @@ def padding_known_to_matter(model: nn.Module, collate: Collate, rows: SampleRows
 
 
 def _begin(one: dict[str, Any], together: dict[str, Any], place: int) -> int | None:
-    """Where a sample begins in its row of a batch; None if it is another one there, as where a collate draws."""
+    """Position at which a sample begins in its row of a batch; None if its tokens differ, as with a random collate."""
     keys = [key for key in ("input_ids", "attention_mask") if isinstance(one.get(key), Tensor)]
     if not keys:
         return 0
@@ -194,15 +181,15 @@ def _width(batch: dict[str, Any]) -> int:
 
 
 def require_causal(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Refuse a language model whose logits change with later tokens: it sees what it is to predict.
+    """Check that a language model's logits do not depend on later tokens, its targets.
 
     Args:
-        batch: collated texts, of which the first one is tried.
+        batch: collated texts; the first is used
 
     Raises:
-        InputError: names the model's class.
+        InputError: they do; names the model's class.
     """
-    tried = None if model in _CAUSAL else _tried_text(batch)
+    tried = None if model in _CAUSAL else _first_text(batch)
     if tried is None:
         return
     tokens = tried["input_ids"][0].tolist()
@@ -218,56 +205,47 @@ def require_causal(model: nn.Module, batch: dict[str, Any]) -> None:
     tolerance = HALF_CAUSAL_TOLERANCE if half else _tolerance(CAUSAL_TOLERANCE, expected, exact=True)
     if _beyond(difference_T.median(), expected.double().abs().amax(), tolerance):
         raise InputError(
-            f"{type(model).__name__}: found logits of a token that change with later tokens, which they are to "
-            f"predict; expected a causal language model (of an encoder: is_decoder=true in its config.json)"
+            f"{type(model).__name__}: found logits of a token that change with later tokens, its targets; expected a "
+            f"causal language model (for an encoder, set is_decoder=true in its config.json)"
         )
     _CAUSAL.add(model)
 
 
-def _tried_text(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """The first tokens of a batch's first text, without its padding, on the CPU; None of one that is too short."""
-    ids = batch["input_ids"]
-    one = {k: v[:1].cpu() if isinstance(v, Tensor) and v.dim() and len(v) == len(ids) else v for k, v in batch.items()}
-    mask = one.get("attention_mask")
-    plain = isinstance(mask, Tensor) and mask.shape == one["input_ids"].shape
+def _first_text(batch: dict[str, Any]) -> dict[str, Any] | None:
+    """The first tokens of the first text of a batch, without padding, on the CPU; None if it is too short."""
+    one = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in rows_of(batch, slice(1)).items() if k != "labels"}
+    mask, ids = one.get("attention_mask"), one["input_ids"]
+    plain = isinstance(mask, Tensor) and mask.shape == ids.shape
     places = one["attention_mask"][0].nonzero().flatten().tolist() if plain else list(range(ids.shape[1]))
     if len(places) < 2:
         return None
     kept = slice(places[0], min(places[0] + FIRST, places[-1] + 1))
-    return {
-        key: value[:, kept]
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == ids.shape[1]
-        else value
-        for key, value in one.items()
-        if key != "labels"
-    }
+    return by_token(one, lambda x_BT: x_BT[:, kept])
 
 
 def loss_differs(model: nn.Module, batch: dict[str, Any], ours: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether the model's own `.loss` of a batch of one differs from ours of the same logits; False where it has none.
+    """Whether the model's own `.loss` of a batch of one differs from `ours` of the same logits; False if it has none.
 
     Args:
-        batch: one sample, collated, with labels.
-        ours: takes logits and labels, and gives the loss [1].
+        batch: one sample, collated, with labels
+        ours: function from logits and labels to the loss [1]
     """
     if not _takes_labels(model):
         return False
-    tried = _both_ends(batch)
-    device = device_of(model)
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tried.items()}
+    tried = moved(_both_ends(batch), device_of(model))
     try:
         with torch.no_grad():
-            output = model(**moved)
+            output = model(**tried)
             own, logits = getattr(output, "loss", None), getattr(output, "logits", None)
             if not isinstance(own, Tensor) or not isinstance(logits, Tensor) or own.numel() != 1:
                 return False
-            found = torch.stack([own.double().reshape(()), ours(logits, moved["labels"]).double().reshape(())])
-    except Exception as error:  # whatever a model says to labels that are not its own
+            found = torch.stack([own.double().reshape(()), ours(logits, tried["labels"]).double().reshape(())])
+    except Exception as error:  # models raise errors of any class for labels that they do not expect
         log.debug("%s: no loss of its own for these labels: %s", type(model).__name__, error)
         return False
     theirs, expected = found.tolist()
     tolerance = LOSS_TOLERANCE.get(own.dtype, HALF_LOSS_TOLERANCE)
-    # A loss that is no number is named by the pass.
+    # A loss that is NaN is reported by the pass.
     return abs(theirs - expected) > tolerance * (1.0 + abs(expected))
 
 
@@ -277,17 +255,12 @@ def _takes_labels(model: nn.Module) -> bool:
 
 
 def _both_ends(batch: dict[str, Any]) -> dict[str, Any]:
-    """A long text's first and last tokens, each with a label if none has one; any other batch as it is."""
+    """The first and last tokens of a long text, all with labels if none had one; any other batch unchanged."""
     ids, labels = batch.get("input_ids"), batch["labels"]
     if not isinstance(ids, Tensor) or labels.dim() != 2 or ids.shape != labels.shape or ids.shape[1] <= FIRST:
         return batch
     half = FIRST // 2
-    found = {
-        k: torch.cat([v[:, :half], v[:, -half:]], 1)
-        if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == ids.shape[1]
-        else v
-        for k, v in batch.items()
-    }
+    found = by_token(batch, lambda x_BT: torch.cat([x_BT[:, :half], x_BT[:, -half:]], 1))
     if bool((found["labels"][:, 1:] < 0).all()):
         found["labels"] = found["input_ids"].clone()
     return found
@@ -295,18 +268,17 @@ def _both_ends(batch: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning, once in a process."""
+    """Log a warning once per process."""
     log.warning(message)
 
 
 def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-    device = device_of(model)
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+    inputs = moved({k: v for k, v in batch.items() if k != "labels"}, device_of(model))
     try:
         with torch.no_grad():
             output = model(**inputs)
-    except Exception as error:  # the pass itself says what is wrong with a batch
-        log.debug("%s could not be tried: %s", type(model).__name__, error)
+    except Exception as error:  # the pass reports what is wrong with a batch
+        log.debug("%s: a forward pass before the pass failed: %s", type(model).__name__, error)
         return None
     logits = getattr(output, "logits", output)
     return logits if isinstance(logits, Tensor) and logits.dim() > 1 else None
@@ -314,7 +286,7 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
 
 @contextmanager
 def unheard(model: nn.Module) -> Iterator[None]:
-    """Inside, who listens to calls of the modules hears nothing of them; but DeepSpeed gathers by listening."""
+    """Disable the modules' forward hooks inside, except in a ZeRO-3 model, whose hooks gather its parameters."""
     if is_partitioned(model):
         yield
         return
@@ -326,13 +298,13 @@ def unheard(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for attributes, kind, hooks in held:
-            # Transformers begins to listen for good at a first call.
+            # transformers adds permanent hooks in a model's first call.
             hooks.update(attributes[kind])
             attributes[kind] = hooks
 
 
 def _is_half(model: nn.Module, logits: Tensor) -> bool:
-    """Whether the logits are as rough as 16 bits."""
+    """Whether the logits have the precision of 16 bits, by their own data type or a parameter's."""
     kinds = {logits.dtype, *(p.dtype for p in model.parameters())}
     return any(kind.itemsize < 4 for kind in kinds)
 
@@ -343,6 +315,6 @@ def _tolerance(by_dtype: dict[torch.dtype, float], logits: Tensor, exact: bool =
 
 
 def _beyond(difference: Tensor, scale: Tensor, tolerance: float) -> bool:
-    """Whether a difference is more than rounding; not of what is no number."""
+    """Whether a difference is more than rounding; False for NaN."""
     found, largest = torch.stack([difference, scale]).tolist()
     return found > tolerance * largest > 0

@@ -1,4 +1,4 @@
-"""Class names: whether they say anything, and which of a trained head's classes each class of a data set is."""
+"""Class names: placeholders, spellings, and the mapping of a data set's classes to those of a trained head."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SPACES = re.compile(r"[\s_-]+")
 
 @dataclass(frozen=True)
 class HeadClasses:
-    """What a trained head tells apart.
+    """The classes of a trained head.
 
     Attributes:
-        where: whose head it is, for messages.
-        kind: the kind of task, such as `sequence-classification` or `regression`; None where nothing says it.
-        names: the classes in the order of the head's outputs; none of a head without classes.
-        counted: the same classes in the order in which metrics count them, where that is the head's own affair.
+        where: owner of the head, for messages
+        kind: kind of task, such as `sequence-classification` or `regression`; None if unknown
+        names: classes in the order of the head's outputs; empty for a head without classes
+        counted: classes in the order in which metrics number them, if the head sets it
     """
 
     where: str
@@ -32,26 +32,26 @@ class HeadClasses:
 
 
 def listed(values: Sequence[Any]) -> str:
-    """The values for a message, the first few of many."""
+    """The first few values, for a message."""
     text = ", ".join(str(value) for value in values[:SHOWN])
     return text if len(values) <= SHOWN else f"{text}, ... ({len(values)} in all)"
 
 
 def _plain(name: str) -> str:
-    """A class name without what spelling changes: case, spaces, and the word of `LABEL_0`."""
+    """A class name without case, separators and the word of `LABEL_0`."""
     name = _SPACES.sub(" ", str(name).strip().casefold())
     return _NUMBERED.sub("", name)
 
 
 def are_placeholders(names: Sequence[str]) -> bool:
-    """Whether names say no more than numbers do, such as `LABEL_0`, `LABEL_1`, or `0`, `1`."""
+    """Whether the names are only numbers, such as `LABEL_0`, `LABEL_1`, or `0`, `1`."""
     return all(_plain(name) == str(number) for number, name in enumerate(names))
 
 
 def places_of(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """The place of each name among the known ones, which may be more; None where one is not there.
+    """The position of each name among the known ones, of which there may be more; None if a name is missing.
 
-    Spelling may differ in case, and in spaces, underscores and hyphens, where that leaves all names distinct.
+    Names may differ in case, spaces, underscores and hyphens, as long as they remain distinct.
     """
     for spelt in (str, _plain):
         own, other = [spelt(name) for name in names], [spelt(name) for name in known]
@@ -61,9 +61,9 @@ def places_of(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
 
 
 def order_of(names: Sequence[str], head: Sequence[str]) -> list[int] | None:
-    """Which of a head's classes each class of a data set is: by name, or by number where either side has none.
+    """The position in a head of each class of a data set: by name, or by number if either side has placeholders.
 
-    None where both are named, and not alike.
+    None if both have names and the names differ.
     """
     found = places_of(names, head) if len(names) == len(head) else None
     if found is None and (are_placeholders(names) or are_placeholders(head)):
@@ -72,13 +72,13 @@ def order_of(names: Sequence[str], head: Sequence[str]) -> list[int] | None:
 
 
 def names_of(config: Any, where: str | None = None) -> tuple[str, ...]:
-    """The classes of a Hugging Face configuration, in the order of their numbers; placeholders where it has no names.
+    """The classes of a Hugging Face configuration, in the order of their numbers; perhaps placeholders.
 
     Args:
-        where: the file that it came from, for messages; unless given, `id2label` counts where the two differ.
+        where: file of the configuration, for messages; if None, `id2label` wins over a `label2id` that differs
 
     Raises:
-        InputError: its `id2label` and its `label2id` contradict each other.
+        InputError: `id2label` and `label2id` contradict each other.
     """
     by_number: Mapping[Any, Any] = getattr(config, "id2label", None) or {}
     names = tuple(str(by_number[number]) for number in sorted(by_number, key=int))
@@ -90,15 +90,12 @@ def names_of(config: Any, where: str | None = None) -> tuple[str, ...]:
     if are_placeholders(names):
         return others
     if where is not None and not are_placeholders(others) and order_of(others, names) != list(range(len(names))):
-        raise InputError(
-            f"{where}: found id2label with the classes {listed(names)} and label2id with {listed(others)}; "
-            f"expected one order in both"
-        )
+        found = f"found id2label with the classes {listed(names)} and label2id with {listed(others)}"
+        raise InputError(found, "one order in both", where=where)
     return names
 
 
 def other_classes(names: Sequence[str], head: HeadClasses, where: str) -> InputError:
-    """An error that says that the classes of a data set, or of a model, are not those of a trained head."""
-    return InputError(
-        f"{where}: found the classes {listed(names)}; expected those of {head.where}: {listed(head.names)}"
-    )
+    """The error for classes of a data set or model that differ from those of a trained head."""
+    expected = f"those of {head.where}: {listed(head.names)}"
+    return InputError(f"found the classes {listed(names)}", expected, where=where)

@@ -1,4 +1,4 @@
-"""LoRA matrices (Hu et al. 2021, arXiv 2106.09685) by PEFT inside a model, to compare masks with."""
+"""LoRA matrices (Hu et al. 2021, arXiv 2106.09685) by PEFT, for comparison with masks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from irdscale.errors import InputError
 
 
 def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) -> list[str]:
-    """Put LoRA matrices into every linear layer but the heads, in place; alpha is twice the rank, without dropout.
+    """Add LoRA matrices to every linear layer except the heads, in place; alpha is twice the rank, without dropout.
 
     Args:
-        seed: of their initial weights; the global random state is left alone.
-        dense: names of the parameters that are trained whole; their layers get none.
+        seed: seed of their initial weights; the global random state does not change
+        dense: names of the parameters that are trained densely; their layers get no matrices
 
     Returns:
-        The names of the matrices.
+        Names of the matrices.
 
     Raises:
         InputError: PEFT is missing, the model is partitioned by ZeRO-3, or it has no linear layer.
@@ -28,9 +28,9 @@ def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"lora: needs the package peft (pip install irdscale[compare]): {error}") from error
+        raise InputError(f"needs the package peft (pip install '.[compare]'): {error}", key="lora") from error
     if is_partitioned(model):
-        raise InputError("lora: found a model in ZeRO-3 partitions; expected ZeRO 0-2, or none")
+        raise InputError("found a model in ZeRO-3 partitions", "ZeRO 0-2, or none", "lora")
     head = cast(Any, model).get_output_embeddings()
     targets = [
         name
@@ -40,7 +40,7 @@ def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) 
         and not any(f"{name}.{own}" in dense for own, _ in module.named_parameters(recurse=False))
     ]
     if not targets:
-        raise InputError(f"lora: found no linear layer in {type(model).__name__}; expected some")
+        raise InputError(f"found no linear layer in {type(model).__name__}", "at least one", "lora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), cast(Any, model))

@@ -1,8 +1,8 @@
-"""A model as it was at one moment: its modules, flags, hooks and configurations put back, its weights compared."""
+"""A record of a model's modules, flags, hooks and configurations, to restore them, with checksums of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class _Module:
-    """What a module was.
+    """The recorded state of a module.
 
     Attributes:
-        attributes: all that its instance held, by name.
-        contents: of those that are dictionaries, sets or lists, such as its hooks and submodules.
-        buffers: copies of their values.
+        attributes: attributes of the instance by name
+        contents: copies of the attributes that are dictionaries, sets or lists, such as hooks and submodules
+        buffers: copies of the buffers
     """
 
     module: nn.Module
@@ -28,17 +28,17 @@ class _Module:
 
 
 class Recorded:
-    """A record of a model, to which it is put back after whatever was done to it.
+    """A record of a model, to which it is restored after a training.
 
-    Parameters become new ones of the same data, so that nothing that watched the old ones (a graph, DDP, DeepSpeed)
-    sees the new. Their values are whoever's who changed them to restore; `same_weights` tells.
+    Parameters are replaced by new ones of the same data, so that observers of the old ones (a graph, DDP, DeepSpeed) do
+    not see the new ones. Changed values are not restored; `same_weights` finds them.
     """
 
     def __init__(self, model: nn.Module, without: Collection[str] = ()) -> None:
         """Record a model.
 
         Args:
-            without: names of the parameters whose values may change.
+            without: names of the parameters whose values may change
         """
         copies: dict[int, Tensor] = {}
         self._modules = [_recorded(module, copies) for module in model.modules()]
@@ -46,13 +46,13 @@ class Recorded:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
         self._model, self._without = model, frozenset(without)
-        self._sums = self._summed()
+        self._checksums = self._summed()
 
     def restore(self, values: Mapping[str, Tensor] | None = None) -> bool:
-        """Put everything but the weights back; False where a parameter is not the recorded one any more.
+        """Restore everything except the weights; False if a parameter is not the recorded one any more.
 
         Args:
-            values: of parameters that get these instead of their own, which others may share; by name.
+            values: name -> value that a parameter gets in place of its own, which other models may share
         """
         given, renewed, buffers_of = values or {}, dict[int, nn.Parameter](), dict[int, Tensor]()
         for config, attributes in self._configs:
@@ -71,7 +71,7 @@ class Recorded:
                 if found is not recorded:
                     return False
                 if type(found) is not nn.Parameter:
-                    # One of a quantised model, which knows more than its data.
+                    # A quantised parameter has more state than its data.
                     renewed[id(found)] = found
                 if id(found) not in renewed:
                     full = self._names[id(found)]
@@ -80,7 +80,7 @@ class Recorded:
                 was.contents["_parameters"][name] = own["_parameters"][name] = renewed[id(found)]
             for name, value in was.buffers.items():
                 if id(value) not in buffers_of:
-                    # It follows the model to another device.
+                    # The model may have moved to another device.
                     device = getattr(buffers.get(name), "device", value.device)
                     buffers_of[id(value)] = value.to(device, copy=True)
                 own["_buffers"][name] = buffers_of[id(value)]
@@ -88,15 +88,16 @@ class Recorded:
         return True
 
     def same_weights(self) -> bool:
-        """Whether the parameters hold the bits that they held, by their sums."""
-        return self._summed() == self._sums
+        """Whether the parameters have the recorded values, by their checksums."""
+        return self._summed() == self._checksums
 
     def _summed(self) -> list[int]:
-        return _sums(p for name, p in self._model.named_parameters() if name not in self._without)
+        sums = [_checksum(p) for name, p in self._model.named_parameters() if name not in self._without]
+        return torch.stack(sums).tolist() if sums else []
 
 
 def _recorded(module: nn.Module, copies: dict[int, Tensor]) -> _Module:
-    """A module's record; a buffer that several modules share is copied once."""
+    """Record a module; a buffer that several modules share is copied once."""
     attributes = dict(vars(module))
     contents = {name: value.copy() for name, value in attributes.items() if isinstance(value, dict | set | list)}
     buffers = {}
@@ -107,7 +108,7 @@ def _recorded(module: nn.Module, copies: dict[int, Tensor]) -> _Module:
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a dictionary, set or list what it held, in its order."""
+    """Replace the contents of a dictionary, set or list."""
     container.clear()
     if isinstance(container, list):
         container.extend(contents)
@@ -116,7 +117,7 @@ def _refill(container: Any, contents: Any) -> None:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configurations of a model and its parts, each once."""
+    """The configurations of a model and its submodules, each once."""
     found: dict[int, Any] = {}
     waiting = [own for module in model.modules() for own in vars(module).values() if _is_config(own)]
     while waiting:
@@ -133,16 +134,11 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, PretrainedConfig | GenerationConfig)
 
 
-def _sums(parameters: Iterable[Tensor]) -> list[int]:
-    """Of each parameter, its bytes summed eight at a time as one number, where it is."""
-    sums = [_sum(p.detach()) for p in parameters]
-    return torch.stack(sums).tolist() if sums else []
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    bytes_N = tensor.reshape(-1).view(torch.uint8)
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bytes as 64-bit integers, on its device."""
+    bytes_N = tensor.detach().reshape(-1).view(torch.uint8)
     if bytes_N.storage_offset() % 8:
         bytes_N = bytes_N.clone()
-    whole = len(bytes_N) // 8 * 8
-    total = bytes_N[:whole].view(torch.int64).sum()
-    return total if whole == len(bytes_N) else total + bytes_N[whole:].sum(dtype=torch.int64)
+    aligned = len(bytes_N) // 8 * 8
+    total = bytes_N[:aligned].view(torch.int64).sum()
+    return total if aligned == len(bytes_N) else total + bytes_N[aligned:].sum(dtype=torch.int64)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
-from irdscale.fisher.rules import Buffers, Outer, TableRows, Term, add_squares, add_traces
+from irdscale.fisher.squares import Buffers, add_squares, add_traces
+from irdscale.fisher.terms import Outer, TableRows, Term
 from irdscale.masks.mask import index_dtype
 from irdscale.models.chunked_losses import tokens_at_once
 from irdscale.plan.rates import columns_held
@@ -124,7 +125,7 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
         live = stack.enter_context(counting(model, [*totals.values(), traces_B], setting.on_gpu))
         inputs = _inputs(setting)
         if setting.language:
-            capture._size, capture._uses = setting.batch, {}
+            capture.begin(setting.batch)
             losses_B = _text_loss(model, inputs, setting)
         else:
             losses_B = _class_loss(capture.forward(inputs, setting.batch).logits)
@@ -298,7 +299,7 @@ def _know_norms(model: nn.Module) -> None:
             alike = copy.deepcopy(module).to_empty(device="cpu")
             with torch.no_grad():
                 next(alike.parameters()).fill_(1.0)
-            affine._based[module] = affine._try(alike)
+            affine.probe(module, alike)
 
 
 @contextmanager

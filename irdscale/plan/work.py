@@ -38,7 +38,7 @@ def sample_flops(shapes: Shapes, tokens: int) -> SampleFlops:
     multiplied = set(shapes.products)
     matrices = [(s[0], s[1]) for s in shapes.scored.values() if len(s) == 2 and (s[0], s[1]) in multiplied]
     weights = sum(2.0 * tokens * rows * columns for rows, columns in matrices)
-    # As irdscale.fisher.rules chooses: Gram matrices of tokens, of which one triangle is formed, or the product.
+    # As irdscale.fisher.squares chooses: Gram matrices of tokens, of which one triangle is formed, or the product.
     traces = sum(
         float(tokens**2 * (rows + columns))
         if tokens * (rows + columns) < rows * columns

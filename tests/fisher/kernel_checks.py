@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from irdscale.fisher import kernels, rules
+from irdscale.fisher import kernels, squares
+from irdscale.fisher.terms import Outer
 from tests.kernels import DEVICE, INTERPRETED, close, draw
 
 P, Q = 21, 40
@@ -189,25 +190,25 @@ def test_refused(case: str) -> None:
     assert bool((total == 1).all())
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the rules take the kernel")
-def test_rules_on_a_cpu_pass_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the sums use the kernel")
+def test_squares_on_a_cpu_pass_it_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "add_squared_products", None)
     total = torch.zeros(P, Q)
-    term = rules.Outer(draw(2, 21, P), draw(2, 21, Q, seed=1))
-    rules.add_squares([term], total, None, rules.Buffers())
+    term = Outer(draw(2, 21, P), draw(2, 21, Q, seed=1))
+    squares.add_squares([term], total, None, squares.Buffers())
     close(total, oracle(term.left_BTP, term.right_BTQ)[0])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-def test_rules_on_a_gpu_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_on_a_gpu_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []
     add = kernels.add_squared_products
     monkeypatch.setattr(
         kernels, "add_squared_products", lambda left, *rest: (taken.append(left.dtype), add(left, *rest))
     )
-    term = rules.Outer(draw(2, 21, P, dtype=torch.bfloat16), draw(2, 21, Q, dtype=torch.bfloat16, seed=1))
+    term = Outer(draw(2, 21, P, dtype=torch.bfloat16), draw(2, 21, Q, dtype=torch.bfloat16, seed=1))
     total, trace = torch.zeros(P, Q, device=DEVICE), torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    rules.add_squares([term], total, trace, rules.Buffers())
+    squares.add_squares([term], total, trace, squares.Buffers())
     added_PQ, added_B = oracle(term.left_BTP, term.right_BTQ)
     close(total, added_PQ)
     close(trace, added_B)

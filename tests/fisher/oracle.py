@@ -1,13 +1,16 @@
-"""The slow obvious Fisher: one backward pass per sample through the model's own loss."""
+"""The Fisher information by one backward pass per sample through the model's own loss."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import irdscale
+from irdscale import accumulate_fisher
 from tests.tiny_models import collate
 
 
@@ -38,3 +41,20 @@ def brute_force(model: Any, rows: list[dict[str, Any]]) -> tuple[dict[str, Tenso
         traces.append(sum(square.sum() for square in squares.values()))
     model.zero_grad()
     return {name: total / len(rows) for name, total in sums.items()}, torch.stack(traces)
+
+
+EXACT = {"rtol": 1e-9, "atol": 1e-16}
+
+
+def assert_same(diagonal: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(diagonal) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(diagonal[name], value, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def fallbacks(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name.startswith("irdscale")]
+
+
+def accumulate(model: Any, rows: list[dict[str, Any]], **options: Any) -> irdscale.Fisher:
+    return accumulate_fisher(model, rows, collate_fn=collate, dtype=torch.float64, **options)

@@ -9,32 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import irdscale
 from irdscale.errors import InputError
-from irdscale.fisher import SampleGradients, accumulate_fisher, memory_check, scored_parameters
-from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher import SampleGradients, accumulate_fisher, scored_parameters
 from irdscale.fisher.capture import checkpointed_layers
-from tests.fisher.oracle import brute_force
+from tests.fisher.oracle import EXACT, accumulate, assert_same, brute_force, fallbacks
 from tests.tiny_models import FAMILIES, collate, samples, tiny
-
-EXACT = {"rtol": 1e-9, "atol": 1e-16}
-
-
-def assert_same(diagonal: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(diagonal) == list(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(diagonal[name], value, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def fallbacks(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name.startswith("irdscale")]
-
-
-def accumulate(model: Any, rows: list[dict[str, Any]], **options: Any) -> irdscale.Fisher:
-    return accumulate_fisher(model, rows, collate_fn=collate, dtype=torch.float64, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,91 +65,6 @@ def test_trace_pass_equals_the_accumulated_traces(family: str) -> None:
         traces = torch.zeros(len(rows), dtype=torch.float64)
         gradients.add_traces(range(len(rows)), traces)
         torch.testing.assert_close(traces, expected, **EXACT)
-
-
-class Outside(nn.Module):
-    """A parameter that no module's forward holds, and modules of many kinds that do."""
-
-    def __init__(self, direct: bool, mixing: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(40, 6, padding_idx=0)
-        self.scale = nn.RMSNorm(6)
-        self.mix = nn.Conv1d(6, 6, 3, padding=1)
-        self.twice = nn.Linear(6, 6)
-        self.relu = nn.ReLU(inplace=True)
-        self.head = nn.Linear(6, 3, bias=False)
-        self.direct, self.mixing = direct, mixing
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.embedding(input_ids) * attention_mask.unsqueeze(2)
-        x = self.mix(self.scale(x).transpose(1, 2)).transpose(1, 2)
-        x = self.relu(self.twice(x)) + self.twice(torch.tanh(x))
-        x = (x * attention_mask.unsqueeze(2)).sum(1)
-        if self.mixing:
-            x = self.twice(x - x.mean(0))
-        logits = self.head(x)
-        return logits + (x @ self.twice.weight)[:, :3] if self.direct else logits
-
-
-def autograd_squares(model: nn.Module, rows: list[dict[str, Any]], size: int) -> dict[str, Tensor]:
-    """Squared gradients of each sample's loss within its own batch, for models without a Hugging Face loss."""
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size])
-        labels = batch.pop("labels")
-        for n in range(len(labels)):
-            loss = nn.functional.cross_entropy(model(**batch)[n : n + 1], labels[n : n + 1])
-            for (name, _), g in zip(
-                model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
-            ):
-                sums[name] += g**2 / len(rows)
-    return sums
-
-
-@pytest.mark.parametrize(("direct", "reason"), [(False, None), (True, "twice.weight is used outside the forward")])
-def test_own_models(direct: bool, reason: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model, rows = Outside(direct, mixing=False).double(), samples()
-    fisher = accumulate(model, rows, batch_size=3)
-    assert_same(fisher.diagonal, autograd_squares(model, rows, size=1))
-    assert (reason is None and not fallbacks(caplog)) or (reason is not None and reason in caplog.text)
-
-
-class InPlace(nn.Module):
-    """Changes the output of a linear layer, a view, in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.twice, self.head = nn.Embedding(40, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.twice(self.embedding(input_ids)).relu_() * attention_mask.unsqueeze(2)
-        return self.head(x.sum(1))
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_outputs_that_are_changed_in_place(batch_size: int) -> None:
-    torch.manual_seed(0)
-    model, rows = InPlace().double(), samples()
-    assert_same(accumulate(model, rows, batch_size=batch_size).diagonal, autograd_squares(model, rows, size=1))
-
-
-def test_a_model_that_mixes_samples_falls_to_one_sample(caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model, rows = Outside(direct=False, mixing=True).double(), samples()
-    fisher = accumulate(model, rows, batch_size=4)
-    assert "depends on the other samples" in caplog.text
-    assert_same(fisher.diagonal, autograd_squares(model, rows, size=1))
-
-
-def test_a_first_batch_of_one_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model, rows = Outside(direct=False, mixing=True).double(), samples()
-    gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=4)
-    sums = new_sums(gradients, range(len(rows)), dtype=torch.float64)
-    gradients.accumulate(range(len(rows)), sums, boundaries=[1])
-    assert "depends on the other samples" in caplog.text
-    assert_same({n: s / len(rows) for n, s in sums.tensors.items()}, autograd_squares(model, rows, size=1))
 
 
 def test_sampled_objective_does_not_depend_on_batches_and_has_the_models_distribution() -> None:
@@ -330,64 +226,3 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(
     assert checkpointed_layers(model)
     assert all("forward" not in vars(module) for module in model.modules())
     assert model.config.use_cache if hasattr(model.config, "use_cache") else True
-
-
-def test_a_batch_that_does_not_fit_is_halved_once_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, rows = tiny("bert"), samples()
-    expected, traces = brute_force(model, rows)
-    tight = Tight(model, room=3)
-    gradients = SampleGradients(tight, rows, collate, scored_parameters(tight), batch_size=8)
-    sums = new_sums(gradients, range(8), dtype=torch.float64)
-    found = torch.zeros(8, dtype=torch.float64)
-    with caplog.at_level(logging.WARNING):
-        gradients.accumulate(range(8), sums, found)
-        gradients.add_traces(range(8), torch.zeros(8, dtype=torch.float64))
-    said = [f"fisher.batch_size: {size} does not fit in memory; going on with {size // 2}" for size in (8, 4)]
-    assert fallbacks(caplog) == said
-    assert_same({n.removeprefix("model."): s / 8 for n, s in sums.tensors.items()}, expected)
-    torch.testing.assert_close(found, traces, **EXACT)
-    assert gradients.taken == 16
-    with pytest.raises(InputError, match="a batch of 1 does not fit in memory"):
-        accumulate(Tight(model, room=0), rows)
-
-
-class Tight(nn.Module):
-    """Runs out of memory in the middle of the backward pass of a batch that is too large."""
-
-    def __init__(self, model: Any, room: int) -> None:
-        super().__init__()
-        self.model, self.room, self.config = model, room, model.config
-
-    def forward(self, **inputs: Any) -> Any:
-        def check(_module: Any, _args: Any, output: Any) -> None:
-            def fail(gradient: Tensor) -> None:
-                if len(gradient) > self.room:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-            hidden = output if isinstance(output, Tensor) else output[0]
-            if hidden.requires_grad and torch.is_grad_enabled():
-                hidden.register_hook(fail)
-
-        handle = self.model.bert.encoder.layer[0].register_forward_hook(check)
-        try:
-            return self.model(**inputs)
-        finally:
-            handle.remove()
-
-
-def test_sums_that_do_not_fit_are_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = tiny("bert"), samples()
-    numels = [p.numel() for p in model.parameters()]
-    needed = 8 * (sum(numels) + max(numels))
-    monkeypatch.setattr(memory_check, "free_main_memory", lambda: needed)
-    accumulate(model, rows)
-    monkeypatch.setattr(memory_check, "free_main_memory", lambda: needed - 1)
-    with pytest.raises(InputError, match=r"fisher\.layout: found sums of 0\.0 GiB a rank .* 'sharded' over 2 ranks"):
-        accumulate(model, rows)
-    shapes = {"large": (1000, 1000), "small": (10,)}
-    for free in (8.1e6, 9e6, 11e6):
-        ranks = memory_check.ranks_needed(shapes, 4, free)
-        assert ranks is not None
-        assert memory_check.bytes_needed(shapes, 4, "sharded", ranks) <= free
-        assert ranks == 2 or memory_check.bytes_needed(shapes, 4, "sharded", ranks - 1) > free
-    assert memory_check.ranks_needed(shapes, 4, 8e6) is None

@@ -1,4 +1,4 @@
-"""Which modules are taken for affine in their weights, and the slope, against autograd."""
+"""Modules that are affine in their weights, and their slopes against autograd."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from irdscale.errors import InputError
 from irdscale.fisher import accumulate_fisher
 from irdscale.fisher.accumulate import scored_parameters
-from irdscale.fisher.capture import why_no_rules
+from irdscale.fisher.exactness import why_no_rules
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import brute_force
 from tests.tiny_models import collate

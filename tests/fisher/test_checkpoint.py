@@ -1,4 +1,4 @@
-"""A pass that was interrupted goes on to the same result, bit for bit."""
+"""An interrupted pass continues to the same result, bit for bit."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [20, 35, 45])
-def test_a_lattice_goes_on_with_the_rankings_that_it_passed(stop_after: int, tmp_path: Path) -> None:
+def test_a_pass_over_prefixes_continues_with_its_finished_rankings(stop_after: int, tmp_path: Path) -> None:
     model, rows = tiny("bert").float(), samples(count=ROWS)
 
     def run(collate_fn: Any, saved: SavedPass | None) -> tuple[dict[int, Any], SampleGradients]:

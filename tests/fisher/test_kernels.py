@@ -1,4 +1,4 @@
-"""The Triton kernel: its checks in the interpreter and, where there is a GPU, on it; and life without Triton."""
+"""The Triton kernel in the interpreter and on a GPU if there is one, and the package without Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from irdscale.fisher import kernels, rules
+from irdscale.fisher import kernels, squares
+from irdscale.fisher.terms import Outer
 from tests.kernels import INTERPRETED, ROOT, needs_triton, run_checks
 
 CHECKS = Path(__file__).with_name("kernel_checks.py")
@@ -45,7 +46,7 @@ def test_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from irdscale.fisher import kernels, rules
+from irdscale.fisher import kernels, squares
 print(kernels.usable(torch.ones(2, 3, 4), torch.ones(2, 3, 5), torch.zeros(4, 5)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -237,18 +238,18 @@ class _OnGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "terms", "able", "taken"),
+    ("tokens", "count", "able", "taken"),
     [(4, 1, True, True), (4, 1, False, False), (1, 1, True, False), (4, 2, True, False)],
 )
-def test_rules_hand_over_one_uncast_product(
-    tokens: int, terms: int, able: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_squares_hand_over_one_uncast_product(
+    tokens: int, count: int, able: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[torch.dtype] = []
     monkeypatch.setattr(kernels, "usable", lambda *_: able)
     monkeypatch.setattr(kernels, "add_squared_products", lambda left, *_: calls.append(left.dtype))
     left_BTP = torch.ones(2, tokens, 3, dtype=torch.bfloat16).as_subclass(_OnGpu)
-    term = rules.Outer(left_BTP, torch.ones(2, tokens, 5, dtype=torch.bfloat16))
+    term = Outer(left_BTP, torch.ones(2, tokens, 5, dtype=torch.bfloat16))
     total_PQ = torch.zeros(3, 5)
-    rules.add_squares([term] * terms, total_PQ, None, rules.Buffers())
+    squares.add_squares([term] * count, total_PQ, None, squares.Buffers())
     assert calls == ([torch.bfloat16] if taken else [])
-    assert torch.equal(total_PQ, torch.full((3, 5), 0.0 if taken else 2.0 * (terms * tokens) ** 2))
+    assert torch.equal(total_PQ, torch.full((3, 5), 0.0 if taken else 2.0 * (count * tokens) ** 2))

@@ -1,4 +1,4 @@
-"""Fisher passes over texts: the losses of their targets alone, by mean or sum, with and without the logits of all."""
+"""Fisher passes over texts: losses of their targets by mean or sum, with and without the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irdscale import accumulate_fisher
-from irdscale.fisher import SampleGradients, passes, scored_parameters
+from irdscale.fisher import SampleGradients, sample_loss, scored_parameters
 from irdscale.models import chunked_losses
 from irdscale.models.chunked_losses import IGNORED
 from tests.tiny_models import collate, samples, tiny
@@ -56,7 +56,7 @@ def test_equals_brute_force(
     if checkpointing:
         model.gradient_checkpointing_enable()
     taken: list[int] = []
-    monkeypatch.setattr(passes, "found_losses", lambda *a: taken.append(1) or chunked_losses.found_losses(*a))
+    monkeypatch.setattr(sample_loss, "found_losses", lambda *a: taken.append(1) or chunked_losses.found_losses(*a))
     fisher = accumulate_fisher(
         model, rows, collate_fn=collate, dtype=torch.float64, include=BLOCKS, token_reduction=reduction, batch_size=3
     )
@@ -85,7 +85,7 @@ def test_a_tied_head_that_is_scored_sees_all_tokens_together() -> None:
     model, rows = tiny("llama", "lm", tie_word_embeddings=True), answered()
     samples_of = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=2)
     samples_of.prepare(range(len(rows)))
-    assert samples_of._headless is None
+    assert samples_of.loss.headless is None
     names = list(scored_parameters(model))
     fisher = accumulate_fisher(model, rows, collate_fn=collate, dtype=torch.float64)
     for name, value in brute_force(model, rows, "mean", names).items():

@@ -12,7 +12,7 @@ from tests.tiny_models import collate, samples, tiny
 
 
 @pytest.mark.parametrize("direction", ["ird", "reverse", "random"])
-def test_every_mask_of_the_lattice_and_its_cost(direction: str) -> None:
+def test_every_mask_of_a_search_and_its_cost(direction: str) -> None:
     model, rows = tiny("bert"), samples(count=19)
     gradients = SampleGradients(model, rows, collate, scored_parameters(model), batch_size=4)
     traces = torch.zeros(len(rows), dtype=torch.float64)

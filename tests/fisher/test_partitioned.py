@@ -1,4 +1,4 @@
-"""Fisher passes over models in DeepSpeed ZeRO-3 partitions, against the same models whole."""
+"""Fisher passes over models in DeepSpeed ZeRO-3 partitions, against the same models without partitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from irdscale.distributed.zero3 import unwrapped
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.nested import ranked_entries_by_prefix
-from irdscale.fisher.sums import ShardedSums, WholeSums
+from irdscale.fisher.sums import ReplicatedSums, ShardedSums
 from tests.spawned import run_ranks
 from tests.tiny_models import collate, samples, tiny
 
@@ -124,7 +124,7 @@ def gathered_at_once(rank: int, folder: str) -> None:
     engine = deepspeed.initialize(model=model, config=ZERO)[0]
     total = sum(p.ds_numel for p in model.parameters())
     seen: list[int] = []
-    for kind in (WholeSums, ShardedSums):
+    for kind in (ReplicatedSums, ShardedSums):
         arrive = kind.arrive
 
         def spy(self: Any, *args: Any, arrive: Any = arrive) -> None:

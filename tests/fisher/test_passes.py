@@ -31,7 +31,7 @@ def test_label_losses(family: str, head: str, include: str | None, objective: An
     scored = scored_parameters(model, include)
     gradients = SampleGradients(model, rows, collate, scored, batch_size=3, objective=objective)
     found = gradients.label_losses([len(row["input_ids"]) for row in rows])
-    assert (gradients._headless is not None) is (include is not None)
+    assert (gradients.loss.headless is not None) is (include is not None)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     assert gradients.taken == 0
     assert gradients.objective == objective

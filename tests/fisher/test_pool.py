@@ -1,4 +1,4 @@
-"""What samples are ranked by, against losses and lengths taken one by one."""
+"""The ranking of samples, against losses and lengths of single samples."""
 
 from __future__ import annotations
 

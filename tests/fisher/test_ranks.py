@@ -39,7 +39,7 @@ SCORES: tuple[Any, ...] = ("gradient", "saliency", "magnitude", "random")
 PAIRS = [(s, p) for s in SIZES for p in (200, 100, 50)]
 
 
-def lattice(gradients: SampleGradients, order: Any = range(7), **options: Any) -> list[str]:
+def mask_hashes(gradients: SampleGradients, order: Any = range(7), **options: Any) -> list[str]:
     options = {"dtype": torch.float64, **options}
     rankings = ranked_entries_by_prefix(gradients, order, SIZES, 200, **options)
     return [rankings[s].prefix(p).hash for s, p in PAIRS]
@@ -72,17 +72,17 @@ def work(layout: Any) -> dict[str, Any]:
         traces = torch.zeros(7, dtype=torch.float64)
         gradients.add_traces(range(7), traces)
         order = traces.sort(descending=True, stable=True).indices.tolist()
-        hashes = lattice(gradients, order, layout=layout)
+        hashes = mask_hashes(gradients, order, layout=layout)
         found[f"{family} losses"] = {"loss": gradients.label_losses([i % 3 for i in range(7)])}
-        found[f"{family} lattice"] = {"trace": traces, "taken": torch.tensor(gradients.taken), "hashes": hashes}
+        found[f"{family} masks"] = {"trace": traces, "taken": torch.tensor(gradients.taken), "hashes": hashes}
     model = tiny("bert")
     for score in SCORES:
-        found[score] = {"hashes": lattice(gradients_of(model), score=score, layout=layout)}
+        found[score] = {"hashes": mask_hashes(gradients_of(model), score=score, layout=layout)}
     for objective in ("expected", "sampled"):
         gradients = gradients_of(model, objective=objective)
-        found[objective] = {"hashes": lattice(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
-    found["layerwise"] = {"hashes": lattice(gradients_of(model), scope="layerwise", layout=layout)}
-    found["offload"] = {"hashes": lattice(gradients_of(model), layout=layout, offload=True)}
+        found[objective] = {"hashes": mask_hashes(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}
+    found["layerwise"] = {"hashes": mask_hashes(gradients_of(model), scope="layerwise", layout=layout)}
+    found["offload"] = {"hashes": mask_hashes(gradients_of(model), layout=layout, offload=True)}
     found["float32"] = {"masks": float32_masks(layout)}
     return found
 
@@ -121,7 +121,7 @@ def one_error_for_all(rank: int, world: int) -> list[str]:
     attempt(rows, layout="sharded" if rank == 0 else "replicated")
     attempt(rows, dtype=torch.float32 if rank == 0 else torch.float64)
     with pytest.raises(InputError, match=r"rank 1 has another order of samples"):
-        lattice(gradients_of(tiny("bert")), range(7) if rank == 0 else [1, 0, *range(2, 7)])
+        mask_hashes(gradients_of(tiny("bert")), range(7) if rank == 0 else [1, 0, *range(2, 7)])
     broken = [rows[0], {**rows[1], "labels": float("nan")}, *rows[2:]]
     with pytest.raises(InputError, match=r"sample 1 \(row 1 of its split\): found a loss of nan"):
         SampleGradients(model, broken, collate, scored_parameters(model), batch_size=1).label_losses(range(7))

@@ -1,4 +1,4 @@
-"""What the sums of a pass take of main memory, measured on two ranks."""
+"""Main memory that the sums of a pass take, measured on two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The k largest of slices over ranks, against a stable sort of the joined array. Threads stand for the ranks."""
+"""The k largest of slices over ranks, against a stable sort of the full array. Threads stand for the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading models of every family with a head for the task, and what is said of folders that hold none."""
+"""Loading models of every family with a head for the task, and the messages for folders without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tried on models before a pass, on models for which it matters and on those for which it does not."""
+"""The checks of a model before a pass, on models that pass them and on models that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding, causality and a loss of the model's own, in training and evaluation by a configuration."""
+"""Padding, causality and models' own losses in training and evaluation by a configuration."""
 
 from __future__ import annotations
 

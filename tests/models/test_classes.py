@@ -1,4 +1,4 @@
-"""Class names: which say something, and which of a head's classes they are."""
+"""Class names: placeholders, and the mapping to a head's classes."""
 
 from __future__ import annotations
 

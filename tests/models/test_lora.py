@@ -1,4 +1,4 @@
-"""LoRA matrices: what they change, and that they come back from disk."""
+"""LoRA matrices: the model that they change, and loading them from disk."""
 
 from __future__ import annotations
 

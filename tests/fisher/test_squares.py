@@ -1,12 +1,13 @@
-"""Sums of squares and traces from terms of the sizes at which products are joined or cut, against formed gradients."""
+"""Sums of squares and traces at the sizes at which products are combined or divided, against formed gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from irdscale.fisher import rules
-from irdscale.fisher.rules import Buffers, Outer, Term, add_squares, add_traces
+from irdscale.fisher import squares
+from irdscale.fisher.squares import Buffers, add_squares, add_traces
+from irdscale.fisher.terms import Outer, Term
 
 
 def outer(tokens: int, rows: int, columns: int, batch: int = 5, seed: int = 0) -> Outer:
@@ -23,7 +24,7 @@ def gradients(*terms: Outer) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(4, 6), (8, 5), (6, 9), (9, 9)])
 def test_squares(rows: int, columns: int, traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Five samples in calls of four, two and one.
-    monkeypatch.setattr(rules, "TOGETHER", 110)
+    monkeypatch.setattr(squares, "ENTRIES_A_CALL", 110)
     term = outer(3, rows, columns)
     gradient_BPQ = gradients(term)
     total = torch.ones(rows, columns, dtype=torch.float64)
@@ -44,8 +45,8 @@ def test_traces_by_blocks_of_tokens(tokens: int) -> None:
 
 def test_traces_of_modules_that_see_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     formed: list[torch.Tensor] = []
-    gram = rules._gram
-    monkeypatch.setattr(rules, "_gram", lambda x: formed.append(x) or gram(x))
+    gram = squares._gram
+    monkeypatch.setattr(squares, "_gram", lambda x: formed.append(x) or gram(x))
     first, second = outer(70, 200, 300), outer(70, 200, 300, seed=1)
     shared = Outer(second.left_BTP, first.right_BTQ.view_as(first.right_BTQ))
     buffers, shape = Buffers(), torch.Size((200, 300))
