@@ -12,9 +12,9 @@ from irdscale.distributed.ranks import all_reduce_sum, failing_together
 from irdscale.distributed.watchdog import watched
 from irdscale.distributed.zero3 import device_of, gathering, to_gpu
 from irdscale.fisher.capture import frozen
-from irdscale.language_evaluation import evaluate_language
 from irdscale.models.batches import LateRows, shared_batches
 from irdscale.models.checks import padding_known_to_matter, warn_once
+from irdscale.training.evaluate_language import evaluate_language
 
 if TYPE_CHECKING:
     from datasets import Dataset
