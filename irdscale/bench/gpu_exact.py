@@ -30,7 +30,8 @@ from irdscale.models.build import build_model
 from irdscale.models.chunked_losses import IGNORED
 from irdscale.sparse import merge, sparsify, trained_numbers
 from irdscale.tasks import Task, load_task
-from irdscale.training.trainer import fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart_llm.yaml"
 FAMILIES = ("bert", "gpt2", "llama", "mixtral")

@@ -19,7 +19,8 @@ from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from irdscale.models.chunked_losses import finishing, found_losses, headless, next_tokens
 from irdscale.sparse import sparsify
-from irdscale.training.trainer import Control, fine_tune
+from irdscale.training.control import Control
+from irdscale.training.trainer import fine_tune
 
 BAR = 1.10
 NAME = "135M-like"

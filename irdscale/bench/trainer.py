@@ -72,7 +72,8 @@ def _samples(count: int, tokens: int) -> Dataset:
 
 
 def _fine_tune(model: nn.Module, task: _Rows, config: RunConfig) -> float:
-    from irdscale.training.trainer import Control, fine_tune
+    from irdscale.training.control import Control
+    from irdscale.training.trainer import fine_tune
 
     stamps: list[float] = []
 

@@ -19,7 +19,9 @@ from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
 from irdscale.sparse import merge, sparsify
 from irdscale.training.base_model import base_model
-from irdscale.training.trainer import Control, fine_tune, trained_densely
+from irdscale.training.control import Control
+from irdscale.training.trainable import trained_densely
+from irdscale.training.trainer import fine_tune
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:

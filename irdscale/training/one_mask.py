@@ -23,10 +23,12 @@ from irdscale.runs.folder import held, mask_part, training_part
 from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.checkpoint import remove_training
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.head_warmup import model_to_score
 from irdscale.training.loss_trend import said_of_rise
-from irdscale.training.trainer import Control, adapter_config, adapter_dtype, fine_tune, sparse_model
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar
 

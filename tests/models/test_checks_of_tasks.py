@@ -17,8 +17,10 @@ from irdscale.models.build import build_model
 from irdscale.models.checks import padding_matters, uneven_rows, warn_once
 from irdscale.tasks import Task, load_task
 from irdscale.training import evaluate_language
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 from tests.helpers import tiny_tokenizer
 from tests.sparse.oracle import random_mask
 from tests.training.test_evaluate_language import texts

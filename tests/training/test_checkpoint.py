@@ -16,9 +16,11 @@ from irdscale.sparse import trained_numbers
 from irdscale.tasks import Task, load_task
 from irdscale.training import checkpoint
 from irdscale.training.checkpoint import saved_step
+from irdscale.training.control import Control, Paused
 from irdscale.training.evaluate import evaluate_model
 from irdscale.training.loss_trend import loss_trend
-from irdscale.training.trainer import Control, Paused, fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 from tests.search.toy import write_config
 from tests.training_oracle import changed, mask_of
 from tests.training_ranks import Stopped, same, stopper
