@@ -15,7 +15,7 @@ from irdscale.config.schema import Scope
 from irdscale.distributed.ranks import all_reduce_sum, gather_texts
 from irdscale.errors import InputError
 from irdscale.masks.topk import Chosen, Slice, check_scores, largest, largest_of_checked, read
-from irdscale.utils.files import read_json, read_tensors, write_folder, write_json
+from irdscale.utils.files import read_tensors, read_versioned, write_folder, write_json
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
@@ -86,11 +86,7 @@ class Mask:
             InputError: no mask there, or its files are damaged.
         """
         folder = Path(folder)
-        meta = read_json(folder / "mask.json", "mask")
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise InputError(f"{folder / 'mask.json'}: found no mask; expected format {FORMAT!r}")
-        if meta.get("version") != VERSION:
-            raise InputError(f"{folder / 'mask.json'}: found version {meta.get('version')}; expected {VERSION}")
+        meta = read_versioned(folder / "mask.json", "mask", FORMAT, VERSION)
         indices = read_tensors(folder / "mask.safetensors", "mask")
         try:
             mask = cls(indices, {name: tuple(shape) for name, shape in meta["shapes"].items()})

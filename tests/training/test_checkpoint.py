@@ -138,11 +138,11 @@ def test_damaged_states_are_refused(toy: tuple[RunConfig, Task], tmp_path: Path)
     numbers = state / "numbers.safetensors"
     whole = numbers.read_bytes()
     numbers.write_bytes(whole[:-5])
-    with pytest.raises(InputError, match=r"numbers.safetensors: damaged state of a training"):
+    with pytest.raises(InputError, match=r"numbers.safetensors: damaged training state"):
         train(config, task, state=state)
     numbers.write_bytes(whole)
     (state / "state.json").write_text('{"format": "other"}')
-    with pytest.raises(InputError, match=r"state.json: not the state of a training; delete .*state to start it anew"):
+    with pytest.raises(InputError, match=r"state.json: found no training state; expected format .irdscale-training."):
         train(config, task, state=state)
 
 
