@@ -77,36 +77,27 @@ def saved_losses(folder: Path) -> list[float]:
     return read_tensors(folder / "numbers.safetensors", WHAT)[LOSSES].tolist()
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:
-    """Load the saved values and moments; collective.
+def load_training(folder: Path, model: nn.Module, optimizer: Any = None, step: int = 0) -> None:
+    """Load the saved values, and with an `optimizer`, which is after `step`, its moments; collective.
 
     Raises:
         InputError: the files are damaged.
     """
+    keys = (VALUE,) if optimizer is None else (VALUE, *MOMENTS)
     with failing_together():
         parameters = _trained(model)
-        tensors = _read(folder, parameters, (VALUE, *MOMENTS))
-    _make_moments(parameters, optimizer, step)
+        tensors = _read(folder, parameters, keys)
+    if optimizer is not None:
+        _make_moments(parameters, optimizer, step)
     for name, parameter in parameters.items():
-        for key in (VALUE, *MOMENTS):
+        for key in keys if optimizer is not None else ():
             own = _own_part(parameter, optimizer, key)
             if own is not None:
                 part, start, stop = own
                 value = tensors[f"{key}/{name}"].reshape(-1)[start:stop]
                 part.data[: len(value)].copy_(value)
-    _put_values(parameters, tensors)
-
-
-def load_values(folder: Path, model: nn.Module) -> None:
-    """Load the saved values of a finished training, without moments; collective.
-
-    Raises:
-        InputError: the files are damaged.
-    """
-    with failing_together():
-        parameters = _trained(model)
-        tensors = _read(folder, parameters, (VALUE,))
-    _put_values(parameters, tensors)
+        with gathered_parameters([parameter], changed=True):
+            parameter.data.copy_(tensors[f"{VALUE}/{name}"])
 
 
 def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ...]) -> dict[str, Tensor]:
@@ -118,12 +109,6 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ..
             if found is None or tuple(found.shape) != shape_of(parameter):
                 raise InputError(f"{file}: damaged {WHAT}: no {key} for {name}")
     return tensors
-
-
-def _put_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        with gathered_parameters([parameter], changed=True):
-            parameter.data.copy_(tensors[f"{VALUE}/{name}"])
 
 
 def remove_training(folder: Path) -> None:
@@ -166,24 +151,18 @@ def digest_seed(rank: int, step: int) -> int:
 def _gathered(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
     """AdamW's values of the trained parameters, or one of their moments, gathered on the CPU; collective."""
     first = next(iter(parameters.values()))
-    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=_type_of(first))
+    divided = hasattr(first, "ds_id") or hasattr(first, "_hp_mapping")
+    dtype = torch.float32 if divided else first.dtype
+    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=dtype)
     parts = dict(zip(parameters, flat.split([numel_of(p) for p in parameters.values()])))
     for name, parameter in parameters.items():
         own = _own_part(parameter, optimizer, key)
         if own is not None:
             part, start, stop = own
             parts[name][start:stop] = part.detach()[: stop - start].cpu()
-    if _is_divided(first):
+    if divided:
         all_reduce_sum([flat])
     return {name: parts[name].view(shape_of(p)).clone() for name, p in parameters.items()}
-
-
-def _is_divided(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _type_of(parameter: nn.Parameter) -> torch.dtype:
-    return torch.float32 if _is_divided(parameter) else parameter.dtype
 
 
 def _own_part(parameter: Any, optimizer: Any, key: str) -> tuple[Tensor, int, int] | None:

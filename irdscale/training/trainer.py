@@ -29,7 +29,7 @@ from irdscale.fisher.capture import frozen
 from irdscale.models.checks import padding_known_to_matter, unheard, warn_once
 from irdscale.sparse import sparse_state, trained_on
 from irdscale.training.callback import TrainingCallback
-from irdscale.training.checkpoint import load_values, saved_losses, saved_step
+from irdscale.training.checkpoint import load_training, saved_losses, saved_step
 from irdscale.training.control import Control
 from irdscale.training.hf_trainer import SparseTrainer, Training, training_arguments
 from irdscale.training.loss_trend import loss_trend
@@ -99,7 +99,7 @@ def fine_tune(
         training = Training(train, seed, steps, done, control, state, made_by, losses)
         losses = _train(model, task, training, settings, micro)
     elif state is not None:
-        load_values(state, model)
+        load_training(state, model)
     _make_absolute(model, False)
     model.eval()
     return loss_trend(losses)
