@@ -216,11 +216,6 @@ def make_room(model: nn.Module, adapter: Adapter) -> None:
     sparsify(model, adapter.mask, always_train=[f"^{re.escape(name)}$" for name in adapter.dense])
 
 
-def put_numbers(model: nn.Module, adapter: Adapter) -> None:
-    """Copy the adapter's trained parameters into a model that `make_room` made sparse."""
-    set_trained_numbers(model, adapter.values, adapter.dense)
-
-
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Load an adapter onto a fresh base model, in place: the model is then sparse, with the trained deltas.
 
@@ -246,6 +241,6 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     except InputError:
         unload(model)
         raise
-    put_numbers(model, adapter)
+    set_trained_numbers(model, adapter.values, adapter.dense)
     put_head(model, adapter.head)
     return model

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from irdscale.adapters.base import known_hash
-from irdscale.adapters.format import check_base, check_fits, make_room, put_numbers, read_adapter
+from irdscale.adapters.format import check_base, check_fits, make_room, read_adapter
 from irdscale.adapters.heads import check_head, put_head
 from irdscale.distributed.zero3 import shape_of
-from irdscale.sparse.model import sparse_state, unload
+from irdscale.sparse.model import set_trained_numbers, sparse_state, unload
 
 
 def switch_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
@@ -37,7 +37,7 @@ def switch_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     check_base(adapter, known_hash(model, adapter.dense))
     unload(model)
     make_room(model, adapter)
-    put_numbers(model, adapter)
+    set_trained_numbers(model, adapter.values, adapter.dense)
     put_head(model, adapter.head)
     sparse_state(model).known_bases = state.known_bases
     return model

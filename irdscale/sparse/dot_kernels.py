@@ -149,8 +149,9 @@ def dot_blocks(
     # The next chunk's rows and the next trip's entries are loaded while this one's are multiplied.
     last = rows - 1
     PAIRS: tl.constexpr = 8 * WARPS
-    rows_0 = _rows(stream_ptr, token_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
-    rows_1 = _rows(stream_ptr, later_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
+    here_Y = chunk * PAIRS + pair_Y
+    rows_0 = _rows(stream_ptr, token_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
+    rows_1 = _rows(stream_ptr, later_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
     begin = tl.load(starts_ptr + chunk * parts + part)
     end = tl.load(starts_ptr + chunk * parts + part + 1)
     slots_ptr += column_Z
@@ -162,14 +163,11 @@ def dot_blocks(
     pairs_1 = tl.load(pairs_ptr + begin * TILE + TILE // 2)
     for at in range(chunk, end_chunk):
         chunk = at + 1
+        here_Y = chunk * PAIRS + pair_Y
         # Without tensor cores no registers are left for prefetching.
         if PACKED:
-            next_0 = _rows(
-                stream_ptr, token_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS
-            )
-            next_1 = _rows(
-                stream_ptr, later_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS
-            )
+            next_0 = _rows(stream_ptr, token_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
+            next_1 = _rows(stream_ptr, later_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
         known = tl.minimum(chunk, end_chunk - 1) * parts + part
         next_begin, next_end = tl.load(starts_ptr + known), tl.load(starts_ptr + known + 1)
         for trip in range(begin, end):
@@ -193,12 +191,8 @@ def dot_blocks(
         if PACKED:
             rows_0, rows_1 = next_0, next_1
         else:
-            rows_0 = _rows(
-                stream_ptr, token_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS
-            )
-            rows_1 = _rows(
-                stream_ptr, later_Y, chunk * PAIRS + pair_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS
-            )
+            rows_0 = _rows(stream_ptr, token_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
+            rows_1 = _rows(stream_ptr, later_Y, here_Y, stream_p, last, dtype, PACKED, WIDEN, QUADS, WARPS)
 
 
 # `columns` stays specialised: Triton must know that 16 divides it to copy 16 bytes at once.

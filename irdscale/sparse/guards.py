@@ -28,15 +28,19 @@ def guard(model: nn.Module, dense: Sequence[nn.Parameter]) -> None:
         if module is model or hasattr(type(module), "resize_token_embeddings"):
             for name, guarded in _GUARDS.items():
                 if hasattr(type(module), name) and name not in vars(module):
-                    vars(module)[name] = partial(guarded, module, list(dense))
+                    vars(module)[name] = _Guard(guarded, module, list(dense))
 
 
 def unguard(model: nn.Module) -> None:
     """Remove the guards."""
     for module in model.modules():
-        for name, guarded in _GUARDS.items():
-            if getattr(vars(module).get(name), "func", None) is guarded:
+        for name in _GUARDS:
+            if isinstance(vars(module).get(name), _Guard):
                 del vars(module)[name]
+
+
+class _Guard(partial[Any]):
+    """A guarded method of one module."""
 
 
 def _original(module: Any, name: str) -> Callable[..., Any]:
@@ -101,14 +105,6 @@ def _put_embeddings(what: str, module: Any, dense: Sequence[nn.Parameter], value
     if held is not value and _is_trained(held, dense):
         raise _refused(what, "found trained entries in the embeddings")
     return _original(module, what)(value)
-
-
-def _set_input_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_input_embeddings", module, dense, value)
-
-
-def _set_output_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_output_embeddings", module, dense, value)
 
 
 def _tie_weights(module: Any, _dense: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
@@ -180,8 +176,8 @@ def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
 _GUARDS: dict[str, Callable[..., Any]] = {
     "resize_token_embeddings": _resize_token_embeddings,
     "resize_position_embeddings": _resize_position_embeddings,
-    "set_input_embeddings": _set_input_embeddings,
-    "set_output_embeddings": _set_output_embeddings,
+    "set_input_embeddings": partial(_put_embeddings, "set_input_embeddings"),
+    "set_output_embeddings": partial(_put_embeddings, "set_output_embeddings"),
     "tie_weights": _tie_weights,
     "requires_grad_": _requires_grad_,
     "to_empty": _to_empty,

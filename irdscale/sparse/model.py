@@ -278,8 +278,8 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
             entries.follow()
     for name, entries in state.entries.items():
         with gathered_parameters([entries.values]):
-            deltas[name] = (entries.effective() - entries.base if entries.absolute else entries.values.detach()).cpu()
-            deltas[name] = deltas[name].clone()
+            delta = entries.effective() - entries.base if entries.absolute else entries.values.detach()
+            deltas[name] = delta.cpu().clone()
     for name in state.dense:
         source = state.masters[name].values if name in state.masters else parameters[name]
         with gathered_parameters([source]):
