@@ -100,15 +100,22 @@ def in_process_group(settings: DistributedConfig | None = None, always: bool = F
             not to join (it is named).
         RunError: a rank does not join.
     """
-    rank, local_rank, world = launched()
-    asked = "auto" if settings is None else settings.backend
-    if world == 1 and not always and asked != "nccl":
+    backend = "auto" if settings is None else settings.backend
+    if backend == "nccl" and not _gpus():
+        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
+    if launched()[2] == 1 and not always:
         yield
         return
     # Otherwise later work in this process and its children would look for ranks that have ended.
     variables = environment_restored("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    with variables, _group(settings, asked, rank, local_rank, world, always):
+    with variables, _group(settings, *launched()):
         yield
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -126,9 +133,7 @@ def environment_restored(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _group(
-    settings: DistributedConfig | None, asked: str, rank: int, local_rank: int, world: int, always: bool
-) -> Iterator[None]:
+def _group(settings: DistributedConfig | None, rank: int, local_rank: int, world: int) -> Iterator[None]:
     global _met
     import torch
     import torch.distributed as dist
@@ -136,13 +141,7 @@ def _group(
     from irdscale.config.schema import DistributedConfig
     from irdscale.distributed import watchdog
 
-    settings = settings or DistributedConfig()
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked == "nccl" and not gpus:
-        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
-    if world == 1 and not always:
-        yield
-        return
+    settings, gpus = settings or DistributedConfig(), _gpus()
     if world == 1 and "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
     # Libraries read all of these variables.
@@ -151,7 +150,7 @@ def _group(
         if local_rank >= gpus:
             raise InputError(f"LOCAL_RANK: found {local_rank}; expected 0 to {gpus - 1}, one rank a GPU")
         torch.cuda.set_device(local_rank)
-    backend = asked if asked != "auto" else "nccl" if gpus else "gloo"
+    backend = settings.backend if settings.backend != "auto" else "nccl" if gpus else "gloo"
     timeout = timedelta(minutes=settings.timeout_minutes)
     store = _store(rank, world, min(MEETING, timeout))
     _meet(store, rank, world, {**versions(), "distributed.backend": backend}, min(MEETING, timeout))
