@@ -84,14 +84,9 @@ class KeptBase:
 
     def _take_back(self, held: _Held) -> None:
         try:
-            good = held.restore()
+            self._held = held if held.restore() else None
         except Exception as error:  # a load repairs any fault
             log.debug("the base model could not be restored: %s", error)
-            return
-        if good:
-            self._held = held
-        else:
-            log.debug("the base model has changed: it will be loaded again")
 
 
 class _Held:

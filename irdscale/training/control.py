@@ -1,4 +1,4 @@
-"""What the caller of a training sees of it, and may ask of it, while it runs."""
+"""Callbacks by which a caller follows, measures and pauses a training."""
 
 from __future__ import annotations
 
