@@ -179,7 +179,7 @@ def test_exports_that_cannot_be(config: RunConfig, trained: dict[str, object], t
         ("shirra", r'format: found \'shirra\' \(did you mean "shira"\?\); expected merged or shira'),
         (
             "shira",
-            r"format: shira: bert\..*: found .* entries in the .*; expected entries in untied weights of nn.Linear",
+            r"format: shira: bert\..*: found .* entries in .* outside untied nn.Linear weights; expected",
         ),
     ):
         with pytest.raises(InputError, match=message):
