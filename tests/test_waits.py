@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from irdscale import language_evaluation
 from irdscale.fisher import SampleGradients, passes, sample_loss, scored_parameters
 from irdscale.fisher.accumulate import new_sums
 from irdscale.models import chunked_losses
 from irdscale.models.chunked_losses import next_tokens, token_losses
+from irdscale.training import evaluate_language
 from irdscale.training.evaluate import evaluate_model
 from tests.tiny_models import collate, samples, tiny
 from tests.training.test_evaluate_language import made, texts
@@ -63,8 +63,8 @@ def test_evaluation_reads_the_device_once(kind: str, tmp_path: Path, monkeypatch
     found = []
     for batch_size in (24, 2):
         waits = Waits()
-        monkeypatch.setattr(language_evaluation, "target_places", waits.host(chunked_losses.target_places))
-        monkeypatch.setattr(language_evaluation, "pad_batch", waits.host(language_evaluation.pad_batch))
+        monkeypatch.setattr(evaluate_language, "target_places", waits.host(chunked_losses.target_places))
+        monkeypatch.setattr(evaluate_language, "pad_batch", waits.host(evaluate_language.pad_batch))
         with waits:
             evaluate_model(model, task, task.test, batch_size)
         assert waits.softmax == {-1}

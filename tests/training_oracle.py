@@ -17,7 +17,8 @@ from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.models.build import build_model
 from irdscale.tasks import Task
-from irdscale.training.trainer import trained_densely, training_order
+from irdscale.training.trainable import trained_densely
+from irdscale.training.trainer import training_order
 from tests.helpers import tiny_model
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask

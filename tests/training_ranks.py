@@ -28,9 +28,11 @@ from irdscale.models.build import build_model
 from irdscale.sparse import base_hash, sparse_state, trained_numbers
 from irdscale.tasks import Task, load_task
 from irdscale.training.base_model import KeptBase
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
 from irdscale.training.head_warmup import model_to_score
-from irdscale.training.trainer import Control, fine_tune, make_sparse, sparse_model
+from irdscale.training.trainable import make_sparse, sparse_model
+from irdscale.training.trainer import fine_tune
 from tests.training_oracle import changed, load, mask_of
 
 # Nothing stays gathered and nothing is gathered ahead, so that the tests see every gathering.

@@ -1,4 +1,4 @@
-"""Adapters: the files of a trained mask, on disk, on the hub, switched, as PEFT's SHiRA."""
+"""Adapters: the files of a trained mask: saved, loaded, switched, shared on the hub, exported for PEFT."""
 
 from irdscale.adapters.format import load_adapter, save_adapter
 from irdscale.adapters.heads import adapter_head

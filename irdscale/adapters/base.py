@@ -1,7 +1,7 @@
-"""The hash of a sparse model's frozen base, remembered for as long as nothing was seen to write to it.
+"""The hash of a sparse model's frozen base, cached until a write to the base is noticed.
 
-Who lends one base model to many, and compares its weights each time that it comes back, vouches for its hashes: they
-outlast the sparse model, and adapters are saved with them.
+A caller that reuses one base model, and compares its weights after each use, vouches for its hashes: they outlive the
+sparse model, and adapters are saved with them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from irdscale.sparse.model import VOUCHED, base_hash, is_sparse, sparse_state
 
 
 def known_hash(model: nn.Module, without: Iterable[str]) -> str:
-    """`base_hash(model, without)`, taken anew only where the base may have changed since it was last taken.
+    """`base_hash(model, without)`, computed again only if the base may have changed since the last time.
 
-    A tensor that was replaced (another dtype, another device) or written to (autograd counts that) is seen; a write
-    through `.data` is not.
+    A replaced tensor (another dtype or device) and a write that autograd counts are noticed; a write through `.data`
+    is not.
     """
     state, left_out = sparse_state(model), frozenset(without)
     stamp = _stamp(model, left_out)
@@ -29,27 +29,27 @@ def known_hash(model: nn.Module, without: Iterable[str]) -> str:
 
 
 def vouch(model: nn.Module, hashes: Mapping[frozenset[str], str]) -> None:
-    """Tell a plain model what its base's hashes are, for when it is sparse.
+    """Store the hashes of a plain model's base for its later use as a sparse model.
 
     Args:
-        hashes: names of the parameters that are left out -> `base_hash` without them.
+        hashes: names of the excluded parameters -> `base_hash` without them.
     """
     vars(model)[VOUCHED] = {left_out: (_stamp(model, left_out), known) for left_out, known in hashes.items()}
 
 
 def is_vouched(model: nn.Module) -> bool:
-    """Whether somebody vouches for what is known of the base."""
+    """Whether `vouch` was called for the model."""
     return VOUCHED in vars(model)
 
 
 def known_hashes(model: nn.Module) -> dict[frozenset[str], str]:
-    """The hashes of a sparse model's base that are known and hold, by the parameters that are left out."""
+    """The cached hashes of a sparse model's base that are still valid, by the excluded parameters."""
     known = sparse_state(model).known_bases.items()
     return {left_out: found for left_out, (stamp, found) in known if stamp == _stamp(model, left_out)}
 
 
 def _stamp(model: nn.Module, left_out: frozenset[str]) -> tuple[Any, ...]:
-    """Where each frozen parameter lies, and how often autograd saw it written to."""
+    """Each frozen parameter's address, type, device, and autograd's count of writes to it."""
     values = {id(entries.values) for entries in sparse_state(model).patched} if is_sparse(model) else set()
     return tuple(
         (name, p.data_ptr(), p.dtype, p.device, p._version)

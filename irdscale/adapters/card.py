@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: what the Hugging Face hub shows of it."""
+"""The model card of an adapter folder, for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
 
     Args:
         model: the sparse model.
-        meta: what adapter.json holds.
+        meta: contents of adapter.json.
     """
     from huggingface_hub import ModelCardData
 
     base = str(meta["base_model"])
     on_hub = is_hub_id(base) and not Path(base).exists()
-    # A folder's path says nothing to others, and would tell them who trained where.
+    # The path of a local folder is private, and of no use to others.
     shown = base if on_hub else Path(base).name or "the base model"
     header = ModelCardData(library_name="irdscale", base_model=base if on_hub else None, tags=list(TAGS))
     kind = getattr(type(model), "_original", type(model)).__name__
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     options = f", num_labels={labels}" if kind.endswith("ForSequenceClassification") and labels else ""
-    whole = f", and {meta['dense_parameters']:,} numbers of {', '.join(meta['dense'])}" if meta["dense"] else ""
+    dense = f", and all {meta['dense_parameters']:,} parameters of {', '.join(meta['dense'])}" if meta["dense"] else ""
     return f"""---
 {header}
 ---
 
 # Sparse adapter for {shown}
 
-Trains {meta["k"]:,} entries of the model's weights{whole}; all others are those of the base, bit for bit.
+Trains {meta["k"]:,} entries of the model's weights{dense}; all other weights equal the base's, bit for bit.
 
 ```python
 import irdscale
@@ -52,7 +52,7 @@ irdscale.load_adapter(model, "OWNER/NAME")  # this repository, or a folder; refu
 | | |
 |---|---|
 | trained entries (k) | {meta["k"]:,} |
-| numbers trained whole | {meta["dense_parameters"]:,} |
+| densely trained parameters | {meta["dense_parameters"]:,} |
 | mask | `{meta["mask_hash"]}` |
 | base weights (SHA-256) | `{meta["base_hash"]}` |
 """

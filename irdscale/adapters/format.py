@@ -1,4 +1,4 @@
-"""Adapter folders: the k deltas and their places, and what they belong to."""
+"""Adapter folders: the k deltas, their indices, and the base model that they belong to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from irdscale.sparse.model import (
     trained_numbers,
     unload,
 )
-from irdscale.utils.files import read_json, read_tensors, write_atomic, write_folder, write_json
+from irdscale.utils.files import read_tensors, read_versioned, write_atomic, write_folder, write_json
 
 FORMAT = "irdscale-adapter"
 VERSION = 1
@@ -40,16 +40,16 @@ STORED = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds, checked against its own hashes.
+    """Contents of an adapter folder, checked against its own hashes.
 
     Attributes:
-        folder: where it was read.
+        folder: the folder.
         mask: the trained entries.
-        values: name -> deltas of that parameter's entries, as they are stored.
-        dense: name -> parameter that was trained whole.
-        base_hash: of the base that it belongs to, without the parameters that were trained whole.
+        values: name -> deltas of that parameter's entries, in their stored type.
+        dense: name -> densely trained parameter.
+        base_hash: hash of the base that it belongs to, without the densely trained parameters.
         base_model: name of that base, for the reader; may be empty.
-        head: the classes and the kind of task that it was trained for, where it says so.
+        head: the classes and the kind of task that it was trained for, if stored.
     """
 
     folder: Path
@@ -74,21 +74,21 @@ def save_adapter(
     config: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a sparse model's trained numbers to `folder`: adapter.safetensors, adapter.json and README.md, atomically.
+    """Write a sparse model's trained parameters to `folder` atomically: adapter.safetensors, adapter.json, README.md.
 
-    Holds for each masked parameter `index.NAME` (int32, or int64 for parameters beyond 2^31 entries) and
-    `values.NAME` (deltas), and `dense.NAME` for each parameter that is trained whole, as it is: 8 bytes an entry with
-    float32 deltas, 6 with bfloat16. README.md is the model card for the Hugging Face hub. Collective where
-    torch.distributed is initialised: rank 0 writes.
+    The tensors are `index.NAME` (int32; int64 for parameters of more than 2^31 entries) and `values.NAME` (deltas) of
+    each masked parameter, and `dense.NAME` of each densely trained one: 8 bytes per entry with float32 deltas, 6 with
+    bfloat16. README.md is the model card for the Hugging Face hub. Collective where torch.distributed is initialised:
+    rank 0 writes.
 
     Args:
         model: from `sparsify` or `load_adapter`.
-        config: what made the adapter, kept in adapter.json for the reader.
-        dtype: of the stored deltas, float32 or bfloat16 (rounded to nearest); unless given, as they were trained:
-            float32, or float64 for a float64 base.
+        config: how the adapter was made, stored in adapter.json for the reader.
+        dtype: data type of the stored deltas, float32 or bfloat16 (rounded to nearest); by default the type in which
+            they were trained: float32, or float64 for a float64 base.
 
     Raises:
-        InputError: the model is not sparse, or `dtype` is another one.
+        InputError: the model is not sparse, or `dtype` is not one of these.
         RunError: the folder cannot be written.
     """
     if dtype is not None and dtype not in STORED:
@@ -138,22 +138,18 @@ def read_adapter(folder: Path | str) -> Adapter:
     """Read what `save_adapter` wrote.
 
     Args:
-        folder: or `OWNER/NAME` on the Hugging Face hub.
+        folder: adapter folder, or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
         InputError: there is no adapter, or its files are damaged.
     """
     folder = find_adapter(folder)
-    meta = read_json(folder / "adapter.json", "adapter")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise InputError(f"{folder / 'adapter.json'}: found no adapter; expected format {FORMAT!r}")
-    if meta.get("version") != VERSION:
-        raise InputError(f"{folder / 'adapter.json'}: found version {meta.get('version')}; expected {VERSION}")
+    meta = read_versioned(folder / "adapter.json", "adapter", FORMAT, VERSION)
     file = folder / "adapter.safetensors"
     tensors = read_tensors(file, "adapter")
     try:
         stated = {key: meta[key] for key in ("contents_hash", "mask_hash", "base_hash", "base_model", "head")}
-        whole = list(dict.fromkeys(meta["dense"]))
+        names = list(dict.fromkeys(meta["dense"]))
         shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     except (KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{folder / 'adapter.json'}: damaged adapter: no valid {error}") from error
@@ -166,14 +162,14 @@ def read_adapter(folder: Path | str) -> Adapter:
     mask, values = Mask(parts["index"], shapes), parts["values"]
     if mask.hash != stated["mask_hash"]:
         raise InputError(f"{folder / 'adapter.json'}: damaged adapter: its mask does not match the stored hash")
-    # The hashes tell damage, not malice: what comes from a hub may have been written by anyone.
+    # The hashes detect damage, not malice: anyone may have written an adapter on a hub.
     for name, index in mask.indices.items():
         if name not in values or values[name].shape != index.shape or not values[name].is_floating_point():
             found = f"{values[name].dtype} {tuple(values[name].shape)}" if name in values else "none"
             raise InputError(f"{file}: damaged adapter: {name}: found values {found}; expected {len(index)} numbers")
-    if set(whole) != set(parts["dense"]):
-        raise InputError(f"{file}: damaged adapter: its parameters trained whole are not those of adapter.json")
-    dense = {name: parts["dense"][name] for name in whole}
+    if set(names) != set(parts["dense"]):
+        raise InputError(f"{file}: damaged adapter: its densely trained parameters are not those of adapter.json")
+    dense = {name: parts["dense"][name] for name in names}
     head = read_head(stated["head"], folder)
     return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]), head)
 
@@ -185,7 +181,7 @@ def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
         shapes: name -> shape of each parameter of the base.
 
     Raises:
-        InputError: the adapter is one of another base, or no adapter could have its indices.
+        InputError: the adapter belongs to another base, or its indices are impossible.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
     expected |= {name: adapter.mask.shapes.get(name, ()) for name in adapter.mask.indices}
@@ -195,7 +191,7 @@ def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
             raise InputError(f"{adapter.folder}: adapter for another base: {name}: found {found}; expected {shape}")
     for name in adapter.dense:
         if len(adapter.mask.indices.get(name, ())):
-            raise InputError(f"{adapter.folder}: damaged adapter: {name} has masked entries and is trained whole")
+            raise InputError(f"{adapter.folder}: damaged adapter: {name} is trained both densely and by masked entries")
     try:
         adapter.mask.check()
     except InputError as error:
@@ -206,7 +202,7 @@ def check_base(adapter: Adapter, found_hash: str) -> None:
     """Check the hash of a base model's weights.
 
     Raises:
-        InputError: it is not the base that the adapter was trained on.
+        InputError: the adapter was trained on another base.
     """
     if found_hash != adapter.base_hash:
         raise InputError(
@@ -216,22 +212,17 @@ def check_base(adapter: Adapter, found_hash: str) -> None:
 
 
 def make_room(model: nn.Module, adapter: Adapter) -> None:
-    """Make a base model sparse as an adapter was, with deltas of 0."""
+    """Make a base model sparse with the adapter's mask, and deltas of 0."""
     sparsify(model, adapter.mask, always_train=[f"^{re.escape(name)}$" for name in adapter.dense])
 
 
-def put_numbers(model: nn.Module, adapter: Adapter) -> None:
-    """Set the trained numbers of a model that `make_room` made sparse."""
-    set_trained_numbers(model, adapter.values, adapter.dense)
-
-
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
-    """Put an adapter on a fresh base model, in place: the model is then sparse, with the trained deltas.
+    """Load an adapter onto a fresh base model, in place: the model is then sparse, with the trained deltas.
 
-    `model.config.id2label` and `label2id` become the adapter's, which says what the model's outputs mean.
+    `model.config.id2label` and `label2id` become the adapter's, which name the model's outputs.
 
     Args:
-        folder: or `OWNER/NAME` on the Hugging Face hub.
+        folder: adapter folder, or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
         InputError: there is no adapter in `folder`, its files are damaged, or it was trained on another base, for
@@ -250,6 +241,6 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     except InputError:
         unload(model)
         raise
-    put_numbers(model, adapter)
+    set_trained_numbers(model, adapter.values, adapter.dense)
     put_head(model, adapter.head)
     return model

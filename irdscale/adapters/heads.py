@@ -1,4 +1,4 @@
-"""What a model's head tells apart: kept in an adapter, compared with a base model's, and put there."""
+"""The classes of a model's head: stored in an adapter, compared with a base model's, and set on the model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _KEPT = ("id2label", "label2id", "problem_type")
 
 
 def head_of(model: nn.Module, changed: Mapping[str, Any] | None = None) -> HeadClasses | None:
-    """What a model is for; None where its class and its configuration do not tell.
+    """A model's kind of task and classes; None if its class and configuration do not tell.
 
     Args:
-        changed: values of its configuration before an adapter was put on.
+        changed: values of its configuration before an adapter was loaded.
     """
     model = getattr(model, "_orig_mod", model)
     name, config = getattr(type(model), "_original", type(model)).__name__, getattr(model, "config", None)
@@ -43,15 +43,15 @@ def head_of(model: nn.Module, changed: Mapping[str, Any] | None = None) -> HeadC
 
 
 def head_in_words(head: HeadClasses | None) -> dict[str, Any] | None:
-    """What adapter.json says of a head."""
+    """A head's description in adapter.json."""
     return None if head is None else {"kind": head.kind, "classes": list(head.names)}
 
 
 def read_head(stored: Any, folder: Path) -> HeadClasses | None:
-    """What `head_in_words` wrote; None where the model did not tell.
+    """Read the description that `head_in_words` wrote; None if the model had none.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the description is damaged.
     """
     if stored is None:
         return None
@@ -64,13 +64,13 @@ def read_head(stored: Any, folder: Path) -> HeadClasses | None:
 
 
 def adapter_head(folder: Path | str) -> HeadClasses | None:
-    """What the head of an adapter tells apart, without reading its numbers.
+    """The classes of an adapter's head, without reading its tensors.
 
     Args:
-        folder: or `OWNER/NAME` on the Hugging Face hub.
+        folder: adapter folder, or `OWNER/NAME` on the Hugging Face hub.
 
     Raises:
-        InputError: there is no adapter, or what it says of its head is damaged.
+        InputError: there is no adapter, or the description of its head is damaged.
     """
     folder = find_adapter(folder)
     meta = read_json(folder / "adapter.json", "adapter")
@@ -83,13 +83,13 @@ def adapter_head(folder: Path | str) -> HeadClasses | None:
 
 
 def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str, Any] | None = None) -> None:
-    """Check that a base model is for what an adapter was trained for, as far as both say it.
+    """Check that a base model's kind of task and classes are the adapter's, as far as both are known.
 
     Args:
-        changed: values as `head_of` takes them.
+        changed: see `head_of`.
 
     Raises:
-        InputError: it is for another kind of task, or for other classes.
+        InputError: the kinds of task or the classes differ.
     """
     own = head_of(model, changed)
     if head is None or own is None:
@@ -101,7 +101,7 @@ def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str,
 
 
 def put_head(model: nn.Module, head: HeadClasses | None) -> None:
-    """Name the classes of a sparse model as its adapter does; `irdscale.unload` gives it its own names again."""
+    """Give a sparse model the class names of its adapter; `irdscale.unload` restores its own."""
     own, config = head_of(model), getattr(model, "config", None)
     if head is None or own is None or config is None:
         return

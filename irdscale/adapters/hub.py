@@ -24,15 +24,15 @@ def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
 
     Args:
         folder: from `save_adapter`; checked before anything is sent.
-        repo_id: OWNER/NAME; made if there is none.
-        private: of a repository that is made; one that exists stays as it is.
+        repo_id: OWNER/NAME of the repository, created if it does not exist.
+        private: whether a created repository is private; an existing one stays as it is.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        InputError: there is no adapter in `folder`, it is damaged, or `repo_id` is no OWNER/NAME.
-        RunError: the hub does not answer or does not take it.
+        InputError: there is no adapter in `folder`, it is damaged, or `repo_id` is not OWNER/NAME.
+        RunError: the hub does not answer or refuses the upload.
     """
     from irdscale.adapters.format import read_adapter
 
@@ -58,8 +58,8 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
     """Download an adapter from the Hugging Face hub.
 
     Args:
-        repo_id: OWNER/NAME.
-        folder: where to; unless given, the hub's cache, from which it also comes where there is no network.
+        repo_id: OWNER/NAME of the repository.
+        folder: target folder; by default the hub's cache, which also works offline.
         revision: branch, tag or commit.
 
     Returns:
@@ -68,7 +68,6 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
     Raises:
         InputError: there is no such repository, or it cannot be reached.
     """
-
     _check_id(repo_id)
     try:
         with hub_access():
@@ -76,14 +75,14 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
 
             return Path(snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=FILES))
     except Exception as error:  # as above
-        raise InputError(f"{repo_id}: no adapter loaded from the hub: {one_line(error)}") from error
+        raise InputError(f"no adapter loaded from the hub: {one_line(error)}", where=repo_id) from error
 
 
 def find_adapter(place: Path | str) -> Path:
-    """The folder that `place` names, or that of `OWNER/NAME` on the hub where there is no such folder.
+    """The folder `place`, or, if there is none, the download of `OWNER/NAME` from the hub.
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
     folder = Path(place).expanduser()
     if folder.exists() or not _is_repository(str(place)):
@@ -91,4 +90,4 @@ def find_adapter(place: Path | str) -> Path:
     try:
         return pull_adapter(str(place))
     except InputError as error:
-        raise InputError(f"{place}: no such folder here, and {str(error).partition(': ')[2]}") from error
+        raise InputError(f"no such folder here, and {error.found}", where=str(place)) from error

@@ -1,8 +1,8 @@
 """Adapters for PEFT's SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175), which stock PEFT loads onto the base model.
 
-SHiRA adds one sparse matrix to each linear layer's weight: int32 places and as many values, r (m + n) of them in every
-m x n layer, with one r for all layers. The scale is 1 and the sum is rounded to the weight's type, so the effective
-weights are those of the sparse model. Layers with fewer entries are padded with zeros outside the mask.
+SHiRA adds one sparse matrix to each linear layer's weight: r (m + n) int32 indices and values in an m x n layer, with
+one r for all layers. The scale is 1 and the sum is rounded to the weight's type, so the effective weights are the
+sparse model's. Layers with fewer entries are padded with zeros outside the mask.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ PREFIX = "base_model.model."
 
 
 def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ()) -> dict[str, Any]:
-    """Write a sparse model's trained numbers as a PEFT adapter: adapter_config.json and adapter_model.safetensors.
+    """Write a sparse model's trained parameters as a PEFT adapter: adapter_config.json and adapter_model.safetensors.
 
     `PeftModel.from_pretrained(base, folder)` then gives the sparse model's logits, bit for bit, if `base` holds the
-    same weights: PEFT does not check that. On a bfloat16 or float16 base, its options `autocast_adapter_dtype=False`
+    same weights (PEFT does not check that). On a bfloat16 or float16 base, its options `autocast_adapter_dtype=False`
     and `low_cpu_mem_usage=True` round the values to the base's type first.
 
-    Modules that hold parameters trained whole go to `modules_to_save`, and so do layers that r (m + n) places do not
-    fit: crowded ones and small ones. r is what makes the file smallest. The model stays as it is.
+    Modules with densely trained parameters go to `modules_to_save`, and so do layers that r (m + n) indices do not fit,
+    because they are dense or small. r minimises the file's size. The model stays as it is.
 
     Args:
-        also: names of parameters to store whole besides, such as a new head that the base checkpoint does not hold.
+        also: names of further parameters to store in full, such as a new head that the base checkpoint does not hold.
 
     Returns:
-        {"r", "layers", "stored", "whole"}: r, layers with a sparse matrix, places stored in them, modules stored whole.
+        {"r", "layers", "stored", "whole"}: r, layers with a sparse matrix, indices stored in them, modules stored in
+        full.
 
     Raises:
-        InputError: the model is not sparse, or PEFT has no way to say it: entries outside of linear weights, or tied
-            parameters; names the first such parameter, and how many entries there are.
+        InputError: the model is not sparse, or SHiRA cannot represent it: entries outside linear weights, or tied
+            parameters; names the first such parameter and the number of such entries.
         RunError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     state = sparse_state(model)
     deltas, dense = trained_numbers(model)
     holders = _holders(model)
@@ -65,35 +64,43 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
         places_2K, values_K = _padded(index.long(), deltas[name], shapes[name], r)
         key = PREFIX + name.removesuffix(".weight")
         tensors |= {f"{key}.shira_indices": places_2K, f"{key}.shira_weight": values_K}
-    config = {
+    _write(Path(folder), tensors, _config(model, r, layers, whole))
+    stored = sum(r * sum(shapes[name]) for name in layers)
+    return {"r": r, "layers": len(layers), "stored": stored, "whole": sorted(whole)}
+
+
+def _config(model: nn.Module, r: int, layers: Iterable[str], whole: set[str]) -> dict[str, Any]:
+    return {
         "peft_type": "SHIRA",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
-        # A task type would add modules to save of PEFT's own choice.
+        # With a task type PEFT would add further modules to save.
         "task_type": None,
         "inference_mode": True,
         "r": r,
-        # A string is a regular expression for the whole name; a list would be of endings.
+        # A string is a regular expression of full names; a list would match endings.
         "target_modules": "|".join(re.escape(name.removesuffix(".weight")) for name in layers),
         "modules_to_save": sorted(whole) or None,
         "fan_in_fan_out": False,
-        # Any other word than `random`: the places come from the file, and PEFT need not draw some first.
+        # Any word but `random`, with which PEFT would draw indices before it reads the file's.
         "mask_type": "irdscale",
     }
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
 
     def fill(target: Path) -> None:
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(target / "adapter_config.json", config)
 
     write_folder(folder, fill)
-    stored = sum(r * sum(shapes[name]) for name in layers)
-    return {"r": r, "layers": len(layers), "stored": stored, "whole": sorted(whole)}
 
 
 Holders = list[tuple[str, nn.Module]]
 
 
 def _holders(model: nn.Module) -> dict[str, Holders]:
-    """Parameter name -> the path of every module that holds it, and the module; more than one if it is tied."""
+    """Parameter name -> path and module of each holder; several if the parameter is tied."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     held: dict[str, Holders] = {name: [] for name in names.values()}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -104,16 +111,16 @@ def _holders(model: nn.Module) -> dict[str, Holders]:
 
 
 def _owner(name: str, holders: Holders) -> str:
-    """The module that holds a parameter which PEFT must store whole."""
+    """The module that holds a parameter which PEFT must store in full."""
     paths = [path for path, _ in holders]
     if len(paths) > 1:
         raise InputError(
-            f"format: shira: {name}: must be stored whole and is tied ({', '.join(paths)}), which PEFT would untie; "
+            f"format: shira: {name}: must be stored in full and is tied ({', '.join(paths)}), which PEFT would untie; "
             f"expected format=merged"
         )
     if not paths[0]:
         raise InputError(
-            f"format: shira: {name}: must be stored whole and lies in no module below the model, which PEFT cannot do; "
+            f"format: shira: {name}: must be stored in full and is in no submodule, which PEFT cannot do; "
             f"expected format=merged"
         )
     return paths[0]
@@ -136,26 +143,25 @@ def _refuse_all_but_linear(layers: dict[str, Tensor], holders: dict[str, Holders
         name, what = refused[0]
         count = sum(len(layers[each]) for each, _ in refused)
         raise InputError(
-            f"format: shira: {name}: found {len(layers[name]):,} entries in {what}; expected entries in untied weights "
-            f"of nn.Linear alone, as PEFT has it: {count:,} of the mask's {k:,} lie elsewhere (choose them with "
-            f"fisher.include, or use format=merged)"
+            f"format: shira: {name}: found {len(layers[name]):,} entries in {what}, and {count:,} of the mask's {k:,} "
+            f"outside untied nn.Linear weights; expected entries in those alone (see fisher.include), or format=merged"
         )
 
 
 def _largest_rank(shape: tuple[int, ...]) -> int:
-    """The largest r that a layer has places for."""
+    """The largest r whose r (m + n) indices fit into a layer."""
     return shape[0] * shape[1] // (shape[0] + shape[1])
 
 
 def _best_r(needed: dict[str, int], weights: dict[str, Tensor]) -> int:
-    """The r with the smallest file: layers that it does not fit are stored whole, all others are padded to it.
+    """The r with the smallest file: layers that it does not fit are stored in full, others are padded to it.
 
     Args:
         needed: name -> the smallest r that holds the layer's entries.
     """
 
     def size(r: int) -> int:
-        """Bytes: 8 of places and 4 (8 for a float64 weight) of values an entry, or the weights themselves."""
+        """Bytes of all layers: per entry 8 for indices and 4 for the value (8 in float64), or the full weights."""
         total = 0
         for name, weight in weights.items():
             fits = needed[name] <= r <= _largest_rank(tuple(weight.shape))
@@ -168,9 +174,9 @@ def _best_r(needed: dict[str, int], weights: dict[str, Tensor]) -> int:
 
 
 def _padded(index: Tensor, values: Tensor, shape: tuple[int, ...], r: int) -> tuple[Tensor, Tensor]:
-    """r (m + n) distinct places [2, K] of a layer, sorted, and their values [K]; 0 outside the mask."""
+    """r (m + n) distinct indices [2, K] of a layer, sorted, and their values [K]; 0 outside the mask."""
     count = r * sum(shape)
-    # Of the first `count` places at most len(index) are taken, so enough of them are free.
+    # At most len(index) of the first `count` places are in the mask, so enough of them are free.
     free = torch.ones(count, dtype=torch.bool)
     free[index[index < count]] = False
     padding = free.nonzero().view(-1)[: count - len(index)]
@@ -180,7 +186,7 @@ def _padded(index: Tensor, values: Tensor, shape: tuple[int, ...], r: int) -> tu
 
 
 def _contents(model: nn.Module, paths: Iterable[str], holders: dict[str, Holders]) -> dict[str, Tensor]:
-    """The parameters and buffers of modules, as they are with the trained numbers."""
+    """Parameters and buffers of modules, with effective weights."""
     state = sparse_state(model)
     values = {id(entries.values) for entries in state.patched}
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -1,8 +1,8 @@
-"""Performance as ratios, measured side by side in one run: every figure is a median over interleaved repeats.
+"""Benchmarks: ratios measured side by side in one run, as medians over interleaved repeats.
 
 Models are random, 20-70M parameters, batches of 8: `bert` and `gpt2` (384 wide, 6 layers) and `llama` (512 wide, 6
-layers), with a classification head; searches are the quickstart's, on MiniLM. Those of a GPU's part are of 1B and 8B
-parameters; see `irdscale.bench.gpu`. Absolute times are printed too, and mean nothing on another machine.
+layers), with a classification head; searches are the quickstart's, on MiniLM. The GPU's part has models of 1B and 8B
+parameters; see `irdscale.bench.gpu`. Absolute times are printed too, but do not carry over to other machines.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PARTS = ("fisher", "train", "search", "gpu")
 
 
 def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
-    """Measure `fisher`, `train`, `search`, `gpu` or `all`, which has the GPU's part where there is one.
+    """Run the benchmarks `fisher`, `train`, `search`, `gpu` or `all` (with `gpu` if there is a GPU).
 
     Returns:
         {"threads", "torch", "device", "failed", "rows": [{"part", "what", "model", "tokens", "ratio", "low", "high",
-        "bar", "met", "seconds"}]}: `ratio` is the median over repeats, `low` and `high` its quartiles, `bar` what was
-        asked for; `device` is the GPU, and `failed` says what of its part could not be measured for an error.
+        "bar", "met", "seconds"}]}: `ratio` is the median over repeats, `low` and `high` its quartiles, `bar` its
+        target; `device` is the GPU, and `failed` lists the GPU's measurements that ended with an error.
 
     Raises:
-        InputError: there is no such part, or no GPU for its part.
+        InputError: the part does not exist, or has no GPU.
     """
     if part not in (*PARTS, "all"):
         raise InputError(f"bench: found {part!r}; expected one of {', '.join((*PARTS, 'all'))}")

@@ -1,7 +1,7 @@
 """Fisher and trace passes against a plain forward+backward, FISH's loop, Kronfluence, more ranks, and torch.topk.
 
-A measured pass is of `PASS_BATCHES` batches, and all that it is compared with take the same ones: real passes are of
-hundreds, in which what a pass does once, and the first batch in memory that another has left, count for nothing.
+A measured pass has `PASS_BATCHES` batches, and so has everything that it is compared with: in a real pass of hundreds
+of batches, the work done once per pass and the cold first batch do not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOPK_ENTRIES, TOPK_K = 10**8, 500_000
 
 
 def bench_fisher(advance: Callable[..., None]) -> list[dict[str, Any]]:
-    """All rows; a comparison that cannot be made here is logged and left out."""
+    """All rows; a comparison that is impossible here is logged and skipped."""
     rows: list[dict[str, Any]] = []
     for name in MODELS:
         model = make_model(name)
@@ -65,7 +65,7 @@ def _passes(name: str, model: Any, tokens: int) -> list[dict[str, Any]]:
     def plain() -> None:
         for batch in batches:
             model(**batch).loss.backward()
-            # Here, and not before the next: its gradients would lie in the way of what is measured after it.
+            # Here, so that the gradients take no memory in the next measurement.
             model.zero_grad(set_to_none=True)
 
     def one_sample_loop() -> None:
@@ -93,7 +93,7 @@ def _passes(name: str, model: Any, tokens: int) -> list[dict[str, Any]]:
 
 
 def _kronfluence() -> list[dict[str, Any]]:
-    """Kronfluence's diagonal of the same linear layers by the same samples, which it also writes to a file."""
+    """Kronfluence's diagonal for the same linear layers and samples; it also writes the result to a file."""
     if importlib.util.find_spec("kronfluence") is None:
         log.info("bench: no kronfluence, so no comparison (pip install --no-deps kronfluence einconv opt_einsum)")
         return []
@@ -129,7 +129,7 @@ def _kronfluence() -> list[dict[str, Any]]:
         wrapped = prepare_model(make_model("bert"), task)
         options: dict[str, Any] = {"cpu": True, "output_dir": folder, "disable_tqdm": True, "log_level": logging.ERROR}
         analyzer = Analyzer("bench", wrapped, task, **options)
-        # It has set the level of everybody's log.
+        # Kronfluence has set the root logger's level.
         logging.root.setLevel(level)
 
         def theirs() -> None:
@@ -148,12 +148,12 @@ def _kronfluence() -> list[dict[str, Any]]:
 
 def _check_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name, matrix in theirs.items():
-        # Theirs has the bias as a last column.
+        # Kronfluence's last column is the bias.
         torch.testing.assert_close(ours[f"{name}.weight"], matrix[:, :-1], rtol=1e-3, atol=1e-5 * float(matrix.max()))
 
 
 def _ranks() -> list[dict[str, Any]]:
-    """The same samples on one rank of one thread, and on two: both timed in the same two processes, in turn."""
+    """The same samples on one rank of one thread, and on two ranks: timed alternately in the same two processes."""
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -175,11 +175,11 @@ def _on_rank(rank: int, folder: str, repeats: int, count: int) -> None:
     for repeat in range(repeats + 1):
         one = two = 0.0
         if rank == 0:
-            # The other rank waits for this one to join, and takes no time.
+            # Rank 1 waits for this rank to join, without using the CPU.
             one = _seconds(lambda: samples.accumulate(order, sums))
         store, patience = f"file://{folder}/store-{repeat}", timedelta(minutes=30)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-        # What is done once for a process group, such as the heartbeats, is no part of a long pass.
+        # Warms up work done once per process group, such as the heartbeats.
         samples.accumulate(order[:2], sums)
         two = _seconds(lambda: samples.accumulate(order, sums))
         dist.destroy_process_group()

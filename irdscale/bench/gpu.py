@@ -1,7 +1,7 @@
-"""What a GPU gains: every figure that was asked for on one, measured side by side where it is a ratio.
+"""The benchmarks of a GPU; ratios are measured side by side.
 
-Models are random Llamas in bfloat16 with the widths of those of 1B and 8B parameters. The most telling rows come first,
-each is told as it is measured, and what fits neither the memory nor the time is left out with a line.
+Models are random Llamas in bfloat16, as wide as those of 1B and 8B parameters. The most important rows come first, each
+is logged as it is measured, and a row that does not fit the memory or the time is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from irdscale.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# No group of rows begins later.
+# Seconds after which no further group of rows begins.
 BUDGET_S = 170
 Measurements = Callable[[], Iterator[dict[str, Any]]]
 
@@ -56,7 +56,7 @@ def run_gpu_bench(advance: Callable[..., None] = lambda: None) -> tuple[list[dic
         advance: called after each of `GROUPS` groups of rows.
 
     Returns:
-        Rows as those of `irdscale.bench.run_bench`, and what failed: a line for each group that did.
+        Rows as in `irdscale.bench.run_bench`, and a line for each group that failed.
 
     Raises:
         InputError: there is no CUDA device.
@@ -67,13 +67,13 @@ def run_gpu_bench(advance: Callable[..., None] = lambda: None) -> tuple[list[dic
 
 
 def run_groups(groups: dict[str, Measurements], advance: Callable[..., None]) -> tuple[list[dict[str, Any]], list[str]]:
-    """As `run_gpu_bench`, of these groups of rows; one that fails does not stop the others."""
+    """`run_gpu_bench` of these groups of rows; a failed group does not stop the others."""
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     started = time.perf_counter()
     for title, measure in groups.items():
         if time.perf_counter() - started > BUDGET_S:
-            log.warning("bench: %s: left out, for the %d s of this part are over", title, BUDGET_S)
+            log.warning("bench: %s: left out, because the %d s of this part are over", title, BUDGET_S)
         else:
             _measure(title, measure, rows, failed)
         free()
@@ -91,6 +91,6 @@ def _measure(title: str, measure: Measurements, rows: list[dict[str, Any]], fail
             last = now
     except torch.OutOfMemoryError:
         log.warning("bench: %s: does not fit the GPU; the rest of its rows are left out", title)
-    except Exception as error:  # whatever a compiler or driver raises, the other rows still tell
+    except Exception as error:  # compilers and drivers raise anything, and the other rows are still useful
         failed.append(" ".join(f"{title}: {type(error).__name__}: {error}".split())[:300])
         log.warning("bench: %s", failed[-1])

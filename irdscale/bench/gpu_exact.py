@@ -1,7 +1,7 @@
 """Exactness on a device, against float64 on the CPU: the Fisher diagonal, sparse steps, and `fine_tune`.
 
-Each expectation is made the slow obvious way, by none of the code that it checks: one backward pass a sample, and a
-dense AdamW whose gradients are masked. Models are tiny and random, of the same rounded weights on both sides.
+Each expected value is computed independently of the checked code: by one backward pass per sample, and by dense AdamW
+with masked gradients. Models are tiny and random, with the same rounded weights on both sides.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from irdscale.models.build import build_model
 from irdscale.models.chunked_losses import IGNORED
 from irdscale.sparse import merge, sparsify, trained_numbers
 from irdscale.tasks import Task, load_task
-from irdscale.training.trainer import fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart_llm.yaml"
 FAMILIES = ("bert", "gpt2", "llama", "mixtral")
@@ -39,7 +40,7 @@ HEAD = r"^(classifier|score)\."
 VOCABULARY, HIDDEN, MLP, LAYERS, HEADS, LONGEST = 96, 32, 48, 2, 2, 24
 SAMPLES, BATCH = 6, 4
 RATIO, STEPS, RATE, DECAY = 0.02, 4, 1e-2, 0.1
-# Of the quickstart's model: steps, their samples and rate.
+# Settings of the training of the quickstart's model.
 TUNING = (
     "train.steps=4",
     "train.learning_rate=0.01",
@@ -51,17 +52,17 @@ TUNING = (
 
 @dataclass(frozen=True)
 class Limits:
-    """How far from float64 a device may be.
+    """Largest allowed errors of a device relative to float64.
 
-    In float32 each number is compared, by its parameter's largest: eight seeds on a CPU gave at most 4e-6 of the
-    diagonal and 2e-5 of the deltas. In bfloat16, whose numbers are rounded by 2^-9 at each operation, the norm of the
-    error is compared with the norm: they gave at most 0.07 and 0.11.
+    In float32 each entry's error is divided by its parameter's largest entry: eight seeds on a CPU had errors of at
+    most 4e-6 (diagonal) and 2e-5 (deltas). In bfloat16, which rounds by 2^-9 at each operation, the norm of the error
+    is divided by the norm: at most 0.07 and 0.11.
 
     Attributes:
         diagonal: error of the Fisher diagonal.
-        floor: a parameter's largest entry counts for this much of the model's at least: some gradients are 0 but for
+        floor: least share of the model's largest entry by which an error is divided: some gradients are 0 up to
             rounding.
-        deltas: error of what is trained.
+        deltas: error of the trained deltas.
         norm: whether norms are compared.
     """
 
@@ -72,13 +73,13 @@ class Limits:
 
 
 LIMITS = {torch.float32: Limits(1e-5, 1e-6, 2e-4, False), torch.bfloat16: Limits(0.1, 1e-3, 0.15, True)}
-# Of `fine_tune`, whose batches are larger; a CPU's is 2e-5.
+# Error of `fine_tune`, whose batches are larger; a CPU has 2e-5.
 TUNED_LIMIT = 1e-3
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, its error (or another number that has an upper limit), and what went wrong instead."""
+    """A check, its error (or another value with an upper limit), and an exception's text instead."""
 
     name: str
     error: float
@@ -88,22 +89,22 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether it passed; an error that is no number does not."""
+        """Whether it passed; a NaN error does not."""
         return not self.problem and self.error <= self.limit
 
     def line(self) -> str:
-        """For people."""
+        """The check as a line of text."""
         found = self.problem or f"{self.error:.1e}, at most {self.limit:.0e}"
         return f"{'ok    ' if self.ok else 'FAILED'} {self.seconds:6.1f} s  {self.name}: {found}"
 
 
 def checked(name: str, limit: float, work: Callable[[], float]) -> Check:
-    """Run a check; whatever it raises is a failed one. Collective: the largest error of all ranks counts."""
+    """Run a check; an exception makes it fail. Collective: the largest error of all ranks counts."""
     started = time.perf_counter()
     error, problem = float("inf"), ""
     try:
         error = work()
-    except Exception as raised:  # whatever a device, a compiler or a library raises, the other checks still tell
+    except Exception as raised:  # devices, compilers and libraries raise anything; the other checks go on
         problem = " ".join(f"{type(raised).__name__}: {raised}".split())[:300]
     found = [text.partition(" ") for text in gather_texts(f"{error} {problem}")]
     error = max((float(part[0]) for part in found), key=lambda e: float("inf") if e != e else e)
@@ -125,7 +126,7 @@ def exactness(device: torch.device) -> Iterator[Check]:
 
 
 def tiny(family: str, dtype: torch.dtype) -> Any:
-    """A random model of some thousand parameters, on the CPU, every one of which matters, in evaluation mode."""
+    """A random model of some thousand parameters on the CPU, in evaluation mode; every parameter has an effect."""
     import transformers as t
 
     sizes: dict[str, Any] = {
@@ -144,29 +145,29 @@ def tiny(family: str, dtype: torch.dtype) -> Any:
     elif family == "llama":
         config = t.LlamaConfig(**sizes, num_key_value_heads=1)
     else:
-        # A router that is rounded may choose others: in bfloat16 each token goes to all experts.
+        # A rounded router may choose other experts: in bfloat16 each token uses all of them.
         chosen = 2 if dtype == torch.float32 else 4
         config = t.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=chosen)
     auto: Any = t.AutoModelForCausalLM if is_language(family) else t.AutoModelForSequenceClassification
-    # The usual way of experts takes neither all types nor all devices.
+    # The default implementation of experts does not support all types and devices.
     options = {"experts_implementation": "eager"} if family == "mixtral" else {}
     model = auto.from_config(config, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Biases start at 0 and norms at 1: random numbers make a wrong rule visible.
+            # Biases start at 0 and norms at 1: random values make a wrong rule visible.
             parameter += 0.2 * torch.randn_like(parameter)
-            # Not the buffers, of which positions are turned in float32.
+            # Buffers stay float32, as rotary embeddings need.
             parameter.data = parameter.data.to(dtype)
     return model
 
 
 def is_language(family: str) -> bool:
-    """Whether the family is checked as a causal language model, rather than as a classifier."""
+    """Whether the family is checked as a causal language model; else as a classifier."""
     return family in ("llama", "mixtral")
 
 
 def in_float64(model: Any) -> Any:
-    """A copy on the CPU, of the same numbers in float64."""
+    """A copy on the CPU with the same values in float64."""
     wide = copy.deepcopy(model).cpu()
     for parameter in wide.parameters():
         parameter.data = parameter.data.double()
@@ -174,7 +175,7 @@ def in_float64(model: Any) -> Any:
 
 
 def samples(language: bool) -> list[dict[str, Any]]:
-    """Ragged samples, the first of the greatest length."""
+    """Samples of different lengths; the first is the longest."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for i in range(SAMPLES):
@@ -185,7 +186,7 @@ def samples(language: bool) -> list[dict[str, Any]]:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad on the right."""
+    """A batch, padded on the right."""
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     ids = [row["input_ids"] for row in rows]
     labels = [row["labels"] for row in rows]
@@ -209,7 +210,7 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @cache
 def expected_diagonal(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The mean of squared gradients in float64, one sample's backward pass after the other."""
+    """The mean of squared gradients in float64, by one backward pass per sample."""
     model, rows = in_float64(tiny(family, dtype)), samples(is_language(family))
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:
@@ -222,7 +223,7 @@ def expected_diagonal(family: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def diagonal_error(family: str, dtype: torch.dtype, device: torch.device, layout: Layout = "replicated") -> float:
-    """How far `accumulate_fisher` on a device is from float64; collective."""
+    """Error of `accumulate_fisher` on a device; collective."""
     model, expected = tiny(family, dtype).to(device), expected_diagonal(family, dtype)
     rows = samples(is_language(family))
     found = accumulate_fisher(model, rows, collate_fn=collate, batch_size=BATCH, layout=layout).gather()
@@ -231,10 +232,10 @@ def diagonal_error(family: str, dtype: torch.dtype, device: torch.device, layout
 
 
 def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], floor: float, norm: bool) -> float:
-    """The largest error of a parameter: of its entries by its largest, or of its norm.
+    """The largest relative error over parameters; see `Limits`.
 
     Args:
-        floor: least share of the model's largest entry (norm) that counts as a parameter's own.
+        floor: least share of the model's largest entry (norm) by which an error is divided.
     """
 
     def size(x: Tensor) -> Tensor:
@@ -243,7 +244,7 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], floor: 
     sizes = {name: size(x) for name, x in expected.items()}
     least = floor * max(sizes.values())
     errors = [size(found[n].cpu().double() - x) / torch.maximum(sizes[n], least) for n, x in expected.items()]
-    # Not max(), which passes NaN by.
+    # Python's max() would ignore NaN.
     return float(torch.stack(errors).max())
 
 
@@ -251,9 +252,9 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor], floor: 
 
 
 class _Dense:
-    """AdamW in float64 on the CPU with masked gradients: of deltas where a mask says so, of whole parameters else.
+    """AdamW in float64 on the CPU with masked gradients: of deltas in masked parameters, of the parameters in heads.
 
-    A masked parameter's weights are the base and the deltas, rounded to the type of the model that is checked.
+    A masked parameter's weights are base + delta, rounded to the type of the checked model.
     """
 
     def __init__(self, model: Any, mask: Mask, heads: tuple[str, ...], dtype: torch.dtype, **options: float) -> None:
@@ -274,7 +275,7 @@ class _Dense:
         self._optimizer = torch.optim.AdamW(self.trained.values(), **options)  # type: ignore[arg-type]
 
     def step(self, batch: dict[str, Tensor]) -> float:
-        """A step; returns the loss before it."""
+        """Make a step; returns the loss before it."""
         for name, trained in self.trained.items():
             weights = trained.detach() if name in self._heads else self._base[name] + trained.detach()
             kept = torch.where(self._mask[name], weights.to(self._dtype).double(), self._base[name])
@@ -290,15 +291,15 @@ class _Dense:
         return float(loss.detach())
 
     def deltas(self) -> dict[str, Tensor]:
-        """What was learned, dense: name -> change of each entry."""
+        """Name -> trained change of each entry, as a dense tensor."""
         return {n: t.detach() - self._base[n] if n in self._heads else t.detach() for n, t in self.trained.items()}
 
 
 def steps_error(family: str, dtype: torch.dtype, device: torch.device) -> float:
-    """How far AdamW steps of a sparse model on a device are from dense masked ones in float64.
+    """Error of AdamW steps of a sparse model on a device, relative to dense masked steps in float64.
 
     Raises:
-        AssertionError: an entry outside the mask is not what it was, bit for bit.
+        AssertionError: an entry outside the mask has changed.
     """
     model, rows = tiny(family, dtype), samples(is_language(family))
     mask = fisher_mask(family, dtype)
@@ -328,10 +329,10 @@ def fisher_mask(family: str, dtype: torch.dtype) -> Mask:
 
 
 def delta_error(sparse: nn.Module, base: dict[str, Tensor], oracle: _Dense, dtype: torch.dtype) -> float:
-    """How far what a sparse model has learned is from the oracle's, by the largest change; merges it; collective.
+    """Error of a sparse model's deltas, relative to the oracle's; merges the model; collective.
 
     Raises:
-        AssertionError: an entry outside the mask is not what it was, bit for bit.
+        AssertionError: an entry outside the mask has changed.
     """
     expected = oracle.deltas()
     deltas, dense = trained_numbers(sparse)
@@ -352,20 +353,20 @@ def delta_error(sparse: nn.Module, base: dict[str, Tensor], oracle: _Dense, dtyp
     return float(error.norm() / size.norm() if LIMITS[dtype].norm else error.abs().max() / size.abs().max())
 
 
-# The whole way of a training.
+# A training by `fine_tune`.
 
 
 def tuning_config(*overrides: str, batch: int = 8) -> RunConfig:
-    """The quickstart's language model, some steps of it, of at least `batch` samples that divide among the ranks."""
+    """Some steps of the quickstart's language model, of at least `batch` samples that divide among the ranks."""
     world = rank_and_world()[1]
     return load_config(CONFIG, [*TUNING, f"train.batch_size={world * -(-batch // world)}", *overrides])
 
 
 def tuned_error(*overrides: str) -> float:
-    """How far `fine_tune`, by these settings and on all ranks, is from dense masked AdamW in float64; collective.
+    """Error of `fine_tune` with these settings, relative to dense masked AdamW in float64; collective.
 
     Raises:
-        AssertionError: an entry outside the mask is not what it was, bit for bit.
+        AssertionError: an entry outside the mask has changed.
     """
     config = tuning_config(*overrides)
     task, seed = load_task(config), config.search.seeds[0]
@@ -376,7 +377,7 @@ def tuned_error(*overrides: str) -> float:
 
 
 def tuning_mask(model: nn.Module, ratio: float) -> Mask:
-    """The first entries of each matrix of the decoder's, every hundredth or so: no pass over samples is needed."""
+    """Equally spaced entries of each of the decoder's matrices, this share of them: a mask without a Fisher pass."""
     indices, shapes = {}, {}
     for name, p in model.named_parameters():
         if p.dim() == 2 and ".layers." in name:

@@ -21,14 +21,14 @@ from irdscale.models.chunked_losses import found_losses, next_tokens
 
 PASS_BAR = 1.15
 FIRST_BAR = 3.0
-# Of 2 x 2 x 10^12 operations for 4096 tokens of a vocabulary of 128k and a width of 2048, with what they write.
+# Milliseconds for 2 x 2 x 10^12 operations: 4096 tokens, a vocabulary of 128k, a width of 2048.
 LOSSES_BAR = 20.0
 SAMPLES = 32
 REPEATS = 5
 
 
 def fisher_rows(name: str) -> Iterator[dict[str, Any]]:
-    """The second pass over the forward and backward pass of the same batches, and what the first takes beyond it."""
+    """A second Fisher pass over forward + backward of the same batches, and the excess of the first pass."""
     size = SIZES[name]
     model, data = make_model(size), make_rows(size, SAMPLES)
     scored = scored_parameters(model, include=MATRICES)
@@ -45,7 +45,7 @@ def fisher_rows(name: str) -> Iterator[dict[str, Any]]:
             model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
 
-    # So that the libraries of matrix products are there already.
+    # Loads the libraries of matrix products.
     plain()
     wait()
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def fisher_rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _loss_rows(name: str, model: Any) -> Iterator[dict[str, Any]]:
-    """The losses of a batch's tokens and their gradients for the hidden states, by the frozen head."""
+    """The losses of a batch's tokens, and their gradients for the hidden states, by the frozen head."""
     size, head = SIZES[name], model.get_output_embeddings()
     shape = (size.batch, gpu_models.TOKENS, size.hidden)
     hidden_BTD = torch.randn(shape, device=gpu_models.DEVICE, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The models of the GPU's benchmark: random Llamas in bfloat16, with the widths of those of 1B and 8B parameters."""
+"""The models of the GPU's benchmarks: random Llamas in bfloat16, as wide as those of 1B and 8B parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irdscale.bench.models import collate
+
 DEVICE = "cuda"
 TOKENS = 512
 # The decoder's matrices, which are scored and masked.
@@ -19,7 +21,7 @@ MATRICES = r"\.layers\.\d+\..*_proj\.weight$"
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's widths, and the samples of a batch."""
+    """Widths of a Llama, and samples per batch."""
 
     hidden: int
     mlp: int
@@ -31,7 +33,7 @@ class Size:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Rows and columns of the matrices of a layer, each shape once."""
+        """Distinct shapes of a layer's matrices."""
         narrow = self.hidden // self.heads * self.key_value_heads
         wide = [(self.hidden, self.hidden), (self.mlp, self.hidden), (self.hidden, self.mlp)]
         return list(dict.fromkeys([*wide, (narrow, self.hidden)]))
@@ -67,7 +69,7 @@ def make_model(size: Size, device: str | None = None) -> Any:
 
 
 def sharing(model: Any) -> Any:
-    """A copy of the modules that holds the same parameters: what is attached to one is not on the other."""
+    """A copy of the modules with the same parameters: hooks and values attached to one are not on the other."""
     same = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, same)
 
@@ -79,19 +81,13 @@ def make_rows(size: Size, count: int, tokens: int | None = None) -> list[dict[st
     return [{"input_ids": ids, "labels": ids} for ids in ids_NT]
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of texts of equal length."""
-    ids_BT = torch.stack([row["input_ids"] for row in rows])
-    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
-
-
 def on_device(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Their batch on the device of the benchmark."""
+    """The batch of these rows on the benchmark's device."""
     return {key: value.to(DEVICE) for key, value in collate(rows).items()}
 
 
 def synchronised(measured: Mapping[str, Callable[[], object]], calls: int = 1) -> dict[str, Callable[[], None]]:
-    """Each function `calls` times, until the GPU is done."""
+    """Each function as one that runs it `calls` times and waits for the GPU."""
 
     def until_done(function: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -105,18 +101,18 @@ def synchronised(measured: Mapping[str, Callable[[], object]], calls: int = 1) -
 
 
 def wait() -> None:
-    """Until the GPU is done."""
+    """Wait for the GPU."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def allocated() -> int:
-    """Bytes of the GPU's tensors now; 0 on a CPU."""
+    """Bytes of the GPU's tensors; 0 on a CPU."""
     return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
 
 
 def peak_of(step: Callable[[], object]) -> int:
-    """The most bytes of the GPU's tensors at any moment of a step; 0 on a CPU."""
+    """Peak bytes of the GPU's tensors in a step; 0 on a CPU."""
     if DEVICE != "cuda":
         step()
         return 0
@@ -127,7 +123,7 @@ def peak_of(step: Callable[[], object]) -> int:
 
 
 def free() -> None:
-    """Give back what nothing holds any more."""
+    """Release unused memory."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""The kernels on a GPU: squares of samples' gradients, the entries of a weight's gradient, and what compiling takes.
+"""The kernels on a GPU: squares of samples' gradients, entries of a weight's gradient, and compilation times.
 
-The squares are compared with cuBLAS' weight gradient of the whole batch, which multiplies as much but squares nothing.
+The squares are compared with cuBLAS' weight gradient of the full batch, which has as many multiply-adds and no squares.
 
     python -m irdscale.bench.gpu_products     seconds of all kernels' first and second call in this process, as JSON
 """
@@ -32,22 +32,22 @@ from irdscale.sparse.products import Kind, prepare
 log = logging.getLogger(__name__)
 
 SQUARES_BAR = 0.75
-# The way that `prepare` chooses against the fastest.
+# Time of the way that `prepare` chooses over the fastest way's.
 CHOICE_BAR = 1.15
 COMPILE_BARS = {"empty": 3.0, "filled": 0.5}
 REPEATS = 7
-# So many calls are timed as one, for one takes no longer than its launch.
+# Calls timed as one: a single call takes no longer than its launch.
 CALLS = 20
 COMPILE_TIMEOUT_S = 120
-# All ways but those of processors alone.
+# The ways that run on a GPU.
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "sampled")
-# Share of the entries, and of the rows and of the columns that hold them.
+# Share of entries, and of the rows and columns that hold them.
 MASKS = {"0.5 % in 1/8 of rows and columns": (0.005, 1 / 8), "0.5 % scattered": (0.005, 1.0)}
 MASKS["0.2 % scattered"] = (0.002, 1.0)
 
 
 def squares_rows(name: str) -> Iterator[dict[str, Any]]:
-    """cuBLAS' weight gradient of a batch over the squares' kernel: the kernel's share of its speed."""
+    """cuBLAS' weight gradient of a batch over the squares' kernel: the kernel's speed relative to cuBLAS'."""
     size = SIZES[name]
     for p, q in size.shapes[:2] if name == next(iter(SIZES)) else size.shapes[1:2]:
         for dtype in (torch.bfloat16, torch.float32):
@@ -64,13 +64,13 @@ def squares_rows(name: str) -> Iterator[dict[str, Any]]:
             }
             seconds = side_by_side(synchronised(measured, CALLS), REPEATS)
             what = f"cuBLAS weight gradient / squares kernel, {_matrix(p, q, dtype)}, {size.batch} samples"
-            # Float32 is exact, which cuBLAS' is as well, and has no bar.
+            # float32 has no bar: both compute it without tensor cores.
             bar = SQUARES_BAR if dtype == torch.bfloat16 else None
             yield row("fisher", what, name, gpu_models.TOKENS, seconds, "cuBLAS", "kernel", at_least=bar)
 
 
 def way_rows(name: str) -> Iterator[dict[str, Any]]:
-    """The ways to the k entries of a weight's gradient: each against the whole product and a gather; and the choice."""
+    """The ways to compute k entries of a weight's gradient, each over `dense`, and the chosen one over the fastest."""
     size = SIZES[name]
     for p, q in size.shapes[:3]:
         left_NP, right_NQ = (_draw(size.batch, width, torch.bfloat16).flatten(0, 1) for width in (p, q))
@@ -103,7 +103,7 @@ def draw_entries(p: int, q: int, ratio: float, share: float) -> Tensor:
 
 
 def compile_rows(name: str) -> Iterator[dict[str, Any]]:
-    """First calls of all kernels in a fresh process beyond the second ones, with an empty and a filled Triton cache.
+    """Excess of the kernels' first calls over the second, in a fresh process, with an empty and a filled Triton cache.
 
     Raises:
         RunError: the process fails.
@@ -134,7 +134,7 @@ def _in_fresh_process(cache: str) -> dict[str, float]:
 def first_and_second_call() -> dict[str, float]:
     """Seconds of the first and the second call of all kernels, for the matrices of the first size, in this process."""
     size = next(iter(SIZES.values()))
-    # The context and cuBLAS come first.
+    # Initialises the CUDA context and cuBLAS.
     ones = torch.ones(64, 64, device=gpu_models.DEVICE, dtype=torch.bfloat16)
     torch.mm(ones, ones)
     work = []

@@ -1,8 +1,7 @@
-"""Training steps of a language model on a GPU: sparse, LoRA and full ones over the limit, and the peaks of memory.
+"""Training steps of a language model on a GPU: sparse, LoRA and full steps over the limit, and their peak memory.
 
-The limit is a forward pass and the input gradients alone, down to the embeddings, with nothing trainable. All have the
-model's own loss, of the logits of all tokens at once. The frozen weights are shared: one copy of them is in memory, and
-another where all are trained.
+The limit is a forward pass and the input gradients, down to the embeddings, with nothing trainable. All steps use the
+model's own loss, with the logits of all tokens at once. The frozen weights are shared; full fine-tuning has its own.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ LORA_BAR = 0.65
 PLAN_BAR = 1.1
 GIB = 2**30
 Step = Callable[[], None]
-# Size and kind of step -> bytes.
+# Size and kind of step -> peak bytes.
 Peaks = dict[tuple[str, str], int]
 FISHER, SCATTERED, LESS = "Fisher mask 0.5 %", "random mask 0.5 %", "random mask 0.2 %"
-# Over the limit.
+# Highest ratios to the limit.
 BARS: dict[str, float | None] = {FISHER: 1.03, SCATTERED: 1.12, LESS: 1.06, "LoRA r=8 (PEFT)": None, "full": None}
-# As the plan calls what is trained, and the mask's share.
+# The plan's name of the kind, and the mask's share of the entries.
 PLANNED: dict[str, tuple[StepKind, float]] = {
     "limit": ("limit", RATIO),
     FISHER: ("concentrated", RATIO),
@@ -58,7 +57,7 @@ PLANNED: dict[str, tuple[StepKind, float]] = {
     "LoRA r=8 (PEFT)": ("lora", RATIO),
     "full": ("full", RATIO),
 }
-# A Fisher pass and full fine-tuning are measured on the smaller size alone.
+# Kinds measured only on the smaller size: they need a Fisher pass or full fine-tuning.
 ONLY_FIRST = (FISHER, "full")
 
 
@@ -66,7 +65,7 @@ def step_rows(name: str, peaks: Peaks) -> Iterator[dict[str, Any]]:
     """Peaks of all kinds of steps that fit the GPU, each as it is measured; then their times, side by side.
 
     Args:
-        peaks: gets the peaks in bytes, for `plan_rows`.
+        peaks: receives the peaks, for `plan_rows`.
     """
     size = SIZES[name]
     free()
@@ -85,7 +84,7 @@ def step_rows(name: str, peaks: Peaks) -> Iterator[dict[str, Any]]:
             step = _step(make(), batch, trains=kind != "limit")
             step()
             step()
-            # The frozen weights are everybody's; those that are all trained are its own.
+            # The frozen weights count for each kind; full fine-tuning has allocated its own.
             peak = peak_of(step) - own + (0 if kind == "full" else weights)
         except torch.OutOfMemoryError:
             log.warning("bench: %s does not fit the GPU: %s; its rows are left out", name, kind)
@@ -110,7 +109,7 @@ def step_rows(name: str, peaks: Peaks) -> Iterator[dict[str, Any]]:
 
 
 def _makers(model: Any, data: list[dict[str, Any]]) -> dict[str, Callable[[], Any]]:
-    """Kind of step -> what makes its model of the frozen one."""
+    """Kind of step -> function that makes its model from the frozen one."""
     return {
         "limit": lambda: _at_the_limit(gpu_models.sharing(model)),
         SCATTERED: lambda: sparsify(gpu_models.sharing(model), random_mask(model, RATIO)),
@@ -153,7 +152,7 @@ def _fisher_mask(model: Any, data: list[dict[str, Any]]) -> Mask:
 
 
 def random_mask(model: nn.Module, ratio: float) -> Mask:
-    """About this share of the entries of every matrix of the decoder, drawn one by one on the GPU."""
+    """About this share of the entries of every matrix of the decoder, drawn independently on the GPU."""
     generator = torch.Generator(gpu_models.DEVICE).manual_seed(0)
     indices, shapes = {}, {}
     for name, p in scored_parameters(model, include=MATRICES).items():
@@ -164,7 +163,7 @@ def random_mask(model: nn.Module, ratio: float) -> Mask:
 
 
 def plan_rows(peaks: Peaks) -> Iterator[dict[str, Any]]:
-    """How many times as large as the other the larger of a step's planned and measured peaks is."""
+    """The larger of a step's planned and measured peaks over the smaller."""
     for (name, kind), peak in peaks.items():
         planned = planned_peak(name, kind)
         what = f"plan ({planned / GIB:.1f} GiB) and measured peak ({peak / GIB:.1f} GiB) apart: {kind}"

@@ -1,4 +1,4 @@
-"""The models and samples of the benchmarks: random, as only their sizes count."""
+"""Random models and samples of the benchmarks; only their sizes matter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irdscale.fisher import accumulate_fisher
+from irdscale.masks.mask import Mask, top_k
+from irdscale.sparse import sparsify
+
 BATCH = 8
+RATIO = 0.005
+HEAD = r"^(classifier|score)\."
 
 
 def make_model(name: str) -> Any:
-    """A random classifier of 20-70M parameters, in evaluation mode (dropout would differ between the measured)."""
+    """A random classifier of 20-70M parameters, in evaluation mode (without dropout)."""
     import transformers
 
     torch.manual_seed(0)
@@ -43,5 +49,21 @@ def make_rows(tokens: int, count: int = BATCH, seed: int = 0) -> list[dict[str, 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of samples of equal length."""
     ids_BT = torch.stack([row["input_ids"] for row in rows])
-    labels_B = torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels_B}
+    labels = torch.stack([torch.as_tensor(row["labels"]) for row in rows])
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels}
+
+
+def fisher_mask(name: str, rows: list[dict[str, Any]], top_half: bool = False) -> Mask:
+    """The Fisher mask of a share `RATIO` of a model's parameters, outside the head."""
+    model = make_model(name)
+    layers = model.config.num_hidden_layers
+    upper = "|".join(str(layer) for layer in range(layers // 2, layers))
+    include = [rf"layers?\.({upper})\."] if top_half else None
+    fisher = accumulate_fisher(model, rows, collate_fn=collate, include=include, exclude=HEAD)
+    scored = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
+    return top_k(fisher, min(scored, round(RATIO * sum(p.numel() for p in model.parameters()))))
+
+
+def sparse_model(name: str, mask: Mask) -> Any:
+    """A random classifier that trains the mask and the head."""
+    return sparsify(make_model(name), mask, always_train=[HEAD])

@@ -1,4 +1,4 @@
-"""A search on Ray: what scheduling costs, what workers gain, and the work that IRD's order spares."""
+"""A search on Ray: overhead of scheduling, speedup by workers, and work saved by IRD's nested sets."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from irdscale.search.masks import search_masks, smallest_pair
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 REPEATS = 3
-# Of a candidate's training; the quickstart's own would take twice as long.
+# Optimizer steps of a candidate, half the quickstart's.
 STEPS = 20
 
 
 def bench_search(advance: Callable[..., None]) -> list[dict[str, Any]]:
-    """Rows of the search, each measured once but the overhead: a search takes minutes.
+    """Rows of the search; only the overhead is measured repeatedly, because a search takes minutes.
 
     Raises:
-        InputError: Ray, or the quickstart that is searched, is not here.
+        InputError: Ray or the quickstart's configuration is missing.
     """
     if not CONFIG.is_file():
         raise InputError(f"bench search: found no {CONFIG}; expected a checkout of irdscale with its configs")
@@ -52,7 +52,7 @@ _figure = partial(figure, "search", model="minilm", tokens=32)
 
 
 def _overhead(folder: Path) -> dict[str, Any]:
-    """Seconds of a round of 6 trivial candidates beyond what the candidates themselves take, after the first round."""
+    """Seconds of a round of 6 trivial candidates beyond the candidates' own time, after the first round."""
     from irdscale.cluster.connect import connected
     from irdscale.search.ray_engine import RayEngine
 
@@ -78,7 +78,7 @@ def _overhead(folder: Path) -> dict[str, Any]:
 
 
 def _workers(folder: Path) -> list[dict[str, Any]]:
-    """A real search with one worker and with two, and what a search without memory would have done."""
+    """A search with one worker and with two, and the work of a naive search."""
     from irdscale.search.run import run_search
 
     seconds, results = {}, {}
@@ -105,10 +105,10 @@ def _workers(folder: Path) -> list[dict[str, Any]]:
 
 
 def naive_work(path: list[Pair], minimum: Pair, seeds: int) -> tuple[int, int]:
-    """Sample gradients and evaluations of a search on the same path that keeps nothing from candidate to candidate.
+    """Sample gradients and evaluations of a search on the same path without reuse between candidates.
 
-    It ranks the state's samples for each candidate that halves them (a gradient each), takes the Fisher information of
-    the kept ones (a gradient each), and evaluates pairs again that an earlier round had.
+    It ranks the state's samples for each candidate that halves them (a gradient each), computes the Fisher information
+    of the kept ones (a gradient each), and repeats the evaluation of pairs from earlier rounds.
     """
     gradients, evaluations = path[0].samples, seeds
     for state in path[:-1]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def side_by_side(measured: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function in each repeat; the order turns from repeat to repeat. One warm-up goes first."""
+    """Seconds of each function in each repeat, after one warm-up; the order rotates from repeat to repeat."""
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     names = list(measured)
     for repeat in range(repeats + 1):
@@ -33,7 +33,7 @@ def row(
     limit: float | None = None,
     at_least: float | None = None,
 ) -> dict[str, Any]:
-    """A row of the result: `seconds[over] / seconds[under]`, its quartiles, and whether the bar is met."""
+    """A row of the result: median and quartiles of `seconds[over] / seconds[under]`, and whether the bar is met."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     times = {name: round(statistics.median(seconds[name]), 4) for name in (over, under)}
@@ -50,19 +50,15 @@ def figure(
     limit: float | None = None,
     at_least: float | None = None,
 ) -> dict[str, Any]:
-    """A row of a value that is no ratio of repeated times, and whether the bar is met.
+    """A row of any value, and whether the bar is met.
 
     Args:
-        spread: the lowest and the highest found; the value itself, unless given.
+        spread: lowest and highest measurement; by default the value itself.
     """
     low, high = spread or (value, value)
-    # What is shown is what is judged.
+    # The shown value is the one compared with the bar.
     value = round(value, 3)
-    met = None
-    if limit is not None:
-        met = value <= limit
-    elif at_least is not None:
-        met = value >= at_least
+    met = value <= limit if limit is not None else value >= at_least if at_least is not None else None
     return {
         "part": part,
         "what": what,
@@ -78,13 +74,13 @@ def figure(
 
 
 def line_of(row: dict[str, Any], seconds: float) -> str:
-    """A row for people, as it is measured; a missed bar is marked.
+    """A row as a line of text, in which a missed bar is marked.
 
     Args:
-        seconds: time that it took to measure.
+        seconds: time of the measurement.
     """
     mark = {True: "met   ", False: "MISSED", None: "      "}[row["met"]]
-    asked = f", asked {row['bar']}" if row["bar"] else ""
+    bar = f", bar {row['bar']}" if row["bar"] else ""
     tokens = f" x {row['tokens']} tokens" if row["tokens"] else ""
     spread = f"{row['low']:.3g} to {row['high']:.3g}"
-    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {row['ratio']:.3g} ({spread}{asked})"
+    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {row['ratio']:.3g} ({spread}{bar})"

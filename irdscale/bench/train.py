@@ -1,6 +1,6 @@
-"""Sparse training steps against full fine-tuning, LoRA, SHiRA and the limit, and the memory that one takes.
+"""Sparse training steps against full fine-tuning, LoRA, SHiRA and the limit, and their memory.
 
-The limit is a forward pass and the input gradients alone, down to the embeddings, with nothing trainable.
+The limit is a forward pass and the input gradients, down to the embeddings, with nothing trainable.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from irdscale.bench.models import BATCH, collate, make_model, make_rows
+from irdscale.bench.models import BATCH, HEAD, collate, fisher_mask, make_model, make_rows, sparse_model
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.bench.trainer import trainer_row
 from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
-from irdscale.fisher import accumulate_fisher
-from irdscale.masks.mask import Mask, index_dtype, top_k
+from irdscale.masks.mask import Mask, index_dtype
 from irdscale.sparse import entries_of, sparsify
 from irdscale.sparse.functions import needed_input
 from irdscale.sparse.products import Side
@@ -28,8 +27,6 @@ from irdscale.sparse.products import Side
 MODELS = ("bert", "llama")
 TOKENS = 128
 REPEATS = 9
-RATIO = 0.005
-HEAD = r"^(classifier|score)\."
 TARGETS = {
     "bert": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -39,17 +36,17 @@ FULL_BARS = {"bert": 0.80, "llama": 0.74}
 
 
 def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
-    """Rows of every model. All steps that train use PyTorch's fused AdamW."""
+    """Rows of every model. All training steps use PyTorch's fused AdamW."""
     rows = []
     for name in MODELS:
         data = make_rows(TOKENS)
         batch = collate(data)
-        mask = _fisher_mask(name, data)
+        mask = fisher_mask(name, data)
         scattered = random_mask(make_model(name), mask.k)
         steps = {
-            "sparse": _step(_sparse(name, mask), batch),
-            "random": _step(_sparse(name, scattered), batch),
-            "top": _step(_sparse(name, _fisher_mask(name, data, top_half=True)), batch),
+            "sparse": _step(sparse_model(name, mask), batch),
+            "random": _step(sparse_model(name, scattered), batch),
+            "top": _step(sparse_model(name, fisher_mask(name, data, top_half=True)), batch),
             "full": _step(make_model(name), batch),
             "limit": _limit(make_model(name), batch),
             "lora": _step(_with_lora(name), batch),
@@ -67,25 +64,15 @@ def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
             rows.append(row("train", what, name, TOKENS, seconds, over, under, limit=bar))
         rows += _memory_rows(name, mask, batch)
         if name == "llama":
-            rows.append(trainer_row(name, _sparse(name, mask), BATCH, TOKENS, TRAINER_BAR))
+            rows.append(trainer_row(name, sparse_model(name, mask), BATCH, TOKENS, TRAINER_BAR))
         advance()
     rows += bench_zero()
     advance()
     return rows
 
 
-def _fisher_mask(name: str, data: list[dict[str, Any]], top_half: bool = False) -> Mask:
-    model = make_model(name)
-    layers = model.config.num_hidden_layers
-    upper = "|".join(str(layer) for layer in range(layers // 2, layers))
-    include = [rf"layers?\.({upper})\."] if top_half else None
-    fisher = accumulate_fisher(model, data, collate_fn=collate, include=include, exclude=HEAD)
-    scored = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
-    return top_k(fisher, min(scored, round(RATIO * sum(p.numel() for p in model.parameters()))))
-
-
 def random_mask(model: nn.Module, k: int, seed: int = 0) -> Mask:
-    """k entries drawn from all matrices outside the head alike: a mask whose entries scatter."""
+    """k scattered entries, drawn uniformly from all matrices outside the head."""
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and not re.search(HEAD, n)}
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:k].sort().values
@@ -96,12 +83,6 @@ def random_mask(model: nn.Module, k: int, seed: int = 0) -> Mask:
             indices[name] = inside.to(index_dtype(size))
         start += size
     return Mask(indices, shapes)
-
-
-def _sparse(name: str, mask: Mask) -> Any:
-    model = sparsify(make_model(name), mask, always_train=[HEAD])
-    assert all(entries.values.requires_grad for entries in entries_of(model).values())
-    return model
 
 
 def _step(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -120,7 +101,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _limit(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """Forward and input gradients, nothing trainable: what no training of these layers can beat."""
+    """Forward and input gradients with nothing trainable: a lower bound for training these layers."""
     model.requires_grad_(False)
     root = torch.zeros((), requires_grad=True)
     model.get_input_embeddings().register_forward_hook(lambda _module, _args, y: _Enter.apply(y, root))
@@ -138,7 +119,7 @@ def _with_lora(name: str) -> Any:
 
 
 def _with_shira(name: str, k: int) -> Any:
-    """SHiRA trains r (in + out) entries of each linear layer: r such that all are nearest to k."""
+    """SHiRA trains r (in + out) entries of each linear layer; r makes their sum nearest to k."""
     peft, model = _peft(), make_model(name)
     ends = tuple(TARGETS[name])
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(ends)]
@@ -157,7 +138,7 @@ def _peft() -> Any:
 
 
 class _Enter(torch.autograd.Function):
-    """Its first argument, whose gradient is asked for and dropped."""
+    """Returns its first argument, and drops that one's gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, root: Tensor) -> Tensor:
@@ -169,7 +150,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Hold(torch.autograd.Function):
-    """Its first argument; holds the second until the backward pass comes by."""
+    """Returns its first argument, and keeps the second until the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
@@ -186,12 +167,12 @@ def _hold_input(columns: Side, _module: nn.Module, args: tuple[Tensor], y: Tenso
 
 
 def _memory_rows(name: str, mask: Mask, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Peak memory of a sparse step above the frozen model and activations, and what the mask itself keeps.
+    """Peak memory of a sparse step above the frozen model and activations, and the bytes of the mask itself.
 
-    Counted are all bytes that PyTorch's CPU allocator gives out in a step and has not taken back, temporaries inside
-    operations included. From the sparse step's peak goes the peak of the limit's step in which the layers that have
-    entries hold as much of their inputs as the sparse ones do (the activations); values and moments, which exist
-    before the step, are added. The head is not trained here, for its gradients and moments are not the mask's.
+    The peak counts all live bytes of PyTorch's CPU allocator, temporaries inside operations included. The peak of a
+    limit step is subtracted, in which layers with entries keep as much of their inputs as in the sparse step (the
+    activations). Values and moments, allocated before the step, are added. The head is not trained here, because its
+    gradients and moments do not belong to the mask.
     """
     frozen, sparse = make_model(name), sparsify(make_model(name), mask)
     held_by = {n.removesuffix(".weight"): e for n, e in entries_of(sparse).items() if n.endswith(".weight")}
@@ -201,7 +182,7 @@ def _memory_rows(name: str, mask: Mask, batch: dict[str, Tensor]) -> list[dict[s
         if isinstance(module, nn.Linear):
             module.register_forward_hook(partial(_hold_input, held_by[module_name].product.columns))
         elif "RMSNorm" in type(module).__name__:
-            # Multiplies by its weight in a step of its own.
+            # Multiplies by its weight in a separate operation, which keeps its input.
             module.register_forward_hook(lambda _module, _args, y: _Hold.apply(y, y.detach().clone()))
     limit = _limit(frozen, batch)
     optimizer = _optimizer(sparse)
@@ -226,7 +207,7 @@ def _memory_rows(name: str, mask: Mask, batch: dict[str, Tensor]) -> list[dict[s
 
 
 def _peak(step: Callable[[], None]) -> int:
-    """The most bytes that are live at once in a step, above those before it."""
+    """Peak of the live bytes in a step, above those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     assert recorded.profiler is not None
@@ -245,5 +226,5 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _counted(what: str, model: str, over: int, under: int, limit: float | None = None) -> dict[str, Any]:
-    """A row of counted bytes, which do not vary."""
+    """A row of counted bytes, which do not vary between repeats."""
     return figure("train", what, model, TOKENS, round(over / under, 3), limit=limit)

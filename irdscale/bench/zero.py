@@ -15,22 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from irdscale.bench.models import collate, make_model, make_rows
+from irdscale.bench.models import collate, fisher_mask, make_rows, sparse_model
 from irdscale.bench.timing import row, side_by_side
 from irdscale.distributed.ranks import end_rank
-from irdscale.fisher import accumulate_fisher
-from irdscale.masks.mask import top_k
-from irdscale.sparse import sparsify
 
 log = logging.getLogger(__name__)
 
 BAR = 1.05
 REPEATS = 9
 TOKENS = 128
-RATIO = 0.005
-HEAD = r"^(classifier|score)\."
 # As configs/deepspeed/zero2.json.
 ZERO = {
     "train_micro_batch_size_per_gpu": 1,
@@ -46,7 +40,7 @@ ZERO = {
 
 
 def bench_zero() -> list[dict[str, Any]]:
-    """The row, or none where DeepSpeed or the compiler that it needs are missing, which is logged."""
+    """The row; none, with a log line, if DeepSpeed or its C++ compiler is missing."""
     if importlib.util.find_spec("deepspeed") is None or (not torch.cuda.is_available() and shutil.which("g++") is None):
         log.info("bench: no deepspeed, or no C++ compiler for it, so ZeRO-2 is not compared with DDP")
         return []
@@ -62,7 +56,7 @@ def bench_zero() -> list[dict[str, Any]]:
 
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    """Have the processes that are started here write to stderr: DeepSpeed logs to stdout as soon as it is imported."""
+    """Redirect stdout of processes started in the body to stderr: DeepSpeed logs to stdout when it is imported."""
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
@@ -81,15 +75,16 @@ def _on_rank(rank: int, folder: str, repeats: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-    # DeepSpeed builds its communication with the ninja of this environment.
+    # DeepSpeed compiles its communication with this environment's ninja.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(minutes=10))
     deepspeed.init_distributed("gloo")
     batch = collate(make_rows(TOKENS, seed=rank))
-    ddp = DistributedDataParallel(_sparse())
+    mask = fisher_mask("bert", make_rows(TOKENS))
+    ddp = DistributedDataParallel(sparse_model("bert", mask))
     ddp_optimizer = torch.optim.AdamW([p for p in ddp.parameters() if p.requires_grad], lr=1e-5)
-    inside = _sparse()
+    inside = sparse_model("bert", mask)
     optimizer = torch.optim.AdamW([p for p in inside.parameters() if p.requires_grad], lr=1e-5)
     engine = deepspeed.initialize(model=inside, optimizer=optimizer, config=ZERO)[0]
 
@@ -107,11 +102,3 @@ def _on_rank(rank: int, folder: str, repeats: int) -> None:
         lines = [f"{zero} {ddp_s}" for zero, ddp_s in zip(seconds["zero"], seconds["ddp"], strict=True)]
         (Path(folder) / "seconds").write_text("\n".join(lines))
     end_rank()
-
-
-def _sparse() -> nn.Module:
-    """A model whose Fisher mask is trained; the same one on each rank and at each call."""
-    model: nn.Module = make_model("bert")
-    fisher = accumulate_fisher(model, make_rows(TOKENS), collate_fn=collate, exclude=HEAD)
-    k = round(RATIO * sum(p.numel() for p in model.parameters()))
-    return sparsify(model, top_k(fisher, k), always_train=[HEAD])

@@ -158,7 +158,9 @@ def zero_row() -> dict[str, Any]:
     from irdscale.distributed.ranks import rank_and_world
     from irdscale.models.build import build_model
     from irdscale.tasks import load_task
-    from irdscale.training.trainer import Control, fine_tune, sparse_model
+    from irdscale.training.control import Control
+    from irdscale.training.trainable import sparse_model
+    from irdscale.training.trainer import fine_tune
 
     config = tuning_config(f"train.steps={WARM_UP + MEASURED}", zero3(), batch=16)
     task, seed = load_task(config), config.search.seeds[0]

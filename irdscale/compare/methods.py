@@ -18,7 +18,7 @@ from irdscale.models.lora import insert_lora
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.training.base_model import base_model
-from irdscale.training.trainer import trained_densely
+from irdscale.training.trainable import trained_densely
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

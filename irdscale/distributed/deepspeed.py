@@ -1,7 +1,7 @@
-"""The user's DeepSpeed JSON: checked against the configuration, and made what the Trainer and `from_pretrained` take.
+"""The user's DeepSpeed JSON: checked against the configuration, and adapted for the Trainer and `from_pretrained`.
 
-Trained numbers and their moments are float32 whatever the model's data type, so DeepSpeed is told of no lower
-precision: only loading into ZeRO-3 partitions needs to know the base's.
+Trained parameters and their moments are float32 whatever the model's data type, so DeepSpeed's settings name no lower
+precision; only loading into ZeRO-3 partitions needs the base's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
     """The contents of `train.deepspeed` for the Trainer; None without such a file. Imports nothing heavy.
 
     Args:
-        world: number of ranks, to check the file's batch sizes with, if known.
+        world: number of ranks, to check the file's batch sizes; None if unknown.
 
     Raises:
         InputError: as `zero_file`, or deepspeed is not installed.
@@ -47,7 +47,7 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
             f"train.deepspeed: found {config.train.deepspeed}, but deepspeed is not installed; expected it: "
             f"pip install --no-build-isolation 'irdscale[deepspeed]'"
         )
-    # The optimizer is torch's AdamW in every case: for k numbers DeepSpeed's own would gain nothing.
+    # The optimizer is always torch's AdamW: for k parameters DeepSpeed's own is no faster.
     return {**settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -55,11 +55,11 @@ def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | N
     """The contents of `train.deepspeed`, checked; None without such a file.
 
     Args:
-        world: number of ranks, to check the file's batch sizes with, if known.
+        world: see `zero_settings`.
 
     Raises:
-        InputError: the file is missing or no JSON object, contradicts the configuration (both values are named), or
-            asks for what irdscale does not run.
+        InputError: the file is missing or not a JSON object, contradicts the configuration (both values are named), or
+            has unsupported settings.
     """
     if config.train.deepspeed is None:
         return None
@@ -90,7 +90,7 @@ def _found(file: str, key: str, value: Any, expected: str) -> InputError:
 
 
 def _enabled(settings: dict[str, Any], section: str) -> Any:
-    """Whether a section says `"enabled": true`; the section is removed."""
+    """Remove a section; returns its value of `enabled`."""
     inside = settings.pop(section, {})
     return inside.get("enabled", False) if isinstance(inside, dict) else inside
 
@@ -136,8 +136,8 @@ def micro_batch(config: RunConfig, world: int) -> int:
     """Samples of one forward pass on one rank.
 
     Raises:
-        InputError: `train.batch_size` is not a multiple of the ranks times the accumulated passes; names settings that
-            are, with no more samples a pass.
+        InputError: `train.batch_size` is not a multiple of ranks x accumulated passes; suggests settings that are, with
+            no more samples per pass.
     """
     batch, passes = config.train.batch_size, config.train.gradient_accumulation
     if batch % (world * passes):
@@ -149,7 +149,7 @@ def micro_batch(config: RunConfig, world: int) -> int:
 
 
 def _dividing(batch: int, passes: int, world: int) -> list[str]:
-    """Settings by which a step's samples divide among the ranks; the batch stays where it is a multiple of them."""
+    """Settings that divide a step's samples among the ranks; the batch size stays if it is a multiple of the ranks."""
     of_rank, most = -(-batch // world), max(1, batch // passes)
     fewest = next(count for count in range(1, of_rank + 1) if of_rank % count == 0 and of_rank // count <= most)
     changed = [] if of_rank * world == batch else [f"train.batch_size={of_rank * world}"]
@@ -157,7 +157,7 @@ def _dividing(batch: int, passes: int, world: int) -> list[str]:
 
 
 def _drop_optimizer(file: str, settings: dict[str, Any]) -> None:
-    """Leave out an optimizer section that says no more than the configuration does."""
+    """Remove an optimizer section that agrees with the configuration."""
     optimizer = settings.pop("optimizer", None)
     if optimizer is not None:
         known = isinstance(optimizer, dict) and optimizer.get("type") == "AdamW"
@@ -169,11 +169,11 @@ def _drop_optimizer(file: str, settings: dict[str, Any]) -> None:
 
 
 def gathering_options(zero: dict[str, Any], hidden: int) -> dict[str, int]:
-    """How ZeRO-3 gathers partitions, as DeepSpeed's options say it; `auto` filled in as the Trainer does.
+    """DeepSpeed's options for gathering ZeRO-3 partitions, with the Trainer's values for `auto`.
 
     Args:
-        zero: the section `zero_optimization` of a DeepSpeed file.
-        hidden: the model's width.
+        zero: section `zero_optimization` of a DeepSpeed file.
+        hidden: width of the model.
     """
     auto = {"prefetch_bucket_size": 0.9 * hidden * hidden}
     usual = {"prefetch_bucket_size": 5e7, "max_live_parameters": 1e9, "max_reuse_distance": 1e9}
@@ -183,7 +183,7 @@ def gathering_options(zero: dict[str, Any], hidden: int) -> dict[str, int]:
 
 @contextmanager
 def loading(config: RunConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` loads straight into partitions, where `train.deepspeed` asks for ZeRO-3."""
+    """In the body, `from_pretrained` loads straight into partitions if `train.deepspeed` sets ZeRO-3."""
     settings = zero_settings(config)
     if settings is None or settings["zero_optimization"]["stage"] != 3:
         yield
@@ -191,10 +191,10 @@ def loading(config: RunConfig) -> Iterator[None]:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     settings = {key: value for key, value in settings.items() if value != AUTO}
-    # What it partitions is of the data type that this says; training is told of none.
+    # This sets the data type of the partitions; the training's settings name none.
     settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": config.model.dtype == "bfloat16"}}
     settings["zero_optimization"] = {k: v for k, v in settings["zero_optimization"].items() if v != AUTO}
-    # Transformers knows it by a weak reference.
+    # Transformers keeps a weak reference to it.
     known = HfDeepSpeedConfig(settings)
     try:
         yield
@@ -204,12 +204,9 @@ def loading(config: RunConfig) -> Iterator[None]:
 
 
 def forget_settings() -> None:
-    """Have `from_pretrained` load whole models again, and the next training be without DeepSpeed unless it asks for it.
-
-    While a Trainer with ZeRO-3 is around, models are loaded into partitions.
-    """
+    """Undo DeepSpeed's global settings, by which `from_pretrained` loads all models into partitions with ZeRO-3."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
-    # Accelerate sets it, and takes it for a wish for ZeRO-2 from then on.
+    # Accelerate sets this variable, and would use ZeRO-2 from then on.
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

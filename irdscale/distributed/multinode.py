@@ -2,10 +2,10 @@
 
     python -m irdscale.distributed.multinode OPTIONS -m irdscale VERB ...
 
-The options are torchrun's, as launch/torchrun_multinode.sh gives them. The ranks meet at this node's address on the
-network of the first node, whatever the hosts' names are.
+The options are torchrun's; launch/torchrun_multinode.sh sets them. Ranks use this node's address on the network of the
+first node, whatever the hosts' names resolve to.
 
-Exit codes: those of `irdscale`; 1 also where nodes do not come, or are lost.
+Exit codes: those of `irdscale`; 1 also if nodes do not join or are lost.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from irdscale.errors import InputError, RunError
 
 
 def own_address(head: str) -> str:
-    """This host's address on the network on which the first node is.
+    """This host's address on the network of the first node.
 
     Raises:
-        InputError: nobody knows the first node's name, or the way to it.
+        InputError: the first node's name cannot be resolved, or there is no route to it.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # Nothing is sent; the kernel chooses the route.
+            # Sends nothing; the kernel chooses the route.
             probe.connect((head, 1))
             return str(probe.getsockname()[0])
     except OSError as error:
@@ -36,11 +36,11 @@ def own_address(head: str) -> str:
 
 
 def start(arguments: list[str]) -> int:
-    """Run torchrun with these arguments; the exit code of the first rank that failed, or 0.
+    """Run torchrun with these arguments; returns the exit code of the first failed rank, or 0.
 
     Raises:
         InputError: see `own_address`.
-        RunError: the first node does not answer, others do not come, a rank was killed, or a node was lost.
+        RunError: the first node does not answer, others do not join, a rank was killed, or a node was lost.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,10 +55,10 @@ def start(arguments: list[str]) -> int:
     place = options.rdzv_endpoint
     head = place.partition(":")[0]
     options.local_addr = own = own_address(head)
-    # torchrun would go by the host's name, which may be unknown, or stand for the loopback.
+    # torchrun would resolve the host's name, which may be unknown, or the loopback's.
     if "is_host" not in options.rdzv_conf:
         options.rdzv_conf += f",is_host={int(own == socket.gethostbyname(head))}"
-    # gloo would take the interface of the host's name, which may be the loopback.
+    # gloo would use the interface of the host's name, which may be the loopback.
     for interface in interfaces(own):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:

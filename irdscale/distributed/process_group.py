@@ -1,7 +1,7 @@
-"""Whether torchrun, or another launcher that sets its variables, started this process as one of several ranks.
+"""The process group of the ranks that torchrun, or another launcher that sets its variables, started.
 
-Ranks meet in the launcher's key-value store before they form a group: there each says what software it runs, and one
-that cannot come says why.
+Before they form a group, the ranks meet in the launcher's key-value store: each publishes its software versions, or why
+it cannot join.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from irdscale.config.schema import DistributedConfig
 
-# A rank that has not come for so long never will: it failed before, or its node did.
+# Longest wait for a rank to join: a later one has failed, or its node has.
 MEETING = timedelta(minutes=10)
 SAME_PACKAGES = ("torch", "transformers", "deepspeed")
 _ARRIVED, _READ, _PROBLEM = "irdscale/arrived", "irdscale/read", "irdscale/problem"
 _POLL_S = 0.1
-# Whether this process has met the others, which then fail together.
+# Whether this process has joined the others.
 _met = False
 
 
@@ -39,7 +39,7 @@ def launched() -> tuple[int, int, int]:
     """This process's rank, its rank on its host, and the world size.
 
     Raises:
-        InputError: the launcher's variables are no numbers.
+        InputError: a variable of the launcher is not a number.
     """
     found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", found["RANK"])
@@ -50,10 +50,10 @@ def launched() -> tuple[int, int, int]:
 
 
 def alone(verb: str) -> None:
-    """Refuse to run a verb on several ranks that would all do the same.
+    """Refuse to run a verb for one process on several ranks.
 
     Raises:
-        InputError: there are several.
+        InputError: there are several ranks.
     """
     world = launched()[2]
     if world > 1:
@@ -61,21 +61,21 @@ def alone(verb: str) -> None:
 
 
 def free_port(host: str = "") -> int:
-    """A port that nobody listens on now, at this address of this host, or at any."""
+    """A free port at this address of this host, or at all its addresses."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def interfaces(ip: str) -> list[str]:
-    """This host's network interfaces that have this address."""
+    """This host's network interfaces with this address."""
     import psutil
 
     return [name for name, has in psutil.net_if_addrs().items() if any(a.address == ip for a in has)]
 
 
 def versions() -> dict[str, str]:
-    """What must be of one version on all ranks -> this process's."""
+    """Name -> version of the software that must be the same on all ranks."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"Python": platform.python_version(), "irdscale": __version__}
@@ -89,31 +89,38 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def in_process_group(settings: DistributedConfig | None = None, always: bool = False) -> Iterator[None]:
-    """Run with the process group of all ranks, where there are several.
+    """Initialise the process group for the body, if there are several ranks.
 
     Args:
-        settings: what they talk with, and how long they wait; the defaults if None.
-        always: make a group of one where this process is alone, as DeepSpeed wants it.
+        settings: backend and timeouts; the defaults if None.
+        always: whether a single process forms a group too, which DeepSpeed needs.
 
     Raises:
-        InputError: there are more ranks on this host than GPUs, or none for NCCL; a rank has other versions, or other
-            reasons not to come (it is named).
-        RunError: a rank does not come.
+        InputError: the host has more ranks than GPUs, or no GPU for NCCL; a rank has other versions or another reason
+            not to join (it is named).
+        RunError: a rank does not join.
     """
-    rank, local_rank, world = launched()
-    asked = "auto" if settings is None else settings.backend
-    if world == 1 and not always and asked != "nccl":
+    backend = "auto" if settings is None else settings.backend
+    if backend == "nccl" and not _gpus():
+        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
+    if launched()[2] == 1 and not always:
         yield
         return
-    # What is set here would have later work in this process, and its children, look for ranks that are gone.
+    # Otherwise later work in this process and its children would look for ranks that have ended.
     variables = environment_restored("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    with variables, _group(settings, asked, rank, local_rank, world, always):
+    with variables, _group(settings, *launched()):
         yield
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
 def environment_restored(*names: str) -> Iterator[None]:
-    """Environment variables have the values of before after the body."""
+    """Restore environment variables after the body."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -126,9 +133,7 @@ def environment_restored(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _group(
-    settings: DistributedConfig | None, asked: str, rank: int, local_rank: int, world: int, always: bool
-) -> Iterator[None]:
+def _group(settings: DistributedConfig | None, rank: int, local_rank: int, world: int) -> Iterator[None]:
     global _met
     import torch
     import torch.distributed as dist
@@ -136,22 +141,16 @@ def _group(
     from irdscale.config.schema import DistributedConfig
     from irdscale.distributed import watchdog
 
-    settings = settings or DistributedConfig()
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked == "nccl" and not gpus:
-        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
-    if world == 1 and not always:
-        yield
-        return
+    settings, gpus = settings or DistributedConfig(), _gpus()
     if world == 1 and "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
-    # Libraries look for all of them.
+    # Libraries read all of these variables.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
     if gpus:
         if local_rank >= gpus:
             raise InputError(f"LOCAL_RANK: found {local_rank}; expected 0 to {gpus - 1}, one rank a GPU")
         torch.cuda.set_device(local_rank)
-    backend = asked if asked != "auto" else "nccl" if gpus else "gloo"
+    backend = settings.backend if settings.backend != "auto" else "nccl" if gpus else "gloo"
     timeout = timedelta(minutes=settings.timeout_minutes)
     store = _store(rank, world, min(MEETING, timeout))
     _meet(store, rank, world, {**versions(), "distributed.backend": backend}, min(MEETING, timeout))
@@ -167,10 +166,10 @@ def _group(
 
 
 def _store(rank: int, world: int, wait: timedelta) -> Store:
-    """The store that the launcher's variables name; without a launcher's own, rank 0 makes it.
+    """The store at the address in the launcher's variables; rank 0 creates it unless the launcher did.
 
     Raises:
-        RunError: nobody answers there, or not all ranks come to it.
+        RunError: the store does not answer, or not all ranks connect to it.
     """
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -187,14 +186,14 @@ def _store(rank: int, world: int, wait: timedelta) -> Store:
 
 
 def _meet(store: Store, rank: int, world: int, own: dict[str, str], wait: timedelta) -> None:
-    """Wait until all ranks are there, and check that they say the same of themselves.
+    """Wait for all ranks, and check that they have equal settings.
 
     Args:
-        own: what must be equal -> its value here.
+        own: name -> value that must be equal on all ranks.
 
     Raises:
-        InputError: a rank said that it does not come, or differs from rank 0.
-        RunError: a rank did not come within `wait`, or the store went with its host.
+        InputError: a rank refused to join, or differs from rank 0.
+        RunError: a rank did not join within `wait`, or the store ended with its host.
     """
     import torch.distributed as dist
 
@@ -222,7 +221,7 @@ def _meet(store: Store, rank: int, world: int, own: dict[str, str], wait: timede
 
 
 def _difference(found: list[dict[str, str]]) -> str | None:
-    """What one rank has that differs from rank 0."""
+    """The first difference of a rank from rank 0."""
     first = found[0]
     for rank, other in enumerate(found):
         for name in [*first, *other]:
@@ -235,7 +234,7 @@ def _difference(found: list[dict[str, str]]) -> str | None:
 
 
 def _let_all_read(store: Store, rank: int, world: int) -> None:
-    """Keep the store for the others, where it is rank 0's, until they know what it does."""
+    """Keep rank 0's store until the others have read what it has."""
     store.add(_READ, 1)
     deadline = time.monotonic() + 5
     while rank == 0 and store.add(_READ, 0) < world and time.monotonic() < deadline:
@@ -245,8 +244,8 @@ def _let_all_read(store: Store, rank: int, world: int) -> None:
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    A rank that met others does not take the interpreter down: threads of gloo and of DeepSpeed that still hold tensors
-    then abort the process now and then, and its launcher takes finished work for failed.
+    A rank of a group skips the interpreter's shutdown: threads of gloo and DeepSpeed that still hold tensors sometimes
+    abort the process there, and the launcher would report finished work as failed.
     """
     if not _met:
         sys.exit(code)
@@ -257,9 +256,9 @@ def leave(code: int) -> NoReturn:
 
 
 def tell_others(problem: str) -> None:
-    """Tell the ranks of other nodes, which wait in `in_process_group`, that this one does not come, and why."""
+    """Tell the ranks of other nodes, which wait in `in_process_group`, why this rank does not join."""
     rank, _, world = launched()
-    # torchrun itself ends the ranks of this node; and without its store there may be nobody to hear it.
+    # torchrun itself ends the ranks of this node; without torchrun's store there may be no listener.
     elsewhere = world > int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if _met or not elsewhere or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return

@@ -1,6 +1,6 @@
-"""What data-parallel ranks do together: share out the samples, add up what they found, and fail together.
+"""Operations of data-parallel ranks: shard samples, all-reduce, gather, and fail together.
 
-Without a process group there is one rank, and all of this does nothing.
+Without a process group there is one rank, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from irdscale.errors import InputError, RunError
 
-# Smaller tensors are joined before they are added up: many small messages cost more than a copy.
+# Entries of a flattened bucket of small tensors: many small messages cost more than a copy.
 BUCKET_ENTRIES = 4 * 2**20
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """This process's rank, and the world size."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def current_group() -> object:
-    """The process group of all ranks, for comparison; None without one."""
+    """The default process group, for comparison; None without one."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
@@ -39,7 +39,7 @@ def shard(items: Sequence[int]) -> list[int]:
 
 
 def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks, in place. Every rank passes the same shapes in the same order."""
+    """All-reduce each tensor by its sum, in place. Every rank passes the same shapes in the same order."""
     if rank_and_world()[1] == 1:
         return
     waiting: list[Tensor] = []
@@ -62,9 +62,9 @@ def _all_reduce_flattened(tensors: list[Tensor]) -> None:
     if len(tensors) == 1 and tensors[0].is_contiguous():
         _all_reduce(tensors[0])
         return
-    joined = torch.cat([t.reshape(-1) for t in tensors])
-    _all_reduce(joined)
-    for tensor, part in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
+    bucket = torch.cat([t.reshape(-1) for t in tensors])
+    _all_reduce(bucket)
+    for tensor, part in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
 
 
@@ -76,10 +76,10 @@ def _all_reduce(tensor: Tensor) -> None:
 
 
 def slice_of(numel: int, rank: int | None = None, world: int | None = None) -> tuple[int, int]:
-    """The run of a flat tensor's entries that a rank holds of a sharded one; the last ranks may hold fewer, or none.
+    """(start, stop) of a rank's shard of a flat tensor; the last ranks may hold fewer entries, or none.
 
     Args:
-        rank, world: this rank, and as many as there are, unless given.
+        rank, world: rank and world size; by default this process's.
     """
     own, ranks = rank_and_world()
     rank, world = own if rank is None else rank, ranks if world is None else world
@@ -88,10 +88,10 @@ def slice_of(numel: int, rank: int | None = None, world: int | None = None) -> t
 
 
 def gather_flat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Every rank's flat tensor, joined by rank, on every rank.
+    """All ranks' flat tensors, concatenated by rank, on every rank.
 
     Args:
-        lengths: how long each rank's is.
+        lengths: length of each rank's tensor.
     """
     _, world = rank_and_world()
     if world == 1:
@@ -104,12 +104,12 @@ def gather_flat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _device() -> torch.device:
-    """Where the process group takes tensors from."""
+    """Device of the tensors that the process group communicates."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def largest_of(numbers: Sequence[int]) -> list[int]:
-    """The largest of every rank's numbers, place by place."""
+    """Elementwise maximum of the ranks' numbers, on every rank."""
     if rank_and_world()[1] == 1:
         return [int(n) for n in numbers]
     tensor = torch.tensor([int(n) for n in numbers], dtype=torch.int64, device=_device())
@@ -118,34 +118,25 @@ def largest_of(numbers: Sequence[int]) -> list[int]:
 
 
 def gather_texts(text: str) -> list[str]:
-    """Every rank's text, by rank."""
-    _, world = rank_and_world()
-    if world == 1:
-        return [text]
-    device = _device()
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    lengths = torch.zeros(world, dtype=torch.int64, device=device)
-    lengths[dist.get_rank()] = len(data)
-    dist.all_reduce(lengths)
-    padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
-    parts = [torch.zeros_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return [bytes(p[:n].tolist()).decode() for p, n in zip(parts, lengths.tolist(), strict=True)]
+    """All ranks' texts, by rank, on every rank."""
+    texts = [text] * rank_and_world()[1]
+    if len(texts) > 1:
+        dist.all_gather_object(texts, text)
+    return texts
 
 
 def broadcast_flag(flag: bool) -> bool:
-    """What rank 0 found, on every rank: it writes the files, so it knows which there are."""
+    """Rank 0's flag, on every rank: rank 0 writes the files, so it knows which ones exist."""
     return gather_texts(str(int(flag)))[0] == "1"
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Run what this rank does alone; if a rank fails, all do, instead of waiting for it for ever.
+    """Run work without collectives in the body; if it fails on one rank, all ranks fail instead of waiting forever.
 
     Raises:
         InputError: the first failed rank's bad input, on every rank.
-        RunError: another rank died of something else; it is named.
+        RunError: another rank failed for another reason; it is named.
     """
     own: Exception | None = None
     try:
@@ -164,13 +155,13 @@ def failing_together() -> Iterator[None]:
 
 
 def same_on_every_rank(facts: dict[str, Any]) -> None:
-    """Check that all ranks were given the same work.
+    """Check that all ranks do the same work.
 
     Args:
-        facts: what must be equal -> its value or hash.
+        facts: name -> value or hash that must be equal on all ranks.
 
     Raises:
-        InputError: a rank has another value than rank 0; names the rank and what differs.
+        InputError: a rank's value differs from rank 0's; names the rank and the value.
     """
     described = "\n".join(f"{name}={value}".replace("\n", " ") for name, value in facts.items())
     texts = gather_texts(described)
@@ -183,6 +174,6 @@ def same_on_every_rank(facts: dict[str, Any]) -> None:
 
 
 def end_rank() -> NoReturn:
-    """End a spawned rank once all are here, without taking the interpreter down, as `process_group.leave` does."""
+    """End a spawned rank after a barrier, without shutting the interpreter down, as `process_group.leave` does."""
     dist.barrier()
     os._exit(0)

@@ -1,8 +1,8 @@
-"""Notice ranks that died or hang, and end the others with an error that names them.
+"""Heartbeats of ranks: a rank that died or hangs ends the others, with an error that names it.
 
-A thread on every rank beats once a second in a key-value store on rank 0. A rank whose beats stop is lost: after
-`LOST_S` where a rank's connections broke, which its neighbours see at once, after `SILENT_S` where it stands still. The
-others then end themselves, for a process that waits in a collective cannot be told anything.
+A thread on every rank sends a heartbeat once a second to a key-value store on rank 0. A rank without heartbeats is
+lost: after `LOST_S` if connections to it broke, which its neighbours notice at once, else after `SILENT_S`. The others
+then end themselves, because a process that waits in a collective cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from irdscale.distributed.ranks import gather_texts, rank_and_world
 from irdscale.errors import InputError, RunError
 
 BEAT_S = 1.0
-# After a broken connection, a rank that has not beaten for this long is the lost one.
+# After a broken connection, a rank without heartbeats for so many seconds is the lost one.
 LOST_S = 4.0
 SILENT_S = 60.0
 
 
 def expect_beats_within(seconds: float) -> None:
-    """Take a rank that stands still for so many seconds for lost, instead of `SILENT_S`."""
+    """Set `SILENT_S`, the seconds without a heartbeat after which a rank is lost."""
     global SILENT_S
     SILENT_S = seconds
 
 
 class _Watch:
-    """This rank's heartbeat, and what it knows of the others'."""
+    """This rank's heartbeat, and its knowledge of the other ranks'."""
 
     def __init__(self) -> None:
         self.group = dist.group.WORLD
         self.rank, self.world = rank_and_world()
         self.enforcing = 0
         now = time.monotonic()
-        # Rank 0 hears everybody and tells the others whom it does not hear; those hear rank 0 alone.
+        # Rank 0 observes all ranks and publishes the silent ones; the others observe rank 0 only.
         self._heard = dict.fromkeys(range(self.world) if self.rank == 0 else [0], now)
-        self._said = dict.fromkeys(self._heard, "")
-        self._told: dict[int, float] = {}
-        # Whether a connection broke: here, so that the main thread ends this rank itself; or anywhere.
+        self._last_beat = dict.fromkeys(self._heard, "")
+        self._published: dict[int, float] = {}
+        # Whether a connection of this rank broke, so that its main thread ends it; and of any rank.
         self.broken_here = self._broken = False
         self._store = _store(self.rank, self.world)
         self._ended = threading.Event()
@@ -57,7 +57,7 @@ class _Watch:
         atexit.register(self.end)
 
     def end(self) -> None:
-        """Stop beating; a thread in the store when the interpreter ends would crash it."""
+        """Stop the threads; one that uses the store while the interpreter ends would crash it."""
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * BEAT_S)
@@ -83,22 +83,22 @@ class _Watch:
                     self._hear(0, status)
                     heard = json.loads(status)
                     self._broken = heard["broken"]
-                    self._told = {int(rank): age for rank, age in heard["silent"].items()}
+                    self._published = {int(rank): age for rank, age in heard["silent"].items()}
             except RuntimeError:
-                # The store went with rank 0, which is then not heard any more.
+                # The store ended with rank 0, whose heartbeats stop with it.
                 self._broken = True
                 return
             self._ended.wait(BEAT_S)
 
-    def _hear(self, rank: int, said: str) -> None:
-        if said != self._said[rank]:
-            self._said[rank], self._heard[rank] = said, time.monotonic()
+    def _hear(self, rank: int, beat: str) -> None:
+        if beat != self._last_beat[rank]:
+            self._last_beat[rank], self._heard[rank] = beat, time.monotonic()
 
     def silent(self, seconds: float) -> dict[int, float]:
-        """The other ranks that have not been heard for so long, and for how long."""
+        """Other ranks without a heartbeat for so many seconds -> seconds since their last one."""
         now = time.monotonic()
-        # What rank 0 told goes before its own silence: it may have ended because of that rank.
-        ages = dict(self._told) or {rank: now - heard for rank, heard in self._heard.items()}
+        # The ranks that rank 0 published go before its own silence: it may have ended because of them.
+        ages = dict(self._published) or {rank: now - heard for rank, heard in self._heard.items()}
         ages.pop(self.rank, None)
         return {rank: age for rank, age in ages.items() if age > seconds}
 
@@ -111,7 +111,7 @@ class _Watch:
 
 
 def _store(rank: int, world: int) -> dist.TCPStore:
-    """A store on a free port of rank 0's host, apart from the one that the process group uses."""
+    """A store on a free port of rank 0's host, separate from the process group's."""
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False) if rank == 0 else None
     name, here = socket.gethostname(), _network()
     first = gather_texts(json.dumps([name, here, store.port if store is not None else 0]))[0]
@@ -123,7 +123,7 @@ def _store(rank: int, world: int) -> dist.TCPStore:
 
 
 def _network() -> str:
-    """What processes that see each other on 127.0.0.1 have in common, as Linux says it; a host's name may not do."""
+    """Identifier of this process's network namespace on Linux: equal identifiers share 127.0.0.1, unlike host names."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
@@ -136,7 +136,7 @@ _current: _Watch | None = None
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Run collective work: a rank that dies or hangs meanwhile ends the others, which name it.
+    """Run collective work in the body: a rank that dies or hangs ends the others, which name it.
 
     A killed rank ends them within about 15 seconds, a silent one 5 seconds after `SILENT_S`.
 

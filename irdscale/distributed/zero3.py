@@ -1,7 +1,7 @@
-"""Models whose parameters DeepSpeed ZeRO-3 keeps in partitions over the ranks, and those that it has not touched.
+"""Shapes, devices and values of parameters, also of models that DeepSpeed ZeRO-3 partitions over the ranks.
 
-A partitioned parameter is empty but for the moments in which its module runs, so its shape is read from DeepSpeed's
-own record, and its values only inside `whole`.
+A partitioned parameter is empty except while its module runs: its shape is in DeepSpeed's record, and its values are
+available inside `gathered_parameters`.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where a model keeps how it is gathered.
+# Attribute of a model with DeepSpeed's options for gathering it.
 _OPTIONS = "_irdscale_gathering"
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a DeepSpeed engine or DistributedDataParallel, whose own forward would do more than compute."""
+    """The model inside a DeepSpeed engine or DistributedDataParallel, whose forward has side effects."""
     while type(model).__name__ in ("DeepSpeedEngine", "DistributedDataParallel"):
         model = model.module
     return model
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed has made partitions of the parameters."""
+    """Whether DeepSpeed has partitioned the parameters."""
     return any(hasattr(p, "ds_tensor") for p in model.parameters())
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The whole parameter's shape."""
+    """Shape of the full parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def numel_of(parameter: Tensor) -> int:
-    """Entries of the whole parameter."""
+    """Entries of the full parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes."""
+    """Device of the model's computation."""
     parameter = next(model.parameters())
     if hasattr(parameter, "ds_tensor") and torch.cuda.is_available():
-        # Partitions may be kept in main memory, and are gathered on the GPU.
+        # Partitions may be in main memory; they are gathered on the GPU.
         return torch.device("cuda", torch.cuda.current_device())
     return parameter.device
 
 
 def to_gpu(model: nn.Module) -> None:
-    """Move a model to the GPU where there is one; one in partitions is DeepSpeed's to place."""
+    """Move a model to the GPU, if there is one; DeepSpeed places a partitioned model itself."""
     if not is_partitioned(model):
         model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def gathered_parameters(parameters: Sequence[Tensor], changed: bool = False) -> Iterator[None]:
-    """Gather partitioned parameters; collective if there are any.
+    """Gather partitioned parameters for the body; collective if there are any.
 
-    Those that a running module has gathered are left to it.
+    Parameters that a running module has gathered are left to it.
 
     Args:
-        changed: every rank writes the same numbers into them, and its part keeps them.
+        changed: whether the body writes to them: every rank the same values, which its partition keeps.
     """
     absent = [p for p in parameters if hasattr(p, "ds_tensor") and (changed or p.numel() != numel_of(p))]
     if not absent:
@@ -74,16 +74,16 @@ def gathered_parameters(parameters: Sequence[Tensor], changed: bool = False) -> 
 
 
 def gather_by(model: nn.Module, options: dict[str, int]) -> None:
-    """Set how `gathering` gathers a partitioned model, by DeepSpeed's options."""
+    """Set DeepSpeed's options with which `gathering` gathers a partitioned model."""
     vars(model)[_OPTIONS] = options
 
 
 @contextmanager
 def gathering(model: nn.Module) -> Iterator[None]:
-    """Have a partitioned model's modules gather their parameters when they run.
+    """In the body, a partitioned model's modules gather their parameters when they run.
 
-    A DeepSpeed engine's model does so already; for one that was only loaded into partitions the hooks are set here
-    and removed at the end.
+    A DeepSpeed engine's model does so already; a model that was only loaded into partitions gets the hooks here, and
+    loses them at the end.
     """
     if not is_partitioned(model) or "pre_bwd_fn" in model.__dict__:
         yield
@@ -95,26 +95,26 @@ def gathering(model: nn.Module) -> Iterator[None]:
     offload = DeepSpeedZeRoOffload(model, NoopTimer(), {}, param_persistence_threshold=0, **options)
     try:
         yield
-        # After an error gatherings may be under way, which cannot be called back.
+        # Not after an error: pending gathers cannot be cancelled.
         offload.partition_all_parameters()
     finally:
         offload.destroy()
-        _clear_traces(model)
+        _remove_hook_state(model)
 
 
 def release_engine(engine: Any) -> None:
-    """Take a DeepSpeed engine off its model, whose parameters stay in their partitions; anything else is left alone."""
+    """Destroy a DeepSpeed engine; its model stays partitioned. Anything else than an engine is ignored."""
     if type(engine).__name__ != "DeepSpeedEngine":
         return
     model = engine.module
     if is_partitioned(model):
         engine.optimizer.parameter_offload.partition_all_parameters()
     engine.destroy()
-    _clear_traces(model)
+    _remove_hook_state(model)
 
 
-def _clear_traces(model: nn.Module) -> None:
-    """Remove what DeepSpeed's hooks leave in the modules."""
+def _remove_hook_state(model: nn.Module) -> None:
+    """Remove the attributes that DeepSpeed's hooks leave in the modules."""
     for module in model.modules():
         if "_original_parameters" in module.__dict__:
             module._parameters = module.__dict__.pop("_original_parameters")

@@ -15,7 +15,7 @@ from irdscale.config.schema import Scope
 from irdscale.distributed.ranks import all_reduce_sum, gather_texts
 from irdscale.errors import InputError
 from irdscale.masks.topk import Chosen, Slice, check_scores, largest, largest_of_checked, read
-from irdscale.utils.files import read_json, read_tensors, write_folder, write_json
+from irdscale.utils.files import read_tensors, read_versioned, write_folder, write_json
 
 if TYPE_CHECKING:
     from irdscale.fisher import Fisher
@@ -84,11 +84,7 @@ class Mask:
             InputError: there is no mask, or its files are damaged.
         """
         file, tensors = Path(folder) / "mask.json", Path(folder) / "mask.safetensors"
-        meta = read_json(file, "mask")
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise InputError("found no mask", f"format {FORMAT!r}", where=str(file))
-        if meta.get("version") != VERSION:
-            raise InputError(f"found version {meta.get('version')}", str(VERSION), where=str(file))
+        meta = read_versioned(file, "mask", FORMAT, VERSION)
         indices = read_tensors(tensors, "mask")
         try:
             mask = cls(indices, {name: tuple(shape) for name, shape in meta["shapes"].items()})

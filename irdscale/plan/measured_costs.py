@@ -27,8 +27,10 @@ from irdscale.search.limits import most_candidates, most_evaluations, most_round
 from irdscale.search.masks import smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, base_model, keeping
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_densely
+from irdscale.training.trainable import make_sparse, trained_densely
+from irdscale.training.trainer import fine_tune
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -30,7 +30,8 @@ from irdscale.models.chunked_losses import tokens_at_once
 from irdscale.plan.rates import columns_held
 from irdscale.plan.shapes import layer_stack
 from irdscale.plan.sizes import Setting, Traced
-from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries
+from irdscale.sparse.entries import Entries, make_entries
+from irdscale.sparse.modules import attach_all, detach_all
 from irdscale.sparse.products import Product, Side
 
 Pass = Literal["train", "masks", "traces", "evaluate"]

@@ -24,8 +24,10 @@ from irdscale.search.ledger import evaluation_key
 from irdscale.search.mask_store import mask_folder
 from irdscale.training.base_model import base_model
 from irdscale.training.checkpoint import remove_training
+from irdscale.training.control import Control, Paused
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
-from irdscale.training.trainer import Control, Paused, adapter_config, adapter_dtype, fine_tune, make_sparse, put_lora
+from irdscale.training.trainable import make_sparse, put_lora
+from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:

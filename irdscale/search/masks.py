@@ -32,7 +32,7 @@ from irdscale.search.limits import reachable_sizes
 from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.training.base_model import base_model
 from irdscale.training.head_warmup import model_to_score
-from irdscale.training.trainer import trained_densely
+from irdscale.training.trainable import trained_densely
 from irdscale.utils.files import digest, read_json, write_json
 
 if TYPE_CHECKING:

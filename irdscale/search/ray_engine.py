@@ -45,7 +45,7 @@ from irdscale.search.ledger import stopped_early
 from irdscale.search.runner import WorkItem
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, keeping
-from irdscale.training.trainer import Control, Paused
+from irdscale.training.control import Control, Paused
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

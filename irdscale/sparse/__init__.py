@@ -1,4 +1,4 @@
-"""Sparse training: k trainable numbers on a frozen base."""
+"""Sparse training: k trainable deltas on a frozen base."""
 
 from irdscale.sparse.model import (
     base_hash,

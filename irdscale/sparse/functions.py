@@ -1,11 +1,11 @@
-"""Forward with the patched weight, backward with the k gradients alone.
+"""Autograd functions: forward with the patched weight, backward with k gradients.
 
-Each function is told the frozen weight, which already holds base + delta at the mask's entries, and the trainable
-`values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size. A weight
-that DeepSpeed gathers anew for the backward pass comes without the deltas, and is patched again.
+Each function takes the frozen weight, which already holds base + delta at the mask's entries, and the trainable
+`values` at those entries. It returns gradients of its input and of `values`, never one of the weight's size. A weight
+that DeepSpeed gathers again for the backward pass comes without the deltas, and is patched again.
 
-Under autocast the matrix products take `lowered` inputs, and a weight of another type is converted for each product:
-such a copy lives as long as the product, and is made anew for the backward pass.
+Under autocast the matrix products take `lowered` inputs, and convert a weight of another type for each product; the
+backward pass converts it again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from irdscale.sparse.products import Product, Side
 
 
 def lowered(x: Tensor) -> Tensor:
-    """The input in the type in which autocast, if it is on, computes matrix products; differentiable.
-
-    As everywhere in autocast, float64 stays as it is.
-    """
+    """The input in autocast's type for matrix products, if autocast is on; differentiable. float64 stays float64."""
     kind = x.device.type
     if not _is_lowering(kind):
         return x
@@ -34,7 +31,7 @@ def lowered(x: Tensor) -> Tensor:
 
 
 def unlowered(kind: str) -> AbstractContextManager[Any]:
-    """Inside, autocast is off on this type of device."""
+    """In the body, autocast is off on this type of device."""
     return torch.autocast(kind, enabled=False) if _is_lowering(kind) else nullcontext()
 
 
@@ -43,7 +40,7 @@ def _is_lowering(kind: str) -> bool:
 
 
 def needed_input(x: Tensor, side: Side) -> Tensor:
-    """What backward needs of the input: few of its columns as a copy, which lets go of the others; else all, shared."""
+    """The input columns that backward needs: a copy if they are few, so that the input is freed, else the input."""
     if side.taken is None or 2 * len(side.taken) > x.shape[-1]:
         return x
     return side.take(x.reshape(-1, x.shape[-1]))
@@ -86,7 +83,7 @@ class SparseMatmul(torch.autograd.Function):
         dx = weight_grad = bias_grad = None
         dy_TO = dy.reshape(-1, dy.shape[-1])
         (x,) = ctx.saved_tensors
-        # Before dx, which would be held while the product's temporaries are.
+        # Before dx, so that dx and the product's temporaries are not in memory together.
         if x is not None:
             x_TI = x.reshape(-1, x.shape[-1])
             left, right = (x_TI, dy_TO) if ctx.transposed else (dy_TO, x_TI)
@@ -120,7 +117,7 @@ class SparseEmbedding(torch.autograd.Function):
         dy_ND = dy.reshape(-1, width)
         if ctx.padding_idx is not None:
             dy_ND = dy_ND.masked_fill((ids_N == ctx.padding_idx).unsqueeze(1), 0)
-        # Equal ids are summed at one of their places, whichever was written last: nothing waits to count them.
+        # Equal ids are summed at the last written of their places: `unique` would wait for the device.
         place_V = torch.full((ctx.shape[0],), -1, dtype=torch.int64, device=ids.device)
         place_V.index_copy_(0, ids_N, torch.arange(len(ids_N), device=ids.device))
         sums_ND = dy.new_zeros(dy_ND.shape).index_add_(0, place_V.index_select(0, ids_N), dy_ND)
@@ -130,7 +127,7 @@ class SparseEmbedding(torch.autograd.Function):
 
 
 class Patched(torch.autograd.Function):
-    """The patched parameter itself, for whatever uses it; the entries are taken from its gradient when it comes."""
+    """The patched parameter itself, for any use; backward takes the entries from its gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:

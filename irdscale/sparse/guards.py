@@ -1,7 +1,7 @@
-"""Methods of a sparse model that would lose its entries: they keep them, or refuse in one line before any change.
+"""Guards of a model's methods that would lose its trained entries: they keep the entries, or refuse before any change.
 
-Each is set on the model itself and on the parts of it that have the methods of transformers' models, and taken off when
-the model is no longer sparse.
+They are set on the model and on its submodules that are transformers' models, and removed when the model is no longer
+sparse.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ def guard(model: nn.Module, dense: Sequence[nn.Parameter]) -> None:
     """Set the guards.
 
     Args:
-        dense: the parameters that are trained whole, themselves.
+        dense: the densely trained parameters.
     """
     for module in model.modules():
         if module is model or hasattr(type(module), "resize_token_embeddings"):
             for name, guarded in _GUARDS.items():
                 if hasattr(type(module), name) and name not in vars(module):
-                    vars(module)[name] = partial(guarded, module, list(dense))
+                    vars(module)[name] = _Guard(guarded, module, list(dense))
 
 
 def unguard(model: nn.Module) -> None:
-    """Take the guards off."""
+    """Remove the guards."""
     for module in model.modules():
-        for name, guarded in _GUARDS.items():
-            if getattr(vars(module).get(name), "func", None) is guarded:
+        for name in _GUARDS:
+            if isinstance(vars(module).get(name), _Guard):
                 del vars(module)[name]
+
+
+class _Guard(partial[Any]):
+    """A guarded method of one module."""
 
 
 def _original(module: Any, name: str) -> Callable[..., Any]:
@@ -48,7 +52,7 @@ def _refused(what: str, why: str) -> InputError:
 
 
 def _is_trained(part: Any, dense: Sequence[nn.Parameter]) -> bool:
-    """Whether a part of a model holds trained entries, or a parameter that is trained whole."""
+    """Whether a part of a model holds trained entries or a densely trained parameter."""
     if not isinstance(part, nn.Module):
         return False
     ids = {id(parameter) for parameter in dense}
@@ -80,7 +84,7 @@ def _resize_token_embeddings(
         if pad_to_multiple_of:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         if rows != {wanted}:
-            raise _refused("resize_token_embeddings", f"entries of the {max(rows)} embeddings are trained")
+            raise _refused("resize_token_embeddings", f"found trained entries in the {max(rows)} embeddings")
         return held[0]
     return _original(module, "resize_token_embeddings")(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
@@ -92,29 +96,21 @@ def _resize_position_embeddings(module: Any, dense: Sequence[nn.Parameter], *arg
         held = None
     parts = held if isinstance(held, tuple | list) else [held]
     if any(_is_trained(part, dense) for part in parts):
-        raise _refused("resize_position_embeddings", "entries of them are trained")
+        raise _refused("resize_position_embeddings", "found trained entries in them")
     return _original(module, "resize_position_embeddings")(*args, **kwargs)
 
 
 def _put_embeddings(what: str, module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
     held = _embeddings(module)[what == "set_output_embeddings"]
     if held is not value and _is_trained(held, dense):
-        raise _refused(what, "entries of the embeddings are trained")
+        raise _refused(what, "found trained entries in the embeddings")
     return _original(module, what)(value)
 
 
-def _set_input_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_input_embeddings", module, dense, value)
-
-
-def _set_output_embeddings(module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
-    return _put_embeddings("set_output_embeddings", module, dense, value)
-
-
-def _tie_weights(module: Any, _whole: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
-    """Tie again what is tied; other ties would part entries from the parameters that they belong to."""
+def _tie_weights(module: Any, _dense: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
+    """Repeat the present ties; new ones would separate entries from their parameters, and are refused."""
     before = [(part, dict(part._parameters)) for part in module.modules()]
-    # A trained parameter is read as itself where no gradients are asked for.
+    # Without gradients, reading a trained parameter returns the parameter itself.
     with torch.no_grad():
         result = _original(module, "tie_weights")(*args, **kwargs)
     held = list(held_entries(module))
@@ -125,12 +121,12 @@ def _tie_weights(module: Any, _whole: Sequence[nn.Parameter], *args: Any, **kwar
         for part, parameters in before:
             part._parameters.clear()
             part._parameters.update(parameters)
-        raise _refused("tie_weights", "it would tie parameters of which entries are trained")
+        raise _refused("tie_weights", "found trained entries in parameters that it would tie")
     return result
 
 
 def _requires_grad_(module: Any, dense: Sequence[nn.Parameter], requires_grad: bool = True) -> Any:
-    """The trained numbers require gradients, or none do; the base is frozen either way."""
+    """Set `requires_grad` of the trained parameters; the base stays frozen."""
     trained = {id(parameter) for parameter in dense}
     for *_, entries in held_entries(module):
         trained = trained - {id(entries.parameter)} | {id(entries.values)}
@@ -139,20 +135,20 @@ def _requires_grad_(module: Any, dense: Sequence[nn.Parameter], requires_grad: b
     return module
 
 
-def _to_empty(_module: Any, _whole: Sequence[nn.Parameter], **_: Any) -> Any:
-    raise _refused("to_empty", "it would lose the trained numbers")
+def _to_empty(_module: Any, _dense: Sequence[nn.Parameter], **_: Any) -> Any:
+    raise _refused("to_empty", "it would lose the trained parameters")
 
 
 def _save_pretrained(
     module: Any,
-    _whole: Sequence[nn.Parameter],
+    _dense: Sequence[nn.Parameter],
     save_directory: Any,
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Of parameters in partitions, DeepSpeed gives the base and the values: the effective weights are made of them."""
+    """Save effective weights; for ZeRO-3 they are computed from the base and values that DeepSpeed gathers."""
     if is_main_process and any(entries.partitioned for *_, entries in held_entries(module)):
         if not state_dict:
             raise InputError("save_pretrained: found ZeRO-3 partitions; use save_adapter, or merge the model first")
@@ -167,19 +163,21 @@ def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
         if weight is None:
             continue
         if values is None or weight.numel() != numel_of(entries.parameter):
-            raise InputError(f"save_pretrained: {name}: found no whole weight; use save_adapter, or merge first")
+            raise InputError(
+                f"save_pretrained: {name}: found a partition of the weight; use save_adapter, or merge first"
+            )
         base = entries.base.to(weight.device)
-        numbers = values.to(weight.device) if entries.absolute else base + values.to(base.device)
+        weights = values.to(weight.device) if entries.absolute else base + values.to(base.device)
         flat = weight.detach().clone().view(-1)
-        made[name] = flat.index_copy_(0, entries.index.to(flat.device).long(), numbers.to(flat)).view(weight.shape)
+        made[name] = flat.index_copy_(0, entries.index.to(flat.device).long(), weights.to(flat)).view(weight.shape)
     return made
 
 
 _GUARDS: dict[str, Callable[..., Any]] = {
     "resize_token_embeddings": _resize_token_embeddings,
     "resize_position_embeddings": _resize_position_embeddings,
-    "set_input_embeddings": _set_input_embeddings,
-    "set_output_embeddings": _set_output_embeddings,
+    "set_input_embeddings": partial(_put_embeddings, "set_input_embeddings"),
+    "set_output_embeddings": partial(_put_embeddings, "set_output_embeddings"),
     "tie_weights": _tie_weights,
     "requires_grad_": _requires_grad_,
     "to_empty": _to_empty,

@@ -1,10 +1,11 @@
-"""A Triton kernel that forms only those tiles of a weight's gradient that hold entries, and writes only the entries.
+"""A Triton kernel that computes only the tiles of a weight's gradient that hold entries, and writes only the entries.
 
 Imports without Triton; `usable` says whether the kernel can run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE = 64
 # Entries gathered at once.
 ENTRIES = 256
-# Tokens at once, warps, stages: the most that fit the 99 KiB of shared memory of the smallest GPU without spilling.
+# Tokens per iteration, warps, stages: the most that fit 99 KiB of shared memory (the smallest GPU's) without spilling.
 Block = tuple[int, int, int]
 HALF_BLOCK: Block = (64, 4, 4)
 FLOAT_BLOCK: Block = (32, 4, 3)
@@ -53,13 +54,13 @@ def _tile_entries(  # type: ignore[no-untyped-def]
     WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One tile of left^T right in registers, of which the entries in it are written."""
+    """Compute one tile of left^T right in registers, and write its entries."""
     program = tl.program_id(0)
     tile = tl.load(tiles_ptr + program).to(tl.int64)
     tiles_q = tl.cdiv(columns, TILE)
     first_p, first_q = (tile // tiles_q) * TILE, (tile % tiles_q) * TILE
 
-    # Any product with a stride may pass 2^31.
+    # A product with a stride may exceed 2^31.
     p = first_p + tl.arange(0, TILE)
     q = first_q + tl.arange(0, TILE)
     t = tl.arange(0, BLOCK_T).to(tl.int64)
@@ -94,9 +95,9 @@ class Tiles:
     """The tiles of a matrix that hold entries.
 
     Attributes:
-        tiles: int32 [N], which ones, counted row by row.
-        starts: int32 [N + 1], where each tile's entries start in `order`.
-        order: int32 [k], the entries tile by tile.
+        tiles: int32 [N], their numbers, counted row by row.
+        starts: int32 [N + 1], each tile's first place in `order`.
+        order: int32 [k], the entries' numbers, tile by tile.
     """
 
     tiles: Tensor
@@ -105,7 +106,7 @@ class Tiles:
 
 
 def tile_numbers(row_k: Tensor, column_k: Tensor, shape: tuple[int, int]) -> tuple[Tensor, int]:
-    """The tile of each of the entries at these rows and columns of a matrix, and how many tiles there are."""
+    """The tile of each entry at these rows and columns of a matrix, and the number of tiles."""
     return _tile_of(row_k, column_k, shape[1]), -(-shape[0] // TILE) * -(-shape[1] // TILE)
 
 
@@ -122,17 +123,15 @@ def _tile_of(row_k: Tensor, column_k: Tensor, width: int) -> Tensor:
 
 
 def usable(left_TP: Tensor, right_TQ: Tensor) -> bool:
-    """Whether the kernel can take these: Triton is there and works, on their device and for their data types.
+    """Whether the kernel works on these tensors' device and data type.
 
-    The first call for a device and data type runs the kernel on a small example, and logs a failure once.
+    The first call for a device and data type runs a small example, and logs a failure once.
     """
-    if why_not(left_TP, right_TQ) is not None:
-        return False
-    return interpreting() or _works(left_TP.device, left_TP.dtype)
+    return why_not(left_TP, right_TQ) is None and (interpreting() or _works(left_TP.device, left_TP.dtype))
 
 
 def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
-    """The entries at `index`, those that `tiles` was made of, of left^T right; float32 [k].
+    """The entries of left^T right at `index`, from which `tiles` was made; float32 [k].
 
     Args:
         left_TP, right_TQ: bfloat16, float16 or float32, both the same; any strides.
@@ -144,45 +143,13 @@ def tile_entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles)
     reason = why_not(left_TP, right_TQ)
     if reason is not None:
         raise ValueError(f"tile_entries: {reason}")
-    return _entries(left_TP, right_TQ, index, tiles)
-
-
-def why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
-    """What was found and expected where kernels cannot multiply these; None where they can."""
-    if left_TP.dim() != 2 or right_TQ.dim() != 2 or len(left_TP) != len(right_TQ):
-        return f"found shapes {list(left_TP.shape)} and {list(right_TQ.shape)}; expected [T, P] and [T, Q]"
-    if left_TP.dtype not in DTYPES or left_TP.dtype != right_TQ.dtype:
-        return f"found {left_TP.dtype} and {right_TQ.dtype}; expected two equal types of at most 32 bits"
-    device = left_TP.device
-    if device != right_TQ.device:
-        return f"found devices {device} and {right_TQ.device}; expected one"
-    return why_not_on(device)
-
-
-@cache
-def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a small example comes out right."""
-    # Not random, for the global generators are not ours to move.
-    values = torch.arange(40 * 80, dtype=torch.float64).sin().view(40, 80)
-    # Sizes that 16 divides, as layers have them: Triton compiles for others anew.
-    left, right = values.to(device, dtype), values.cos().to(device, dtype)
-    index = torch.arange(0, 80 * 80, 3, dtype=torch.int32, device=device)
-
-    def example() -> tuple[Tensor, Tensor]:
-        found = _entries(left, right, index, make_tiles(index // 80, index % 80, 80))
-        return found, (left.cpu().double().t() @ right.cpu().double()).view(-1)[index.cpu().long()]
-
-    return comes_out_right("Sparse gradients", device, example)
-
-
-def _entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> Tensor:
     tokens, rows = left_TP.shape
     values = torch.zeros(len(index), dtype=torch.float32, device=left_TP.device)
     if tokens * len(index) == 0:
         return values
     block = FLOAT_BLOCK if left_TP.dtype == torch.float32 else HALF_BLOCK
     length, warps, stages = INTERPRETED_BLOCK if interpreting() else block
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may not be the tensors'.
     with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
         _jitted()[(len(tiles.tiles),)](
             left_TP,
@@ -199,7 +166,7 @@ def _entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> 
             *right_TQ.stride(),
             TILE=TILE,
             ENTRIES=ENTRIES,
-            # The interpreter multiplies the bits of bfloat16 as integers.
+            # Triton's interpreter multiplies bfloat16 values as integers.
             WIDEN=interpreting(),
             BLOCK_T=length,
             num_warps=warps,
@@ -208,7 +175,50 @@ def _entries(left_TP: Tensor, right_TQ: Tensor, index: Tensor, tiles: Tiles) -> 
     return values
 
 
+def why_not(left_TP: Tensor, right_TQ: Tensor) -> str | None:
+    """What was found and expected if kernels cannot multiply these tensors; None if they can."""
+    if left_TP.dim() != 2 or right_TQ.dim() != 2 or len(left_TP) != len(right_TQ):
+        return f"found shapes {list(left_TP.shape)} and {list(right_TQ.shape)}; expected [T, P] and [T, Q]"
+    if left_TP.dtype not in DTYPES or left_TP.dtype != right_TQ.dtype:
+        return f"found {left_TP.dtype} and {right_TQ.dtype}; expected two equal types of at most 32 bits"
+    device = left_TP.device
+    if device != right_TQ.device:
+        return f"found devices {device} and {right_TQ.device}; expected one"
+    return why_not_on(device)
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    def entries(left_TP: Tensor, right_TQ: Tensor, row_k: Tensor, column_k: Tensor) -> Tensor:
+        width = right_TQ.shape[1]
+        return tile_entries(left_TP, right_TQ, row_k * width + column_k, make_tiles(row_k, column_k, width))
+
+    return example_is_right("Sparse gradients", device, dtype, entries)
+
+
+def example_is_right(
+    what: str, device: torch.device, dtype: torch.dtype, entries: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+) -> bool:
+    """Whether a kernel computes a small example right; a failure is logged.
+
+    Args:
+        what: the work that is done without the kernel after a failure, for the log.
+        entries: takes left [T, P], right [T, Q], and the rows and columns [k]; returns the entries of left^T right.
+    """
+    # Not random: the global random streams stay as they are. 16 divides the sizes, as it does those of layers: Triton
+    # compiles another variant for other sizes.
+    values = torch.arange(80 * 80, dtype=torch.float64).sin().view(80, 80)
+    left, right = values.to(device, dtype), values.cos().to(device, dtype)
+    index = torch.arange(0, 80 * 80, 3, dtype=torch.int32, device=device)
+
+    def example() -> tuple[Tensor, Tensor]:
+        found = entries(left, right, index // 80, index % 80)
+        return found, (left.cpu().double().t() @ right.cpu().double()).view(-1)[index.cpu().long()]
+
+    return comes_out_right(what, device, example)
+
+
 @cache
 def _jitted() -> Any:
-    # Lengths change from batch to batch, and would each be compiled for again.
+    # The number of tokens varies by batch: one compiled variant serves all.
     return triton.jit(_tile_entries, do_not_specialize=["tokens"])

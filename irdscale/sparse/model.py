@@ -1,4 +1,4 @@
-"""Turn a model into the same model with k trainable numbers, and back."""
+"""Make a model sparse, with k trainable deltas on a frozen base, and undo it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from irdscale.config.schema import nearest
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
+from irdscale.sparse.entries import Entries, make_entries, patch_all
 from irdscale.sparse.guards import guard, unguard
-from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, outside_graphs, patch_all
+from irdscale.sparse.modules import attach_all, detach_all, outside_graphs
 
-# Where a model keeps the hashes of its base that `irdscale.adapters.base.vouch` was given.
+# Attribute of a model with the hashes of its base, from `irdscale.adapters.base.vouch`.
 VOUCHED = "_irdscale_vouched"
 
 
@@ -31,12 +32,12 @@ class SparseState:
     Attributes:
         mask: the entries that are trained.
         entries: name -> the trainable entries of that parameter.
-        dense: name -> the base value of each parameter that is trained whole.
-        masters: name -> float32 numbers that are trained in place of such a parameter of a lower precision.
-        required_grad: parameter names that required gradients before.
-        hooks: those that patch everything as a forward pass starts.
-        known_bases: what `irdscale.adapters.base` remembers of the base's hashes.
-        head_before: values of the model's configuration about its classes before an adapter was put on.
+        dense: name -> base value of each densely trained parameter.
+        masters: name -> float32 master weights of each densely trained parameter of lower precision.
+        required_grad: names of the parameters that required gradients before.
+        hooks: hooks that patch all parameters as a forward pass starts.
+        known_bases: hashes of the base that `irdscale.adapters.base` caches.
+        head_before: the configuration's values about classes before an adapter was loaded.
     """
 
     mask: Mask
@@ -50,17 +51,17 @@ class SparseState:
 
     @property
     def k(self) -> int:
-        """Trained entries of the mask."""
+        """Number of masked entries."""
         return self.mask.k
 
     @property
     def dense_parameters(self) -> int:
-        """Numbers trained outside the mask, by `always_train`."""
+        """Number of densely trained parameters, by `always_train`."""
         return sum(base.numel() for base in self.dense.values())
 
     @property
     def patched(self) -> list[Entries]:
-        """Everything that is written into a frozen parameter at its use."""
+        """All entries that are patched into frozen parameters."""
         return [*self.entries.values(), *self.masters.values()]
 
 
@@ -81,7 +82,7 @@ def sparse_state(model: nn.Module) -> SparseState:
 
 
 def matching_parameters(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Parameter names in which one of the regular expressions is found; each must be found somewhere.
+    """Parameter names that one of the regular expressions matches (`re.search`); each must match a name.
 
     Raises:
         InputError: an expression is malformed or matches nothing.
@@ -102,16 +103,16 @@ def matching_parameters(names: Iterable[str], patterns: Sequence[str]) -> list[s
 
 
 def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> nn.Module:
-    """Make the entries of `mask` the only trainable numbers of `model`, in place.
+    """Make the entries of `mask` the only trainable parameters of `model`, in place.
 
-    The base weights stay, frozen; each module that holds masked entries gets a parameter `{name}_values` of the
-    float32 deltas, which start at 0. Parameters that match `always_train` are trained whole, outside the mask, by
-    float32 numbers too where the model is of a lower precision. Collective for a model in ZeRO-3 partitions.
+    The base weights are frozen; each module that holds masked entries gets a parameter `{name}_values` of the
+    float32 deltas, which start at 0. Parameters that match `always_train` are trained densely, outside the mask, with
+    float32 master weights if the model has a lower precision. Collective for a model in ZeRO-3 partitions.
 
     Args:
-        model: any module; tied parameters and parameters used more than once are covered.
+        model: any module; tied and repeatedly used parameters are allowed.
         mask: indices by the names of `model.named_parameters()`.
-        always_train: regular expressions, searched in parameter names, such as a new classification head's.
+        always_train: regular expressions of parameter names, such as a new classification head's.
 
     Raises:
         InputError: the model is sparse already, the mask does not fit it, or `always_train` names masked entries.
@@ -128,9 +129,9 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
             found, expected = tuple(mask.shapes[name]), shape_of(parameters[name])
             raise InputError(f"mask: {name}: found shape {found}; expected {expected}, the model's")
         if name in dense and len(index):
-            raise InputError(f"mask: {name}: found entries in a parameter that train.always_train trains whole")
+            raise InputError(f"mask: {name}: found entries in a parameter that train.always_train trains densely")
     required_grad = {name for name, p in parameters.items() if p.requires_grad}
-    # In the model's order, whatever the mask's: a mask that was just made and the same one loaded differ in it.
+    # In the model's order: a computed mask and the same one loaded from disk have different orders.
     masked = [name for name in parameters if len(mask.indices.get(name, ()))]
     entries = {name: make_entries(name, parameters[name], mask.indices[name]) for name in masked}
     copies, masters = {}, {}
@@ -155,9 +156,9 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
 
 @outside_graphs
 def _start_pass(model: nn.Module, _args: Any) -> None:
-    whole_ones = [entries for entries in sparse_state(model).patched if not entries.partitioned]
-    patch_all(whole_ones)
-    for entries in whole_ones:
+    unpartitioned = [entries for entries in sparse_state(model).patched if not entries.partitioned]
+    patch_all(unpartitioned)
+    for entries in unpartitioned:
         entries.patched = True
 
 
@@ -192,7 +193,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """The base model again, in place, bit for bit, parameters trained by `always_train` included.
+    """The base model again, in place, bit for bit, densely trained parameters included.
 
     Raises:
         InputError: the model is not sparse.
@@ -219,12 +220,12 @@ def hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
 
 
 def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
-    """SHA-256 over the frozen base: names, shapes, types and bytes of all parameters that are not trained whole.
+    """SHA-256 of the frozen base: names, shapes, types and bytes of all parameters that are not trained densely.
 
     Collective for a model in partitions; one parameter is gathered at a time.
 
     Args:
-        without: the parameters to leave out, by name; those that are trained whole unless given.
+        without: names of the excluded parameters; by default the densely trained ones.
     """
     state = sparse_state(model)
     left_out = set(state.dense if without is None else without)
@@ -243,7 +244,7 @@ def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
 
 @contextmanager
 def _base_of(parameter: nn.Parameter, entries: Entries | None) -> Iterator[None]:
-    """The parameter whole, and without its deltas."""
+    """In the body, the parameter is gathered and holds the base."""
     with gathered_parameters([parameter] if entries is None else [parameter, entries.values]):
         if entries is None:
             yield
@@ -256,7 +257,7 @@ def _base_of(parameter: nn.Parameter, entries: Entries | None) -> Iterator[None]
 
 
 def trained_on(model: nn.Module) -> dict[str, str]:
-    """What tells this sparse model from others, short of reading the whole base: its mask, and the base there."""
+    """Hashes that identify this sparse model without reading the full base: its mask, and the base at its entries."""
     state = sparse_state(model)
     sha = hashlib.sha256()
     for name in sorted(state.entries):
@@ -265,9 +266,9 @@ def trained_on(model: nn.Module) -> dict[str, str]:
 
 
 def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a sparse model learned, on the CPU: the deltas by parameter name, and the parameters trained whole.
+    """Deltas and densely trained parameters of a sparse model, each by parameter name, on the CPU.
 
-    Collective for a model in partitions: every rank gets all of it.
+    Collective for a model in partitions: every rank gets all of them.
     """
     state = sparse_state(model)
     parameters = dict(model.named_parameters())
@@ -277,8 +278,8 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
             entries.follow()
     for name, entries in state.entries.items():
         with gathered_parameters([entries.values]):
-            deltas[name] = (entries.effective() - entries.base if entries.absolute else entries.values.detach()).cpu()
-            deltas[name] = deltas[name].clone()
+            delta = entries.effective() - entries.base if entries.absolute else entries.values.detach()
+            deltas[name] = delta.cpu().clone()
     for name in state.dense:
         source = state.masters[name].values if name in state.masters else parameters[name]
         with gathered_parameters([source]):
@@ -292,7 +293,7 @@ def entries_of(model: nn.Module) -> dict[str, Entries]:
 
 
 def set_trained_numbers(model: nn.Module, deltas: dict[str, Tensor], dense: dict[str, Tensor]) -> None:
-    """Give a sparse model what `trained_numbers` read of one with the same mask; collective as that is."""
+    """Load what `trained_numbers` returned for a model with the same mask; collective likewise."""
     state = sparse_state(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -1,23 +1,20 @@
 """Modules whose parameters have trainable entries: the same objects and names, of a subclass made for them.
 
-The frozen parameter stays where it is. The k entries are patched into it (base + delta), so there is no copy of a
-weight anywhere, and the k base numbers are kept to restore it bit for bit. A forward pass of the whole model patches
-all as it starts, in half the time that this takes between the layers' products, which leave nothing else in the caches;
-any other use patches what it uses.
+A forward pass of the whole model patches all parameters as it starts. That takes half the time of patching each one
+between the layers' products, which leave no weights in the caches; any other use patches the parameters that it reads.
 
-Where DeepSpeed ZeRO-3 keeps the parameter in partitions, these hold the base; what is gathered for a forward or a
-backward pass is patched each time. The values are partitioned as well: replicated they would take world size times the
-room, and a gathering more or less beside their weight's costs nothing.
+Under DeepSpeed ZeRO-3 the partitions hold the base, and each gathered copy is patched, in the forward and again in the
+backward pass. The values are partitioned too: replicated they would take world size times the memory, and gathering
+them with their weight costs nothing.
 
-For whoever reads or writes a state dict, a module holds its effective weights under the base model's names, and no
-values. A module converted to another type holds what it computed with, converted; values stay float32.
+A state dict holds the effective weights under the base model's names, and no values. A module converted to another
+type holds its effective weights, converted; values stay float32.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,197 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
+from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
-from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
-from irdscale.sparse.products import Product, prepare
+from irdscale.sparse.entries import Entries, patch_all
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered
 
-# Has `torch.compile` leave a function out of its graphs, which know neither what is written through `.data` nor which
-# pass patched what, and would go on with stale weights. This one imports the compiler late.
+# Excludes a function from the graphs of `torch.compile`: they do not see writes through `.data`, and would use stale
+# weights. This private function imports the compiler late.
 outside_graphs = torch._disable_dynamo
-
-
-@dataclass
-class Entries:
-    """The trainable entries of one parameter, shared by every module that holds it.
-
-    Attributes:
-        absolute: whether `values` are the effective weights themselves, as while AdamW decays them towards zero,
-            rather than deltas.
-        patched: whether a forward pass of the whole model is under way that patched them as it started.
-        lent: counts of writes to the parameter and to the values, by autograd, when somebody last got the parameter.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    values: nn.Parameter
-    index: Tensor
-    base: Tensor
-    shape: tuple[int, ...]
-    absolute: bool = False
-    patched: bool = False
-    lent: tuple[int, int] | None = None
-    _product: Product | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, which begins to count writes anew."""
-        return {**vars(self), "patched": False, "lent": None}
-
-    @property
-    def product(self) -> Product:
-        """How the entries of a matrix's gradient are computed; prepared when first used."""
-        if self._product is None:
-            self._product = prepare(self.index, self.shape)
-        return self._product
-
-    @property
-    def partitioned(self) -> bool:
-        """Whether the parameter is gathered anew for each pass, without what was patched into it."""
-        return hasattr(self.parameter, "ds_tensor")
-
-    def follow(self) -> None:
-        """Follow the parameter to its device and type, and take what was written into it since it was lent."""
-        device, dtype = self.parameter.device, self.parameter.dtype
-        if self.index.device != device:
-            self.index, self.base = self.index.to(device), self.base.to(device)
-            self._product = None
-        if self.base.dtype != dtype:
-            self.base = self.base.to(dtype)
-        if self.lent is not None:
-            was, self.lent = self.lent, self._writes()
-            if was[0] != self.lent[0] and was[1] == self.lent[1]:
-                self.take(self.parameter)
-
-    def lend(self) -> None:
-        """Have what somebody writes into the parameter, which must hold the effective weights, be taken by `follow`."""
-        self.lent = self._writes()
-
-    def _writes(self) -> tuple[int, int]:
-        return self.parameter._version, self.values._version
-
-    def effective(self) -> Tensor:
-        """The weights at the entries, [k], in the type of `values`."""
-        return self.values.detach() if self.absolute else torch.add(self.base, self.values.detach())
-
-    def take(self, weight: Tensor) -> None:
-        """Set the values by the effective weights that a whole parameter, of any type and device, holds."""
-        found = weight.detach().view(-1).index_select(0, self.index.to(weight.device).long()).to(self.values)
-        self.values.data.copy_(found if self.absolute else found - self.base.to(found))
-
-    def patch(self) -> None:
-        """Write the effective weights into the parameter, which must be whole."""
-        patch_all([self])
-
-    def ready(self) -> None:
-        """Patch the parameter for a use of it, unless this pass has."""
-        if not self.patched:
-            self.patch()
-
-    def restore(self) -> None:
-        """Write the base numbers back into the parameter, which must be whole."""
-        self.follow()
-        _write(self.parameter, self.index.long(), self.base)
-
-    def convert(self, parameter: nn.Parameter, values: Tensor, weights: Tensor) -> None:
-        """Follow the parameter, which a module has converted or replaced.
-
-        Args:
-            parameter: the converted one.
-            values: as the module would convert them; their type does not count.
-            weights: the effective weights before, [k].
-        """
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        changed = parameter.dtype != self.base.dtype
-        kept = values if values.dtype == dtype else self.values.detach().to(values.device, dtype)
-        if parameter is self.parameter:
-            self.values.data = kept
-        else:
-            self.parameter = parameter
-            self.values = nn.Parameter(kept, requires_grad=self.values.requires_grad)
-        if self.values.grad is not None:
-            self.values.grad = self.values.grad.to(kept)
-        self.lent = None
-        self.follow()
-        if changed:
-            # As the parameter's other entries: what was there, converted. A lower type may round it.
-            found = weights.to(self.values)
-            self.values.data.copy_(found if self.absolute else found - self.base.to(found))
-
-    def make_absolute(self, absolute: bool) -> None:
-        """Have `values` hold the effective weights, or deltas; collective where they are partitioned."""
-        if absolute == self.absolute:
-            return
-        if not self.partitioned:
-            self.follow()
-        with gathered_parameters([self.values], changed=True), torch.no_grad():
-            self.values.data.add_(self.base.to(self.values), alpha=1 if absolute else -1)
-        self.absolute = absolute
-
-
-# Entries that are patched together: what is written into them takes about 24 bytes an entry for that moment.
-PATCHED_AT_ONCE = 2**21
-
-
-def patch_all(entries: Sequence[Entries]) -> None:
-    """`Entries.patch` of all, whose parameters must be whole: what is written is computed for many of them at once."""
-    alike: dict[tuple[Any, ...], list[Entries]] = {}
-    for one in entries:
-        one.follow()
-        key = (one.parameter.dtype, one.parameter.device, one.index.dtype, one.values.dtype, one.absolute)
-        alike.setdefault(key, []).append(one)
-    for group in alike.values():
-        start = size = 0
-        with unlowered(group[0].parameter.device.type):
-            for stop, one in enumerate(group):
-                if size and size + len(one.index) > PATCHED_AT_ONCE:
-                    _patch_alike(group[start:stop])
-                    start, size = stop, 0
-                size += len(one.index)
-            _patch_alike(group[start:])
-
-
-def _patch_alike(group: list[Entries]) -> None:
-    numbers = _joined([one.values.detach() for one in group])
-    if not group[0].absolute:
-        numbers = torch.add(_joined([one.base for one in group]), numbers)
-    numbers = numbers.to(group[0].parameter.dtype)
-    index = _joined([one.index for one in group]).long()
-    if len(group) == 1:
-        _write(group[0].parameter, index, numbers)
-        return
-    sizes = [len(one.index) for one in group]
-    for one, own_index, own_numbers in zip(group, index.split(sizes), numbers.split(sizes), strict=True):
-        _write(one.parameter, own_index, own_numbers)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _write(parameter: nn.Parameter, index: Tensor, numbers: Tensor) -> None:
-    # Through .data, for autograd must not count this as a change between forward and backward.
-    flat = parameter.data.view(-1)
-    if flat.device.type == "cpu" and flat.element_size() == 2:
-        # Of 16-bit numbers `scatter_` takes 20 times as long there.
-        flat.index_copy_(0, index, numbers)
-    else:
-        flat.scatter_(0, index, numbers)
-
-
-def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
-    """Entries at the sorted flat `index` of a parameter, with deltas of 0 (float32; float64 for a float64 base).
-
-    Collective for a partitioned parameter.
-    """
-    shape = shape_of(parameter)
-    with gathered_parameters([parameter]):
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
-        index = index.to(parameter.device)
-        base = parameter.detach().view(-1).index_select(0, index)
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=index.device))
-    return Entries(name, parameter, values, index, base, shape)
 
 
 def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
@@ -228,7 +42,7 @@ def attach(module: nn.Module, local_name: str, entries: Entries) -> None:
 
 
 def detach(module: SparseModule) -> None:
-    """Make `module` what it was before `attach`; the parameter keeps what it holds now."""
+    """Undo `attach`; the parameter keeps its present contents."""
     for local_name in module._sparse:
         del module._parameters[f"{local_name}_values"]
     del module.__dict__["_sparse"]
@@ -236,7 +50,7 @@ def detach(module: SparseModule) -> None:
 
 
 def attach_all(model: nn.Module, entries: dict[int, Entries]) -> None:
-    """Freeze `model`, and attach entries, by their parameter's id, to every module that holds the parameter."""
+    """Freeze `model`, and attach entries, given by their parameter's id, to every module that holds the parameter."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
@@ -246,7 +60,7 @@ def attach_all(model: nn.Module, entries: dict[int, Entries]) -> None:
 
 
 def detach_all(model: nn.Module, required_grad: set[str]) -> None:
-    """Detach all entries, and have the parameters of these names require gradients, and no others."""
+    """Detach all entries, and make exactly the parameters of these names require gradients."""
     for module in list(model.modules()):
         if isinstance(module, SparseModule):
             detach(module)
@@ -263,20 +77,20 @@ def held_entries(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Entrie
 
 
 class SparseModule(nn.Module):
-    """What the subclasses share. Reading a masked parameter gives its effective value, differentiable in `values`."""
+    """Base of the subclasses. Reading a masked parameter gives its effective value, differentiable in `values`."""
 
     _original: type[nn.Module]
     _sparse: dict[str, Entries]
 
     def _values(self) -> dict[str, nn.Parameter]:
-        """The values as the module names them."""
+        """The values by their names in the module."""
         return {f"{local_name}_values": entries.values for local_name, entries in self._sparse.items()}
 
     def _partitioned(self) -> bool:
         return any(entries.partitioned for entries in self._sparse.values())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """The effective weights of this moment; where they are in partitions, what DeepSpeed's checkpoints need."""
+        """Save the effective weights; of partitioned parameters, what DeepSpeed's checkpoints need."""
         if not self._partitioned():
             patch_all(list(self._sparse.values()))
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -296,7 +110,7 @@ class SparseModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take effective weights: the values are what makes them of the base, which stays at the entries."""
+        """Load effective weights: the values become their difference from the base, which stays."""
         others = state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         if self._partitioned():
             super()._load_from_state_dict(*others)
@@ -325,7 +139,7 @@ class SparseModule(nn.Module):
             return super()._apply(fn, recurse)
         before = {name: one.effective().to(one.parameter.dtype) for name, one in self._sparse.items()}
         patch_all(list(self._sparse.values()))
-        # Values are converted apart: `Module.half()` would round them.
+        # Values are converted separately: `Module.half()` would round them.
         values = {name: self._parameters.pop(name) for name in self._values()}
         try:
             super()._apply(fn, recurse)
@@ -336,7 +150,7 @@ class SparseModule(nn.Module):
             assert parameter is not None
             own = entries.parameter
             if parameter is not own and (parameter.device, parameter.dtype) == (own.device, own.dtype):
-                # It was replaced in another module that holds it, before this one.
+                # Another module that holds the parameter was converted first, and replaced it.
                 self._parameters[local_name] = entries.parameter
             else:
                 entries.convert(parameter, fn(entries.values.detach()), before[local_name])
@@ -347,7 +161,7 @@ class SparseModule(nn.Module):
         raise _refused("DataParallel", "start one process for each GPU, with torchrun, or unload or merge it first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled and copied as a module of the original class with these entries; its own class has no name."""
+        """Pickle and copy as the original class with these entries: the subclass cannot be imported."""
         if not self._partitioned():
             patch_all(list(self._sparse.values()))
         reduced = super().__reduce_ex__(protocol)
@@ -365,8 +179,8 @@ def _refused(what: str, instead: str = "unload or merge it first") -> InputError
 
 
 _ROUNDED = (
-    "load_state_dict: a sparse model's float32 deltas are set by {} weights, rounded to them; save_adapter and "
-    "load_adapter keep the deltas as they are"
+    "load_state_dict: found {} weights, which round a sparse model's float32 deltas; expected float32 weights, or "
+    "save_adapter and load_adapter, which keep the deltas exact"
 )
 
 
@@ -376,7 +190,7 @@ def _effective(module: SparseModule, local_name: str) -> Tensor:
     parameter, values = module._parameters[local_name], entries.values
     assert parameter is not None
     if entries.partitioned and parameter.numel() != numel_of(parameter):
-        # Somebody looks at the module while nothing runs.
+        # The parameter is read while no pass runs.
         return parameter
     entries.ready()
     if values.requires_grad and torch.is_grad_enabled():

@@ -1,21 +1,20 @@
-"""Products that give k chosen entries of a matrix product, and the choice among them by what they cost.
+"""Four ways to compute k entries of a matrix product, and the choice of the cheapest.
 
-Wanted are the entries at `index` of left^T right, [P, Q], summed over T tokens: a weight's gradient at its mask. Four
-ways are equal but for rounding:
+The entries are those at `index` of left^T right, [P, Q], summed over T tokens: a weight's gradient at its mask. The
+ways give equal results up to rounding:
 
-- `dense`: the product of the taken rows and columns (all of them, or those that hold an entry), then a gather. It
-  multiplies much that is thrown away, at the speed of a matrix product.
-- `sampled`: one dot product over the tokens for each entry (`torch.sparse.sampled_addmm`), which wants both sides
-  transposed. It multiplies only what is kept, at a fraction of that speed.
-- `tiles`: on a GPU, only those tiles of the product that hold an entry (`irdscale.sparse.kernels`), for entries that
-  crowd.
-- `dots`: on a GPU, one dot product over the tokens for each entry (`irdscale.sparse.dots`), for entries that scatter.
+- `dense`: the product of all rows and columns, or of those with an entry, then a gather. It computes many unused
+  entries, at the speed of a matrix product.
+- `sampled`: one dot product over the tokens for each entry (`torch.sparse.sampled_addmm`), with both sides transposed.
+  It computes only the entries, at a fraction of that speed.
+- `tiles`: on a GPU, the tiles of the product that hold an entry (`irdscale.sparse.kernels`), for clustered entries.
+- `dots`: on a GPU, one dot product over the tokens for each entry (`irdscale.sparse.dots`), for scattered entries.
 
-Where a kernel cannot run, the dense way is taken.
+The dense way replaces a kernel that cannot run.
 
-Everything is prepared from the indices and the shape. What is kept beside the indices has a number for each entry, its
-place, and one for each row and column: finding the places anew costs about 1 % of a small model's step. `dots` keeps
-two for each slot, of which there are some 1.25 an entry.
+The index and the shape determine everything prepared. It is kept (one integer per entry, row and column), because
+preparing it in each step costs about 1 % of a small model's step. `dots` keeps two integers per slot, about 1.25 slots
+per entry.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ Kind = Literal["dense", "sampled", "tiles", "dots"]
 
 @dataclass(frozen=True)
 class DotRates:
-    """What the `dots` way costs, in the units of `Rates`.
+    """Costs of the `dots` way, in the unit of `Rates`.
 
     Attributes:
-        entry: to multiply, add and write for one entry.
-        row: to load one row of the wider side, for each part of the narrower one.
-        copy: to copy one row or column of the narrower side.
-        launch: to launch, whatever the size.
+        entry: multiplying, adding and writing one entry.
+        row: loading one row of the wider side, for each part of the narrower one.
+        copy: copying one row or column of the narrower side.
+        launch: launching the kernels.
     """
 
     entry: float
@@ -51,18 +50,16 @@ class DotRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """What an operation costs, in multiplications-and-additions of a matrix product, for each token.
-
-    The tokens themselves cancel out: every way's cost grows with them alike.
+    """Costs of operations per token, in multiply-adds of a matrix product. All ways' costs are linear in the tokens.
 
     Attributes:
-        take: to take one row or column out (`index_select`; bound by memory).
-        transpose: to transpose one row or column (bound by memory).
-        read: to read one row or column from memory, which goes on beside multiplications.
-        sampled: to multiply and add for one entry in a sampled product; None where there is none.
-        tile: to multiply and add in a tile of the kernel's; None where there is none.
-        tiles: how many tiles take as long as one, at once.
-        dots: what the kernel for entries that scatter costs; None where there is none.
+        take: selecting one row or column (`index_select`; bound by memory).
+        transpose: transposing one row or column (bound by memory).
+        read: reading one row or column from memory, in parallel with multiplications.
+        sampled: one entry of a sampled product; None if that is unavailable.
+        tile: one multiply-add of the tile kernel; None if that is unavailable.
+        tiles: number of tiles that run at once.
+        dots: costs of the kernel for scattered entries; None if that is unavailable.
     """
 
     take: float
@@ -74,25 +71,25 @@ class Rates:
     dots: DotRates | None = None
 
 
-# 1 and 2 threads of AVX2 at T = 1024: 46-92 10^9 multiplications-and-additions a second in a product, 7-12 in a
-# sampled one, 2.7 10^9 numbers taken, 4.6 10^9 transposed.
+# 1 and 2 threads of AVX2 at T = 1024: 46 to 92 x 10^9 multiply-adds a second in a matrix product, 7 to 12 x 10^9 in a
+# sampled one; 2.7 x 10^9 values a second selected, 4.6 x 10^9 transposed.
 CPU = Rates(take=24, transpose=16, sampled=7)
 
-# An H100. `irdscale bench gpu` measures the ways: correct here what it finds.
-# Multiplications-and-additions a second of a matrix product: measured (0.214 ms for [8192, 2048] of 4096 tokens).
+# An H100; `irdscale bench gpu` measures the ways.
+# Multiply-adds a second of a matrix product: measured (0.214 ms for [8192, 2048] of 4096 tokens).
 DENSE = 321e12
 GPU = Rates(
-    # 10^11 scattered numbers a second: estimated, not measured (a sector of 32 bytes for each, at 3.3 TB/s).
+    # 10^11 scattered values a second: estimated, not measured (a sector of 32 bytes each, at 3.3 TB/s).
     take=DENSE / 1e11,
     # 2 bytes at 3 TB/s: estimated, not measured.
     read=DENSE * 2 / 3e12,
-    # 88 10^12 a second: estimated, not measured (a tile of 64 x 64 does 16 for each byte from L2, of 5.5 TB/s).
+    # 88 x 10^12 a second: estimated, not measured (a tile of 64 x 64 does 16 per byte from L2, at 5.5 TB/s).
     tile=DENSE / 88e12,
-    # One for each multiprocessor: the data sheet.
+    # One per multiprocessor: the data sheet.
     tiles=132,
     dots=DotRates(
-        # 0.14 ps: estimated, not measured (24 cycles of L1 for 16 slots of 64 tokens, some 12 of them used, on 132
-        # multiprocessors of 1.755 GHz, and 8 bytes of sums at 4 TB/s).
+        # 0.14 ps: estimated, not measured (24 cycles of L1 for 16 slots of 64 tokens, about 12 of them used, on 132
+        # multiprocessors at 1.755 GHz, and 8 bytes of sums at 4 TB/s).
         entry=DENSE * 0.14e-12,
         # 0.17 ps: estimated, not measured (512 cycles of L1 for 256 rows of 64 tokens).
         row=DENSE * 0.17e-12,
@@ -113,14 +110,14 @@ def cost(
     rates: Rates,
     tiles: int = 0,
 ) -> float:
-    """Cost of a way for each token, in multiplications-and-additions of a matrix product.
+    """Cost of a way per token, in multiply-adds of a matrix product.
 
     Args:
         shape: rows and columns.
-        active: how many of them hold an entry.
-        taken: whether those alone are taken, of rows and of columns.
-        k: entries.
-        tiles: tiles that hold an entry.
+        active: rows and columns that hold an entry.
+        taken: whether only active rows, and only active columns, are taken.
+        k: number of entries.
+        tiles: number of tiles that hold an entry.
     """
     if kind == "tiles":
         assert rates.tile is not None
@@ -141,7 +138,7 @@ def cost(
 def choose(
     shape: tuple[int, int], active: tuple[int, int], k: int, rates: Rates, tiles: int = 0
 ) -> tuple[Kind, tuple[bool, bool]]:
-    """The cheapest way, and whether it takes only the active rows and columns; the plainer one of equals."""
+    """The cheapest way, and whether it takes only the active rows and columns; the first of equals."""
     kinds: tuple[Kind, ...] = ("dense",) if rates.sampled is None else ("dense", "sampled")
     ways = [(kind, (rows, columns)) for kind in kinds for rows in (False, True) for columns in (False, True)]
     if rates.tile is not None:
@@ -156,13 +153,13 @@ class Side:
     """The rows or the columns of one matrix.
 
     Attributes:
-        taken: int32, sorted, those that are taken; None for all.
+        taken: int32, sorted, the taken ones; None for all.
     """
 
     taken: Tensor | None = None
 
     def take(self, x_TP: Tensor) -> Tensor:
-        """The columns of x that are taken; x itself where it has no others."""
+        """The taken columns of x; x itself if it has no others."""
         if self.taken is None or x_TP.shape[1] == len(self.taken):
             return x_TP
         return x_TP.index_select(1, self.taken)
@@ -170,17 +167,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Product:
-    """How the entries of one matrix are computed.
+    """The prepared computation of one matrix's entries.
 
     Attributes:
-        kind: see the module.
+        kind: way, see the module.
         shape: rows and columns of the matrix.
-        rows, columns: what is taken of it.
-        places: the index's type [k], where each entry lies in the product of what is taken (dense; None where that is
-            the index), or its column there (sampled).
-        starts: int32 or int64 [taken rows + 1], where each row's entries start (sampled).
+        rows, columns: the taken rows and columns.
+        places: [k], in the index's type: each entry's place in the product of the taken rows and columns (dense; None
+            if equal to the index), or its column there (sampled).
+        starts: int32 or int64 [taken rows + 1], first entry of each row (sampled).
         tiles: the tiles that hold entries (tiles).
-        dots: the entries as the kernel takes them (dots).
+        dots: the entries in the kernel's layout (dots).
     """
 
     kind: Kind
@@ -193,7 +190,7 @@ class Product:
     dots: dots.Dots | None = None
 
     def tensors(self) -> list[Tensor]:
-        """All that is kept."""
+        """All tensors of the product."""
         kept = [self.rows.taken, self.columns.taken, self.places, self.starts]
         if self.tiles is not None:
             kept += [self.tiles.tiles, self.tiles.starts, self.tiles.order]
@@ -202,9 +199,9 @@ class Product:
         return [tensor for tensor in kept if tensor is not None]
 
     def entries(self, left_TP: Tensor, right_TQ: Tensor, index: Tensor) -> Tensor:
-        """The entries at `index`, the one that was prepared, of left^T right; [k].
+        """The entries of left^T right at `index`, for which the product was prepared; [k].
 
-        Either side may come whole or as what its `take` gave.
+        Either side may be full or the result of its `take`.
         """
         if self.tiles is not None and kernels.usable(left_TP, right_TQ):
             return kernels.tile_entries(left_TP, right_TQ, index, self.tiles)
@@ -233,9 +230,9 @@ class Product:
 
 
 def _parts(tokens: int, threads: int) -> list[tuple[int, int, int]]:
-    """(start, count, length): equal parts that are transposed at once, one by each thread, in order.
+    """(start, count, length) of the groups of equal parts that are transposed at once, each part by one thread.
 
-    Parts stay in the cache, and are of lengths whose rows do not share lines of it.
+    A part fits the cache, and its length avoids conflicts between its rows there.
     """
     if tokens == 0:
         return []
@@ -250,14 +247,14 @@ def _parts(tokens: int, threads: int) -> list[tuple[int, int, int]]:
 
 
 def transposed(x_TP: Tensor, count: int = 1) -> Tensor:
-    """x^T of `count` equal parts of x [T, P], contiguous [count, P, T / count], each part by one thread.
+    """Transposes of `count` equal parts of x [T, P]: contiguous [count, P, T / count], each part by one thread.
 
-    `channel_shuffle` transposes with vector instructions, at 3 to 5 times the speed of a copy.
+    `channel_shuffle` transposes with vector instructions, 3 to 5 times as fast as a copy.
     """
     x_TP = x_TP.contiguous()
     length, width = len(x_TP) // count, x_TP.shape[1]
     size = length * width
-    # Pixels of `size` channels in `length` groups, by strides that say that channels come last.
+    # As pixels of `size` channels in `length` groups, with the strides of channels-last.
     shuffled = torch.channel_shuffle(x_TP.as_strided((1, size, count, 1), (count * size, 1, size, size)), length)
     return shuffled.as_strided((count, width, length), (size, length, 1))
 
@@ -267,17 +264,17 @@ def _pattern(starts: Tensor, column_k: Tensor, values: Tensor, shape: tuple[int,
 
 
 def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> Product:
-    """Choose the product for a matrix by what it costs, and make what it needs beside `index`, on its device.
+    """Choose the cheapest product for a matrix, and prepare it on the device of `index`.
 
     Args:
         index: int32 or int64 [k], sorted flat indices.
-        shape: rows and columns of the whole matrix.
-        kind: this one instead of the cheapest.
+        shape: rows and columns of the matrix.
+        kind: way to use instead of the cheapest.
     """
     height, width = shape
     row_k = torch.div(index, width, rounding_mode="floor")
     column_k = index - row_k * width
-    # Marks, not sorted sets, and one wait for the device.
+    # Marks instead of sorted sets: one wait for the device.
     marked = [_mark(row_k, height), _mark(column_k, width)]
     rates = CPU if index.device.type == "cpu" else GPU
     if rates.tile is not None:
@@ -302,19 +299,19 @@ def prepare(index: Tensor, shape: tuple[int, ...], kind: Kind | None = None) -> 
     counts = counts if rows is None else counts[rows]
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index.dtype)
     with warnings.catch_warnings():
-        # PyTorch says once a process that these tensors are in beta.
+        # PyTorch warns once per process that sparse CSR tensors are in beta.
         warnings.simplefilter("ignore")
         _pattern(starts[:1], index[:0], torch.empty(0), (0, 0))
     return Product(best, (height, width), row_side, column_side, column_place_k, starts)
 
 
 def _mark(at_k: Tensor, size: int) -> Tensor:
-    """Which of so many numbers occur."""
+    """Which of `size` positions occur; bool [size]."""
     return torch.zeros(size, dtype=torch.bool, device=at_k.device).index_fill_(0, at_k.long(), True)
 
 
 def _side(active: Tensor | None, at_k: Tensor) -> tuple[Side, Tensor]:
-    """What is taken, and where each entry lies in it, in the type of `at_k`."""
+    """The taken rows or columns, and each entry's place among them, in the type of `at_k`."""
     if active is None:
         return Side(), at_k
     return Side(active.to(torch.int32)), torch.searchsorted(active.to(at_k.dtype), at_k).to(at_k.dtype)

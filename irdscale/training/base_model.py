@@ -1,10 +1,9 @@
-"""The base model that a process loads once, and lends to one candidate or pass after the other.
+"""The base model that a process loads once and reuses for all candidates and passes.
 
-Features: a new head is drawn by its seed as a load draws it; what was done to a model is undone when it comes back, bit
-for bit, and its weights are compared; a model that is not as it was is loaded anew.
+Features: a seed initialises the new head exactly as a load does; changes to the model are undone after each use, bit
+for bit, and its weights are compared; a model that differs afterwards is loaded again.
 
-Constraints: outside `keeping` every model is a new one; so is one in ZeRO-3 partitions, whose weights are spread over
-ranks and engines.
+Constraints: outside `keeping` every call loads the model; so does ZeRO-3, whose partitions belong to one training.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class KeptBase:
-    """A place for one base model, which it keeps until another one is asked for, or `release`.
+    """Keeps one base model until another one is requested, or `release`.
 
     Attributes:
-        loads: number of times that a checkpoint was read.
+        loads: number of checkpoint loads.
     """
 
     def __init__(self) -> None:
@@ -49,12 +48,12 @@ class KeptBase:
         self._lent = False
 
     def release(self) -> None:
-        """Forget the model."""
+        """Drop the model."""
         self._held = None
 
     @contextmanager
     def lend(self, config: RunConfig, task: Task, seed: int) -> Iterator[tuple[PreTrainedModel, list[str]]]:
-        """What `irdscale.tasks.build_model` returns, for the time of the body, after which the model is another's.
+        """`irdscale.models.build.build_model`'s result, for the time of the body.
 
         Raises:
             InputError: as `build_model`.
@@ -65,7 +64,7 @@ class KeptBase:
             yield build_model(config, task, seed)
             return
         held, key = self._held, _key(config, task)
-        # While it is lent nobody keeps it, so that one that is not given back is gone.
+        # The model is not kept while it is lent, so one that fails to come back is dropped.
         self._held = None
         if held is None or held.key != key or not held.draw(seed):
             held = None
@@ -85,18 +84,13 @@ class KeptBase:
 
     def _take_back(self, held: _Held) -> None:
         try:
-            good = held.restore()
-        except Exception as error:  # whatever it was, a load heals it
+            self._held = held if held.restore() else None
+        except Exception as error:  # a load repairs any fault
             log.debug("the base model could not be restored: %s", error)
-            return
-        if good:
-            self._held = held
-        else:
-            log.debug("the base model is not what it was: it will be loaded anew")
 
 
 class _Held:
-    """A loaded model, what it was like, and how its new head is drawn."""
+    """A loaded model, a record of its original state, and the initialisation of its new head."""
 
     def __init__(self, key: Any, model: PreTrainedModel, new: list[str], seed: int) -> None:
         self.key, self.model, self.new = key, model, new
@@ -108,7 +102,7 @@ class _Held:
         vouch(model, self._hashes)
 
     def draw(self, seed: int) -> bool:
-        """Give the new head the values of this seed; False where only a load can."""
+        """Initialise the new head by this seed; False if only a load can."""
         if seed == self._seed:
             values = self._first
         elif self._head is not None:
@@ -125,21 +119,21 @@ class _Held:
         return True
 
     def restore(self) -> bool:
-        """Undo what was done to the model; False where that cannot be, or the weights differ."""
-        model, whole = self.model, dict[str, "Tensor"]()
+        """Undo all changes to the model; False if that is impossible or the weights differ."""
+        model, dense = self.model, dict[str, "Tensor"]()
         hashes: dict[frozenset[str], str] = {}
         if is_sparse(model):
-            hashes, whole = known_hashes(model), dict(sparse_state(model).dense)
+            hashes, dense = known_hashes(model), dict(sparse_state(model).dense)
             unload(model)
-        if not self._record.restore(whole) or not self._record.same_weights():
+        if not self._record.restore(dense) or not self._record.same_weights():
             return False
-        # A hash with the head in it is one seed's.
+        # A hash that includes the head holds for one seed only.
         self._hashes |= {left_out: found for left_out, found in hashes.items() if left_out.issuperset(self.new)}
         return True
 
 
 def _key(config: RunConfig, task: Task) -> Any:
-    """What a loaded model depends on, besides the seed."""
+    """Everything but the seed that a loaded model depends on."""
     language = task.kind in LANGUAGE_KINDS
     head = None if language else (task.kind == "regression", task.num_labels, tuple(task.label_names))
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -152,7 +146,7 @@ _CURRENT: ContextVar[KeptBase | None] = ContextVar("kept base", default=None)
 
 @contextmanager
 def keeping(kept: KeptBase) -> Iterator[None]:
-    """Inside, `base_model` lends the model that `kept` keeps."""
+    """In the body, `base_model` lends the model that `kept` keeps."""
     before = _CURRENT.set(kept)
     try:
         yield
@@ -162,9 +156,9 @@ def keeping(kept: KeptBase) -> Iterator[None]:
 
 @contextmanager
 def base_model(config: RunConfig, task: Task, seed: int) -> Iterator[tuple[PreTrainedModel, list[str]]]:
-    """What `irdscale.tasks.build_model` returns, for the time of the body: lent inside `keeping`, a new one elsewhere.
+    """`irdscale.models.build.build_model`'s result, for the time of the body: reused inside `keeping`, else loaded.
 
-    Whatever the body does to the model is undone. As `build_model`, collective with ZeRO-3.
+    Changes to a reused model are undone after the body. Collective with ZeRO-3, as `build_model`.
 
     Raises:
         InputError: as `build_model`.

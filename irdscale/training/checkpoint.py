@@ -1,12 +1,12 @@
-"""The state of a training on disk, so that one that was killed goes on where it was, on whatever ranks and ZeRO stage.
+"""Checkpoints of a training: a killed one resumes, with any number of ranks and ZeRO stage.
 
-    FOLDER/state.json            step, and of which training it is
-    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, whole; rng/RANK;
-                                 losses, one of each step
+    FOLDER/state.json            step, and hash of what the training depends on
+    FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, gathered;
+                                 rng/RANK; losses, one per step
 
-The frozen base is not in it: 12 bytes a trained number. The numbers are gathered from all ranks' parts, so neither the
-number of ranks nor DeepSpeed's way to divide them shows in the files; DeepSpeed's own checkpoints, which are pickled,
-are neither written nor read.
+The frozen base is not stored: 12 bytes per trained parameter. Tensors are gathered from all ranks, so the files do not
+depend on the number of ranks or DeepSpeed's partitions. DeepSpeed's own checkpoints, which are pickled, are neither
+written nor read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_flat, rank_and_world
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
-from irdscale.utils.files import digest, read_json, read_tensors, write_folder, write_json
+from irdscale.utils.files import digest, read_tensors, read_versioned, write_folder, write_json
 
 FORMAT = "irdscale-training"
 VERSION = 1
+WHAT = "training state"
 LOSSES = "losses"
 VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 
@@ -32,21 +33,21 @@ VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 def save_training(
     folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any], losses: list[float]
 ) -> None:
-    """Write the state after `step` optimizer steps; collective, and rank 0 writes, in the place of the state before.
+    """Replace the saved state by the one after `step` optimizer steps; collective, rank 0 writes.
 
     Args:
-        optimizer: AdamW, or what DeepSpeed made of it.
-        made_by: what the training is of.
-        losses: one of each step made.
+        optimizer: AdamW, or DeepSpeed's wrapper of it.
+        made_by: what the training depends on, by name.
+        losses: loss of each step made.
 
     Raises:
-        RunError: the disk refuses it; the state before stays.
+        RunError: the disk refuses the write; the earlier state stays.
     """
     from safetensors.torch import save_file
 
     tensors = {LOSSES: torch.tensor(losses, dtype=torch.float64), **_generators()}
     for key in (VALUE, *MOMENTS):
-        tensors |= {f"{key}/{name}": found for name, found in _whole(_trained(model), optimizer, key).items()}
+        tensors |= {f"{key}/{name}": found for name, found in _gathered(_trained(model), optimizer, key).items()}
 
     def fill(target: Path) -> None:
         save_file(tensors, target / "numbers.safetensors")
@@ -59,7 +60,7 @@ def save_training(
 
 
 def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
-    """How many steps the saved state of this training has behind it; 0 where there is none, or it is of another.
+    """Steps of this training's saved state; 0 without one, or if it belongs to another training.
 
     Raises:
         InputError: the files are damaged.
@@ -67,69 +68,51 @@ def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
     file = folder / "state.json"
     if not file.exists():
         return 0
-    meta = read_json(file, "state of a training")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("version") != VERSION:
-        raise InputError(f"{file}: not the state of a training; delete {folder} to start it anew")
+    meta = read_versioned(file, WHAT, FORMAT, VERSION)
     return int(meta["step"]) if meta.get("made_by") == digest(made_by) else 0
 
 
 def saved_losses(folder: Path) -> list[float]:
-    """The loss of each step that the saved state has behind it."""
-    losses = read_tensors(folder / "numbers.safetensors", "state of a training").get(LOSSES)
-    return [] if losses is None else losses.tolist()
+    """The loss of each step up to the saved state."""
+    return read_tensors(folder / "numbers.safetensors", WHAT)[LOSSES].tolist()
 
 
-def load_training(folder: Path, model: nn.Module, optimizer: Any, step: int) -> None:
-    """Put the saved numbers and moments in place; collective.
+def load_training(folder: Path, model: nn.Module, optimizer: Any = None, step: int = 0) -> None:
+    """Load the saved values, and with an `optimizer`, which is after `step`, its moments; collective.
 
     Raises:
         InputError: the files are damaged.
     """
+    keys = (VALUE,) if optimizer is None else (VALUE, *MOMENTS)
     with failing_together():
         parameters = _trained(model)
-        tensors = _read(folder, parameters, (VALUE, *MOMENTS))
-    _make_moments(parameters, optimizer, step)
+        tensors = _read(folder, parameters, keys)
+    if optimizer is not None:
+        _make_moments(parameters, optimizer, step)
     for name, parameter in parameters.items():
-        for key in (VALUE, *MOMENTS):
+        for key in keys if optimizer is not None else ():
             own = _own_part(parameter, optimizer, key)
             if own is not None:
                 part, start, stop = own
                 value = tensors[f"{key}/{name}"].reshape(-1)[start:stop]
                 part.data[: len(value)].copy_(value)
-    _put_values(parameters, tensors)
-
-
-def load_values(folder: Path, model: nn.Module) -> None:
-    """Put the saved numbers alone in place, of a training that has made all its steps; collective.
-
-    Raises:
-        InputError: the files are damaged.
-    """
-    with failing_together():
-        parameters = _trained(model)
-        tensors = _read(folder, parameters, (VALUE,))
-    _put_values(parameters, tensors)
-
-
-def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ...]) -> dict[str, Tensor]:
-    file = folder / "numbers.safetensors"
-    tensors = read_tensors(file, "state of a training")
-    for name, parameter in parameters.items():
-        for key in keys:
-            found = tensors.get(f"{key}/{name}")
-            if found is None or tuple(found.shape) != shape_of(parameter):
-                raise InputError(f"{file}: damaged state of a training: no {key} for {name}")
-    return tensors
-
-
-def _put_values(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
         with gathered_parameters([parameter], changed=True):
             parameter.data.copy_(tensors[f"{VALUE}/{name}"])
 
 
+def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    file = folder / "numbers.safetensors"
+    tensors = read_tensors(file, WHAT)
+    for name, parameter in parameters.items():
+        for key in keys:
+            found = tensors.get(f"{key}/{name}")
+            if found is None or tuple(found.shape) != shape_of(parameter):
+                raise InputError(f"{file}: damaged {WHAT}: no {key} for {name}")
+    return tensors
+
+
 def remove_training(folder: Path) -> None:
-    """Forget the state of a training whose result is kept; rank 0 does so."""
+    """Delete the saved state of a finished training; rank 0 does."""
     if rank_and_world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -139,7 +122,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _generators() -> dict[str, Tensor]:
-    """Every rank's random streams."""
+    """Every rank's states of its random generators."""
     world = rank_and_world()[1]
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     own = torch.cat(states)
@@ -147,12 +130,12 @@ def _generators() -> dict[str, Tensor]:
 
 
 def load_generators(folder: Path, step: int) -> None:
-    """Go on with this rank's random streams; to be called last, as what starts up draws from them too."""
+    """Restore this rank's random generators; called last, because the start of a training draws from them."""
     rank = rank_and_world()[0]
-    own = read_tensors(folder / "numbers.safetensors", "state of a training").get(f"rng/{rank}")
+    own = read_tensors(folder / "numbers.safetensors", WHAT).get(f"rng/{rank}")
     cpu = len(torch.get_rng_state())
     if own is None:
-        # More ranks than before: a stream of its own.
+        # There are more ranks than before.
         torch.manual_seed(digest_seed(rank, step))
         return
     torch.set_rng_state(own[:cpu])
@@ -161,35 +144,29 @@ def load_generators(folder: Path, step: int) -> None:
 
 
 def digest_seed(rank: int, step: int) -> int:
-    """A seed for a rank that has no saved random stream."""
+    """Seed of a rank without a saved random generator."""
     return int(digest([rank, step]), 16) % 2**31
 
 
-def _whole(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
-    """The trained parameters as AdamW has them, or one of their moments, whole and on the CPU; collective."""
+def _gathered(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
+    """AdamW's values of the trained parameters, or one of their moments, gathered on the CPU; collective."""
     first = next(iter(parameters.values()))
-    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=_type_of(first))
+    divided = hasattr(first, "ds_id") or hasattr(first, "_hp_mapping")
+    dtype = torch.float32 if divided else first.dtype
+    flat = torch.zeros(sum(map(numel_of, parameters.values())), dtype=dtype)
     parts = dict(zip(parameters, flat.split([numel_of(p) for p in parameters.values()])))
     for name, parameter in parameters.items():
         own = _own_part(parameter, optimizer, key)
         if own is not None:
             part, start, stop = own
             parts[name][start:stop] = part.detach()[: stop - start].cpu()
-    if _is_divided(first):
+    if divided:
         all_reduce_sum([flat])
     return {name: parts[name].view(shape_of(p)).clone() for name, p in parameters.items()}
 
 
-def _is_divided(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
-def _type_of(parameter: nn.Parameter) -> torch.dtype:
-    return torch.float32 if _is_divided(parameter) else parameter.dtype
-
-
 def _own_part(parameter: Any, optimizer: Any, key: str) -> tuple[Tensor, int, int] | None:
-    """This rank's part of a parameter or moment, flat, and which entries it is; None where it has none."""
+    """This rank's part of a parameter or moment, flat, and its range of entries; None if it has no part."""
     numel, (rank, _) = numel_of(parameter), rank_and_world()
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -226,7 +203,7 @@ def _zero(optimizer: Any) -> Any:
 
 
 def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int) -> None:
-    """Moments of zero, which AdamW itself makes only with its first step."""
+    """Create moments of zero, which AdamW creates only at its first step."""
     first = next(iter(parameters.values()))
     if hasattr(first, "ds_id"):
         held = _zero(optimizer).fp32_partitioned_groups_flat
@@ -236,5 +213,5 @@ def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int
         held = list(parameters.values())
     for tensor in held:
         state = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
-        # A fused step reads its count where the numbers are.
+        # A fused step reads the step count on the parameter's device.
         _plain(optimizer).state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **state}

@@ -12,9 +12,9 @@ from irdscale.distributed.ranks import all_reduce_sum, failing_together
 from irdscale.distributed.watchdog import watched
 from irdscale.distributed.zero3 import device_of, gathering, to_gpu
 from irdscale.fisher.capture import frozen
-from irdscale.language_evaluation import evaluate_language
 from irdscale.models.batches import LateRows, shared_batches
 from irdscale.models.checks import padding_known_to_matter, warn_once
+from irdscale.training.evaluate_language import evaluate_language
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
 def evaluate_with_errors(
     model: nn.Module, task: Task, split: Dataset, batch_size: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """`evaluate_model`, and the standard error of each metric: what another draw of as many samples would change it by.
+    """`evaluate_model`, and the standard error of each metric over draws of the split's samples.
 
     Raises:
         TrainingError: as `evaluate_model`.
@@ -72,8 +72,8 @@ def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Te
         equal = batch_size > 1 and padding_known_to_matter(model, task.collate, split)
         if equal:
             warn_once(
-                f"train.eval_batch_size: what {type(model).__name__} makes of a sample depends on how far its batch is "
-                f"padded; samples of equal length alone are evaluated together"
+                f"train.eval_batch_size: {type(model).__name__}'s output for a sample depends on how far its batch is "
+                f"padded; batches hold samples of equal length"
             )
         shared_batches(model, lengths, batch_size, predict, equal=equal)
         found.read()

@@ -1,7 +1,7 @@
-"""The model that Fisher passes see, with a new head that was trained for a while where that is asked for.
+"""The model of the Fisher passes, with a new head trained for `fisher.head_warmup` steps.
 
-An untrained head knows nothing of the labels, so that a sample's gradient says little but how far its label is from
-what such a head happens to say.
+An untrained head predicts at random, so a sample's gradient depends mostly on how far its label is from that
+prediction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
 from irdscale.sparse import merge, sparsify
 from irdscale.training.base_model import base_model
-from irdscale.training.trainer import Control, fine_tune, trained_densely
+from irdscale.training.control import Control
+from irdscale.training.trainable import trained_densely
+from irdscale.training.trainer import fine_tune
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -30,12 +32,13 @@ if TYPE_CHECKING:
 def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tuple[nn.Module, list[str]]]:
     """The model for passes over samples, and the names of the parameters that are trained outside any mask.
 
-    They are lent for the time of the body, as by `base_model`. The head is drawn by the first seed, and trained alone
-    for `fisher.head_warmup` steps, as `train` says otherwise. Collective where torch.distributed is initialised.
+    The model is lent for the time of the body, as by `base_model`. The head is initialised by the first seed, and it
+    alone is trained, for `fisher.head_warmup` steps with the settings of `train`. Collective where torch.distributed is
+    initialised.
 
     Raises:
         InputError: the configuration does not fit the model or the ranks, or there is no new head to train.
-        RunError: the loss is no number, or a rank died.
+        RunError: the loss is NaN or infinite, or a rank died.
     """
     steps, seed = config.fisher.head_warmup, config.search.seeds[0]
     with ExitStack() as lent:
@@ -44,8 +47,7 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
             dense = trained_densely(config, model, new)
             if steps and not new:
                 raise InputError(
-                    f"fisher.head_warmup: found {steps}; expected 0: the checkpoint holds all of the model, "
-                    f"so there is no new head"
+                    f"fisher.head_warmup: found {steps}; expected 0, because the checkpoint holds the head too"
                 )
         if steps:
             sparsify(model, Mask({}, {}), [f"^{re.escape(name)}$" for name in new])

@@ -1,4 +1,4 @@
-"""Whether a training's loss fell: where it began, where it ended, and what to say where it rose."""
+"""Whether a training's loss fell: its beginning, its end, and a warning if it rose."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any
 
-# Loss is compared between so large a part of the steps at the beginning and at the end.
-PART = 5
-# With fewer losses in a part, their spread is not known.
+# The first and the last of so many equal parts of the steps are compared.
+PARTS = 5
+# Fewest losses in a part to compute their variance.
 FEWEST = 3
 _ADVICE = "train.learning_rate may be too large, or train.steps too few."
 
 
 def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
-    """Where the loss of a training began and ended.
+    """The loss of a training at its beginning and end.
 
     Args:
-        losses: one of each step.
+        losses: loss of each step.
 
     Returns:
-        {"began", "ended", "rose"}: means over the first and the last fifth of the steps; it rose where the end is above
-        the beginning by more than the standard error of their difference. None for fewer than two steps.
+        {"began", "ended", "rose"}: means over the first and the last fifth of the steps, and whether the difference
+        exceeds its standard error. None for fewer than two steps.
     """
     if len(losses) < 2:
         return None
-    count = max(1, len(losses) // PART)
+    count = max(1, len(losses) // PARTS)
     first, last = losses[:count], losses[-count:]
     began, ended = fmean(first), fmean(last)
     error = math.sqrt((variance(first) + variance(last)) / count) if count >= FEWEST else 0.0
@@ -34,15 +34,15 @@ def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
 
 
 def said_of_rise(trend: Mapping[str, Any]) -> str:
-    """One line on a loss that rose."""
-    return f"The loss ended at {trend['ended']:.4g}, above {trend['began']:.4g} where it began: {_ADVICE}"
+    """Warning about a loss that rose."""
+    return f"The loss rose from {trend['began']:.4g} to {trend['ended']:.4g}: {_ADVICE}"
 
 
 def said_of_rises(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """One line on the trainings whose loss rose, none where it rose in none.
+    """Warning about the trainings whose loss rose, in a list that is empty if none rose.
 
     Args:
-        trends: name of each training -> its trend; None where it is not known.
+        trends: name of each training -> its trend; None if unknown.
     """
     known = {name: trend for name, trend in trends.items() if trend is not None}
     rose = [name for name, trend in known.items() if trend["rose"]]
@@ -51,6 +51,6 @@ def said_of_rises(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     worst = max(rose, key=lambda name: known[name]["ended"] - known[name]["began"])
     trend = known[worst]
     return [
-        f"The loss ended above where it began in {len(rose):,} of {len(known):,} trainings, most in that of {worst}: "
-        f"{trend['began']:.4g} to {trend['ended']:.4g}; {_ADVICE}"
+        f"The loss rose in {len(rose):,} of {len(known):,} trainings, most in {worst}: "
+        f"from {trend['began']:.4g} to {trend['ended']:.4g}; {_ADVICE}"
     ]

@@ -1,4 +1,4 @@
-"""The verbs around the search: score, train one mask, evaluate and export an adapter."""
+"""The verbs `fisher`, `train`, `evaluate` and `export`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from irdscale.runs.folder import held, mask_part, training_part
 from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.checkpoint import remove_training
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.head_warmup import model_to_score
 from irdscale.training.loss_trend import said_of_rise
-from irdscale.training.trainer import Control, adapter_config, adapter_dtype, fine_tune, sparse_model
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 EXPORT_FORMATS = ("merged", "shira")
 HUB = "hub:"
-# Of the training data, to notice a rank that has others.
+# Rows of the training data that ranks compare.
 COMPARED_ROWS = 16
 
 
@@ -65,13 +67,13 @@ def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, d
 
 
 def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
-    """Write the FISH mask of `fisher.samples` random samples to OUTPUT/mask, and their traces beside it.
+    """Write the FISH mask of `fisher.samples` random samples to OUTPUT/mask, and their Fisher traces beside it.
 
-    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes. The same call
-    again returns the result that is there.
+    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes. A repeated call
+    returns the stored result.
 
     Args:
-        overwrite: remove what an earlier run, or other work, has written to OUTPUT.
+        overwrite: whether to delete the contents of OUTPUT first.
 
     Returns:
         {"mask", "hash", "params", "parameters", "scored", "samples", "sample_gradients", "seconds"}
@@ -104,23 +106,24 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
 def run_train(
     config: RunConfig, mask: str | None = None, progress: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Train one mask, from a folder or made by `run_fisher`'s way, and write OUTPUT/adapter.
+    """Train one mask, from a folder or computed like `run_fisher`'s, and write OUTPUT/adapter.
 
-    Trains with the first of `search.seeds`. Collective where torch.distributed is initialised: the ranks share each
-    batch, by DDP or as `train.deepspeed` says, and rank 0 writes. One that was killed goes on from the state that it
-    saved last, in OUTPUT/training; a signal (SIGINT, SIGTERM) saves one. The same call again returns the result.
+    The training uses the first of `search.seeds`. Collective where torch.distributed is initialised: the ranks share
+    each batch, by DDP or by `train.deepspeed`, and rank 0 writes. A killed training resumes from its last saved state,
+    in OUTPUT/training; a signal (SIGINT, SIGTERM) saves one. A repeated call returns the stored result.
 
     Args:
-        overwrite: remove what an earlier run, or other work, has written to OUTPUT.
+        mask: folder of the mask; None to compute it.
+        overwrite: whether to delete the contents of OUTPUT first.
 
     Returns:
         {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "test_error", "loss", "warnings",
-        "seconds"}: metrics by split, the standard error of each on test, and where the loss began and ended.
+        "seconds"}: metrics by split, their standard errors on test, and the loss at the beginning and end.
 
     Raises:
         InputError: the mask does not fit the model, the configuration does not fit the data, the model or the ranks, or
             OUTPUT holds other work (named).
-        RunError: the loss is no number, a rank died, or the output cannot be written.
+        RunError: the loss is NaN or infinite, a rank died, or the output cannot be written.
     """
     with held(config, overwrite) as folder:
         output, seed = folder.output, config.search.seeds[0]
@@ -141,7 +144,7 @@ def run_train(
 
 
 def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: bool) -> dict[str, Any]:
-    """Train a mask and write OUTPUT/adapter; what `run_train` returns."""
+    """Train a mask and write OUTPUT/adapter; returns `run_train`'s result."""
     started, output = time.perf_counter(), Path(config.output)
     with failing_together():
         model = sparse_model(config, task, mask, seed)
@@ -175,7 +178,7 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
 
 
 def _some_rows(task: Task) -> str:
-    """A hash of some rows of the train split, spread over it, and of their number."""
+    """Hash of the train split's length and of some of its rows, evenly spaced."""
     count = len(task.train)
     return digest([count, *(str(task.train[count * i // COMPARED_ROWS]) for i in range(COMPARED_ROWS))])
 
@@ -211,9 +214,9 @@ def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
 
 
 def _adapted(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
-    """The model with an adapter on it, and the names of the parameters that the base checkpoint does not hold.
+    """The model with an adapter, and the names of the parameters that the base checkpoint does not hold.
 
-    A new head that is no part of the adapter is drawn as its run drew it.
+    A new head that the adapter does not contain is initialised by the seed of the adapter's training.
     """
     folder = find_adapter(adapter)
     meta = read_json(folder / "adapter.json", "adapter")
@@ -228,8 +231,8 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
     """Metrics of an adapter on the selection and the test split. Collective where torch.distributed is initialised.
 
     Returns:
-        {"adapter", "params", "head", "selection", "test", "test_error"}: metrics by split, and the standard error of
-        each on test.
+        {"adapter", "params", "head", "selection", "test", "test_error"}: metrics by split, and their standard errors
+        on test.
 
     Raises:
         InputError: the adapter is missing or damaged, or belongs to another base, other classes or another kind of
@@ -250,21 +253,21 @@ def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict
 
 
 def run_export(config: RunConfig, adapter: str, to: str, format: str | None = None) -> dict[str, Any]:
-    """Write an adapter, with the base model, for others to load.
+    """Export an adapter as a merged checkpoint or a PEFT adapter, or upload it to the Hugging Face hub.
 
     Args:
-        adapter: a folder, or OWNER/NAME on the Hugging Face hub.
-        to: a new folder; or `hub:OWNER/NAME`, to upload the adapter as it is; a new repository there is private.
-        format: for a folder: `merged` (the default), a plain Hugging Face checkpoint with its tokenizer in which the
-            adapter is merged; or `shira`, an adapter that PEFT loads (see `irdscale.export_shira`).
+        adapter: adapter folder, or OWNER/NAME on the hub.
+        to: new folder; or `hub:OWNER/NAME`, to upload the adapter unchanged (a new repository is private).
+        format: format of a folder: `merged` (the default), a plain Hugging Face checkpoint with its tokenizer; or
+            `shira`, an adapter that PEFT loads (see `irdscale.export_shira`).
 
     Returns:
-        {"checkpoint", "adapter", "params"}; of shira {"peft", "adapter", "params", "r", "layers", "stored", "whole"};
-        of the hub {"hub", "adapter"}.
+        {"checkpoint", "adapter", "params"}; with shira {"peft", "adapter", "params", "r", "layers", "stored", "whole"};
+        with the hub {"hub", "adapter"}.
 
     Raises:
-        InputError: `to` holds something, the adapter is missing, damaged or of another base, or SHiRA cannot say it.
-        RunError: `to` cannot be written, or the hub does not take it.
+        InputError: `to` is not empty, the adapter is missing, damaged or of another base, or SHiRA cannot represent it.
+        RunError: `to` cannot be written, or the hub refuses the upload.
     """
     if format is not None and format not in EXPORT_FORMATS:
         raise InputError(
@@ -272,12 +275,12 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
         )
     if to.startswith(HUB):
         if format is not None:
-            raise InputError(f"format: found {format!r} with to={to}; expected none: the adapter is uploaded as it is")
+            raise InputError(f"format: found {format!r} with to={to}; expected none: the adapter is uploaded unchanged")
         return {"hub": push_adapter(adapter, to.removeprefix(HUB)), "adapter": adapter}
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"to: {to} exists; expected a new or empty folder")
-    # One process merges, which holds the whole model.
+    # One process merges the full model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config, adapter_head(adapter))
     model, new = _adapted(config, task, adapter)

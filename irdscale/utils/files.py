@@ -90,6 +90,20 @@ def read_json(path: Path | str, what: str) -> Any:
         raise InputError(f"{path}: not a {what}: {error}") from error
 
 
+def read_versioned(path: Path | str, what: str, format: str, version: int) -> dict[str, Any]:
+    """Read a JSON object that states this `format` and `version`.
+
+    Raises:
+        InputError: as `read_json`, or the file states another format or version.
+    """
+    meta = read_json(path, what)
+    if not isinstance(meta, dict) or meta.get("format") != format:
+        raise InputError(f"{path}: found no {what}; expected format {format!r}")
+    if meta.get("version") != version:
+        raise InputError(f"{path}: found version {meta.get('version')}; expected {version}")
+    return meta
+
+
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a safetensors file.
 

@@ -261,14 +261,14 @@ def test_files_with_fitting_hashes_and_wrong_contents_are_refused(tmp_path: Path
         ({f"values.{name}": None}, f"damaged adapter: {name}: found values none; expected {len(index)} numbers"),
         ({f"values.{name}": values[1:].clone()}, f"damaged adapter: {name}: found values torch.float64"),
         ({f"values.{name}": index.clone()}, f"damaged adapter: {name}: found values torch.int32"),
-        ({"dense.classifier.bias": None}, "damaged adapter: its parameters trained whole are not those"),
+        ({"dense.classifier.bias": None}, "damaged adapter: its densely trained parameters are not those"),
         (
             {f"index.{name}": outside},
             f"damaged adapter: mask: {name}: found invalid indices; expected sorted, distinct indices from 0 to 143",
         ),
         (
             {"index.classifier.bias": torch.tensor([0]), "values.classifier.bias": torch.ones(1)},
-            "damaged adapter: classifier.bias has masked entries and is trained whole",
+            "damaged adapter: classifier.bias is trained both densely and by masked entries",
         ),
     ):
         tensors = {key: tensor for key, tensor in (good | changes).items() if tensor is not None}

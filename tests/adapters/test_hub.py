@@ -177,7 +177,7 @@ def test_the_model_card_of_a_base_on_the_hub(tmp_path: Path) -> None:
     }
     assert 'BertForSequenceClassification.from_pretrained("google/bert-tiny", num_labels=3)' in text
     assert f"{state.k:,} entries" in text
-    assert "39 numbers of classifier.weight, classifier.bias" in text
+    assert "all 39 parameters of classifier.weight, classifier.bias" in text
     assert f"`{state.mask.hash}`" in text
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from irdscale import bench
-from irdscale.bench import fisher, timing, train, trainer
+from irdscale.bench import fisher, models, timing, train, trainer
 from irdscale.errors import InputError
 from tests.tiny_models import config_of
 
@@ -23,7 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         config = config_of(name, vocab_size=30_000, **longest)
         return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
-    for module in (fisher, train):
+    for module in (fisher, models, train):
         monkeypatch.setattr(module, "make_model", make_model)
         monkeypatch.setattr(module, "REPEATS", 2)
     monkeypatch.setattr(trainer, "REPEATS", 2)

@@ -247,7 +247,7 @@ def test_groups_are_told_as_they_are_measured_and_fail_alone(monkeypatch: pytest
         def measure() -> Iterator[dict[str, Any]]:
             for what in whats:
                 yield a_row(what)
-                assert f"MISSED    0.0 s  {what}, small x 8 tokens: 2 (2 to 2, asked <= 1.0)" in caplog.text
+                assert f"MISSED    0.0 s  {what}, small x 8 tokens: 2 (2 to 2, bar <= 1.0)" in caplog.text
             if then is not None:
                 raise then
 

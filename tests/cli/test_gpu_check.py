@@ -154,7 +154,7 @@ def test_steps_a_second_are_of_those_after_the_first(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu_check, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
     monkeypatch.setattr("irdscale.training.trainer.fine_tune", tuned)
     # The model is not in partitions here.
-    monkeypatch.setattr("irdscale.training.trainer.sparse_model", lambda *_: None)
+    monkeypatch.setattr("irdscale.training.trainable.sparse_model", lambda *_: None)
     monkeypatch.setattr(gpu_check, "WARM_UP", 1)
     monkeypatch.setattr(gpu_check, "MEASURED", 2)
     row = gpu_check.zero_row()

@@ -11,14 +11,16 @@ import pytest
 import torch
 import transformers
 
-from irdscale import language_evaluation
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.models.build import build_model
 from irdscale.models.checks import padding_matters, uneven_rows, warn_once
 from irdscale.tasks import Task, load_task
+from irdscale.training import evaluate_language
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 from tests.helpers import tiny_tokenizer
 from tests.sparse.oracle import random_mask
 from tests.training.test_evaluate_language import texts
@@ -141,7 +143,7 @@ def test_answers_to_prompts_of_equal_length_alone(
     config, task = made(tmp_path, gpt2, SFT | {"metric": "exact_match", "max_new_tokens": 4})
     model = build_model(config, task, 0)[0]
     answers: list[str] = []
-    monkeypatch.setattr(language_evaluation, "same_answer", lambda found, _expected: not answers.append(found))
+    monkeypatch.setattr(evaluate_language, "same_answer", lambda found, _expected: not answers.append(found))
     for kind in (transformers.GPT2LMHeadModel, ByPlace):
         model.__class__ = kind
         found = []

@@ -15,7 +15,8 @@ from irdscale.models.build import build_model
 from irdscale.models.lora import insert_lora
 from irdscale.search.candidates import run_candidate, score_on_test
 from irdscale.tasks import load_task
-from irdscale.training.trainer import fine_tune, sparse_model
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune
 from irdscale.utils.progress import progress_listener
 from tests.search.toy import write_config
 

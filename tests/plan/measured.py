@@ -23,7 +23,8 @@ from irdscale.fisher.pool import pass_options, sample_gradients
 from irdscale.masks.mask import Mask
 from irdscale.models.build import build_model
 from irdscale.tasks import Task, load_task
-from irdscale.training.trainer import fine_tune, sparse_model, trained_densely
+from irdscale.training.trainable import sparse_model, trained_densely
+from irdscale.training.trainer import fine_tune
 from tests.helpers import Family, tiny_model
 from tests.sparse.oracle import random_mask
 

@@ -19,9 +19,9 @@ from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.runs.lock import NAME, locked
 from irdscale.search.run import run_search
-from irdscale.training import trainer
+from irdscale.training import callback
+from irdscale.training.control import Control
 from irdscale.training.one_mask import run_fisher, run_train
-from irdscale.training.trainer import Control
 from irdscale.utils.interrupts import Interrupted, deferred
 from tests.search.toy import write_config
 
@@ -168,7 +168,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Callback, "on_step_begin", interrupt)
+        patch.setattr(callback.TrainingCallback, "on_step_begin", interrupt)
         patch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
         with pytest.raises(Interrupted) as ending:
             run_train(config, progress=False)

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from irdscale.sparse import dots, kernels
+from irdscale.sparse import dot_kernels, dots, kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {"stream_ptr": "*i32", "pairs_ptr": "*i64", "partials_ptr": "*fp32", "values_ptr": "*fp32"} | dict.fromkeys(
@@ -49,7 +49,7 @@ def main() -> None:
     dot = {"PACKED": True, "WIDEN": False, "QUADS": 4, "WARPS": dots.WARPS, "ROW": dots.ROW}
     for architecture in (80, 89, 90):
         for name, kernel, *how in (
-            ("dots", dots._dot_entries, dot, (), dots.WARPS, 1),
+            ("dots", dot_kernels.dot_blocks, dot, (), dots.WARPS, 1),
             ("tiles", kernels._jitted(), tile, ("rows", "columns", "left_t", "right_t"), warps, stages),
         ):
             compiled = compile_for(architecture, kernel, *how)

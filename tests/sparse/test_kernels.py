@@ -81,20 +81,24 @@ print(kernels.usable(torch.ones(2, 3), torch.ones(2, 4)), dots.usable(torch.ones
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("module", "what"),
+    ("module", "name", "what"),
     [
-        (kernels, "Sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"),
-        (dots, "Scattered sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"),
+        (kernels, "tile_entries", "Sparse gradients go without their Triton kernel on cpu: Failed to find C compiler"),
+        (
+            dots,
+            "dot_entries",
+            "Scattered sparse gradients go without their Triton kernel on cpu: Failed to find C compiler",
+        ),
     ],
 )
 def test_a_failing_kernel_is_logged_once(
-    module: Any, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    module: Any, name: str, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(module, "why_not", lambda *_: None)
-    monkeypatch.setattr(module, "_entries", fail)
+    monkeypatch.setattr(module, name, fail)
     left, right = torch.ones(2, 4), torch.ones(2, 5)
     module._works.cache_clear()
     with caplog.at_level(logging.WARNING):

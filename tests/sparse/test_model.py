@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from irdscale import Mask, accumulate_fisher, merge, sparsify, top_k, unload
 from irdscale.errors import InputError
-from irdscale.sparse import base_hash, entries_of, functions, modules, products, sparse_state
+from irdscale.sparse import base_hash, entries_of, functions, products, sparse_state
 from tests.fisher.families import classifier, configs, rows_for
 from tests.fisher.oracle import loss_of
 from tests.sparse.oracle import MaskedAdamW, batches, dense_masks, random_mask
@@ -342,7 +342,7 @@ def test_a_pass_patches_all_parameters_at_once(dtype: torch.dtype, monkeypatch: 
     # What is prepared once is no part of a pass.
     model(**batch)
     for at_once, groups in ((10**9, 1), (1, count)):
-        monkeypatch.setattr(modules, "PATCHED_AT_ONCE", at_once)
+        monkeypatch.setattr("irdscale.sparse.entries.PATCHED_AT_ONCE", at_once)
         with torch.no_grad(), Counted() as counted:
             model(**batch)
         writes = counted.calls["aten.scatter_.src"] + counted.calls["aten.index_copy_.default"]

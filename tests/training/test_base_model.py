@@ -33,7 +33,8 @@ from irdscale.search.run import run_search
 from irdscale.sparse import entries_of
 from irdscale.tasks import Task, load_task
 from irdscale.training.base_model import KeptBase, _Held, base_model, keeping
-from irdscale.training.trainer import fine_tune, make_sparse
+from irdscale.training.trainable import make_sparse
+from irdscale.training.trainer import fine_tune
 from tests.helpers import FAMILIES, tiny_model
 from tests.search.test_language import FEW, QUICKSTART
 from tests.search.toy import essence, write_config

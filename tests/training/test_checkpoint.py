@@ -16,9 +16,11 @@ from irdscale.sparse import trained_numbers
 from irdscale.tasks import Task, load_task
 from irdscale.training import checkpoint
 from irdscale.training.checkpoint import saved_step
+from irdscale.training.control import Control, Paused
 from irdscale.training.evaluate import evaluate_model
 from irdscale.training.loss_trend import loss_trend
-from irdscale.training.trainer import Control, Paused, fine_tune, sparse_model, training_order
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune, training_order
 from tests.search.toy import write_config
 from tests.training_oracle import changed, mask_of
 from tests.training_ranks import Stopped, same, stopper
@@ -136,11 +138,11 @@ def test_damaged_states_are_refused(toy: tuple[RunConfig, Task], tmp_path: Path)
     numbers = state / "numbers.safetensors"
     whole = numbers.read_bytes()
     numbers.write_bytes(whole[:-5])
-    with pytest.raises(InputError, match=r"numbers.safetensors: damaged state of a training"):
+    with pytest.raises(InputError, match=r"numbers.safetensors: damaged training state"):
         train(config, task, state=state)
     numbers.write_bytes(whole)
     (state / "state.json").write_text('{"format": "other"}')
-    with pytest.raises(InputError, match=r"state.json: not the state of a training; delete .*state to start it anew"):
+    with pytest.raises(InputError, match=r"state.json: found no training state; expected format .irdscale-training."):
         train(config, task, state=state)
 
 

@@ -30,7 +30,7 @@ def test_one_step_has_no_trend() -> None:
 def test_what_is_said() -> None:
     trends = {"a": loss_trend([1.0, 3.0]), "b": loss_trend([1.0, 9.0]), "c": loss_trend([2.0, 1.0]), "d": None}
     assert trends["a"] is not None
-    assert said_of_rise(trends["a"]).startswith("The loss ended at 3, above 1 where it began: train.learning_rate may")
+    assert said_of_rise(trends["a"]).startswith("The loss rose from 1 to 3: train.learning_rate may")
     (said,) = said_of_rises(trends)
-    assert said.startswith("The loss ended above where it began in 2 of 3 trainings, most in that of b: 1 to 9; ")
+    assert said.startswith("The loss rose in 2 of 3 trainings, most in b: from 1 to 9; ")
     assert said_of_rises({"c": trends["c"], "d": None}) == []

@@ -19,9 +19,12 @@ from irdscale.fisher.pool import sample_gradients
 from irdscale.models.build import build_model
 from irdscale.sparse import entries_of, sparse_state, sparsify
 from irdscale.tasks import Task, load_task
-from irdscale.training import trainer
+from irdscale.training import callback
+from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, sparse_model, trained_densely
+from irdscale.training.hf_trainer import StepLosses
+from irdscale.training.trainable import sparse_model, trained_densely
+from irdscale.training.trainer import fine_tune
 from tests.search.toy import write_config
 from tests.sparse.oracle import MaskedAdamW, dense_masks, random_mask
 
@@ -181,10 +184,10 @@ class Waits(TorchDispatchMode):
 def test_a_step_does_not_wait_for_the_device(toy: tuple[RunConfig, Task], monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are read with the first step and at the end, whatever the number of steps between, and all are seen."""
     config, task = toy
-    monkeypatch.setattr(trainer, "LOOK_S", 1e6)
+    monkeypatch.setattr(callback, "SYNC_S", 1e6)
     reads, waits = [], []
-    read = trainer._SparseTrainer.read_losses
-    monkeypatch.setattr(trainer._SparseTrainer, "read_losses", lambda self: (reads.append(1), read(self))[1])
+    read = StepLosses.read
+    monkeypatch.setattr(StepLosses, "read", lambda self: (reads.append(1), read(self))[1])
     for steps in (4, 9):
         model = sparse_model(config, task, some_mask(config, task), 0)
         reads.clear()
@@ -204,7 +207,7 @@ def test_a_late_bad_loss_is_read_before_anything_is_kept(
 ) -> None:
     """Read late, it names its own step; a rung, a pause and the end come after it."""
     config, task = toy
-    monkeypatch.setattr(trainer, "LOOK_S", 1e6)
+    monkeypatch.setattr(callback, "SYNC_S", 1e6)
     asked: list[int] = []
 
     def at_rung(step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a language model is measured by: how likely it finds texts, which choice it prefers, and what it answers."""
+"""Metrics of a language model: perplexity of texts, accuracy of choices, exact match of generated answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from irdscale.tasks import Task
 
-# Of a text: the sum of its tokens' losses, how many they are, and how many of them the model finds likeliest.
+# Columns of a text: sum of its target tokens' losses, number of target tokens, number of right predictions.
 COLUMNS = 3
 
 
@@ -45,12 +45,12 @@ def evaluate_language(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric of the task on a split, and its standard error, as `evaluate_with_errors` returns them.
 
-    - perplexity: exp of the mean loss of all target tokens of the split.
-    - token_accuracy: share of the target tokens that the model finds likeliest, given those before.
-    - exact_match: share of the samples whose answer, decoded greedily until it ends, is the expected one (see
-      `same_answer`). What the model's `generation_config` asks for beside ends of sequences is left out.
-    - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum of its tokens' log
-      likelihoods or by their mean.
+    - perplexity: exp of the mean loss of the split's target tokens.
+    - token_accuracy: share of the target tokens that the model predicts as the likeliest.
+    - exact_match: share of the samples whose greedily decoded answer is the expected one (see `same_answer`). Only the
+      ends of sequences are taken from the model's `generation_config`.
+    - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum or the mean of its
+      tokens' log likelihoods.
     """
     with own_forward(model):
         return _metrics(model, task, split, batch_size)
@@ -65,7 +65,7 @@ def _metrics(
     loss_N, tokens_N, right_N = table_NC.unbind(1)
     loss, tokens, right = table_NC.sum(0).tolist()
     mean = loss / tokens
-    # A perplexity beyond the largest number is infinite, which no candidate is chosen for.
+    # A perplexity that overflows is infinite: such a candidate is never the best.
     metrics = {"perplexity": math.exp(mean) if mean < 700 else math.inf, "token_accuracy": right / tokens}
     errors = {
         "perplexity": metrics["perplexity"] * of_ratio(loss_N, tokens_N),
@@ -97,7 +97,7 @@ def _choice_accuracies(
 
 
 def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:
-    """Loss, tokens and right tokens of each text [N, 3], as float64, on every rank.
+    """Loss, target tokens and right predictions of each text [N, 3], as float64, on every rank.
 
     Raises:
         TrainingError: a text's loss is NaN or infinite.
@@ -134,10 +134,10 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
 def _measured(
     model: nn.Module, parts: Headless | None, inputs: dict[str, Any], targets_BT: Tensor, places_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each target [B, T], and whether it is the likeliest token.
+    """Loss of each target [B, T], and whether the model predicts it.
 
     Args:
-        places_K: flat places that have a target.
+        places_K: flat positions of the targets.
     """
     if parts is None:
         logits_BTV = model(**inputs).logits
@@ -162,7 +162,7 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
         batch = pad_batch([rows[i] for i in places or [0]], tokenizer.pad_token_id, side="left")
         generated_BT = model.generate(
             **{k: v.to(device) for k, v in batch.items()},
-            # Ranks that gather together go on until the last one is done.
+            # Ranks that gather partitions together must all continue until the last one is done.
             synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
         )
         new = generated_BT[:, batch["input_ids"].shape[1] :].tolist()
@@ -174,7 +174,7 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
         if equal:
             warn_once(
                 f"train.eval_batch_size: what {type(model).__name__} generates depends on how far its batch is padded; "
-                f"prompts of equal length alone are answered together"
+                f"batches hold prompts of equal length"
             )
         shared_batches(model, prompts, batch_size, answer, equal=equal)
     all_reduce_sum([right_N])
@@ -182,10 +182,7 @@ def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> flo
 
 
 def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> bool:
-    """Whether the first token that is generated depends on how far a prompt is padded; ranks say the same.
-
-    To be called inside `_greedy`.
-    """
+    """Whether the first generated token depends on how far a prompt is padded; collective; called inside `_greedy`."""
 
     def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
         return pad_batch(some, tokenizer.pad_token_id, side="left")
@@ -198,7 +195,7 @@ def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        except Exception:  # generating itself says what is wrong
+        except Exception:  # the evaluation itself will raise it
             return None
         return found.logits[0]
 
@@ -208,9 +205,9 @@ def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]
 
 @contextmanager
 def _greedy(model: Any, task: Task, ends: list[int]) -> Iterator[None]:
-    """Inside, the model generates the likeliest tokens until one of `ends`, whatever its own settings are.
+    """In the body, the model generates the likeliest tokens until one of `ends`, whatever its own settings.
 
-    Values that are given to `generate` do not turn off penalties, bans and other ways to generate of these settings.
+    Arguments of `generate` would not turn off penalties, bans and other options of these settings.
     """
     from transformers import GenerationConfig
 
@@ -219,7 +216,7 @@ def _greedy(model: Any, task: Task, ends: list[int]) -> Iterator[None]:
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
         num_beams=1,
-        # `frozen` turns it off, for other passes.
+        # `frozen` turns it off for other passes.
         use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=task.tokenizer.pad_token_id,

@@ -1,0 +1,162 @@
+"""The Hugging Face Trainer of a sparse model: its arguments, and what differs from the stock Trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+
+from irdscale.config.schema import TrainConfig
+from irdscale.distributed.ranks import all_reduce_sum, current_group, rank_and_world
+from irdscale.training.control import Control
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, of which an earlier run may have made some steps.
+
+    Attributes:
+        train: the section `train` of the configuration.
+        seed: seed of the random streams.
+        steps: optimizer steps of the training.
+        done: steps that an earlier run made.
+        state: folder of the saved state; None to save none.
+        made_by: what the training depends on, by name; a state of another one is not continued.
+        losses: loss of each step that an earlier run made.
+    """
+
+    train: TrainConfig
+    seed: int
+    steps: int
+    done: int
+    control: Control
+    state: Path | None
+    made_by: dict[str, Any]
+    losses: list[float]
+
+
+@dataclass
+class StepLosses:
+    """Losses of a training's steps. They stay on the device until `read`, because reading waits for the device."""
+
+    _unread: list[tuple[int, Tensor, float]] = field(default_factory=list)
+    _unseen: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _read: dict[int, float] = field(default_factory=dict)
+
+    def add(self, step: int, loss: Tensor, rate: float) -> None:
+        """Add the loss of one forward pass, and the learning rate."""
+        self._unread.append((step, loss, rate))
+
+    def read(self) -> tuple[int, str] | None:
+        """Read all unread losses in one transfer; returns the first step with a bad loss, and what is wrong."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return None
+        for (step, _, rate), loss in zip(unread, torch.stack([loss for _, loss, _ in unread]).tolist(), strict=True):
+            if not math.isfinite(loss):
+                return step, f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
+            self._unseen[step] = loss, rate
+            # The Trainer has divided a pass's loss by the number of passes.
+            self._read[step] = self._read.get(step, 0.0) + loss
+        return None
+
+    def take_unseen(self) -> list[tuple[int, float, float]]:
+        """Each step read since the last call, the loss of its last pass, and its learning rate."""
+        unseen, self._unseen = self._unseen, {}
+        return [(step, *found) for step, found in unseen.items()]
+
+    def means(self) -> list[float]:
+        """The loss of each step that was read, averaged over the ranks; collective."""
+        own = torch.tensor(list(self._read.values()), dtype=torch.float64)
+        all_reduce_sum([own])
+        return (own / rank_and_world()[1]).tolist()
+
+
+class SparseTrainer(Trainer):
+    """Trains on the samples in their given order, records losses, and starts at step `training.done`."""
+
+    def __init__(self, training: Training, **kwargs: Any) -> None:
+        self.training, self.losses = training, StepLosses()
+        super().__init__(**kwargs)
+
+    @property
+    def step(self) -> int:
+        """Steps made, those of an earlier run included."""
+        return self.training.done + self.state.global_step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(cast(Any, train_dataset or self.train_dataset))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
+        self.losses.add(self.step + 1, loss, float(rate))
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """0: the count is not used, and counting walks over all parameters in each pass."""
+        return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm, left on the device: it is not used, and reading it waits for the device."""
+        return grad_norm
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate schedule of all `training.steps`, starting at step `training.done`."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            train, steps, done = self.training.train, self.training.steps, self.training.done
+            shape = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+            (factor,) = get_scheduler(train.schedule, shape, round(train.warmup_ratio * steps), steps).lr_lambdas
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(done + step))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def training_arguments(
+    training: Training, scratch: str, settings: dict[str, Any] | None, micro: int
+) -> TrainingArguments:
+    """Arguments of a Trainer that writes and prints nothing, with one device per rank.
+
+    Args:
+        settings: DeepSpeed's settings; None to train without it.
+        micro: samples of one forward pass on one rank.
+    """
+    gpu, train = torch.cuda.is_available(), training.train
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        max_steps=training.steps - training.done,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        seed=training.seed,
+        data_seed=training.seed,
+        deepspeed=settings,
+        use_cpu=not gpu,
+        ddp_backend="gloo" if current_group() is not None and not gpu else None,
+        ddp_find_unused_parameters=False,
+        save_strategy="no",
+        logging_strategy="no",
+        # The filter waits for the device in each pass; `StepLosses` checks all losses.
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=gpu,
+        # A blocking copy of a batch waits for all earlier work of the device.
+        accelerator_config={"non_blocking": gpu},
+        label_names=["labels"],
+        # The task's collate function takes the columns that it needs.
+        remove_unused_columns=False,
+    )
+    # The Trainer would copy the model to every visible GPU (DataParallel), and the copies would not train.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -1,0 +1,81 @@
+"""The model of a training: which parameters are trained, sparsely or densely."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from irdscale.config.schema import RunConfig
+from irdscale.errors import InputError
+from irdscale.masks.mask import Mask
+from irdscale.models.build import build_model
+from irdscale.models.lora import insert_lora
+from irdscale.sparse import matching_parameters, sparsify
+
+if TYPE_CHECKING:
+    from irdscale.tasks import Task
+
+
+def trained_densely(config: RunConfig, model: nn.Module, new: list[str]) -> list[str]:
+    """Names of the parameters that are trained outside the mask.
+
+    Args:
+        new: parameters that the checkpoint does not hold; `train.always_train: auto` trains these.
+
+    Raises:
+        InputError: an expression of `train.always_train` matches no parameter.
+    """
+    if config.train.always_train == "auto":
+        return new
+    return matching_parameters(dict(model.named_parameters()), config.train.always_train)
+
+
+def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, rank: int | None) -> list[str]:
+    """Insert LoRA matrices of this rank (none for None) into a model's linear layers, in place, initialised by `seed`.
+
+    Args:
+        new: parameters that the checkpoint does not hold.
+
+    Returns:
+        Names of the parameters that are trained outside a mask: these matrices and the head.
+
+    Raises:
+        InputError: as `trained_densely` and `irdscale.models.lora.insert_lora`.
+    """
+    dense = trained_densely(config, model, new)
+    return dense if rank is None else [*dense, *insert_lora(model, rank, seed, dense)]
+
+
+def sparse_model(
+    config: RunConfig, task: Task, mask: Mask | None, seed: int, lora_rank: int | None = None
+) -> nn.Module:
+    """The task's model with the mask's entries trainable (none for no mask), and a head initialised by `seed`.
+
+    Args:
+        lora_rank: rank of LoRA matrices to train instead of a mask.
+
+    Raises:
+        InputError: the mask does not fit the model, or there is nothing to train.
+    """
+    model, new = build_model(config, task, seed)
+    return make_sparse(config, model, new, mask, seed, lora_rank)
+
+
+def make_sparse(
+    config: RunConfig, model: nn.Module, new: list[str], mask: Mask | None, seed: int, lora_rank: int | None = None
+) -> nn.Module:
+    """`sparse_model` of a model that is already built, in place.
+
+    Args:
+        new: parameters that the checkpoint does not hold.
+
+    Raises:
+        InputError: as `sparse_model`.
+    """
+    dense = put_lora(config, model, new, seed, lora_rank)
+    mask = mask if mask is not None else Mask({}, {})
+    if mask.k == 0 and not dense:
+        raise InputError("train.always_train: found no parameter and an empty mask; expected something to train")
+    return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in dense])
