@@ -199,11 +199,10 @@ def tell(found: Iterable[Check | dict[str, Any]]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run one part; returns the exit code."""
-    from irdscale.cli.command_line import QUIET
+    from irdscale.cli.logs import quiet_libraries
     from irdscale.errors import InputError, RunError
 
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    quiet_libraries()
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     ways: dict[str, Callable[[], int]] = {

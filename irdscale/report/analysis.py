@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import chi2, kruskal, mannwhitneyu, spearmanr
 
-from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.masks.mask import Mask
 from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair

@@ -93,7 +93,7 @@ def metric_by_parameters(facts: Facts) -> Figure:
         axes.scatter(
             fish["params"], fish["metric"], s=60, marker="D", color=ORANGE, label="random samples (FISH)", zorder=3
         )
-    for name, label in (("linear_probe", "head alone (linear probe)"), ("base", "the model as it came")):
+    for name, label in (("linear_probe", "head alone (linear probe)"), ("base", "the base model")):
         entry = result["baseline"].get(name)
         if entry and entry["metric"] is not None:
             axes.axhline(entry["metric"], color=RED, linewidth=1.2, linestyle="--", label=label)

@@ -41,7 +41,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
     if "linear_probe" in baseline:
         sentences.append(_against(best, baseline["linear_probe"], "the head alone (linear probe)", sign))
     elif "base" in baseline:
-        sentences.append(_against(best, baseline["base"], "the model as it came", sign))
+        sentences.append(_against(best, baseline["base"], "the base model", sign))
     else:
         sentences.append("The checkpoint holds its head, so there is no linear probe to compare with.")
     return sentences

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.report.analysis import by_chance
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all

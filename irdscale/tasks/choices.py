@@ -5,10 +5,11 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from irdscale.config.schema import ColumnsConfig, nearest
+from irdscale.config.task import ColumnsConfig
 from irdscale.errors import InputError, kind_of
 from irdscale.tasks.data import Rows
 from irdscale.tasks.labels import is_missing
+from irdscale.utils.suggestions import nearest
 
 # The fields of a column of choices that hold their texts and what they are called, as ARC has them.
 TEXT, LABEL = "text", "label"

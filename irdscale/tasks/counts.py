@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from irdscale.config.schema import LANGUAGE_KINDS
+from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.models.classes import SHOWN, listed
 from irdscale.utils.progress import say
 

@@ -14,11 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from irdscale.config.schema import COLUMNS, METRICS, ColumnsConfig, Kind, TaskConfig, check_columns, check_pool, nearest
+from irdscale.config.kinds import COLUMNS, METRICS, Kind
+from irdscale.config.task import ColumnsConfig, TaskConfig, check_columns, check_pool
 from irdscale.errors import InputError
 from irdscale.models.classes import are_placeholders, places_of
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
 from irdscale.utils.hub import hub_access, is_hub_id, one_line
+from irdscale.utils.suggestions import nearest
 
 FILE_TYPES = (".parquet", ".jsonl", ".csv")
 # The names under which data sets publish their validation split.
@@ -127,12 +129,9 @@ def find_source(task: TaskConfig) -> Source:
         if task.kind not in (None, glue.kind):
             raise InputError(f"task.kind: found {task.kind!r}; expected {glue.kind!r} for glue/{glue.name}")
         columns = task.columns or ColumnsConfig(text=list(glue.text), label=glue.label)
-        try:
-            check_columns(glue.kind, columns)
-            if task.pool is not None:
-                check_pool(glue.kind, task.pool)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        check_columns(glue.kind, columns, "task.columns")
+        if task.pool is not None:
+            check_pool(glue.kind, task.pool, "task.pool")
         return Source(name, glue.kind, columns, glue, local, hub)
     if task.kind is None:
         raise InputError(f"task.kind: missing; expected one of {', '.join(METRICS)} (only GLUE tasks have their own)")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from irdscale.config.schema import Kind, nearest
+from irdscale.config.kinds import Kind
 from irdscale.errors import InputError
+from irdscale.utils.suggestions import nearest
 
 HUB_ID = "nyu-mll/glue"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from irdscale.config.schema import nearest
 from irdscale.errors import InputError
 from irdscale.models.classes import are_placeholders, listed, places_of
+from irdscale.utils.suggestions import nearest
 
 
 def is_missing(label: Any) -> bool:

@@ -18,17 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from irdscale.config.schema import (
-    LANGUAGE_KINDS,
-    CopiesConfig,
-    Kind,
-    LabelSkewConfig,
-    LengthSkewConfig,
-    MixedWithConfig,
-    RunConfig,
-    TaskConfig,
-    nearest,
-)
+from irdscale.config.kinds import LANGUAGE_KINDS, Kind
+from irdscale.config.schema import RunConfig
+from irdscale.config.task import CopiesConfig, LabelSkewConfig, LengthSkewConfig, MixedWithConfig, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.classes import order_of
 from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
@@ -36,6 +28,7 @@ from irdscale.tasks.labels import class_labels, regression_labels
 from irdscale.tasks.language import language_samples
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import encode
+from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from irdscale.config.schema import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind, LimitConfig, RunConfig
+from irdscale.config.kinds import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind
+from irdscale.config.schema import RunConfig
+from irdscale.config.task import LimitConfig
 from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of

@@ -42,6 +42,28 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error}") from error
 
 
+def check_writable(folder: str | Path, key: str) -> None:
+    """Check that `folder`, or the nearest folder above it that exists, can be written; leaves nothing behind.
+
+    Raises:
+        InputError: it is a file, read-only, or its disk is full; `key` is the setting that names it.
+    """
+    folder = Path(folder).absolute()
+    existing = folder
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise InputError(f"found {folder}, but {existing} is a file", "a folder that can be written", key)
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(65536))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        fault = f"cannot write to {existing}: {error.strerror or error}"
+        raise InputError(fault, "a folder that can be written", key) from error
+
+
 def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write `data` to `path` so that a crash leaves the old file or the new one, never a part."""
     encoded = data.encode() if isinstance(data, str) else data

@@ -82,6 +82,19 @@ def deferred() -> Iterator[None]:
             signal.signal(number, old)
 
 
+@contextmanager
+def terminable(enabled: bool) -> Iterator[None]:
+    """Handle SIGTERM, which schedulers send, as Ctrl-C in the body; in the main thread only."""
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _State.noted is None:

@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from irdscale.config.schema import ColumnsConfig, check_columns
+from irdscale.config.task import ColumnsConfig, check_columns
 from irdscale.errors import InputError
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from irdscale.config.schema import TaskConfig
+from irdscale.config.task import TaskConfig
 from irdscale.errors import InputError
 from irdscale.tasks import data
 from irdscale.tasks.data import find_source, read_splits

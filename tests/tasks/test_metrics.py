@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from irdscale.config.schema import METRICS
+from irdscale.config.kinds import METRICS
 from irdscale.errors import InputError, RunError
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import of_counts, of_ratio, standard_errors

@@ -14,7 +14,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from irdscale.config.loader import load_config, settings_of_ranks
-from irdscale.config.schema import RunConfig, TaskConfig
+from irdscale.config.schema import RunConfig
+from irdscale.config.task import TaskConfig
 from irdscale.errors import InputError
 from irdscale.fisher.pool import draw_samples, traces_of
 from irdscale.tasks import Task, load_task
