@@ -8,7 +8,8 @@ from typing import Any
 
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, density
-from irdscale.report.analysis import LAYER, Analysis, analyse
+from irdscale.report.analysis import Analysis, analyse
+from irdscale.report.mask_overlap import LAYER
 from irdscale.search.ird import Pair, candidates
 from irdscale.search.ledger import read_ledger
 from irdscale.search.mask_store import index_file, load_mask, read_masks, traces_file

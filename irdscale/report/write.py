@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.config.kinds import LANGUAGE_KINDS
-from irdscale.report.analysis import by_chance
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.pages import write_pages
+from irdscale.report.relations import by_chance
 from irdscale.report.verdict import percent, verdict, warnings
 
 CAPTIONS = {

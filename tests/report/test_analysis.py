@@ -13,21 +13,18 @@ from scipy import stats
 
 from irdscale.masks.mask import Mask
 from irdscale.report import write_report
-from irdscale.report.analysis import (
+from irdscale.report.analysis import drivers
+from irdscale.report.facts import gather
+from irdscale.report.mask_overlap import by_layer, concentration, most_held, overlaps
+from irdscale.report.relations import (
     Relation,
-    by_layer,
-    concentration,
-    drivers,
     eta_squared,
     headline,
     larger_probability,
-    most_held,
-    overlaps,
     partial_spearman,
     relations,
     spearman,
 )
-from irdscale.report.facts import gather
 from irdscale.utils.files import write_json
 from tests.pages import Cells
 from tests.report.fake import write_output
