@@ -141,9 +141,7 @@ def describe_overlap(overlap: Overlap, sizes: list[int]) -> str:
     text = f"Of their {overlap.params:,} entries, the masks of neighbouring sample sets share {span}"
     if len(sizes) > 2:
         text += f", those of {sizes[0]:,} and {sizes[-1]:,} samples {percent(overlap.shares[0][len(sizes) - 1])}"
-    return (
-        f"{text}; random masks would share {percent(overlap.chance)}. The smaller sets are subsets of the larger."
-    )
+    return f"{text}; random masks would share {percent(overlap.chance)}. The smaller sets are subsets of the larger."
 
 
 def describe_layers(layers: list[Layer], sizes: list[int]) -> list[str]:
