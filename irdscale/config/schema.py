@@ -1,4 +1,4 @@
-"""The run configuration: its sections, and what their values may be, checked before anything is loaded.
+"""The run configuration: its sections and their valid values, checked before anything is loaded.
 
 `irdscale.config.loader` reads it from a YAML file and `key=value` overrides.
 """
