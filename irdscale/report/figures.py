@@ -73,16 +73,8 @@ def metric_by_parameters(facts: Facts) -> Figure:
     front = [(entry["params"], entry["metric"]) for entry in result["pareto"]]
     axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, alpha=0.6, label="best at each size")
     best = result["best"]
-    axes.scatter(
-        best["params"],
-        best["metric"],
-        s=190,
-        facecolors="none",
-        edgecolors=BLUE,
-        linewidths=2,
-        label="winner",
-        zorder=4,
-    )
+    ring = {"s": 190, "facecolors": "none", "edgecolors": BLUE, "linewidths": 2, "zorder": 4}
+    axes.scatter(best["params"], best["metric"], label="winner", **ring)
     fish = result["baseline"]["fish_random"]
     if fish["metric"] is not None:
         axes.scatter(
@@ -230,12 +222,7 @@ def layer_drift(facts: Facts) -> Figure | None:
 def cost(facts: Facts) -> Figure:
     """Seconds by phase."""
     figure, axes = canvas(height=2.4)
-    names = {
-        "fisher": "Fisher passes and masks",
-        "train": "candidates",
-        "baseline": "baselines",
-        "test": "test split",
-    }
+    names = {"fisher": "Fisher passes and masks", "train": "candidates", "baseline": "baselines", "test": "test split"}
     seconds = facts.result["seconds"]
     present = [name for name in reversed(names) if name in seconds]
     bars = axes.barh([names[n] for n in present], [seconds[n] for n in present], color=BLUE, alpha=0.8)
