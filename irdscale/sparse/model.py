@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from irdscale.config.schema import nearest
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
 from irdscale.sparse.entries import Entries, make_entries, patch_all
 from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import attach_all, detach_all, outside_graphs
+from irdscale.utils.suggestions import nearest
 
 # Attribute of a model with the hashes of its base, from `irdscale.adapters.base.vouch`.
 VOUCHED = "_irdscale_vouched"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 
-from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig
+from irdscale.config.kinds import Kind
+from irdscale.config.task import ColumnsConfig, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.chats import chat_messages, chat_sample
