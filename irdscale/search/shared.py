@@ -1,4 +1,4 @@
-"""One journal for all ranks: rank 0 writes it, and the others know what is in it."""
+"""The ledger as all ranks see it: rank 0 writes, every rank holds the records."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from irdscale.search.ledger import Ledger
 
 
 class SharedLedger:
-    """The journal of a search that several ranks, or one, make together.
+    """A ledger with the same records on every rank; collective.
 
     Attributes:
-        records: all of them, in order.
-        finished: key -> record of those with status ok.
+        records: all records in order.
+        finished: key -> record with status ok.
 
     Raises:
-        InputError: another process has it open, or its contents are damaged.
+        InputError: another process has the file open, or a record is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,10 +36,10 @@ class SharedLedger:
             self._ledger.__exit__()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write rank 0's record, and wait until it is on disk; every rank has it then.
+        """Write rank 0's record to disk and hold it on every rank.
 
         Raises:
-            RunError: the disk refuses it.
+            RunError: the file cannot be written.
         """
         record = json.loads(gather_texts(json.dumps(record))[0])
         with failing_together():

@@ -17,7 +17,8 @@ from irdscale.cli.command_line import run  # noqa: E402
 from irdscale.config.loader import load_config  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
-from irdscale.search.ray_engine import ray_engine, rungs  # noqa: E402
+from irdscale.search.ray_engine import ray_engine  # noqa: E402
+from irdscale.search.ray_jobs import rungs  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
 from irdscale.search.runner import WorkItem  # noqa: E402
 from irdscale.tasks import load_task  # noqa: E402

@@ -9,7 +9,6 @@ from typing import Any
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
-from irdscale.search.ledger import stopped_at, stopped_early
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.search.shared import SharedLedger
 
@@ -63,10 +62,7 @@ def test_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
 
 def test_what_was_stopped_early_is_not_run_again(tmp_path: Path) -> None:
     config = config_of(early_stopping=True)
-    stopped = {"error": stopped_early(5, 0.25)}
-    assert stopped_at(stopped) == 5
-    assert stopped_at({"error": "RuntimeError: stopped early"}) is None
-    assert stopped_at({"error": None}) is None
+    stopped = {"error": "stopped early at step 5, with 0.2500", "stopped_at": 5}
     for _ in range(2):
         engine = Engine(config, lambda c: stopped if c.pair == B else {"status": "ok", "metric": 1.0})
         with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
@@ -75,6 +71,12 @@ def test_what_was_stopped_early_is_not_run_again(tmp_path: Path) -> None:
             assert runner.training_steps(20) == 25
             assert runner.last_error() == "stopped early at step 5, with 0.2500"
     assert engine.asked == []
+    for _ in range(2):
+        # The same words without the field are an error like any other.
+        engine = Engine(config, lambda c: {"error": stopped["error"]})
+        with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
+            assert Runner(config, ledger, engine, tmp_path).evaluate_round(1, [(C, 0)], MASKS) == [None]
+        assert engine.asked == [(C, 0)]
     with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
         late = Engine(config_of(), lambda c: {"status": "ok", "metric": 2.0})
         assert Runner(config_of(), ledger, late, tmp_path).evaluate_round(1, [(B, 0)], MASKS) == [2.0]
