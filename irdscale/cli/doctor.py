@@ -39,7 +39,7 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         most, and for each runner {"at_once", "seconds", "costs"}: evaluations side by side, an upper bound of the whole
         search, and what its parts take. "ray" is None there unless it is the configuration's runner, and "local" where
         the cluster alone has GPUs. "ray" has "sharing" too: where trials share GPUs (`search.ray.gpus_per_rank`), what
-        `irdscale.plan.share.Sharing` says of them, and "said", the same in words.
+        `irdscale.memory.gpu_sharing.Sharing` says of them, and "said", the same in words.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the cluster, or the cluster cannot be reached.
@@ -235,7 +235,7 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
     import torch
 
     from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
-    from irdscale.plan.share import said_of
+    from irdscale.memory.gpu_sharing import describe
     from irdscale.search.ray_engine import rank_group_of, sharing
     from irdscale.tasks import load_task
 
@@ -258,7 +258,7 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
         at_once = min(room, asked.concurrent or room)
         beside = 1 if shared is None else shared.trials
         there = _taking(config, costs, size, at_once, asked.fisher_ranks or rank_group.size, beside)
-        there["sharing"] = None if shared is None else shared.facts() | {"said": said_of(shared)}
+        there["sharing"] = None if shared is None else shared.facts() | {"said": describe(shared)}
         # Where the GPUs are elsewhere, this machine need not have room for the model.
         elsewhere = has_gpus() and not torch.cuda.is_available()
         here = None if elsewhere else _taking(config, measured(config)[0], size)

@@ -34,9 +34,9 @@ from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
 from irdscale.search.folder import clean, refuse_changes
 from irdscale.search.ird import Pair, Wanted, rounds, together
-from irdscale.search.limits import most_of_rounds
+from irdscale.search.limits import most_of_rounds, smallest_pair
 from irdscale.search.mask_store import SearchMasks
-from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
+from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.search.shared import SharedLedger

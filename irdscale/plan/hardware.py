@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 
 from irdscale.config.schema import nearest
 from irdscale.errors import InputError
+from irdscale.memory.sizes import GIB
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
-from irdscale.plan.sizes import GIB
 
 # What collectives are taken to reach of a data sheet's links; not measured.
 LINKS = 0.7

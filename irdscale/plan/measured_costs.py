@@ -23,8 +23,7 @@ from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
 from irdscale.masks.mask import Mask, Ranking
 from irdscale.search.ird import Pair
-from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes
-from irdscale.search.masks import smallest_pair
+from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes, smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, base_model, keeping
 from irdscale.training.evaluate import evaluate_model

@@ -9,11 +9,8 @@ transformers 5.17; one run, medians), for random Llamas in bfloat16: 1B-like (20
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-# limit: forward pass and gradients of inputs, nothing trained. concentrated, scattered: a mask whose entries lie in few
-# rows and columns, or everywhere. lora: matrices of rank 8 on all matrices of the layers. full: all weights, by AdamW.
-StepKind = Literal["limit", "concentrated", "scattered", "lora", "full"]
+from irdscale.memory.sizes import StepKind
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,3 @@ CPU = Rates(
         "full": Measured(1.47, "README: sparse step / limit over sparse step / full: 1.45 bert, 1.49 llama"),
     },
 )
-
-# Share of a matrix's columns that hold entries of a mask, 4 times the root of the mask's share of all entries. Source:
-# Fisher masks of SmolLM2-135M by 32 x 128 tokens of English, over the whole model (scope `global`): 0.16, 0.28, 0.44,
-# 0.67 at 0.2, 0.5, 1, 2 %.
-_COLUMNS = 4.0
-
-
-def columns_held(ratio: float, scattered: bool) -> float:
-    """The share of a matrix's columns that hold entries of a mask of this share of all entries."""
-    return 1.0 if scattered else min(1.0, _COLUMNS * ratio**0.5)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from irdscale.plan.memory import F32, Zero
-from irdscale.plan.sizes import Shapes
+from irdscale.memory.items import F32, Zero
+from irdscale.memory.sizes import Shapes
 
 # An attention kernel forms its [T, T] products twice forward and five times backward.
 ATTENTION_BACKWARD = 2.5

@@ -28,7 +28,7 @@ from irdscale.fisher.pool import (
     traces_of,
 )
 from irdscale.search.ird import Pair
-from irdscale.search.limits import reachable_sizes
+from irdscale.search.limits import reachable_sizes, smallest_pair
 from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
 from irdscale.training.base_model import base_model
 from irdscale.training.head_warmup import model_to_score
@@ -37,12 +37,6 @@ from irdscale.utils.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
-
-
-def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
-    """The pair below which no candidate of a search from `start` goes, in a model of so many parameters."""
-    min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
-    return Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * parameters))))
 
 
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:

@@ -34,7 +34,7 @@ from irdscale.cluster.trial import JobTrial
 from irdscale.cluster.worker import RankGroup, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
-from irdscale.plan.share import Sharing, said_of, sharing_of
+from irdscale.memory.gpu_sharing import Sharing, describe, sharing_of
 from irdscale.search.candidates import Candidate
 from irdscale.search.early_stopping import AshaByPair
 from irdscale.search.ray_jobs import evaluate_candidate, run_work
@@ -63,7 +63,7 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         if config.search.ray.shares_gpus:
             shared = sharing(config, task)
-            log.log(logging.WARNING if shared.fits is False else logging.INFO, said_of(shared))
+            log.log(logging.WARNING if shared.fits is False else logging.INFO, describe(shared))
         with watching(cluster.supervisor, enabled=progress):
             try:
                 yield engine

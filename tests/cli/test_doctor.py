@@ -339,7 +339,9 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
     lines = list(_said_of_search(result["search"]))
     assert lines[-1] == sharing["said"]
     how = "by CUDA MPS;" if mps else "by time slices (start nvidia-cuda-mps-control -d on its node for MPS);"
-    assert f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial takes 0.5" in lines[-1]
+    assert (
+        f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial needs an estimated 0.5" in lines[-1]
+    )
     whole = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
     assert (whole["at_once"], whole["sharing"]) == (1, None)
     # Steps take as long for all, models are loaded side by side.
@@ -355,11 +357,11 @@ def test_the_longest_sample_is_of_what_is_trained_on_and_of_selection(toy):
 
 def test_trials_that_do_not_fit_on_a_gpu_are_a_problem(toy, gpus_of_a_cluster):
     from irdscale.cluster.share import Card
-    from irdscale.plan import share
+    from irdscale.memory import gpu_sharing
     from irdscale.search import ray_engine
 
     gpus_of_a_cluster(ray_engine, "cards", lambda share: [Card("one", "L4", 22 * 2**30, False)])
-    gpus_of_a_cluster(share, "trial_peak", lambda config, tokens: ("train", 7 * 2**30))
+    gpus_of_a_cluster(gpu_sharing, "trial_peak", lambda config, tokens: ("train", 7 * 2**30))
     result = doctor.diagnose(on_ray(toy, gpus_per_rank=0.25))
     assert not result["ok"]
     assert result["search"] is None

@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: it is built on the meta device, where tensors have no bytes."""
+"""A model's sizes from its config.json alone: the model is built on the meta device, without bytes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from irdscale.config.schema import LANGUAGE_KINDS, Kind, RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher import pool
+from irdscale.memory.sizes import Shapes
 from irdscale.models.build import load_model_config
-from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
 from irdscale.utils.hub import one_line
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 
 def task_kind(config: RunConfig) -> Kind:
-    """The kind of task, without its data.
+    """The task's kind, without loading its data.
 
     Raises:
-        InputError: it is not given, and the data set is not of GLUE.
+        InputError: `task.kind` is not set, and the data set is not in GLUE.
     """
     if config.task.kind is not None:
         return config.task.kind
     name = config.task.dataset.rstrip("/").rpartition("/")[2]
     if name in GLUE:
         return GLUE[name].kind
-    raise InputError("task.kind: found none; expected one, for the data set is not of GLUE")
+    raise InputError("found none", "a kind, because the data set is not in GLUE", key="task.kind")
 
 
 def meta_model(config: RunConfig) -> PreTrainedModel:
     """The task's model on the meta device, in evaluation mode.
 
     Raises:
-        InputError: `model.path` names no model, or one that transformers cannot build for this kind of task.
+        InputError: `model.path` names no model, or transformers cannot build it for this kind of task.
     """
     import transformers
 
@@ -47,7 +47,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
     if kind in LANGUAGE_KINDS:
         auto = transformers.AutoModelForCausalLM
     else:
-        # Of classes only their number is unknown; it changes nothing that counts.
+        # The number of classes is unknown, and too small to matter.
         model_config.num_labels = 1 if kind == "regression" else 2
         text = model_config.get_text_config()
         if text.pad_token_id is None:
@@ -59,7 +59,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
                 dtype=getattr(torch, config.model.dtype),
                 trust_remote_code=config.model.trust_remote_code,
             )
-    except Exception as error:  # transformers and remote code raise what they like
+    except Exception as error:  # transformers and remote code raise any type
         raise InputError(
             f"model.path: {config.model.path}: cannot build a model for task.kind {kind!r} from its config.json: "
             f"{one_line(error)}"
@@ -68,20 +68,20 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
 
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of equal layers, and its name: the longest list of modules.
+    """Name and modules of the stack of equal layers: the list of modules with the most parameters.
 
     Raises:
-        InputError: there is none.
+        InputError: the model has no list of modules.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise InputError(f"{type(model).__name__}: found no list of layers; expected a model of layers")
-    # Of equals the first: the decoder's own, not that of something inside a layer.
+        raise InputError("found no list of layers", "a model of layers", where=type(model).__name__)
+    # Among equals the first: the decoder's own list, not one inside a layer.
     return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), len(item[1])))
 
 
 def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
-    """Names of the parameters trained whole; `auto` takes a classifier's head for new, and nothing of a language model.
+    """Names of the parameters trained outside the mask; `auto` means a classifier's head, and none of a language model.
 
     Raises:
         InputError: an expression of `train.always_train` matches no parameter.
@@ -95,10 +95,10 @@ def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
 
 
 def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters that a mask may hold entries of, as a Fisher pass has them.
+    """The parameters that a mask may hold entries of, as in a Fisher pass.
 
     Raises:
-        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
+        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or no parameter is left.
     """
     return pool.scored_of(config, model, trained_outside(config, model), task_kind(config) in LANGUAGE_KINDS)
 
