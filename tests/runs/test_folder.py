@@ -186,10 +186,10 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
 
 
 def test_an_interrupt_before_anything_is_saved_promises_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("irdscale.training.one_mask._fisher_mask", interrupted)
+    monkeypatch.setattr("irdscale.training.one_mask.make_mask", interrupted)
     for verb in (run_fisher, run_train):
         with pytest.raises(Interrupted) as ending:
             verb(loaded(toy, f"output={toy / 'new'}"), progress=False)
