@@ -76,7 +76,7 @@ def pull_adapter(repo_id: str, folder: Path | str | None = None, revision: str |
 
             return Path(snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=FILES))
     except Exception as error:  # as above
-        raise InputError(f"{repo_id}: no adapter loaded from the hub: {one_line(error)}") from error
+        raise InputError(f"no adapter loaded from the hub: {one_line(error)}", where=repo_id) from error
 
 
 def find_adapter(place: Path | str) -> Path:
@@ -91,4 +91,4 @@ def find_adapter(place: Path | str) -> Path:
     try:
         return pull_adapter(str(place))
     except InputError as error:
-        raise InputError(f"{place}: no such folder here, and {str(error).partition(': ')[2]}") from error
+        raise InputError(f"no such folder here, and {error.found}", where=str(place)) from error

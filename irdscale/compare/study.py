@@ -111,14 +111,14 @@ class _Study(TypedDict):
 
 
 def read_study(output: Path) -> dict[str, Any]:
-    """The compare.json of an output folder.
+    """Read the compare.json of an output folder.
 
     Raises:
-        InputError: there is none, or it is not what a finished comparison writes.
+        InputError: it is missing, or not the result of a comparison.
     """
     path = output / FILE
     if not path.exists():
-        raise InputError(f"{output}: found no {FILE}; expected a finished comparison: run irdscale compare")
+        raise InputError(f"found no {FILE}", "a finished comparison: run irdscale compare", where=str(output))
     study = read_json(path, "result of a comparison")
     try:
         TypeAdapter(_Study).validate_python(study)
@@ -127,9 +127,10 @@ def read_study(output: Path) -> dict[str, Any]:
         key = ".".join(map(str, first["loc"])) or "the file"
         found = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
         message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InputError(f"{path}: not the result of a comparison: {key}: found {found}; {message}") from error
+        raise InputError(f"not the result of a comparison: {key}: found {found}; {message}", where=str(path)) from error
     names = [method["name"] for method in study["methods"]]
     if study["reference"] not in names:
         known = ", ".join(names) or "none"
-        raise InputError(f"{path}: reference: found {study['reference']!r}; expected one of its methods: {known}")
+        expected = f"one of its methods: {known}"
+        raise InputError(f"found {study['reference']!r}", expected, key="reference", where=str(path))
     return dict(study)

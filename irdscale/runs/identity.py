@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from irdscale.config.schema import ModelConfig
 from irdscale.errors import InputError
 from irdscale.models.build import resolve_model_path
+from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.files import digest
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "selection", "test", "pool")
 PIECE = 2**23
-# What transformers loads, the first that is there.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
 # What tells by whom and where a file was written, not what is in it.
 WRITTEN_BY = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -140,7 +139,7 @@ def _folder(path: str) -> Path | None:
 def _weights_of(folder: Path) -> list[Path]:
     """The files that hold a model's weights."""
     adapter = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         file = folder / name
         if not file.is_file():
             continue

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a search on a cluster: loss, learning rate and selection metric of every evaluation."""
+"""TensorBoard curves of a search on a cluster: loss, learning rate and selection metric of every evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Draw(Protocol):
 
 @contextmanager
 def curves(output: Path, candidate: Candidate) -> Iterator[Draw]:
-    """Curves of one evaluation, in OUTPUT/tensorboard; the first rank's are drawn."""
+    """Curves of one evaluation, which rank 0 writes to OUTPUT/tensorboard."""
     if rank_and_world()[0] > 0:
         yield lambda step, **values: None
         return

@@ -1,4 +1,4 @@
-"""Where a search, or a comparison, runs."""
+"""The engine of a search or a comparison, by `search.runner`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
-    """Where `search.runner` says that the work is done."""
+    """The engine that `search.runner` names, for the body."""
     if config.search.runner == "local":
         local = LocalEngine(config, task, output)
         try:

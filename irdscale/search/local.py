@@ -1,4 +1,4 @@
-"""The local engine: one evaluation after the other, in this process, or by all of a launcher's ranks together."""
+"""The local engine: one evaluation after another, in this process or on all ranks of a launcher together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class LocalEngine:
-    """Runs everything where it is called, on one base model; see `irdscale.search.runner.Engine`."""
+    """Runs everything in the calling process, with one base model; see `irdscale.search.runner.Engine`."""
 
     def __init__(self, config: RunConfig, task: Task, output: Path) -> None:
         self._given, self._base = (config, task, output), KeptBase()
 
     def release(self) -> None:
-        """Forget the base model."""
+        """Free the base model."""
         self._base.release()
 
     def call(self, work: Callable[..., T], *args: Any) -> T:

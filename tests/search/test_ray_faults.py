@@ -85,7 +85,7 @@ def test_a_driver_killed_in_a_trial_and_in_a_round(toy: Path, local: tuple[Path,
         seen = now
     with command(toy, output) as process:
         said = ends_well(process)
-    assert "going on: " in said
+    assert "resuming: " in said
     same(output, local)
 
 

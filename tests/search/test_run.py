@@ -112,8 +112,7 @@ def test_the_adapter_gives_the_stated_metrics(finished: tuple[Path, dict[str, An
 def test_a_second_run_trains_nothing(
     finished: tuple[Path, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "fine_tune", None)
-    monkeypatch.setattr(run, "load_task", None)
+    monkeypatch.setattr(run, "running", None)
     assert run_search(load_config(folder / "toy.yaml"), progress=False) == finished[1]
 
 
