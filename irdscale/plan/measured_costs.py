@@ -1,4 +1,4 @@
-"""How long a search will take: a few steps of its own are measured, and the rest is arithmetic."""
+"""Duration of a search on this machine, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_d
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
-# Training steps that are measured, after those in which everything is met for the first time.
+# Training steps in all, and the first of them, which are not measured.
 STEPS, FIRST = 5, 2
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a search take, in seconds.
+    """Seconds of the parts of a search.
 
     Attributes:
-        trace, gradient: of a sample, in the pass that ranks the samples and in the one that makes masks.
-        ranking: of all entries, once for each number of samples.
-        begin: until a candidate's first step: its mask in a model that is there, and its Trainer.
-        step: of training.
-        prediction: of a sample, when a metric is measured.
-        load: reading of the model.
+        trace, gradient: seconds per sample in the pass that ranks samples, and in the pass for masks.
+        ranking: seconds to rank all entries, once per sample set.
+        begin: seconds until a candidate's first step, with a loaded model.
+        step: seconds per training step.
+        prediction: seconds per sample of an evaluation.
+        load: seconds to load the model.
     """
 
     trace: float
@@ -60,15 +60,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Size:
-    """How much a search does, at most.
+    """Upper bounds of a search's work.
 
     Attributes:
-        rounds: of candidates.
-        candidates: of one round.
-        evaluations: of the rounds and the baselines, each seed counted.
-        steps: of one evaluation.
-        samples: of the pool, whose gradients are taken in each pass.
-        rankings: sets of samples for which masks are made.
+        rounds, candidates: rounds, and candidates per round.
+        evaluations: evaluations of the rounds and the baselines, over all seeds.
+        steps: optimizer steps per evaluation.
+        samples: samples of each Fisher pass.
+        rankings: sample sets with masks.
         selection, test: samples of the splits.
     """
 
@@ -86,13 +85,13 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept
     """Measure a few steps of a search on this machine; writes nothing.
 
     Args:
-        threads: of the processor; those that torch chooses if None.
-        ranks: that share a training step: one rank's part of it is measured.
-        kept: whether a process keeps its model from one evaluation to the next; if not, `begin` has a load in it.
+        threads: CPU threads; torch's default if None.
+        ranks: ranks that share a training step, of which one rank's part is measured.
+        kept: whether a process keeps its model between evaluations; otherwise `begin` includes a load.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the ranks.
-        TrainingError: the loss of one of the steps is no number.
+        TrainingError: training diverged (NaN or Inf).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -118,7 +117,7 @@ def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
 def _of_passes(
     config: RunConfig, task: Task, model: nn.Module, dense: list[str]
 ) -> tuple[Size, tuple[float, float, float], Mask]:
-    """The search's size, the costs of its passes, and a mask of its size."""
+    """The search's size, the costs of its passes, and a mask of its largest size."""
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     samples = sample_gradients(config, task, model, pool, dense)
     start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
@@ -138,7 +137,7 @@ def _of_passes(
 
 
 def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:
-    """Seconds of a sample in each pass and of a ranking, and a mask of the search's size."""
+    """Seconds per sample of each pass and per ranking, and a mask of the search's largest size."""
     few = max(1, min(config.fisher.batch_size, start.samples // 3))
     many = min(3 * few, start.samples)
     traces = torch.zeros(start.samples, dtype=torch.float64)
@@ -150,13 +149,13 @@ def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[f
 
     mask = rank(1).prefix(start.params)
     short, long = _seconds(lambda: rank(few)), _seconds(lambda: rank(many))
-    # Where a ranking takes so little that noise hides it, it counts with the samples.
+    # A ranking too short to measure counts with the samples.
     gradient = (long - short) / (many - few) if long > short and many > few else long / many
     return trace, gradient, max(0.0, long - many * gradient), mask
 
 
 def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
-    """Seconds until a candidate's first step, of a step, and of a sample when its metric is measured."""
+    """Seconds until a candidate's first step, per step, and per sample of an evaluation."""
     started, seed = time.perf_counter(), config.search.seeds[0]
     with base_model(config, task, seed) as (model, new):
         make_sparse(config, model, new, mask, seed)
@@ -166,7 +165,7 @@ def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tup
 
 
 def _steps(config: RunConfig, task: Task, model: nn.Module, batch_size: int) -> tuple[float, float, float]:
-    """Seconds until a sparse model's first step, of a step, and of a sample when its metric is measured."""
+    """`_training` of a sparse model that is already built."""
     stamps: list[float] = []
     train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
     control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
@@ -187,20 +186,21 @@ def _seconds(work: Callable[[], object]) -> float:
 def search_seconds(
     config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1, trials_a_gpu: int = 1
 ) -> float:
-    """How long a search takes that goes through all its rounds.
+    """Seconds of a search that uses all its rounds.
 
-    Ranks are taken to share a pass over samples without loss. What Ray itself takes is not in it: some seconds a round.
+    Assumes that ranks share a Fisher pass without loss. Ray's own overhead, some seconds per round, is left out.
 
     Args:
-        at_once: evaluations that run side by side; those of a round wait for its last one.
-        trials_a_gpu: evaluations that share a GPU, and its speed.
+        at_once: evaluations that run side by side; a round ends with its last one.
+        fisher_ranks: ranks of a Fisher pass.
+        trials_a_gpu: evaluations that share a GPU and its speed.
     """
     seeds = len(config.search.seeds)
-    # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
+    # Passes for traces, losses and masks, and for as many random samples of the baseline.
     of_masks = 2 * size.samples * costs.gradient
     passes = (size.samples * (config.traced * costs.trace + costs.prediction) + of_masks) / fisher_ranks
     if config.fisher.head_warmup:
-        # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
+        # Once for the pool and once for the random samples. A step of the head takes at most a full step.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     computing = size.steps * costs.step + size.selection * costs.prediction
     groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)]
@@ -208,6 +208,6 @@ def search_seconds(
     turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
     evaluations = waves * costs.begin + turns * computing
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    # Processes load side by side; those of the evaluations are others than the passes' where there are several.
+    # Processes load side by side; with several, evaluations have other processes than the passes.
     loads = (1 if at_once == 1 else 2) * costs.load
     return loads + passes + (size.rankings + 1) * costs.ranking + evaluations + tests

@@ -1,9 +1,9 @@
-"""What devices were measured to reach, each number with its source; plans of time rest on nothing else but links.
+"""Measured rates of devices, each with its source; planned times rest on them and on link bandwidths.
 
-Shares are of a device's peak (`irdscale.plan.hardware`). Other cards than the H100 were not measured and take its
-shares; what a plan prints says so. "The GPU table" is that of one NVIDIA H100 80 GB HBM3 (torch 2.11+cu130, Triton 3.6,
-transformers 5.17; one run, medians), for random Llamas in bfloat16: 1B-like (2048 wide, 8192 within, 16 layers) by 8 x
-512 tokens, 8B-like (4096, 14336, 32) by 4 x 512. "README" is irdscale/bench/README.md, on 2 CPU cores.
+Rates are shares of a device's peak (`irdscale.plan.hardware`). GPUs other than the H100 were not measured and use its
+shares, which the plan's output states. "GPU table" means one NVIDIA H100 80 GB HBM3 (torch 2.11+cu130, Triton 3.6,
+transformers 5.17; one run, medians) with random Llamas in bfloat16: 1B-like (hidden size 2048, MLP 8192, 16 layers)
+with 8 x 512 tokens, 8B-like (4096, 14336, 32) with 4 x 512. "README" means irdscale/bench/README.md, on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from irdscale.memory.sizes import StepKind
 
 @dataclass(frozen=True)
 class Measured:
-    """A number and where it comes from."""
+    """A number and its source."""
 
     value: float
     source: str
@@ -23,12 +23,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Shares:
-    """Of one number type.
+    """Rates of one dtype.
 
     Attributes:
-        passes: share of the peak in a forward pass and the gradients of inputs back through it.
-        gradients: share of the peak in a weight's gradient.
-        squares: speed of a batch's squared gradients of samples, as a share of that of the weight's gradient.
+        passes: share of the peak in a forward pass and its input gradients.
+        gradients: share of the peak in weight gradients.
+        squares: speed of squared per-sample gradients over that of weight gradients.
     """
 
     passes: Measured
@@ -38,11 +38,11 @@ class Shares:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device reaches.
+    """Rates of one device.
 
     Attributes:
-        device: its name among `irdscale.plan.hardware.GPUS`.
-        steps: time of a training step by what is trained, in those of the limit, of masks of 0.5 %.
+        device: name in `irdscale.plan.hardware.GPUS`.
+        steps: time of a training step over that of the limit, with masks of 0.5 %.
     """
 
     device: str

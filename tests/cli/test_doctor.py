@@ -170,7 +170,7 @@ def test_a_cluster_that_does_not_answer_is_a_problem_at_once(monkeypatch):
     result = doctor.diagnose()
     assert result["ok"]
     assert result["ray"]["cluster"] is None
-    why = f"RAY_ADDRESS: found {address}, where nobody answers; expected a running Ray cluster"
+    why = f"RAY_ADDRESS: found {address}, which does not answer; expected a running Ray cluster"
     found = {"cannot": "search with search.runner=ray", "why": why, "blocks_search": False}
     assert result["problems"][-1] == found
 
@@ -179,7 +179,7 @@ def test_a_search_on_a_cluster_that_does_not_answer_is_bad_input(tmp_path, monke
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     config = load_config(write_config(tmp_path), ["search.runner=ray"])
-    with pytest.raises(InputError, match=r"^RAY_ADDRESS: found 127.0.0.1:1, where nobody answers"):
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: found 127.0.0.1:1, which does not answer"):
         doctor.diagnose(config)
 
 

@@ -109,7 +109,7 @@ def test_overwrite_removes_only_what_was_written(toy: Path) -> None:
     for file in notes[::2]:
         file.write_text("mine")
     flip_labels(toy, "train")
-    with pytest.raises(InputError, match=r"mask: .* lies in what --overwrite removes"):
+    with pytest.raises(InputError, match=r"mask: .* is in a folder that --overwrite removes"):
         run_train(loaded(toy), mask=str(toy / "out/mask"), progress=False, overwrite=True)
     result = run_train(loaded(toy), progress=False, overwrite=True)
     assert all(file.read_text() == "mine" for file in notes[::2])

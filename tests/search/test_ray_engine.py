@@ -194,7 +194,7 @@ def test_ray_under_a_launcher_is_refused(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:1", "RAY_ADDRESS: found 127.0.0.1:1, where nobody answers"),
+        ("127.0.0.1:1", "RAY_ADDRESS: found 127.0.0.1:1, which does not answer"),
         ("ray://127.0.0.1:10001", "RAY_ADDRESS: found ray://127.0.0.1:10001; expected HOST:PORT"),
         ("auto", "RAY_ADDRESS: found auto, but no Ray cluster on this host"),
     ],
