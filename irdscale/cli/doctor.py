@@ -258,7 +258,7 @@ def _estimate(config: RunConfig, ray: dict[str, Any], problems: list[dict[str, A
         at_once = min(room, asked.concurrent or room)
         beside = 1 if shared is None else shared.trials
         there = _taking(config, costs, size, at_once, asked.fisher_ranks or rank_group.size, beside)
-        there["sharing"] = None if shared is None else shared.facts() | {"said": describe(shared)}
+        there["sharing"] = None if shared is None else asdict(shared) | {"said": describe(shared)}
         # Where the GPUs are elsewhere, this machine need not have room for the model.
         elsewhere = has_gpus() and not torch.cuda.is_available()
         here = None if elsewhere else _taking(config, measured(config)[0], size)

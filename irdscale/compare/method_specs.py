@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import METHODS, RunConfig
@@ -117,8 +117,3 @@ def _method(config: RunConfig, name: str) -> Method:
         own = own.model_copy(update={"fisher": own.fisher.model_copy(update={"score": DRAWN[kind]})})
     where = f"compare.variants.{name}"
     return Method(name, kind, changed_config(own, changes, where) if changes else own, name not in METHODS)
-
-
-def described(method: Method) -> dict[str, Any]:
-    """Name and description for the result."""
-    return {"name": method.name, "label": method.label, "what": method.what}

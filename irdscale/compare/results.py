@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method, described
+from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.schema import METRIC_RANGES
@@ -71,7 +71,9 @@ def _entry(
     gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
     spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
     return {
-        **described(method),
+        "name": method.name,
+        "label": method.label,
+        "what": method.what,
         "learning_rate": study.rates[method.name],
         "grid": study.grids[method.name],
         "evaluations": _mean([one["evaluations"] for one in seeds]),

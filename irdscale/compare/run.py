@@ -25,24 +25,22 @@ from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_method
 from irdscale.compare.results import fewest_samples, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
-from irdscale.config.loader import dump_config
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
-from irdscale.search.folder import clean, refuse_changes
+from irdscale.search.folder import open_ledger, refuse_changes
 from irdscale.search.ird import Pair, Wanted, rounds, together
 from irdscale.search.limits import most_of_rounds, smallest_pair
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
-from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import said_of_rises
-from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -94,13 +92,7 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         facts = engine.call(model_facts, "lora" in _kinds(config))
         with failing_together():
             methods = fitting_methods(config, facts)
-        with SharedLedger(output / "ledger.jsonl") as ledger:
-            with failing_together():
-                if rank_and_world()[0] == 0:
-                    write_atomic(output / "config.yaml", dump_config(config))
-                    clean(output)
-            if ledger.finished:
-                log.info("resuming: %d evaluations are finished", len(ledger.finished))
+        with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
                 runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
@@ -246,7 +238,7 @@ def _choose_rates(study: Study) -> None:
         kept = study.rates[method.name] or study.grid[0]
         for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
             study.tried[method.name, seed] = [candidate]
-    _drop_all_but(study, [candidate for tried in study.tried.values() for candidate in tried])
+    study.runner.drop_all_but({one.key(study.config) for tried in study.tried.values() for one in tried})
 
 
 def _search(study: Study) -> None:
@@ -273,19 +265,10 @@ def _search(study: Study) -> None:
         study.runner.evaluate([one for of_one in wanted for one in of_one])
         return [[study.runner.metric(one) for one in of_one] for of_one in wanted]
 
-    searches = []
+    lower, searches = study.task.lower_is_better, []
     for method, seed in started:
         masks, search = study.ranking_masks[method.name, seed], method.config.search
-        searches.append(
-            rounds(
-                masks.start,
-                masks.minimum,
-                [seed],
-                search.max_rounds,
-                search.patience,
-                study.task.lower_is_better,
-            )
-        )
+        searches.append(rounds(masks.start, masks.minimum, [seed], search.max_rounds, search.patience, lower))
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
         study.tried[method.name, seed] += [candidate(method, pair, seed) for pair in list(outcome.means)[1:]]
         study.spent[method.name, seed] = outcome.evaluations
@@ -353,15 +336,10 @@ def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
     return max(ended, key=lambda scored: scored[0])[1] if ended else None
 
 
-def _drop_all_but(study: Study, kept: Sequence[Candidate]) -> None:
-    keys = {candidate.key(study.config) for candidate in kept}
-    study.runner.drop_all_but(keys)
-
-
 def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:
     """Key -> test metric of a chosen candidate and its standard error; each is written to disk at once."""
-    _drop_all_but(study, chosen)
     by_key = {candidate.key(study.config): candidate for candidate in chosen}
+    study.runner.drop_all_but(by_key.keys())
     file = study.output / "test_scores.json"
     with failing_together():
         stored = read_json(file, "list of test scores") if file.exists() else {}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from irdscale.cluster.share import CONTEXT, Card, jobs_a_gpu, share_of, tensors_room
 from irdscale.config.schema import RunConfig
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sharing:
-    """How trials share the GPUs of a cluster; `facts` is ready for JSON.
+    """How trials share the GPUs of a cluster; plain numbers and texts, ready for JSON.
 
     Attributes:
         share: share of a GPU per trial.
@@ -44,10 +43,6 @@ class Sharing:
     trial_gib: float | None = None
     most: int | None = None
     fits: bool | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """All attributes by name."""
-        return asdict(self)
 
 
 def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: int | None = None) -> Sharing:

@@ -103,20 +103,16 @@ def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Paramet
     return pool.scored_of(config, model, trained_outside(config, model), task_kind(config) in LANGUAGE_KINDS)
 
 
-def _is_product(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
     """The sizes of a model on the meta device.
 
     Raises:
         InputError: as `scored_of` and `layer_stack`.
     """
+    from transformers.pytorch_utils import Conv1D
+
     parameters = dict(model.named_parameters())
-    products = [tuple(cast(nn.Parameter, m.weight).shape) for m in model.modules() if _is_product(m)]
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     text = model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", 0) or 0, getattr(text, "hidden_size", 0) or 0
     width = getattr(text, "head_dim", None) or hidden // max(1, heads)
@@ -125,7 +121,7 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
         item=getattr(torch, config.model.dtype).itemsize,
         scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
         dense=sum(parameters[name].numel() for name in trained_outside(config, model)),
-        products=[(out, inside) for out, inside in products],
+        products=[(module.weight.shape[0], module.weight.shape[1]) for module in linear],
         largest=max(p.numel() for p in parameters.values()),
         layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
         hidden=hidden,

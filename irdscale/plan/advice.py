@@ -69,6 +69,8 @@ def _offloading(layout: Layout) -> Iterator[Layout]:
 
 def fewest(job: Job, layout: Layout) -> Layout | None:
     """The fastest layout that fits on the fewest GPUs of the same kind; None if none fits."""
+    # Weights and Fisher sums, which every layout without offloading needs.
+    least = job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
     full = max(8, layout.gpus_per_node)
     inside = [2**i for i in range(full.bit_length()) if 2**i < full] + [full]
     counts = [(1, gpus) for gpus in inside] + [(2**i, full) for i in range(1, MOST_NODES.bit_length())]
@@ -76,7 +78,7 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
         if job.ray_ranks is not None and nodes * gpus < job.ray_ranks:
             continue
         tried = replace(layout, nodes=nodes, gpus_per_node=gpus)
-        if _least(job) > tried.world * job.gpu.room:
+        if least > tried.world * job.gpu.room:
             continue
         if job.batch % (tried.world * tried.accumulation):
             tried = replace(tried, accumulation=_accumulated(job, tried))
@@ -84,11 +86,6 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
         if found is not None:
             return found
     return None
-
-
-def _least(job: Job) -> int:
-    """Bytes of weights and Fisher sums, which every layout without offloading needs."""
-    return job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
 
 
 def changes(old: Layout, new: Layout) -> str:

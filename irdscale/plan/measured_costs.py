@@ -17,17 +17,17 @@ from irdscale.cluster.share import shared_turns
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.deepspeed import micro_batch
 from irdscale.distributed.process_group import in_process_group
-from irdscale.distributed.zero3 import numel_of
 from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
-from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
+from irdscale.fisher.pool import pass_options
 from irdscale.masks.mask import Mask, Ranking
 from irdscale.search.ird import Pair
 from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes, smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, base_model, keeping
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainer import Control, fine_tune, make_sparse, trained_densely
+from irdscale.training.mask_passes import MaskPass, mask_pass
+from irdscale.training.trainer import Control, fine_tune, make_sparse
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -106,34 +106,28 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept
 def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     part = micro_batch(config, ranks) * config.train.gradient_accumulation
     task = load_task(config)
-    started = time.perf_counter()
-    with base_model(config, task, config.search.seeds[0]) as (model, new):
-        load = time.perf_counter() - started
-        size, passes, mask = _of_passes(config, task, model, trained_densely(config, model, new))
+    cold = config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})
+    with mask_pass(cold, task, config.fisher.samples, "pool", progress=False) as drawn:
+        load = time.perf_counter() - drawn.started
+        size = _size(config, task, drawn)
+        trace, gradient, ranking, mask = _passes(config, drawn.samples, Pair(len(drawn.places), drawn.k))
     begin, step, prediction = _training(config, task, mask, part)
-    return Costs(*passes, begin, step, prediction, load), size
+    return Costs(trace, gradient, ranking, begin, step, prediction, load), size
 
 
-def _of_passes(
-    config: RunConfig, task: Task, model: nn.Module, dense: list[str]
-) -> tuple[Size, tuple[float, float, float], Mask]:
-    """The search's size, the costs of its passes, and a mask of its largest size."""
-    pool = draw_samples(config, task, config.fisher.samples, "pool")
-    samples = sample_gradients(config, task, model, pool, dense)
-    start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
-    minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
-    size = Size(
+def _size(config: RunConfig, task: Task, drawn: MaskPass) -> Size:
+    start = Pair(len(drawn.places), drawn.k)
+    minimum = smallest_pair(config, start, drawn.parameters)
+    return Size(
         rounds=most_rounds(start, minimum, config.search.max_rounds),
         candidates=most_candidates(start, minimum),
         evaluations=most_evaluations(start, minimum, config.search.max_rounds, len(config.search.seeds)),
         steps=training_steps(config.train, len(task.trained)),
-        samples=len(pool),
+        samples=start.samples,
         rankings=len(reachable_sizes(start, minimum)[0]),
         selection=len(task.selection),
         test=len(task.test),
     )
-    trace, gradient, ranking, mask = _passes(config, samples, start)
-    return size, (trace, gradient, ranking), mask
 
 
 def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:

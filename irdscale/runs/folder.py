@@ -135,7 +135,7 @@ class RunFolder:
 
     def _claim(self, task: Task, parts: dict[str, dict[str, Any]], mask: str | None) -> None:
         before = read_record(self.output)
-        base = {**_base(self._config, task), **_model(self._config, before)}
+        base = _input(self._config, task, before)
         other = [] if before is None else _changes(before, base)
         known: dict[str, Any] = {} if before is None else before["parts"]
         found, clashing = list(other), [CLASHING[part] for part in parts if CLASHING.get(part) in known]
@@ -253,7 +253,7 @@ def refuse_other_input(config: RunConfig, task: Task) -> None:
     """
     before = read_record(Path(config.output))
     if before is not None:
-        found = _changes(before, {**_base(config, task), **_model(config, before)})
+        found = _changes(before, _input(config, task, before))
         if found:
             raise InputError(f"{config.output} holds other work ({'; '.join(found)})", "the same input", key="output")
 
@@ -278,14 +278,12 @@ def read_record(output: Path) -> dict[str, Any] | None:
     return found
 
 
-def _base(config: RunConfig, task: Task) -> dict[str, Any]:
+def _input(config: RunConfig, task: Task, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The part of a record on configuration, data and model."""
     dumped = config.model_dump(mode="json", include={"model", "task"})
     places = {"model.path": config.model.path, "task.dataset": config.task.dataset}
-    return {"config": without_places(dumped), "places": places, "data": data_digests(task)}
-
-
-def _model(config: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
-    return {"model": model_digests(config.model, None if before is None else before["model"])}
+    model = model_digests(config.model, None if before is None else before["model"])
+    return {"config": without_places(dumped), "places": places, "data": data_digests(task), "model": model}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ class Outcome:
 Wanted = list[tuple[Pair, int]]
 Metrics = list[float | None]
 Evaluate = Callable[[int, Wanted], Metrics]
-Rounds = Generator[tuple[int, Wanted], Metrics, Outcome]
+Rounds = Generator[tuple[int, Wanted], Metrics | None, Outcome]
 
 
 def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
@@ -140,7 +140,7 @@ def rounds(
         if new:
             asked.update(new)
             wanted = [(pair, seed) for pair in new for seed in seeds]
-            metrics = dict(zip(wanted, (yield number, wanted), strict=True))
+            metrics = dict(zip(wanted, (yield number, wanted) or [], strict=True))
             for pair in new:
                 of_pair = [metric for seed in seeds if (metric := metrics[pair, seed]) is not None]
                 if len(of_pair) == len(seeds):
@@ -175,17 +175,16 @@ def together(
         evaluate: takes each search's round and new evaluations (None for a finished search) and returns the metrics of
             the unfinished searches, in order.
     """
-    outcomes: list[Outcome | None] = [None] * len(searches)
-    asked: list[tuple[int, Wanted] | None] = [None] * len(searches)
+    outcomes: dict[int, Outcome] = {}
     answers: list[Metrics | None] = [None] * len(searches)
-    while None in outcomes:
+    while len(outcomes) < len(searches):
+        asked: list[tuple[int, Wanted] | None] = [None] * len(searches)
         for place, search in enumerate(searches):
-            if outcomes[place] is None:
-                answer = answers[place]
+            if place not in outcomes:
                 try:
-                    asked[place] = next(search) if answer is None else search.send(answer)
+                    asked[place] = search.send(answers[place])
                 except StopIteration as ended:
-                    outcomes[place], asked[place] = ended.value, None
+                    outcomes[place] = ended.value
         found = iter(evaluate(asked) if any(asked) else [])
         answers = [None if wanted is None else next(found) for wanted in asked]
-    return [outcome for outcome in outcomes if outcome is not None]
+    return [outcomes[place] for place in range(len(searches))]

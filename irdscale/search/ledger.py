@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
 from irdscale.errors import InputError
 from irdscale.utils.files import digest, fsync_folder, writing
 
@@ -65,42 +66,39 @@ def read_ledger(path: Path | str) -> list[dict[str, Any]]:
 
 
 class Ledger:
-    """The ledger of one output folder, locked for this process while open.
+    """The ledger of one output folder; collective. Rank 0 writes and holds the lock, every rank has the records.
+
+    Attributes:
+        records: all records in order.
+        finished: key -> record with status ok.
 
     Raises:
-        InputError: another process has it open, or a record is damaged.
+        InputError: another process has the file open, or a record is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            fsync_folder(self.path.parent)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = read_ledger(self.path)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise InputError("another irdscale is writing it", "one at a time", where=str(self.path)) from None
-        except InputError:
-            os.close(self._descriptor)
-            raise
+        self.path, self._descriptor, own = Path(path), None, list[dict[str, Any]]()
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                self._descriptor, own = _locked(self.path)
+        self.records: list[dict[str, Any]] = json.loads(gather_texts(json.dumps(own))[0])
         self.finished = {record["key"]: record for record in self.records if record["status"] == "ok"}
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a record and wait until it is on disk.
+        """Write rank 0's record and wait until it is on disk.
 
         Raises:
             ValueError: a field is missing, the metric of an ok record is not finite, or its key is in the ledger.
             RunError: the file cannot be written.
         """
+        record = json.loads(gather_texts(json.dumps(record))[0])
         if set(FIELDS) - set(record):
             raise ValueError(f"ledger record lacks {', '.join(sorted(set(FIELDS) - set(record)))}")
         finished = record["status"] == "ok"
@@ -110,10 +108,28 @@ class Ledger:
             raise ValueError(f"ledger has key {record['key']} already")
         written = {name: record[name] for name in (*FIELDS, *MORE_FIELDS) if name in record}
         line = f"\n{json.dumps(written, allow_nan=False)}\n".encode()
-        with writing(self.path):
-            if os.write(self._descriptor, line) != len(line):
-                raise OSError("the record was written in part")
-            os.fsync(self._descriptor)
+        with failing_together(), writing(self.path):
+            if self._descriptor is not None:
+                if os.write(self._descriptor, line) != len(line):
+                    raise OSError("the record was written in part")
+                os.fsync(self._descriptor)
         self.records.append(record)
         if finished:
             self.finished[record["key"]] = record
+
+
+def _locked(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The descriptor of a ledger locked for appending, and its records."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        fsync_folder(path.parent)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor, read_ledger(path)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError("another irdscale is writing it", "one at a time", where=str(path)) from None
+    except InputError:
+        os.close(descriptor)
+        raise

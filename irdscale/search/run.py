@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irdscale import __version__
-from irdscale.config.loader import dump_config
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import RunError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
-from irdscale.search.folder import clean, refuse_changes
+from irdscale.search.folder import open_ledger, refuse_changes
 from irdscale.search.ird import Outcome, Pair, StartError, ird
 from irdscale.search.limits import most_evaluations
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
-from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
-from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -76,13 +74,7 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
 def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progress: bool) -> dict[str, Any]:
     first = rank_and_world()[0] == 0
     masks = stored_masks(config, output) or engine.call(search_masks, progress)
-    with SharedLedger(output / "ledger.jsonl") as ledger:
-        with failing_together():
-            if first:
-                write_atomic(output / "config.yaml", dump_config(config))
-                clean(output)
-        if ledger.finished:
-            log.info("resuming: %d evaluations are finished", len(ledger.finished))
+    with open_ledger(config, output) as ledger:
         most = most_evaluations(masks.start, masks.minimum, config.search.max_rounds, len(config.search.seeds))
         with bar("Evaluations", most, enabled=progress and first) as advance:
             runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
@@ -109,7 +101,16 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         }
         seconds["total"] = round(sum(seconds.values()), 2)
         result = {
-            **_what_was_found(outcome, masks, best, baselines),
+            "best": best,
+            "pareto": [
+                {**asdict(pair), "metric": outcome.means[pair], "mask": f"masks/{masks.masks[pair]}"}
+                for pair in outcome.pareto
+            ],
+            "path": [{"round": s.round, **asdict(s.pair), "metric": s.mean} for s in outcome.path],
+            "stop": outcome.stop,
+            "baseline": baselines,
+            "sample_gradients": masks.facts["sample_gradients"],
+            "baseline_sample_gradients": fish["sample_gradients"],
             "evaluations": evaluations,
             "reused": reused,
             "training_steps": runner.training_steps(training_steps(config.train, len(task.trained))),
@@ -145,27 +146,6 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     if outcome.all_failed:
         return replace(outcome, stop=f"{outcome.stop}: {runner.last_error()}")
     return outcome
-
-
-def _what_was_found(
-    outcome: Outcome, masks: SearchMasks, best: dict[str, Any], baselines: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "best": best,
-        "pareto": [
-            {
-                **asdict(pair),
-                "metric": outcome.means[pair],
-                "mask": f"masks/{masks.masks[pair]}",
-            }
-            for pair in outcome.pareto
-        ],
-        "path": [{"round": s.round, **asdict(s.pair), "metric": s.mean} for s in outcome.path],
-        "stop": outcome.stop,
-        "baseline": baselines,
-        "sample_gradients": masks.facts["sample_gradients"],
-        "baseline_sample_gradients": baselines["fish_random"]["sample_gradients"],
-    }
 
 
 def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, candidate_adapter, remove_folder
 from irdscale.search.ird import Pair, best_of
-from irdscale.search.shared import SharedLedger
+from irdscale.search.ledger import Ledger
 from irdscale.training.loss_trend import said_of_rises
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Runner:
     def __init__(
         self,
         config: RunConfig,
-        ledger: SharedLedger,
+        ledger: Ledger,
         engine: Engine,
         output: Path,
         advance: Callable[..., None] = lambda n=1, note="", earlier=False: None,
@@ -162,12 +162,8 @@ class Runner:
         """Total seconds of the requested evaluations, over all processes."""
         return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)
 
-    def drop(self, candidate: Candidate) -> None:
-        """Delete the adapter of a finished evaluation; it is trained again if needed."""
-        remove_folder(candidate_adapter(self._output, candidate.key(self._config)))
-
     def drop_all_but(self, keys: Collection[str]) -> None:
-        """Delete the adapters of all finished evaluations but these."""
+        """Delete the adapters of all finished evaluations but these; they are trained again if needed."""
         for key in self._ledger.finished:
             if key not in keys:
                 remove_folder(candidate_adapter(self._output, key))
@@ -188,4 +184,4 @@ class Runner:
         leader = best_of(means, self._lower_is_better)
         for pair, seed in self.metrics:
             if masks[pair] != masks[leader]:
-                self.drop(evaluated(masks[pair], seed))
+                remove_folder(candidate_adapter(self._output, evaluated(masks[pair], seed).key(self._config)))

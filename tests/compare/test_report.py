@@ -116,7 +116,7 @@ def test_one_seed(tmp_path: Path, lower: bool) -> None:
 
 def test_nothing_but_failures(tmp_path: Path) -> None:
     markdown, page = report(tmp_path, study({"ird": [None, None], "fish": [None, None]}))
-    assert "IRD failed for every seed, so there is nothing to compare with." in markdown
+    assert "IRD failed for every seed, so there is no comparison." in markdown
     assert page.loads == []
 
 

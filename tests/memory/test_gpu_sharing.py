@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_trials_that_fit(takes):
     takes(4.5)
     found = sharing_of(CONFIG, 0.25, [H100, L4])
     # Of the smaller GPU each has 5.5 GiB, half a one for CUDA.
-    assert found.facts() == {
+    assert asdict(found) == {
         "share": 0.25,
         "trials": 4,
         "gpu": "L4",
@@ -43,7 +44,7 @@ def test_trials_that_fit(takes):
         "most": 4,
         "fits": True,
     }
-    assert json.loads(json.dumps(found.facts())) == found.facts()
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
     assert describe(found) == (
         "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial needs an estimated 5.0 "
         "GiB, its share of L4 is 5.5 GiB, and 4 trials would fit"
