@@ -90,11 +90,11 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
 
 def changes(old: Layout, new: Layout) -> str:
     """The changes from one layout to another, as key=value of the configuration and of the plan."""
-    said = []
+    changed = []
     if (new.nodes, new.gpus_per_node) != (old.nodes, old.gpus_per_node):
-        said.append(f"nodes={new.nodes} gpus_per_node={new.gpus_per_node}")
+        changed.append(f"nodes={new.nodes} gpus_per_node={new.gpus_per_node}")
     if new.zero != old.zero:
-        said.append(f"train.deepspeed={_file(new.zero)}")
+        changed.append(f"train.deepspeed={_file(new.zero)}")
     for key, before, after in (
         ("fisher.layout", old.sharded, new.sharded),
         ("train.gradient_checkpointing", old.checkpointing, new.checkpointing),
@@ -104,8 +104,8 @@ def changes(old: Layout, new: Layout) -> str:
     ):
         if before != after:
             value = str(after).lower() if key != "fisher.layout" else "sharded" if after else "replicated"
-            said.append(f"{key}={value}")
-    return " ".join(said)
+            changed.append(f"{key}={value}")
+    return " ".join(changed)
 
 
 def _file(zero: Zero) -> str:

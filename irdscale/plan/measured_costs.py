@@ -11,7 +11,6 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from irdscale.cluster.share import shared_turns
 from irdscale.config.schema import RunConfig, training_steps
@@ -150,25 +149,18 @@ def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[f
 
 def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
     """Seconds until a candidate's first step, per step, and per sample of an evaluation."""
-    started, seed = time.perf_counter(), config.search.seeds[0]
+    started, stamps = time.perf_counter(), list[float]()
+    seed, size = config.search.seeds[0], config.train.eval_batch_size
+    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
+    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
     with base_model(config, task, seed) as (model, new):
         make_sparse(config, model, new, mask, seed)
         built = time.perf_counter() - started
-        begun, step, prediction = _steps(config, task, model, batch_size)
-    return built + begun, step, prediction
-
-
-def _steps(config: RunConfig, task: Task, model: nn.Module, batch_size: int) -> tuple[float, float, float]:
-    """`_training` of a sparse model that is already built."""
-    stamps: list[float] = []
-    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
-    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
-    fine_tune(model, task, config.model_copy(update={"train": train}), config.search.seeds[0], control)
+        fine_tune(model, task, config.model_copy(update={"train": train}), seed, control)
+        split = task.selection.select(range(min(len(task.selection), 2 * size)))
+        prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
     step = statistics.median(b - a for a, b in zip(stamps[FIRST:], stamps[FIRST + 1 :], strict=False))
-    size = config.train.eval_batch_size
-    split = task.selection.select(range(min(len(task.selection), 2 * size)))
-    prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
-    return max(0.0, stamps[1] - stamps[0] - step), step, prediction
+    return built + max(0.0, stamps[1] - stamps[0] - step), step, prediction
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -75,7 +75,7 @@ def _taken(file: Path, folder: Path, key: str) -> int:
 
 def _holder(descriptor: int) -> str:
     try:
-        said = json.loads(os.pread(descriptor, 4096, 0))
-        return f"another irdscale, process {said['process']} on host {said['host']},"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"another irdscale, process {holder['process']} on host {holder['host']},"
     except (OSError, ValueError, KeyError, TypeError):
         return "another irdscale"

@@ -1,4 +1,4 @@
-"""The journal survives whatever kills its writer."""
+"""The ledger survives whatever kills its writer."""
 
 from __future__ import annotations
 
