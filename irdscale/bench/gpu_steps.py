@@ -29,8 +29,8 @@ from irdscale.bench.gpu_models import (
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.fisher import accumulate_fisher, scored_parameters
 from irdscale.masks.mask import Mask, index_dtype, top_k
-from irdscale.plan.rates import StepKind
-from irdscale.plan.steps import step_peak
+from irdscale.memory.sizes import StepKind
+from irdscale.memory.steps import step_peak
 from irdscale.sparse import sparsify
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair, candidates
-from irdscale.search.masks import search_masks, smallest_pair
+from irdscale.search.limits import smallest_pair
+from irdscale.search.masks import search_masks
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 REPEATS = 3

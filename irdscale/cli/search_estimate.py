@@ -78,7 +78,7 @@ def estimate(config: RunConfig, ray: dict[str, Any]) -> dict[str, Any]:
         "local" and "ray" have {"at_once", "seconds", "costs"}: number of evaluations side by side, an upper bound of
         the search in seconds, and seconds of its parts. "ray" is None unless it is the configuration's runner, and
         "local" is None if only the cluster has GPUs. "ray" also has "sharing": None, or, if trials share GPUs
-        (`search.ray.gpus_per_rank`), the facts of `irdscale.plan.share.Sharing` and "said", the same as text.
+        (`search.ray.gpus_per_rank`), the facts of `irdscale.memory.gpu_sharing.Sharing` and "said", the same as text.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the cluster, or the cluster cannot be reached.
@@ -95,7 +95,7 @@ def estimate(config: RunConfig, ray: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
-    from irdscale.plan.share import said_of
+    from irdscale.memory.gpu_sharing import describe
     from irdscale.search.ray_engine import rank_group_of, sharing
     from irdscale.tasks import load_task
 
@@ -115,7 +115,7 @@ def estimate(config: RunConfig, ray: dict[str, Any]) -> dict[str, Any]:
         at_once = min(trials, asked.concurrent or trials)
         per_gpu = 1 if shared is None else shared.trials
         on_ray = _runner_facts(config, costs, size, at_once, asked.fisher_ranks or rank_group.size, per_gpu)
-        on_ray["sharing"] = None if shared is None else shared.facts() | {"said": said_of(shared)}
+        on_ray["sharing"] = None if shared is None else asdict(shared) | {"said": describe(shared)}
         # If only the cluster has GPUs, the model need not fit into this machine's memory.
         remote = has_gpus() and not torch.cuda.is_available()
         local = None if remote else _runner_facts(config, measured(config)[0], size)

@@ -1,17 +1,16 @@
-"""Ray: the cluster that a search runs on, and the groups of ranks that work on it."""
+"""Ray: the cluster of a search, and the groups of ranks that run its jobs."""
 
 from irdscale.errors import InputError
 
 
 def require_ray() -> None:
-    """Check that Ray, which comes with an extra, is here.
+    """Check that the optional package Ray is installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not.
     """
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise InputError(
-            "search.runner: found ray, but Ray is not installed; expected pip install 'irdscale[ray]', or runner: local"
-        ) from None
+        expected = "pip install 'irdscale[ray]', or runner: local"
+        raise InputError("found ray, but Ray is not installed", expected, key="search.runner") from None

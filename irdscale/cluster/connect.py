@@ -1,4 +1,4 @@
-"""The Ray cluster of a search: found or started, checked, and left as it was."""
+"""The Ray cluster of a search: find or start it, and check its nodes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from irdscale.cluster.supervisor import Supervisor, cause_of
 from irdscale.cluster.worker import RankGroup
 from irdscale.errors import InputError
 
-# Only for what this process and the cluster that it starts do; none is set where the user has set it.
+# Settings of this process and the cluster that it starts; values that the user has set stay.
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_DEDUP_LOGS": "0",
-    # No files of Tune's own for each trial, and an interrupt comes through to us.
+    # Tune writes no files per trial and leaves SIGINT to this package.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # A trial that failed has no metric.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
-    # Nobody restores an experiment of Tune's: the ledger is what a search goes on from.
+    # A search resumes from its ledger, not from a Tune experiment.
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
 LOCAL = "local"
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that this process is connected to.
+    """The cluster to which this process is connected.
 
     Attributes:
-        supervisor: the handle of the search's supervisor.
-        own: whether this process started it, and ends it.
+        supervisor: actor handle of the search's supervisor.
+        own: whether this process started the cluster, and stops it.
     """
 
     supervisor: Any
@@ -55,7 +55,7 @@ class Cluster:
 
 @contextmanager
 def connected() -> Iterator[Cluster]:
-    """Connect to the cluster that RAY_ADDRESS names or that runs on this host, else start one of this host alone.
+    """Connect to the cluster of RAY_ADDRESS or on this host; otherwise start one on this host alone.
 
     Raises:
         InputError: the cluster cannot be reached.
@@ -65,20 +65,20 @@ def connected() -> Iterator[Cluster]:
     import ray
 
     if ray.is_initialized():
-        raise InputError("search.runner: found a connection to Ray in this process; expected none (ray.shutdown())")
+        raise InputError("found a connection to Ray in this process", "none (ray.shutdown())", key="search.runner")
     address = find_address()
     where = f"RAY_ADDRESS: found {address}; " if "RAY_ADDRESS" in os.environ else f"the Ray cluster at {address}: "
     try:
-        # Of a cluster of our own nobody looks at the dashboard.
+        # A cluster that lives as long as the search needs no dashboard.
         own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
         with _sigterm_kept():
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError and its own
         raise InputError(f"{where}cannot connect: {str(error).splitlines()[0]}") from error
     try:
-        # Tune prints the traceback of every failed trial; the ledger has its reason.
+        # Tune would print the traceback of every failed trial; the ledger holds its error.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        # Lost, it starts anew without its jobs, which end with it; whoever follows them then starts them again.
+        # A lost supervisor restarts without its jobs; trials that follow a job then start it again.
         lives = {"max_restarts": -1, "max_task_retries": -1}
         options = {"num_cpus": 0, "max_concurrency": 10_000, "resources": beside(), **lives}
         supervisor = ray.remote(**options)(Supervisor).remote()
@@ -89,7 +89,7 @@ def connected() -> Iterator[Cluster]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Give SIGTERM back to who takes it: Ray ends the process at once with it, before trials have saved their state."""
+    """Restore the handler of SIGTERM: Ray's ends the process before trials have saved their state."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -99,27 +99,28 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def find_address() -> str:
-    """Where the cluster is: as RAY_ADDRESS says, else that of `ray start` on this host, else nowhere yet.
+    """Address of the cluster: RAY_ADDRESS, else that of `ray start` on this host, else "local".
 
     Raises:
-        InputError: RAY_ADDRESS is none, or nobody answers there; Ray itself would try for many minutes.
+        InputError: RAY_ADDRESS is malformed or does not answer; Ray itself would retry for many minutes.
     """
     asked = os.environ.get("RAY_ADDRESS", "")
     if asked not in ("", LOCAL, "auto"):
         host, colon, port = asked.rpartition(":")
         if not colon or not port.isdigit() or "/" in host:
-            raise InputError(f"RAY_ADDRESS: found {asked}; expected HOST:PORT, as ray start --head says it")
+            raise InputError(f"found {asked}", "HOST:PORT, as ray start --head prints it", key="RAY_ADDRESS")
         if not _answers(host, int(port)):
-            raise InputError(f"RAY_ADDRESS: found {asked}, where nobody answers; expected a running Ray cluster")
+            raise InputError(f"found {asked}, which does not answer", "a running Ray cluster", key="RAY_ADDRESS")
         return asked
-    # What ray start leaves for programs on its host.
+    # ray start leaves its address in this file.
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
     found = note.read_text().strip() if asked != LOCAL and note.is_file() else ""
     host, _, port = found.rpartition(":")
     if found and port.isdigit() and _answers(host, int(port)):
         return found
     if asked == "auto":
-        raise InputError("RAY_ADDRESS: found auto, but no Ray cluster on this host; expected one (ray start --head)")
+        fault = "found auto, but no Ray cluster on this host"
+        raise InputError(fault, "a running one (ray start --head)", key="RAY_ADDRESS")
     if found:
         log.warning("%s names a Ray cluster at %s that does not answer; starting one here", note, found)
     return LOCAL
@@ -134,7 +135,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def answer(ref: Any) -> Any:
-    """What an actor's method returns, or what it raised, without what Ray puts around it."""
+    """The result of an actor's method; raises its own error, without Ray's wrapper."""
     import ray
 
     try:
@@ -144,7 +145,7 @@ def answer(ref: Any) -> Any:
 
 
 def beside() -> dict[str, float]:
-    """The resource that keeps the search's small helpers on the head node, off the nodes that compute."""
+    """The resource that keeps the supervisor and trials on the head node."""
     import ray
 
     head = "node:__internal_head__"
@@ -152,7 +153,7 @@ def beside() -> dict[str, float]:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The nodes that are alive: id, host, and what each has, as Ray says."""
+    """Live nodes: Ray's id, host and resources ("has")."""
     import ray
 
     return [
@@ -163,7 +164,7 @@ def nodes() -> list[dict[str, Any]]:
 
 
 def fitting(rank_group: RankGroup) -> int:
-    """How many such gangs the cluster has room for at once, when nothing else runs."""
+    """How many such groups fit on the empty cluster at once."""
     return (
         sum(min(_times(node["has"], *wanted) for wanted in rank_group.bundle.items()) for node in nodes())
         // rank_group.size
@@ -171,9 +172,9 @@ def fitting(rank_group: RankGroup) -> int:
 
 
 def _times(has: dict[str, float], name: str, amount: float) -> int:
-    """How often a node has so much of a resource."""
+    """How many times this amount of a resource fits on a node."""
     if name == "GPU" and is_share(amount):
-        # Of one GPU: what is left of two makes no third.
+        # A share must lie on one GPU.
         return int(has.get(name, 0.0)) * jobs_a_gpu(amount)
     return int(has.get(name, 0.0) // amount)
 
@@ -184,10 +185,10 @@ def has_gpus() -> bool:
 
 
 def check_nodes(output: Path) -> None:
-    """Check that every node has this version of irdscale, and sees and can write the output folder.
+    """Check that every node has this version of irdscale and of Python, and can write the output folder.
 
     Raises:
-        InputError: a node does not; names the node, what was found and what was expected.
+        InputError: a node does not (names the node).
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -210,17 +211,17 @@ def check_nodes(output: Path) -> None:
             try:
                 found = ray.get(ref, timeout=120)
             except ray.exceptions.RayError as error:
-                raise InputError(f"{who}: cannot run irdscale: {' '.join(str(error).split())[-200:]}") from None
+                fault = f"cannot run irdscale: {' '.join(str(error).split())[-200:]}"
+                raise InputError(fault, where=who) from None
             if found["error"] is not None:
-                raise InputError(f"output: {who}: {found['error']}; expected a folder that all nodes share")
+                raise InputError(found["error"], "a folder that all nodes share", key=who, where="output")
             back = folder / found["wrote"]
             if not back.exists():
-                raise InputError(
-                    f"output: {folder} is another folder on {who} than here; expected one that all nodes share"
-                )
+                fault = f"{folder} is another folder on {who} than here"
+                raise InputError(fault, "a folder that all nodes share", key="output")
             for what, own in (("irdscale", __version__), ("Python", platform.python_version())):
                 if found[what] != own:
-                    raise InputError(f"{who}: found {what} {found[what]}; expected {own}, as here")
+                    raise InputError(f"found {what} {found[what]}", f"{own}, as here", where=who)
     finally:
         for file in folder.glob(f".shared-{token}*"):
             file.unlink(missing_ok=True)
@@ -229,7 +230,7 @@ def check_nodes(output: Path) -> None:
 
 
 def _probe(folder: str, token: str) -> dict[str, Any]:
-    """What a node sees of the output folder, and its versions."""
+    """A node's view of the output folder, and its versions."""
     from irdscale import __version__
 
     found: dict[str, Any] = {"error": None, "irdscale": __version__, "Python": platform.python_version()}
@@ -241,6 +242,6 @@ def _probe(folder: str, token: str) -> dict[str, Any]:
         else:
             (Path(folder) / found["wrote"]).write_text(token)
     except OSError as error:
-        what = "is not there, or is another folder" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        what = "missing, or another folder" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         found["error"] = f"{folder}: {what}"
     return found

@@ -1,4 +1,4 @@
-"""What runs on the cluster right now, on the terminal; and the log lines of those who run."""
+"""The live table of running jobs on the terminal, and the jobs' log lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOK_S = 1.0
 
 @contextmanager
 def watching(supervisor: Any, enabled: bool) -> Iterator[None]:
-    """Print the jobs' log lines while the body runs; if `enabled`, show which jobs there are too."""
+    """Print the jobs' log lines while the body runs, and their table if `enabled`."""
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(supervisor, enabled, ended), daemon=True)
     thread.start()
@@ -50,7 +50,7 @@ def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
-    """A row for each job: round, candidate, step, metric at the last rung, time left, host; one for all that wait."""
+    """One row per job: round, candidate, step, last metric, time left, host; all waiting jobs share one row."""
     found = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("round", "running", "step", "metric", "left", "on"):
         found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
@@ -60,12 +60,12 @@ def table(jobs: list[dict[str, Any]]) -> Table:
 
 
 def line_of_all(jobs: list[dict[str, Any]]) -> str:
-    """All jobs in a line of a log file."""
+    """All jobs in one line, for log files."""
     return f"Running: {'; '.join(map(line_of, summed_up(jobs)))}"
 
 
 def summed_up(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The jobs that have begun, then those that wait, as one where they are several."""
+    """The running jobs, then the waiting ones, several of which become one entry."""
     waiting = [job for job in jobs if job["begun"] is None]
     if len(waiting) > 1:
         waiting = [{"name": f"{len(waiting)} more", "begun": None, "host": None}]
@@ -73,12 +73,12 @@ def summed_up(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cells(job: dict[str, Any]) -> tuple[str, ...]:
-    """What a row says."""
+    """The cells of a job's row."""
     step, of, begun = job.get("step"), job.get("of"), job["begun"]
-    # A pass over samples says how far it is in its own words.
+    # Fisher passes report progress through their bar.
     if step is None and job.get("progress"):
         _, step, of, _ = job["progress"]
-    # A training that went on from a saved state has not made the steps before it in this time.
+    # Steps before a resume do not count for the speed.
     made = step - job.get("earlier", 0) if step else 0
     left = duration(begun / made * (of - step)) if begun and made and of else ""
     return (
@@ -92,7 +92,7 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
 
 
 def line_of(job: dict[str, Any]) -> str:
-    """A job in a line of a log file."""
+    """One job, for `line_of_all`."""
     _, what, step, metric, left, _ = cells(job)
     parts = [what, step if "/" not in step else f"step {step}", metric and f"metric {metric}", left and f"{left} left"]
     return ", ".join(filter(None, parts))

@@ -1,7 +1,7 @@
-"""GPUs that several jobs share: how many fit on one, what each may take of its memory, and how their kernels run.
+"""Shares of a GPU: how many jobs fit on one GPU, and how much of its memory each may use.
 
-Ray counts shares and shows each job its GPU; it keeps nobody from another's memory. CUDA runs the kernels of several
-processes one after another, in slices of time, unless its Multi-Process Service (MPS) runs on the node.
+Ray counts shares and assigns GPUs, but does not limit memory. CUDA time-slices the kernels of several processes, unless
+its Multi-Process Service (MPS) runs on the node.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path
 from irdscale.errors import InputError
 
 GIB = 2**30
-# Ray counts in ten-thousandths.
+# Ray counts resources in units of 1/10000.
 PARTS = 10_000
-# What CUDA and its libraries take of a GPU for each process, beside all tensors.
+# Bytes of GPU memory that CUDA and its libraries take per process, beside tensors.
 CONTEXT = GIB // 2
-# How long a node's GPU is waited for, which others may hold.
+# Time to wait for a node's GPU that other jobs hold.
 PROBE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Card:
-    """A node's GPU, as a job sees it.
+    """A node's GPU as a job sees it.
 
     Attributes:
-        memory: bytes, of all who use it.
-        mps: whether CUDA's Multi-Process Service runs there.
+        memory: total bytes.
+        mps: whether CUDA's Multi-Process Service runs on the node.
     """
 
     host: str
@@ -41,7 +41,7 @@ class Card:
 
 
 def is_share(gpus: float) -> bool:
-    """Whether it is a part of a GPU."""
+    """Whether a number of GPUs is a share of one."""
     return 0 < gpus < 1
 
 
@@ -51,53 +51,53 @@ def _parts(share: float) -> int:
 
 
 def counted(share: float) -> float:
-    """The share that is asked of Ray: rounded down, so that three times 0.33334 fit as well as three thirds."""
+    """The share requested from Ray, rounded down so that 3 x 0.33334 fit on one GPU."""
     return _parts(share) / PARTS
 
 
 def jobs_a_gpu(share: float) -> int:
-    """How many jobs of this share one GPU has room for."""
+    """How many jobs with this share fit on one GPU."""
     return PARTS // _parts(share)
 
 
 def share_of(jobs: int) -> float:
-    """The largest share of which a GPU has room for so many."""
+    """The largest share with which so many jobs fit on one GPU."""
     return PARTS // jobs / PARTS
 
 
 def shared_turns(evaluations: int, at_once: int, beside: int) -> int:
-    """How long evaluations take, in times of one that has its GPU alone, where `beside` of them share its speed.
+    """Duration of evaluations that share GPUs, in units of one evaluation with a GPU to itself.
 
     Args:
-        at_once: evaluations that run at the same time, on all GPUs.
+        at_once: evaluations at the same time on all GPUs.
+        beside: evaluations that share one GPU and its speed.
     """
     beside = min(beside, at_once)
     full, rest = divmod(evaluations, at_once)
-    # Ray fills a GPU before it takes the next.
+    # Ray fills one GPU before it uses the next.
     return full * beside + min(rest, beside)
 
 
 def tensors_room(share: float, memory: int) -> int:
-    """Bytes that the tensors of a job may take of a GPU of `memory` bytes.
+    """Bytes for the tensors of a job with this share of a GPU with `memory` bytes.
 
     Raises:
-        InputError: the share is less than a process takes without any.
+        InputError: the share is smaller than CUDA's context.
     """
     room = int(share * memory) - CONTEXT
     if room <= 0:
-        raise InputError(
-            f"search.ray.gpus_per_rank: found {share:g}, {share * memory / GIB:.2f} GiB of a GPU of {memory / GIB:.1f} "
-            f"GiB; expected more than the {CONTEXT / GIB:g} GiB that CUDA takes for each process"
-        )
+        fault = f"found {share:g}, {share * memory / GIB:.2f} GiB of a GPU of {memory / GIB:.1f} GiB"
+        expected = f"more than the {CONTEXT / GIB:g} GiB that CUDA takes per process"
+        raise InputError(fault, expected, key="search.ray.gpus_per_rank")
     return room
 
 
 @contextmanager
 def kept_to(share: float) -> Iterator[None]:
-    """Give this process no more of its GPU's memory than its share: one job does not starve the others.
+    """Limit this process to its share of GPU memory in the body.
 
     Raises:
-        InputError: the share is less than a process takes without any tensor.
+        InputError: the share is smaller than CUDA's context.
     """
     if not is_share(share):
         yield
@@ -112,26 +112,26 @@ def kept_to(share: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # Of a GPU that failed the job says what went wrong.
+        # On a failed GPU the job's own error says what went wrong.
         with suppress(RuntimeError):
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def mps_runs() -> bool:
-    """Whether CUDA's Multi-Process Service runs on this host: its daemon listens where the driver looks for it."""
+    """Whether CUDA's Multi-Process Service runs on this host: its daemon listens on the driver's socket."""
     control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps") / "control"
-    # Of another type than the daemon's own, so that nothing reaches it.
+    # A socket of another type than the daemon's, so the probe does not reach it.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(str(control))
         except OSError as error:
-            # Of a daemon that has ended the file stays, and connections are refused.
+            # The file of a daemon that has ended stays, and refuses connections.
             return error.errno == errno.EPROTOTYPE
     return True
 
 
 def cards(share: float) -> list[Card]:
-    """One GPU of each node of the cluster; of nodes whose GPUs are busy, or that have none in truth, none."""
+    """One GPU per node of the cluster, without nodes whose GPUs are busy or exist in Ray's count only."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -151,7 +151,7 @@ def cards(share: float) -> list[Card]:
         try:
             card = ray.get(ref)
         except ray.exceptions.RayError:
-            # What is wrong there, a trial says.
+            # A trial will report what is wrong there.
             continue
         if card is not None:
             found.append(card)
@@ -159,7 +159,7 @@ def cards(share: float) -> list[Card]:
 
 
 def _card() -> Card | None:
-    """The GPU that Ray shows this process; None where it has one by name only."""
+    """The GPU that Ray assigned to this process; None if CUDA sees none."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,9 +1,8 @@
-"""The supervisor: an actor beside the search that starts jobs on the cluster, follows them, and ends those that hang.
+"""The supervisor: an actor that starts jobs on the cluster, follows them and ends those that hang.
 
-A job is a function of one rank, run on all ranks of its group at once. Ranks are Ray tasks: Ray keeps the processes of
-tasks for the next ones, with all that they have imported; those of actors end with them. The supervisor outlives rounds
-and trials, so that it can own the tasks. The placement group of several ranks is allocated atomically: two jobs never
-wait for each other's bundles.
+A job is a function that all ranks of its group run together. Ranks are Ray tasks, not actors, because Ray reuses the
+processes of tasks with their imports. The supervisor owns the tasks, so it outlives rounds and trials. The placement
+group of several ranks is allocated atomically, so two jobs never wait for each other's bundles.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from irdscale.cluster.worker import RankGroup, run_rank
 from irdscale.errors import InputError, RunError
 
 LOOK_S = 0.5
-# A process that is told to end and does not is killed after so long.
+# Time for a cancelled process to end before it is killed.
 END_S = 5.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function of a rank, run on all ranks of a group; not a dict or list, which Tune would look into.
+    """A function for all ranks of a group. A class, because Tune would resolve a dict or list.
 
     Attributes:
-        work: the function, packed: what it needs is imported where it runs, and nowhere on the way.
-        silent_s: how long it may say nothing, once it has begun.
-        limit_s: how long it may take, once it has begun.
-        label: facts about the job for whoever looks.
+        work: the function, packed, so that only the ranks import what it needs.
+        silent_s: longest time in seconds without a report, from its start on.
+        limit_s: longest run time in seconds; None for no limit.
+        label: facts for the live table.
     """
 
     name: str
@@ -46,12 +45,12 @@ class Job:
 
 @dataclass
 class _State:
-    """A job that runs, or has run.
+    """A running or finished job.
 
     Attributes:
-        arrived: when its first rank began; None while it waits for room.
-        heard: when it last said anything.
-        where: of each rank: node, host, process.
+        arrived: start time of rank 0; None while the job waits for resources.
+        heard: time of the last report.
+        where: rank -> node, host and process.
         reports: (step, metric) in order.
     """
 
@@ -71,17 +70,17 @@ class _State:
 
 
 class Supervisor:
-    """Starts and watches jobs; made an actor by `irdscale.cluster.connect`."""
+    """Starts and watches jobs; `irdscale.cluster.connect` makes it an actor."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, _State] = {}
         self._logs: list[str] = []
         self._closing = False
 
-    # What the search calls.
+    # Called by the search.
 
     async def start(self, job: Job) -> None:
-        """Start a job, unless one of its name runs already."""
+        """Start a job, unless one with its name is running."""
         before = self._jobs.get(job.name)
         if before is not None and before.running:
             return
@@ -89,13 +88,13 @@ class Supervisor:
         state.task = asyncio.create_task(self._run(state))
 
     async def follow(self, name: str, seen: int = 0) -> dict[str, Any]:
-        """Wait for the next report after `seen` of them, or for the job's end.
+        """Wait for the job's end, or for report number `seen`.
 
         Returns:
-            {"report": (step, metric)}, or {"result": what the first rank returned, packed; None if it never began}.
+            {"report": (step, metric)}, or {"result": rank 0's packed result; None if the job never started}.
 
         Raises:
-            InputError, RunError: as the job.
+            InputError, RunError: the job's error.
         """
         state = self._state(name)
         assert state.task is not None
@@ -109,7 +108,7 @@ class Supervisor:
         return {"result": await asyncio.shield(state.task)}
 
     async def why(self, name: str) -> str | None:
-        """What the last job of this name died of; None if it did not."""
+        """The error of the last job with this name; None if there is none."""
         state = self._jobs.get(name)
         if state is None or state.task is None or not state.task.done() or state.task.cancelled():
             return None
@@ -117,7 +116,7 @@ class Supervisor:
         return None if error is None else str(error)
 
     async def stop(self, name: str) -> None:
-        """End a job and wait until it has ended; nothing of it is kept."""
+        """End a job and wait until it has ended; its result is lost."""
         state = self._jobs.get(name)
         if state is not None and state.running:
             assert state.task is not None
@@ -125,15 +124,15 @@ class Supervisor:
             await asyncio.wait({state.task})
 
     async def close(self, closing: bool) -> None:
-        """Ask all jobs to save their state and pause, and let none begin; or no longer."""
+        """Whether to pause all jobs, which save their state first, and start no new ones."""
         self._closing = closing
 
     async def idle(self) -> bool:
-        """Whether no job runs."""
+        """Whether no job is running."""
         return not any(state.running for state in self._jobs.values())
 
     async def look(self) -> dict[str, Any]:
-        """Who is where and how far, and the log lines since the last look."""
+        """The running jobs with their progress, and log lines since the last call."""
         logs, self._logs = self._logs, []
         now = time.monotonic()
         jobs = [
@@ -150,10 +149,10 @@ class Supervisor:
         ]
         return {"jobs": jobs, "logs": logs}
 
-    # What ranks call.
+    # Called by ranks.
 
     async def arrive(self, name: str, rank: int, where: dict[str, Any], address: str) -> str:
-        """A rank has begun; returns where the first one waits for the others."""
+        """Register a started rank; returns the address of rank 0's process group."""
         state = self._state(name)
         state.where[rank] = where
         state.heard = time.monotonic()
@@ -163,13 +162,13 @@ class Supervisor:
         return await asyncio.shield(state.address)
 
     async def say(self, name: str, facts: dict[str, Any]) -> bool:
-        """A job lives, and this is how far it is; returns whether it is to pause."""
+        """Take a job's progress; returns whether the job must pause."""
         state = self._state(name)
         state.heard, state.facts = time.monotonic(), facts
         return self._closing
 
     async def report(self, name: str, step: int, metric: float) -> None:
-        """A metric for the scheduler."""
+        """Take a metric for the scheduler."""
         state = self._state(name)
         state.heard = time.monotonic()
         state.reports.append((step, metric))
@@ -182,7 +181,7 @@ class Supervisor:
 
     def _state(self, name: str) -> _State:
         if name not in self._jobs:
-            raise RunError("the search's supervisor was lost, and what it watched with it")
+            raise RunError("the search's supervisor was lost, with its jobs")
         return self._jobs[name]
 
     async def _run(self, state: _State) -> Any:
@@ -209,7 +208,7 @@ class Supervisor:
                     return None
             return first
         except InputError as error:
-            # Without Ray's wrapping, which does not travel on.
+            # Ray's wrapper cannot be sent on.
             raise InputError(" ".join(str(cause_of(error)).split())) from None
         except ray.exceptions.RayError as error:
             raise RunError(_died_of(state, error)) from None
@@ -239,7 +238,7 @@ def _last_seen(state: _State) -> str:
 def _rank_task(fresh: bool) -> Any:
     import ray
 
-    # Processes with a GPU or DeepSpeed are not used again: both stay with a process.
+    # Processes with a GPU or DeepSpeed are not reused, because both keep state in the process.
     return ray.remote(max_retries=0, max_calls=1 if fresh else 0)(run_rank)
 
 
@@ -262,7 +261,7 @@ def _submit(job: Job, group: Any) -> dict[Any, asyncio.Future[Any]]:
 
 
 async def _end(state: _State, ranks: dict[Any, asyncio.Future[Any]]) -> None:
-    """End the ranks that still run, by force; a stopped process hears nothing but a signal on its own node."""
+    """End the running ranks by force; a stopped process reacts only to a signal on its own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -289,16 +288,16 @@ def _kill(pid: int) -> None:
 
 
 def cause_of(error: Exception) -> Exception:
-    """An error without what Ray puts around it."""
+    """An error without Ray's wrapper."""
     while isinstance(getattr(error, "cause", None), Exception):
         error = error.cause  # type: ignore[attr-defined]
     return error
 
 
 def _died_of(state: _State, error: Any) -> str:
-    """What a job died of, in one line."""
+    """A job's error in one line."""
     cause = cause_of(error)
     if cause is not error:
         return f"{type(cause).__name__}: {cause}".splitlines()[0]
     hosts = ", ".join(sorted({where["host"] for where in state.where.values()})) or "no node"
-    return f"a process of it was killed, or its node is gone ({type(error).__name__}; {hosts}; {_last_seen(state)})"
+    return f"a process was killed, or its node is gone ({type(error).__name__}; {hosts}; {_last_seen(state)})"

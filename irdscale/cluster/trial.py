@@ -1,6 +1,6 @@
-"""A job of the supervisor as a Ray Tune trial, which computes nothing: it asks the supervisor to run it, and waits.
+"""A supervisor's job as a Ray Tune trial, which computes nothing: it asks the supervisor to run the job, and waits.
 
-Nothing here imports torch, nor anything that does: a round's trials are new processes, which should start at once.
+This module must not import torch, even indirectly: trials are new processes, which should start fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from irdscale.errors import InputError
 
 
 class JobTrial(tune.Trainable):
-    """Hands a job's reports and its result to Tune: {"steps", "metric"}, at last {"result"} or {"bad_input"}."""
+    """Hands a job's reports to Tune as {"steps", "metric"}, and its end as {"result"} or {"bad_input"}."""
 
     def setup(self, config: dict[str, Any], supervisor: Any) -> None:
         self._supervisor, self._started = supervisor, False
@@ -44,7 +44,7 @@ class JobTrial(tune.Trainable):
         return {"done": True, "result": unpacked(reply["result"])}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a job keeps its own state, and takes it up when the trial starts again."""
+        """Save nothing: a job saves its own state and resumes from it."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         pass

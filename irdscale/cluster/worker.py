@@ -1,4 +1,4 @@
-"""One rank of a job on the cluster: joins its group, says that it lives, and does its part."""
+"""One rank of a job on the cluster: it joins its process group, reports progress and runs the job's function."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from irdscale.utils.progress import progress_listener
 if TYPE_CHECKING:
     from irdscale.config.schema import DistributedConfig
 
-# How often a rank says how far it is, and hears whether to pause.
+# Interval of progress reports, whose answer says whether to pause.
 SAY_S = 0.5
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that a job needs.
+    """The ranks of a job.
 
     Attributes:
-        size: how many ranks; several have a group.
-        cpus, gpus: of each rank; with as many threads, and perhaps a share of one GPU.
-        spread: on as many nodes as there are, rather than as few.
-        grouped: whether one rank has a group too, as DeepSpeed wants it.
-        distributed: what they talk with, and how long they wait; the defaults if None.
+        size: number of ranks.
+        cpus, gpus: resources per rank; CPUs are threads, and GPUs may be a share of one.
+        spread: whether to use as many nodes as possible, rather than as few.
+        grouped: whether a single rank has a process group too, as DeepSpeed requires.
+        distributed: settings of the process group; the defaults if None.
     """
 
     size: int = 1
@@ -45,18 +45,18 @@ class RankGroup:
 
     @property
     def fresh(self) -> bool:
-        """Whether it needs processes of its own: what DeepSpeed and CUDA keep of a job stays in a process."""
+        """Whether the job needs new processes, because DeepSpeed and CUDA keep state in a process."""
         return self.grouped or self.gpus > 0
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What one rank takes of a node."""
+        """Ray resources of one rank."""
         return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
 @dataclass
 class SupervisorClient:
-    """A job's line to the supervisor: how far it is, and whether it is to pause. Ranks but the first say nothing."""
+    """A job's connection to the supervisor, for progress and pauses. Only rank 0 reports."""
 
     supervisor: Any
     name: str
@@ -66,28 +66,27 @@ class SupervisorClient:
     _facts: dict[str, Any] = field(default_factory=dict, init=False)
 
     def say(self, now: bool = False, **facts: Any) -> None:
-        """Tell how far the job is, at most twice a second unless `now`."""
+        """Report progress, at most twice per second unless `now`."""
         self._facts |= facts
         if self.rank == 0 and (now or time.monotonic() - self._said >= SAY_S):
             self._pausing = _answer(self.supervisor.say.remote(self.name, dict(self._facts)))
             self._said = time.monotonic()
 
     def pausing(self) -> bool:
-        """Whether the supervisor has asked it to pause."""
+        """Whether the supervisor asked the job to pause."""
         return self._pausing
 
     def report(self, step: int, metric: float) -> None:
-        """Hand a metric to the scheduler."""
+        """Report a metric to the scheduler."""
         self.say(now=True, step=step, metric=metric)
         if self.rank == 0:
             _answer(self.supervisor.report.remote(self.name, step, metric))
 
 
 def _answer(ref: Any) -> Any:
-    """What an actor answers to this task, which keeps its processors meanwhile.
+    """An actor's answer, awaited in a thread so that this task keeps its CPUs.
 
-    Ray lends them to other tasks while the main thread of one waits, and takes none back: as many as there are tasks
-    that wait would run beside this one.
+    While a task's main thread waits, Ray gives its CPUs to other tasks, which would then run beside it.
     """
     import ray
 
@@ -99,9 +98,9 @@ Work = Callable[[SupervisorClient], Any]
 
 
 def packed(what: Any) -> bytes:
-    """A function, or what it returned, as it travels: who only passes it on need not import what it is made of.
+    """A pickled function or result, which processes can pass on without importing its modules.
 
-    As Ray itself sends them, between the processes of one search; it is never written to a file.
+    Only processes of one search exchange it, as Ray does; it is never written to a file.
     """
     import ray
 
@@ -110,14 +109,14 @@ def packed(what: Any) -> bytes:
 
 
 def unpacked(data: bytes | None) -> Any:
-    """What was packed; None where nothing was."""
+    """The packed object; None for None."""
     import ray
 
     return None if data is None else ray.cloudpickle.loads(data)
 
 
 def run_rank(supervisor: Any, name: str, rank: int, rank_group: RankGroup, work: bytes) -> bytes | None:
-    """Run one rank's part of a job, which is packed; the first rank's result, packed."""
+    """Run one rank of a packed job; returns rank 0's packed result, None on other ranks."""
     import ray
 
     context = ray.get_runtime_context()
@@ -140,25 +139,25 @@ def run_rank(supervisor: Any, name: str, rank: int, rank_group: RankGroup, work:
         try:
             result = unpacked(work)(client)
         except KeyboardInterrupt:
-            # It was asked for room while it trained or took samples, and has saved its state.
+            # The supervisor paused it, and it has saved its state.
             return None
     return packed(result) if rank == 0 else None
 
 
 @contextmanager
 def _as_rank(rank: int, rank_group: RankGroup, address: str, ip: str) -> Iterator[None]:
-    """The environment that a launcher would give this rank; as it was, for the process's next job, at the end."""
+    """Set the environment variables of a launcher for this rank, and restore them at the end."""
     if rank_group.size == 1 and not rank_group.grouped:
-        # By these variables the Trainer would look for others, also where one rank is all.
+        # With these variables the Trainer would wait for other ranks.
         yield
         return
-    # Ray shows each rank its own GPUs alone.
+    # Ray shows each rank only its own GPUs.
     local = 0 if rank_group.gpus else rank
     given = {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(rank_group.size)}
     if address:
         host, _, port = address.partition(":")
         given |= {"MASTER_ADDR": host, "MASTER_PORT": port}
-    # gloo would take the interface of the host's name, which may be the loopback.
+    # By default gloo uses the interface of the host name, which may be the loopback.
     for interface in interfaces(ip):
         given["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     with environment_restored(*{*given, "MASTER_ADDR", "MASTER_PORT"}):
@@ -167,7 +166,7 @@ def _as_rank(rank: int, rank_group: RankGroup, address: str, ip: str) -> Iterato
 
 
 class _ToSupervisor(logging.Handler):
-    """The first rank's log lines go to whoever started the search."""
+    """Sends rank 0's log lines to the process of the search."""
 
     def __init__(self, supervisor: Any, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Methods against each other: the same learning rates, as many trainings, several seeds, chosen before the test."""
+"""Comparison of methods: equal learning-rate grids and budgets, several seeds, all choices before the test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_comparison(output: Path | str) -> dict[str, Any]:
-    """Write compare.md, compare.html, scores.csv and figures/ into the output folder of a finished comparison.
+    """Write compare.md, compare.html, scores.csv and figures/ into a finished comparison's output folder.
 
     Returns:
         {"markdown", "html", "csv", "figures"}: paths.

@@ -14,12 +14,12 @@ from irdscale.report.figures import BLUE, GREEN, GREY, ORANGE, RED, canvas, plai
 _FURTHER = ("#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78350f", "#475569", "#eab308", "#a78bfa", "#111827")
 _COLORS = (BLUE, ORANGE, GREEN, RED, *_FURTHER)
 _MARKERS = "osD^vP*X<>hdp"
-# Points of the same size stand side by side, this share of the axis apart.
+# Distance of points with equal parameters, as a share of the axis.
 _APART = 0.01
 
 
 def draw_all(study: dict[str, Any]) -> dict[str, bytes]:
-    """name -> PNG of each figure that the study has data for."""
+    """Figure name -> PNG, for each figure with data."""
     return pngs(
         scores=scores(study),
         parameters=score_by_parameters(study),
@@ -29,7 +29,7 @@ def draw_all(study: dict[str, Any]) -> dict[str, bytes]:
 
 
 def scores(study: dict[str, Any]) -> Figure | None:
-    """Test score of every method: the seeds, their mean and its interval; the reference's interval as a band."""
+    """Test score of every method: seeds, mean and interval; the reference's interval is a band."""
     if not any(method["test"]["n"] for method in study["methods"]):
         return None
     figure, axes = _rows(study["methods"])
@@ -40,7 +40,7 @@ def scores(study: dict[str, Any]) -> Figure | None:
     elif band["mean"] is not None:
         axes.axvline(band["mean"], color=BLUE, alpha=0.3, label="the reference")
     if study["base"] and study["base"]["test"] is not None:
-        axes.axvline(study["base"]["test"], color=RED, linewidth=1.2, linestyle="--", label="the model as it came")
+        axes.axvline(study["base"]["test"], color=RED, linewidth=1.2, linestyle="--", label="the base model")
     dots, means = None, None
     for y, method in enumerate(study["methods"]):
         points = [one["test"] for one in method["seeds"] if one["test"] is not None]
@@ -59,7 +59,7 @@ def scores(study: dict[str, Any]) -> Figure | None:
 
 
 def score_by_parameters(study: dict[str, Any]) -> Figure | None:
-    """Test score against trainable parameters; a method that trains none beside the head is a line."""
+    """Test score against trainable parameters; a method that trains only the head is a line."""
     tested = [(m, style) for m, style in _styled(study["methods"]) if m["test"]["mean"] is not None]
     placed = [m for m, _ in tested if m["params"]]
     if not placed:
@@ -102,7 +102,7 @@ def differences(study: dict[str, Any]) -> Figure | None:
     left, right = (f"{label} is better", f"{label} is worse")
     if not study["task"]["lower_is_better"]:
         left, right = right, left
-    # Both sides are seen, however far from zero all of them lie.
+    # Show both sides of zero.
     low, high = axes.get_xlim()
     room = 0.15 * max(abs(low), abs(high))
     axes.set_xlim(min(low, -room), max(high, room))
@@ -158,7 +158,7 @@ def _styled(methods: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dic
 
 
 def _side_by_side(logs: list[float], span: float) -> list[float]:
-    """By how much to move each point so that no two stand on each other, in units of `logs`."""
+    """Shift of each point, in units of `logs`, so that no two overlap."""
     step = _APART * span
     moved: list[float] = [0.0] * len(logs)
     groups: list[list[int]] = []
@@ -182,5 +182,5 @@ def _better(study: dict[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text in which dollars are dollars and no formula."""
+    """The text with dollars escaped, which matplotlib would read as a formula."""
     return text.replace("$", r"\$")

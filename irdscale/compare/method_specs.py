@@ -1,16 +1,16 @@
-"""The methods that a comparison is asked for, and whose ranking of samples each one uses."""
+"""The methods of a comparison, and the ranking of samples that each one uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from irdscale.config.compare import METHODS
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import RunConfig
 
-# Whose masks come from the sample sets of one ranking, and of which.
+# Methods whose masks come from a ranking of the samples -> direction of the ranking.
 RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
     "ird": "ird",
     "reverse": "reverse",
@@ -21,19 +21,22 @@ RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
     "bottom_samples": "reverse",
 }
 SEARCHES = ("ird", "reverse")
-# Whose mask is that of the fewest samples of a search.
+# Methods with one mask, from a search's smallest sample set.
 FEW = ("fish_small", "top_samples", "bottom_samples")
-# Masks that no sample is read for.
+# Methods whose masks read no samples -> their score.
 DRAWN: dict[str, Literal["random", "magnitude"]] = {"random_mask": "random", "magnitude_mask": "magnitude"}
 DENSE = ("lora", "bitfit", "linear_probe", "full")
-# Far from any seed that `compare.seeds` may hold.
+# Offset of the seeds of further trainings, larger than any seed in `compare.seeds`.
 RESTART = 10**6
 
 WORDS = {
-    "ird": ("IRD", "the search: samples with the larger traces, evaluated round by round"),
-    "reverse": ("reverse IRD", "the same search with the samples of the smaller traces"),
-    "fish_best": ("FISH, best of draws", "for each pair that IRD evaluated a random draw of as many samples; the best"),
-    "fish": ("FISH", "one mask of all samples drawn: where IRD starts"),
+    "ird": ("IRD", "the search, which keeps the samples with the larger traces"),
+    "reverse": ("reverse IRD", "the same search, which keeps the samples with the smaller traces"),
+    "fish_best": (
+        "FISH, best of draws",
+        "the best of random draws: one of the same size for each pair that IRD evaluated",
+    ),
+    "fish": ("FISH", "one mask of all drawn samples: the start of IRD"),
     "fish_small": ("FISH, fewest samples", "one mask of the fewest samples of the search, drawn at random"),
     "top_samples": ("largest traces", "one mask of the fewest samples of the search, those with the largest traces"),
     "bottom_samples": ("smallest traces", "one mask of the fewest samples, those with the smallest traces"),
@@ -48,13 +51,13 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the configuration asks for it.
+    """A method of the comparison.
 
     Attributes:
-        name: what the configuration calls it.
-        kind: of `METHODS`.
-        config: the run's, with what a variant changes.
-        variant: whether it is one.
+        name: name in the configuration.
+        kind: one of `METHODS`.
+        config: the run's configuration with the variant's changes.
+        variant: whether it comes from `compare.variants`.
     """
 
     name: str
@@ -64,17 +67,17 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What people read."""
+        """Name in tables and text."""
         return self.name if self.variant else WORDS[self.kind][0]
 
     @property
     def what(self) -> str:
-        """What it is, in words."""
+        """One-line description."""
         changes = ", ".join(self.config.compare.variants[self.name][1:]) if self.variant else ""
         return f"{WORDS[self.kind][1]}; {changes}" if changes else WORDS[self.kind][1]
 
     def of_seed(self, seed: int) -> RunConfig:
-        """The configuration of the passes of one repetition."""
+        """The configuration of the Fisher passes of one seed."""
         search = self.config.search.model_copy(update={"seeds": [seed]})
         return self.config.model_copy(
             update={"search": search, "fisher": self.config.fisher.model_copy(update={"seed": seed})}
@@ -82,26 +85,26 @@ class Method:
 
 
 def slug(name: str) -> str:
-    """A method's name as a part of a file's name."""
+    """A method's name for use in file names."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def owner_of(methods: Sequence[Method], method: Method, seed: int) -> Method:
-    """Whose ranking a method uses: the first method's with an equal one."""
+    """The first method with the same ranking, whose masks this method shares."""
     own = method.of_seed(seed)
     return next(one for one in methods if one.kind in RANKINGS and one.of_seed(seed) == own)
 
 
 def ranking_name(owner: Method, seed: int) -> str:
-    """What the folder of a method's own ranking is called."""
+    """Folder name of a method's own ranking."""
     return f"{slug(owner.name)}-{seed}"
 
 
 def asked_methods(config: RunConfig) -> list[Method]:
-    """The methods that the configuration names, or all, with their configurations.
+    """The methods that the configuration names, or all.
 
     Raises:
-        InputError: a variant's changes are not valid.
+        InputError: a variant's changes are invalid.
     """
     names = config.compare.methods or [*METHODS, *config.compare.variants]
     return [_method(config, name) for name in names]
@@ -115,8 +118,3 @@ def _method(config: RunConfig, name: str) -> Method:
         own = own.model_copy(update={"fisher": own.fisher.model_copy(update={"score": DRAWN[kind]})})
     where = f"compare.variants.{name}"
     return Method(name, kind, changed_config(own, changes, where) if changes else own, name not in METHODS)
-
-
-def described(method: Method) -> dict[str, Any]:
-    """How a method is named in the result."""
-    return {"name": method.name, "label": method.label, "what": method.what}

@@ -1,4 +1,4 @@
-"""What the methods of a comparison train in a model."""
+"""What each method of a comparison trains."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What methods need to know of the model.
+    """Facts of the model.
 
     Attributes:
-        head, biases: names of the new head's parameters, and of the other biases.
+        head, biases: names of the new head's parameters, and of all other biases.
         sizes: dense method -> parameters that it trains beside the head.
-        model: `parameters`, those of the `head`, the `scored` ones and what they are (`scored_by`).
+        model: "parameters", "head", "scored" (entries) and "scored_by" (text).
     """
 
     head: list[str]
@@ -41,10 +41,10 @@ class ModelFacts:
 
 
 def model_facts(config: RunConfig, task: Task, output: Path, lora: bool) -> ModelFacts:
-    """Count what is in the model; collective.
+    """Count the model's parameters by method; collective.
 
     Args:
-        lora: count LoRA's matrices too.
+        lora: whether to count LoRA matrices.
 
     Raises:
         InputError: as `base_model` and `insert_lora`.
@@ -76,10 +76,10 @@ def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], l
 
 
 def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
-    """The methods of the comparison: those asked for, or all that the model has parameters for.
+    """The methods of the configuration; by default all that the model has parameters for.
 
     Raises:
-        InputError: one that was asked for has none, or lacks what it is compared with.
+        InputError: the model has no parameters for a named method, or the method needs another one.
     """
     methods = asked_methods(config)
     lacking = {"linear_probe": not facts.head, "bitfit": not facts.biases}
@@ -89,15 +89,13 @@ def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
     for method in methods:
         if lacking.get(method.kind):
             there = "no new head" if method.kind == "linear_probe" else "no biases"
-            raise InputError(f"compare.methods: found {method.name}, but the model has {there}; expected others")
+            raise InputError(f"found {method.name}, but the model has {there}", "other methods", key="compare.methods")
         if method.kind == "fish_best" and "ird" not in names:
-            raise InputError(
-                f"compare.methods: found {method.name} without ird; expected both: it draws as often as ird evaluates"
-            )
+            expected = "both, because it draws as often as ird evaluates"
+            raise InputError(f"found {method.name} without ird", expected, key="compare.methods")
     if config.compare.reference not in (None, *names):
-        raise InputError(
-            f"compare.reference: found {config.compare.reference!r}; expected one of the methods: {', '.join(names)}"
-        )
+        expected = f"one of the methods: {', '.join(names)}"
+        raise InputError(f"found {config.compare.reference!r}", expected, key="compare.reference")
     return methods
 
 
@@ -113,6 +111,6 @@ def dense_candidate(method: Method, facts: ModelFacts, rate: float, seed: int) -
 
 
 def trained(method: Method, candidate: Candidate, rate: float) -> Candidate:
-    """The candidate with a method's training at a learning rate; what is trained besides a mask stays."""
+    """The candidate with a method's training configuration at a learning rate; its `always_train` stays."""
     train = (candidate.train or method.config.train).model_copy(update={"learning_rate": rate})
     return replace(candidate, train=train)

@@ -1,4 +1,4 @@
-"""The report of a finished comparison, from its compare.json and what its folder holds of samples and masks."""
+"""The report of a finished comparison, from compare.json and its folder's samples and masks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
 from irdscale.compare.study import read_study
 from irdscale.compare.table import columns, rows
-from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of
+from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on
 from irdscale.compare.where import COLUMNS as MASK_COLUMNS
 from irdscale.compare.where import where_masks_lie
 from irdscale.report.pages import write_pages
 from irdscale.utils.files import write_atomic
 
 CAPTIONS = {
-    "scores": "Test score by method: mean and 95 % t interval over the seeds, which are the grey dots. "
-    "The band is the interval of the reference.",
+    "scores": "Test score by method: mean and 95 % t interval over the seeds. Grey dots are seeds. "
+    "The band is the reference's interval.",
     "parameters": "Test score against the number of trainable parameters beside the head. Methods of the same size "
-    "stand side by side; dashed lines train the head alone.",
-    "differences": "Differences to the reference, seed by seed, with 95 % t intervals: blue where the interval says "
-    "that the reference is better, orange where it says that it is worse, grey where it cannot be told.",
+    "are side by side; dashed lines are methods that train only the head.",
+    "differences": "Paired differences to the reference over the seeds, with 95 % t intervals. Blue: the reference is "
+    "better. Orange: it is worse. Grey: the interval includes zero.",
     "rates": "Mean metric on the selection split by learning rate. The large marks are the chosen rates.",
 }
 
@@ -38,7 +38,7 @@ def write_files(output: Path) -> dict[str, Any]:
         "columns": columns(study),
         "rows": rows(study),
         "main": cost_and_gain(study),
-        "sentences": [said_of(study, method) for method in study["methods"]],
+        "sentences": [sentence_on(study, method) for method in study["methods"]],
         "notes": notes(study),
         "failures": failures(study),
         "samples": about_samples(output, study),
@@ -54,7 +54,7 @@ def write_files(output: Path) -> dict[str, Any]:
 
 
 def _csv(study: dict[str, Any]) -> str:
-    """A row for each seed of each method; empty where there is no value."""
+    """One row per method and seed; missing values are empty."""
     columns = ("samples", "params", "selection", "test")
     stream = io.StringIO()
     rows = csv.writer(stream, lineterminator="\n")

@@ -1,11 +1,11 @@
-"""What a comparison found, method by method: scores, differences from the reference, and what each cost."""
+"""The result of a comparison by method: scores, differences to the reference, and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method, described
+from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.kinds import METRIC_RANGES
@@ -16,11 +16,11 @@ from irdscale.search.limits import reachable_sizes
 def method_entries(
     study: Study, chosen: dict[tuple[str, int], Candidate | None], tests: dict[str, tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    """What compare.json tells of each method.
+    """The "methods" of compare.json.
 
     Args:
-        chosen: (method, seed) -> its candidate that is best on the selection split; None where all failed.
-        tests: key -> test metric of the chosen candidates, and its standard error.
+        chosen: (method, seed) -> candidate that is best on the selection split; None if all failed.
+        tests: key -> test metric of a chosen candidate, and its standard error.
     """
     entries = [_entry(study, method, chosen, tests) for method in study.methods]
     reference = next(entry for entry in entries if entry["name"] == study.reference)
@@ -31,7 +31,7 @@ def method_entries(
 
 
 def fewest_samples(study: Study) -> int | None:
-    """The fewest samples that a search can come to in its rounds; None without a search."""
+    """The fewest samples that a search can reach in its rounds; None without a search."""
     ends = []
     for method in study.methods:
         if method.kind in SEARCHES:
@@ -71,7 +71,9 @@ def _entry(
     gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
     spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
     return {
-        **described(method),
+        "name": method.name,
+        "label": method.label,
+        "what": method.what,
         "learning_rate": study.rates[method.name],
         "grid": study.grids[method.name],
         "evaluations": _mean([one["evaluations"] for one in seeds]),
@@ -79,14 +81,14 @@ def _entry(
         "params": _mean([one["params"] for one in ended]) if ended else None,
         "seeds": seeds,
         "test": interval([one["test"] for one in ended], within),
-        # All seeds have the same test samples, so that a mean over them is no better known for that.
+        # All seeds share the test samples, so averaging over seeds does not reduce this error.
         "test_error": _mean([one["test_error"] for one in ended]) if ended else None,
         "selection": interval([one["selection"] for one in ended], within),
     }
 
 
 def _gradients(study: Study, method: Method, seed: int) -> int:
-    """Sample gradients that the masks of a method take by themselves, whoever shares them."""
+    """Sample gradients that a method's masks would take if it shared them with no other."""
     if method.kind not in RANKINGS:
         return 0
     masks = study.ranking_masks[method.name, seed]

@@ -1,14 +1,14 @@
 """`irdscale compare`: every method with every learning rate and seed, then searches and equal budgets, then the test.
 
-    1. masks: for each seed its own draw of samples, their traces and the masks of every search, and drawn masks
-    2. learning rates: every method's first candidate with each rate of the grid and each seed; per method the rate with
-       the best mean on the selection split is kept
-    3. budgets: IRD and its reverse search at that rate, seed by seed; then FISH draws, random masks and new starts, as
-       many as IRD evaluated candidates at that seed
-    4. test: per method and seed the candidate that is best on the selection split is measured on the test split, once
+    1. masks: per seed a draw of samples, their traces and the masks of every search; random and magnitude masks
+    2. learning rates: every method's first candidate with each rate and seed; each method keeps the rate with the best
+       mean on the selection split
+    3. budgets: IRD and reverse IRD at that rate, one search per seed; then FISH draws, random masks and trainings with
+       other seeds, as many per seed as IRD's evaluations
+    4. test: the best candidate on the selection split per method and seed, evaluated once on the test split
 
-Nothing reads the test split before 4. All evaluations are in one ledger, by what they train, so that methods share them
-and a comparison that was killed, or got more methods or seeds, goes on.
+Nothing reads the test split before step 4. Methods share evaluations in one ledger, so a comparison that was killed, or
+got more methods or seeds, goes on.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_method
 from irdscale.compare.results import fewest_samples, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
-from irdscale.config.loader import dump_config
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
-from irdscale.search.folder import clean, refuse_changes
+from irdscale.search.folder import open_ledger, refuse_changes
 from irdscale.search.ird import Pair, Wanted, rounds, together
-from irdscale.search.limits import most_of_rounds
+from irdscale.search.limits import most_of_rounds, smallest_pair
 from irdscale.search.mask_store import SearchMasks
-from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks, smallest_pair
+from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
-from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import said_of_rises
-from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -54,25 +52,24 @@ log = logging.getLogger(__name__)
 def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
     """Compare methods, or go on with a comparison that was interrupted or got more methods, seeds or rates.
 
-    Writes config.yaml, fisher/, masks/, ledger.jsonl and compare.json into `config.output`. Collective where
-    torch.distributed is initialised, as `irdscale.search.run.run_search` is.
+    Writes config.yaml, fisher/, masks/, ledger.jsonl and compare.json into `config.output`. Collective if
+    torch.distributed is initialised, like `irdscale.search.run.run_search`.
 
     Args:
-        overwrite: remove what an earlier run, or other work, has written to the folder.
+        overwrite: whether to remove earlier files of irdscale from the folder.
 
     Returns:
-        What compare.json holds.
+        The contents of compare.json.
 
     Raises:
-        InputError: the configuration does not fit the data or the model, or the output folder holds other work (named),
-            or is written right now.
-        RunError: a method's masks could not be made, or the output cannot be written.
+        InputError: the configuration does not fit the data or the model, or the output folder holds other work (names
+            it) or is in use.
+        RunError: masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
     if config.search.runner == "ray" and config.search.ray.early_stopping:
-        raise InputError(
-            "search.ray.early_stopping: found true; expected false: a comparison evaluates every candidate in full"
-        )
+        expected = "false: a comparison evaluates every candidate in full"
+        raise InputError("found true", expected, key="search.ray.early_stopping")
     with failing_together():
         if not overwrite:
             refuse_changes(config, output)
@@ -95,13 +92,7 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         facts = engine.call(model_facts, "lora" in _kinds(config))
         with failing_together():
             methods = fitting_methods(config, facts)
-        with SharedLedger(output / "ledger.jsonl") as ledger:
-            with failing_together():
-                if rank_and_world()[0] == 0:
-                    write_atomic(output / "config.yaml", dump_config(config))
-                    clean(output)
-            if ledger.finished:
-                log.info("going on: %d evaluations are done", len(ledger.finished))
+        with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
                 runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
@@ -121,14 +112,14 @@ def _kinds(config: RunConfig) -> list[str]:
 
 
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
-    """Upper bound of the evaluations that are asked for, for the progress bar."""
+    """Upper bound of the requested evaluations, for the progress bar."""
     rates = len(config.compare.learning_rates or [config.train.learning_rate])
     budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
     most = 0
     for method in methods:
         most += rates
         if method.kind in SEARCHES:
-            # A search asks for its start once more, at the rate kept.
+            # A search requests its start again, at the chosen rate.
             most += 1 + _most_searched(method, facts)
         elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in RANKINGS):
             most += budget
@@ -136,7 +127,7 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
 
 
 def _most_searched(method: Method, facts: ModelFacts) -> int:
-    """Upper bound of what the search of one seed evaluates after its start."""
+    """Upper bound of the evaluations after the start in one seed's search."""
     search, parameters = method.config.search, facts.model["parameters"]
     start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
     return most_of_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, 1)
@@ -175,7 +166,7 @@ def _compared(study: Study) -> dict[str, Any]:
 
 
 def _make_masks(study: Study) -> None:
-    """The masks of all rankings, which methods with the same one share, and the first drawn ones."""
+    """Make the masks of all rankings, once for methods with equal rankings, and the first drawn masks."""
     owners = {
         (method.name, seed): owner_of(study.methods, method, seed)
         for method in study.methods
@@ -194,7 +185,7 @@ def _make_masks(study: Study) -> None:
 
 
 def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
-    """Draw masks of entries: method, seed, and which draw of this seed."""
+    """Make drawn masks; `asked` has method, seed and number of the draw."""
     calls = [
         WorkItem(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
         for method, seed, draw in asked
@@ -208,13 +199,13 @@ def _draw_name(method: Method, seed: int, draw: int) -> str:
 
 
 def _draw(study: Study, method: Method, seed: int, draw: int) -> Candidate:
-    """A drawn mask's candidate, yet without a learning rate."""
+    """The candidate of a drawn mask, before a learning rate is set."""
     mask, params = study.drawn[_draw_name(method, seed, draw)]
     return Candidate(mask, Pair(0, params), seed, None, method.name)
 
 
 def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
-    """What a method tries a learning rate with."""
+    """The candidate with which a method tries a learning rate."""
     if method.kind in RANKINGS:
         masks = study.ranking_masks[method.name, seed]
         pair = masks.fewest if method.kind in FEW else masks.start
@@ -225,7 +216,7 @@ def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
 
 
 def _choose_rates(study: Study) -> None:
-    """Keep each method's best learning rate, by the mean over the seeds on the selection split."""
+    """Choose each method's learning rate by the mean over seeds on the selection split."""
     firsts = {
         (method.name, rate): [_first(study, method, seed, rate) for seed in study.seeds]
         for method in study.methods
@@ -242,16 +233,16 @@ def _choose_rates(study: Study) -> None:
             )
             if ended:
                 means[rate] = len(ended), study.better(sum(ended) / len(ended))
-        # A rate with which some seeds fail is worse than any with which none does.
+        # A rate with failed seeds is worse than any without.
         study.rates[method.name] = max(means, key=lambda rate: means[rate]) if means else None
         kept = study.rates[method.name] or study.grid[0]
         for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
             study.tried[method.name, seed] = [candidate]
-    _drop_all_but(study, [candidate for tried in study.tried.values() for candidate in tried])
+    study.runner.drop_all_but({one.key(study.config) for tried in study.tried.values() for one in tried})
 
 
 def _search(study: Study) -> None:
-    """All searches, round by round, each at its method's learning rate and with one seed."""
+    """Run all searches together, each with one seed at its method's learning rate."""
     started = [
         (method, seed)
         for method in study.methods
@@ -274,26 +265,17 @@ def _search(study: Study) -> None:
         study.runner.evaluate([one for of_one in wanted for one in of_one])
         return [[study.runner.metric(one) for one in of_one] for of_one in wanted]
 
-    searches = []
+    lower, searches = study.task.lower_is_better, []
     for method, seed in started:
         masks, search = study.ranking_masks[method.name, seed], method.config.search
-        searches.append(
-            rounds(
-                masks.start,
-                masks.minimum,
-                [seed],
-                search.max_rounds,
-                search.patience,
-                study.task.lower_is_better,
-            )
-        )
+        searches.append(rounds(masks.start, masks.minimum, [seed], search.max_rounds, search.patience, lower))
     for (method, seed), outcome in zip(started, together(searches, evaluate), strict=True):
         study.tried[method.name, seed] += [candidate(method, pair, seed) for pair in list(outcome.means)[1:]]
         study.spent[method.name, seed] = outcome.evaluations
 
 
 def _spend_budgets(study: Study) -> None:
-    """FISH draws, random masks and new starts, as many as IRD evaluated candidates with the same seed."""
+    """Evaluate FISH draws, random masks and other seeds, as many as IRD evaluated candidates for each seed."""
     spending = [
         (method, seed, rate)
         for method in study.methods
@@ -315,11 +297,11 @@ def _spend_budgets(study: Study) -> None:
 
 
 def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[tuple[str, int], list[Candidate]]:
-    """FISH masks of the pairs that IRD evaluated beyond its start, each by its own random samples."""
+    """FISH masks of the sizes that IRD evaluated beyond its start, each from its own random samples."""
     wanted: list[tuple[Method, int, Pair, int]] = []
     for method, seed in asked:
         searched, spent = [candidate.pair for candidate in study.tried["ird", seed][1:]], study.spent["ird", seed] - 1
-        # Where some failed, there are more evaluations than pairs.
+        # Failed evaluations count, so there may be more draws than pairs.
         for place in range(spent if searched else 0):
             wanted.append((method, seed, searched[place % len(searched)], place // len(searched)))
     calls = []
@@ -335,7 +317,7 @@ def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[
 
 
 def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
-    """What a method that draws no samples and searches nothing tries beyond its first candidate."""
+    """Further candidates of a method without ranking or search, for an equal budget."""
     if method.kind in RANKINGS or not study.config.compare.equal_budget:
         return []
     again = range(1, study.spent["ird", seed])
@@ -345,7 +327,7 @@ def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
 
 
 def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
-    """The candidate that is best on the selection split; ties go to the one tried first."""
+    """The best candidate on the selection split; ties go to the first."""
     ended = [
         (study.better(metric), candidate)
         for candidate in tried
@@ -354,15 +336,10 @@ def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
     return max(ended, key=lambda scored: scored[0])[1] if ended else None
 
 
-def _drop_all_but(study: Study, kept: Sequence[Candidate]) -> None:
-    keys = {candidate.key(study.config) for candidate in kept}
-    study.runner.drop_all_but(keys)
-
-
 def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:
-    """key -> test metric of the chosen candidates and its standard error; kept on disk as soon as it is known."""
-    _drop_all_but(study, chosen)
+    """Key -> test metric of a chosen candidate and its standard error; each is written to disk at once."""
     by_key = {candidate.key(study.config): candidate for candidate in chosen}
+    study.runner.drop_all_but(by_key.keys())
     file = study.output / "test_scores.json"
     with failing_together():
         stored = read_json(file, "list of test scores") if file.exists() else {}

@@ -1,4 +1,4 @@
-"""What a comparison tells of its samples: what their ranking follows, and how masks depend on them, over the seeds."""
+"""A comparison's samples: what their ranking follows, and how masks depend on them, over the seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = ["property", "measure", "mean", "over the seeds", "by chance"]
 
 @dataclass(frozen=True)
 class Samples:
-    """What the section "Samples" of a report shows: in words, and a table of the `COLUMNS`."""
+    """Text and table (`COLUMNS`) of the report's section "Samples"."""
 
     sentences: list[str]
     rows: list[list[str]]
@@ -33,11 +33,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Seed:
-    """What is known of one seed's samples: their rows in the split, what their ranking follows, masks.
+    """The samples of one seed.
 
     Attributes:
-        altered: shares of altered samples in the pool and in the smallest set; None where nothing was altered.
-        start, fewest: samples and entries of the masks `whole` and `first`, which are hashes.
+        rows: rows of the pool's samples in their split.
+        altered: shares of altered samples in the pool and in the smallest sample set; None if none was altered.
+        start, fewest: samples and entries of the masks.
+        pool_mask, first_mask: hashes of the masks of all samples, and of those that rank first.
     """
 
     rows: list[int]
@@ -45,15 +47,15 @@ class _Seed:
     altered: tuple[float, float] | None
     start: Pair
     fewest: Pair
-    whole: str
-    first: str
+    pool_mask: str
+    first_mask: str
 
 
 def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
-    """Read the samples and masks of the reference's ranking, or of the first method's that has one.
+    """Describe the samples and masks of the reference's ranking, or of the first method with a ranking.
 
     Returns:
-        None where no method ranks samples, or the folder holds none of their files.
+        None if no method ranks samples, or the folder has none of their files.
 
     Raises:
         InputError: a file is damaged.
@@ -64,15 +66,15 @@ def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
             if not all(file.exists() for file in files):
                 return _without(files)
             seeds = [_read(output, name, study["task"]["kind"], method.config.search.direction) for name in names]
-            folders = [mask_folder(output, mask) for one in seeds for mask in (one.whole, one.first)]
+            folders = [mask_folder(output, mask) for one in seeds for mask in (one.pool_mask, one.first_mask)]
             if all(folder.exists() for folder in folders):
-                return _told(output, study, method, seeds)
+                return _described(output, study, method, seeds)
             return _without(folders) if any(folder.exists() for folder in folders) else None
     return None
 
 
 def _rankings(study: dict[str, Any]) -> list[tuple[Method, list[str]]]:
-    """The methods that rank samples, the reference first, and what their rankings of each seed are called."""
+    """The methods that rank samples, the reference first, each with the names of its rankings by seed."""
     methods = asked_methods(check_config(study["config"], FILE))
     known = [one for one in methods if any(one.name == method["name"] for method in study["methods"])]
     ranking = [one for one in known if one.kind in RANKINGS and one.config.search.direction != "random"]
@@ -83,7 +85,7 @@ def _rankings(study: dict[str, Any]) -> list[tuple[Method, list[str]]]:
 
 def _without(paths: Sequence[Path]) -> Samples:
     missing = next(path for path in paths if not path.exists())
-    return Samples([f"Nothing can be told of the samples: found no {'/'.join(missing.parts[-3:])}."], [])
+    return Samples([f"The samples are unknown: found no {'/'.join(missing.parts[-3:])}."], [])
 
 
 def _read(output: Path, name: str, kind: str, direction: str) -> _Seed:
@@ -96,10 +98,10 @@ def _read(output: Path, name: str, kind: str, direction: str) -> _Seed:
         found = {one.name: one for one in ranking_relations(traces, direction, kind)[1]}
         return _Seed(traces["row"], found, altered, start, fewest, masks.masks[start], masks.masks[fewest])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: not the traces of a search: {type(error).__name__} {error}") from error
+        raise InputError(f"not the traces of a search: {type(error).__name__} {error}", where=str(file)) from error
 
 
-def _told(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed]) -> Samples:
+def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed]) -> Samples:
     size, few = f"{seeds[0].start.samples:,}", f"{seeds[0].fewest.samples:,}"
     drawn = "For one seed" if len(seeds) == 1 else f"For each of {len(seeds)} seeds"
     means = "" if len(seeds) == 1 else "; figures are means over the seeds"
@@ -116,34 +118,36 @@ def _told(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed
     if altered:
         pool, first = ([shares[place] for shares in altered] for place in (0, 1))
         base = percent(fmean(pool))
-        sentences.append(f"Altered are {base} of the pool and {percent(fmean(first))} of the {few} that rank first.")
+        sentences.append(
+            f"{base} of the pool and {percent(fmean(first))} of the first {few} in the ranking are altered."
+        )
         rows.append(_row(f"altered ones of all {size} samples", "share", pool))
         rows.append(_row(f"altered ones of the first {few}", "share", first, base))
-    whole = {str(place): load_mask(output, seed.whole) for place, seed in enumerate(seeds)}
-    params, said = seeds[0].start.params, []
-    between = overlaps(whole, params)
+    pool_masks = {str(place): load_mask(output, seed.pool_mask) for place, seed in enumerate(seeds)}
+    params, shares = seeds[0].start.params, []
+    between = overlaps(pool_masks, params)
     chance = percent(between.chance)
     if few != size:
         firsts = [
-            overlaps({"whole": mask, "first": load_mask(output, seed.first)}, params).shares[0][1]
-            for seed, mask in zip(seeds, whole.values(), strict=True)
+            overlaps({"pool": mask, "first": load_mask(output, seed.first_mask)}, params).shares[0][1]
+            for seed, mask in zip(seeds, pool_masks.values(), strict=True)
         ]
-        said.append(f"the mask of the first {few} samples shares {percent(fmean(firsts))} with that of all")
+        shares.append(f"the mask of the first {few} samples shares {percent(fmean(firsts))} with that of all")
         rows.append(_row(f"masks of the first {few} and of all", "shared entries", firsts, chance))
     if len(seeds) > 1:
         pairs = [between.shares[a][b] for a, b in itertools.combinations(range(len(seeds)), 2)]
         same = all(seed.rows == seeds[0].rows for seed in seeds)
         by = [*([] if same else ["the draw of samples"]), *(["the new head"] if study["model"]["head"] else [])]
         rest = f", the rest depends on {' and '.join(by)}" if by else ""
-        said.append(f"the masks of all samples of two seeds share {percent(fmean(pairs))}{rest}")
+        shares.append(f"the masks of all samples of two seeds share {percent(fmean(pairs))}{rest}")
         rows.append(_row("masks of all, of two seeds", "shared entries", pairs, chance))
-    if said:
-        sentences.append(f"Of {params:,} entries, {'; '.join(said)}; random masks would share {chance}.")
+    if shares:
+        sentences.append(f"Of {params:,} entries, {'; '.join(shares)}; random masks would share {chance}.")
     return Samples(sentences, rows)
 
 
 def _mean(found: list[Relation]) -> Relation:
-    """The mean over the seeds; of no strength where chance alone may do as much for one of them."""
+    """The mean over the seeds; its strength is 0 if chance may explain any seed."""
     lows, highs = zip(*(one.chance for one in found), strict=True)
     held = [one.held for one in found if one.held is not None]
     return replace(

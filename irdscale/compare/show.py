@@ -1,4 +1,4 @@
-"""What a finished comparison says at a terminal."""
+"""Terminal output of a finished comparison."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes
 from irdscale.utils.progress import duration
 
-# The columns that a terminal of 80 characters has room for: method, test, difference, its interval, wins.
+# Columns that fit in 80 characters: method, test, difference, its interval, wins.
 _SHOWN = (0, 2, 4, 5, 6)
 
 
 def print_comparison(result: dict[str, Any], output: Path) -> None:
-    """The methods and their differences to the reference, what they show, and where the report is."""
+    """Print the methods, their differences to the reference, the conclusions and the path of the report."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

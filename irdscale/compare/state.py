@@ -1,4 +1,4 @@
-"""A comparison under way: what was asked for, and what is known so far."""
+"""The state of a running comparison."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Study:
-    """A comparison under way.
+    """A running comparison.
 
     Attributes:
-        steps: of one training.
-        ranking_masks: (method, seed) -> the masks of its ranking's sample sets.
-        drawn: name -> hash and entries of a mask that no sample was read for.
-        rates: method -> the learning rate kept; None where every training failed.
-        grids: method -> each learning rate and its mean on the selection split.
-        tried: (method, seed) -> its candidates at the rate kept, the first one first.
-        spent: (method, seed) -> how many of them were evaluated, where more than the first.
-        gradients: (method, seed) -> sample gradients of FISH's draws.
+        steps: optimizer steps of one training.
+        ranking_masks: (method, seed) -> masks of its ranking.
+        drawn: name -> hash and entries of a mask that reads no samples.
+        rates: method -> chosen learning rate; None if every training failed.
+        grids: method -> mean on the selection split by learning rate.
+        tried: (method, seed) -> its candidates at the chosen rate, the first one first.
+        spent: (method, seed) -> number of evaluated candidates, if more than the first.
+        gradients: (method, seed) -> sample gradients of FISH draws.
     """
 
     config: RunConfig
@@ -62,5 +62,5 @@ class Study:
         return self.config.compare.seeds
 
     def better(self, metric: float) -> float:
-        """A number that is larger for better metrics."""
+        """The metric with its sign set so that larger is better."""
         return -metric if self.task.lower_is_better else metric

@@ -1,4 +1,4 @@
-"""Means over seeds and differences between two methods, with t intervals."""
+"""Means over seeds and paired differences between two methods, with t intervals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from scipy.stats import t, ttest_1samp
 
 CONFIDENCE = 0.95
-# Two values tell next to nothing of their spread: t is 12.7 there, and an interval reaches over the metric's range.
+# With two values t is 12.7, and an interval covers the metric's whole range.
 FEWEST_SEEDS = 3
 ANY = (-inf, inf)
-# Differences of equal scores are not quite equal in floating point; a spread below this share of them is none.
+# Relative spread that counts as rounding error of equal values.
 _ROUNDING = 1e-12
 
 
@@ -21,11 +21,11 @@ def interval(values: Iterable[float | None], within: tuple[float, float] = ANY) 
     """Mean and 95 % t interval over seeds.
 
     Args:
-        values: one metric per seed; None, for a seed that failed, is left out.
-        within: the metric's smallest and largest value, at which the interval ends.
+        values: metric of each seed; None (a failed seed) is left out.
+        within: smallest and largest value of the metric, which bound the interval.
 
     Returns:
-        {"mean", "low", "high", "n"}: n counts the values; mean is None without any, low and high with fewer than
+        {"mean", "low", "high", "n"}: n counts the values; mean is None without values, low and high with fewer than
         three.
     """
     present = [float(value) for value in values if value is not None]
@@ -38,17 +38,16 @@ def paired(
     lower_is_better: bool,
     within: tuple[float, float] = ANY,
 ) -> dict[str, Any]:
-    """Differences reference - other over the seeds that both have.
+    """Differences reference - other over the seeds of both.
 
     Args:
-        reference: seed -> metric, None where it failed.
-        other: the same of the method that it is compared with.
-        within: the metric's smallest and largest value, which no difference is further apart than.
+        reference, other: seed -> metric, None for a failed seed.
+        within: smallest and largest value of the metric, which bound the differences.
 
     Returns:
-        {"mean", "low", "high", "n"} of the differences as by `interval`; "wins", "losses" and "ties", counted where
-        the reference is better, worse and equal; "p" of the two-sided paired t-test, None with fewer than three
-        differences or where they are all the same, for which there is no t.
+        {"mean", "low", "high", "n"} of the differences, as in `interval`; "wins", "losses" and "ties": seeds where the
+        reference is better, worse and equal; "p" of the two-sided paired t-test, None with fewer than three
+        differences or if all are equal.
     """
     pairs = [
         (float(value), float(against))
@@ -69,7 +68,7 @@ def paired(
 def paired_methods(
     reference: Mapping[str, Any], other: Mapping[str, Any], lower_is_better: bool, within: tuple[float, float] = ANY
 ) -> dict[str, Any]:
-    """`paired` over the test metrics of two methods of a comparison, as its result holds them."""
+    """`paired` for the test metrics of two methods in a comparison's result."""
     ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, other))
     return paired(ours, others, lower_is_better, within)
 
@@ -82,5 +81,5 @@ def _spread(values: list[float], scale: float, within: tuple[float, float]) -> d
     low = high = mean
     if (deviation := stdev(values)) > _ROUNDING * scale:
         low, high = map(float, t.interval(CONFIDENCE, n - 1, mean, deviation / sqrt(n)))
-    # Where all values are equal, rounding of their mean may be outside.
+    # Rounding may move the mean of equal values outside.
     return {"mean": mean, "low": min(mean, max(within[0], low)), "high": max(mean, min(within[1], high)), "n": n}

@@ -1,4 +1,4 @@
-"""The table of a comparison, the same in all that people read."""
+"""The table of a comparison, for terminal and report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from irdscale.compare.verdict import reference_of
 
 
 def columns(study: dict[str, Any]) -> list[str]:
-    """The heads of the columns, those of names first."""
+    """The column heads."""
     return [
         "method",
         "seeds",

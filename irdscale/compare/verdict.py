@@ -1,4 +1,4 @@
-"""What a comparison shows, in words that claim no more than its intervals."""
+"""Conclusions of a comparison in words, which claim no more than its intervals."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
 from irdscale.config.kinds import METRIC_RANGES
 
 ENOUGH_SEEDS = 5
-# What changes the way of a search, but not the mask of its fewest samples.
+# Options that change a search's rounds, but not the mask of its fewest samples.
 _WAY = ("search.max_rounds=", "search.patience=")
 
 
 def method_named(study: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The method of this name, None where the study has none."""
+    """The method with this name; None if there is none."""
     return next((method for method in study["methods"] if method["name"] == name), None)
 
 
 def reference_of(study: dict[str, Any]) -> dict[str, Any]:
-    """The method that all others are compared with."""
+    """The method with which all others are compared."""
     return next(method for method in study["methods"] if method["name"] == study["reference"])
 
 
 def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any] | None:
-    """How much better the reference is than a method on the test split, by seed, positive where it is better.
+    """The reference's paired gain over a method on the test split, positive if the reference is better.
 
     Returns:
-        {"mean", "low", "high", "n"}, None where no seed has both.
+        {"mean", "low", "high", "n"}; None if no seed has both.
     """
     return _as_gain(study, method["difference"] if method else None)
 
@@ -42,24 +42,24 @@ def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[s
 
 
 def side(found: dict[str, Any] | None) -> int:
-    """1 where the whole interval of a gain is above zero, -1 where it is below, 0 where neither can be said."""
+    """1 if the interval of a gain is above zero, -1 if it is below, 0 if it includes zero or is unknown."""
     if found is None or found["low"] is None:
         return 0
     return int(found["low"] > 0) - int(found["high"] < 0)
 
 
-def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
-    """One sentence: how a method compares with the reference on the test split."""
+def sentence_on(study: dict[str, Any], method: dict[str, Any]) -> str:
+    """One sentence on a method against the reference on the test split."""
     reference = reference_of(study)
     label, against = method["label"], reference["label"]
     if method["test"]["mean"] is None:
-        return f"{label}: no test metric, every seed failed."
+        return f"{label}: no test metric, because every seed failed."
     figures = f"{label}: {study['task']['metric']} {with_interval(method['test'])}"
     if method is reference:
         return f"{figures}, the reference."
     found = gain(study, method)
     if found is None:
-        return f"{figures}; no seed has both it and {against}."
+        return f"{figures}; no seed finished for both it and {against}."
     difference = method["difference"]
     shown = f"difference {signed_interval(difference)}"
     if found["n"] < FEWEST_SEEDS:
@@ -73,12 +73,13 @@ def said_of(study: dict[str, Any], method: dict[str, Any]) -> str:
 
 
 def cost_and_gain(study: dict[str, Any]) -> str:
-    """The paragraph on what the search cost and what it gained: over one FISH mask, over as many random ones, and over
-    one mask of the samples that rank first."""
+    """The paragraph on the search's cost and its gain over one FISH mask, as many random ones, and one mask of the
+    samples that rank first.
+    """
     reference = reference_of(study)
     fish, best = (method_named(study, name) for name in ("fish", "fish_best"))
     if reference["test"]["mean"] is None:
-        return f"{reference['label']} failed for every seed, so there is nothing to compare with."
+        return f"{reference['label']} failed for every seed, so there is no comparison."
     sentences = [_cost(reference, fish)]
     over = [
         _over(study, method, name)
@@ -86,19 +87,19 @@ def cost_and_gain(study: dict[str, Any]) -> str:
         if method is not None and method is not reference
     ]
     if over:
-        sentences += ["Gains are on the test split, positive where it is better.", *over]
+        sentences += [f"Gains are on the test split, positive if {reference['label']} is better.", *over]
         sentences.append(_FISH_MASKS if _dropped_none(study, reference) else _judged(study, fish, best))
     return " ".join(sentences) + _without_search(study, " ".join(sentences))
 
 
 _FISH_MASKS = (
-    "For no seed did the search drop a sample: its masks are FISH masks, so that a difference comes from their number "
+    "The search dropped no sample for any seed: its masks are FISH masks, so that a difference comes from their number "
     "of parameters or from choosing among several, not from ranking samples."
 )
 
 
 def _kept_all(study: dict[str, Any], method: dict[str, Any]) -> list[int]:
-    """The seeds for which a search's mask is of all samples that were drawn for it: a FISH mask."""
+    """The seeds for which a search's mask uses all drawn samples: a FISH mask."""
     if _ranking(study, method)[0] not in SEARCHES:
         return []
     return [one["seed"] for one in method["seeds"] if one["pool"] and one["samples"] == one["pool"]]
@@ -111,12 +112,12 @@ def _dropped_none(study: dict[str, Any], method: dict[str, Any]) -> bool:
 
 def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
     if reference["fine_tunings"] is None:
-        return f"What {reference['label']} cost is not known."
+        return f"The cost of {reference['label']} is unknown."
     one = ""
     if fish is not None and fish is not reference and fish["fine_tunings"] is not None:
-        anew = (fish["evaluations"] or 0) > len(fish["grid"])
+        retrained = (fish["evaluations"] or 0) > len(fish["grid"])
         one = f", one FISH mask {_number(fish['fine_tunings'])}"
-        one += " (trained anew for the same budget, the best start kept)" if anew else ""
+        one += " (retrained with other seeds for the same budget, the best kept)" if retrained else ""
     return (
         f"A seed of {reference['label']} cost {_number(reference['fine_tunings'])} fine-tunings{one}. "
         "One training of one candidate is 1; Fisher passes count, the learning-rate grid does not."
@@ -126,7 +127,7 @@ def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
 def _over(study: dict[str, Any], method: dict[str, Any], name: str) -> str:
     found = gain(study, method)
     if found is None:
-        return f"There is no gain over {name} to state: no seed has both."
+        return f"The gain over {name} is unknown: no seed finished for both."
     return f"The gain over {name} is {signed_interval(found)}."
 
 
@@ -135,16 +136,16 @@ def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, 
     label, gains = reference["label"], {"fish": gain(study, fish), "fish_best": gain(study, best)}
     known = [found["n"] for found in gains.values() if found is not None]
     if not known:
-        return "So whether it pays is not known."
+        return "Whether it pays is unknown."
     seeds = min(known)
     if seeds < FEWEST_SEEDS:
         return f"{_seeds(seeds).capitalize()} cannot tell a gain from chance."
     one, many = side(gains["fish"]), side(gains["fish_best"])
     if one > 0 and many > 0:
-        text = f"So here {label} pays: it is better than one FISH mask and than as many random ones"
+        text = f"Here {label} pays: it is better than one FISH mask and than as many random ones"
     elif one > 0 and gains["fish_best"] is None:
         text = (
-            "It is better than one FISH mask, but without the baseline of equal budget nobody can tell whether "
+            "It is better than one FISH mask, but without the baseline of equal budget it is unknown whether "
             "that comes from ranking samples or from choosing among several masks"
         )
     elif one > 0:
@@ -157,7 +158,7 @@ def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, 
     elif one < 0:
         text = "It does not pay: one FISH mask is better"
     elif gains["fish"] is None and many > 0:
-        text = "It is better than random draws with the same budget; what it gains over one FISH mask is not known"
+        text = "It is better than random draws with the same budget; its gain over one FISH mask is unknown"
     elif many > 0:
         text = (
             "It is better than random draws with the same budget, but it does not pay: over one FISH mask there is "
@@ -172,8 +173,8 @@ def _hint(seeds: int) -> str:
     return f" With {seeds} seeds that is a hint, not a proof." if seeds < ENOUGH_SEEDS else ""
 
 
-def _without_search(study: dict[str, Any], said: str) -> str:
-    """Whether one mask of the fewest samples, those that the search's ranking has first, would do instead of it."""
+def _without_search(study: dict[str, Any], before: str) -> str:
+    """Whether one mask of the fewest samples, the first of the search's ranking, does as well as the search."""
     reference = reference_of(study)
     kind, changes = _ranking(study, reference)
     top = next((one for one in study["methods"] if _ranking(study, one) == ("top_samples", changes)), None)
@@ -192,18 +193,18 @@ def _without_search(study: dict[str, Any], said: str) -> str:
         does = "does better than the search" if where < 0 else as_well
         text = f" O{mask} {does} (gain of the search {signed_interval(found)}){cost}{_what_pays(study, top, where)}."
     hint = _hint(seeds)
-    return text if hint in said else text + hint
+    return text if hint in before else text + hint
 
 
 def _ranking(study: dict[str, Any], method: dict[str, Any]) -> tuple[str, list[str]]:
-    """A method's kind, and what it changes of how samples are ranked and masks made of them."""
+    """A method's kind, and its changes that affect the ranking of samples or their masks."""
     variants = study["config"]["compare"]["variants"]
     kind, *changes = variants.get(method["name"], [method["name"]])
     return kind, sorted(change for change in changes if not change.startswith(_WAY))
 
 
 def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
-    """What the mask of the samples that rank first owes to them, where a mask of random samples is worse."""
+    """What the mask of the first samples gains over a mask of random or of all samples, if it does."""
     for name, words, what in (
         ("fish_small", "as many random samples", "the ranking"),
         ("fish", "all samples", "the choice of samples"),
@@ -221,49 +222,49 @@ def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
 
 
 def notes(study: dict[str, Any]) -> list[str]:
-    """What a reader of the table has to know: how it was made, and where the grid may have been too narrow."""
+    """Notes on the table: how it was made, warnings, and where the grid may be too narrow."""
     reference, seeds = reference_of(study), len(study["seeds"])
     others = len(study["methods"]) - 1
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
-    said = [
+    lines = [
         f"Learning rate of each method: the best mean on the selection split of {rates}."
         if len(study["learning_rates"]) > 1
         else f"One learning rate for all methods: {rates}.",
         f"Differences are {reference['label']} minus the method, seed by seed on the test split; "
         f"{'lower' if study['task']['lower_is_better'] else 'higher'} is better. "
         "Wins are seeds where the reference is better. p is of the two-sided paired t-test.",
-        "Trainings are those of one seed, the learning rates included. Cost is what one seed takes in trainings: "
-        "those after the learning rate is chosen, and the Fisher passes.",
+        "Trainings are those of one seed, including the learning-rate grid. Cost is in trainings of one seed: those "
+        "after the learning rate is chosen, and the Fisher passes.",
         f"The 95 % t intervals and p are not corrected for the number of comparisons ({others}): "
-        "of twenty differences that are none, one is expected to look like one.",
+        "about 1 in 20 true-zero differences looks significant.",
     ]
     for method in study["methods"]:
         kept = len(_kept_all(study, method))
         if kept:
-            said.append(
+            lines.append(
                 f"{method['label']} dropped no sample for {kept} of {seeds} seed{'s' if seeds > 1 else ''}: "
                 "its mask there is a FISH mask."
             )
     if seeds < ENOUGH_SEEDS:
         count = f"{_seeds(seeds).capitalize()} give{'s' if seeds == 1 else ''}"
         count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
-        said.append(f"{count}: what is seen here is a hint, not a proof; use {ENOUGH_SEEDS} or more.")
+        lines.append(f"{count}: these results are a hint, not a proof; use {ENOUGH_SEEDS} or more.")
     errors = [method["test_error"] for method in study["methods"] if method["test_error"] is not None]
     if errors:
         low, high = f"{min(errors):.4f}", f"{max(errors):.4f}"
-        said.append(
-            f"By its {study['task']['test']:,} samples alone the test split gives each test metric a standard error of "
-            f"{low if low == high else f'{low} to {high}'}; intervals over seeds say nothing of that."
+        lines.append(
+            f"The {study['task']['test']:,} samples of the test split give each test metric a standard error of "
+            f"{low if low == high else f'{low} to {high}'}, which intervals over seeds do not include."
         )
     base = study["base"]
     if base and base["test"] is not None:
-        said.append(f"The model as it came: {study['task']['metric']} {base['test']:.4f} on the test split.")
-    warned = [f"Warning, of the trainings tested: {text}" for text in study["warnings"]]
-    return warned + said + _out_of_reach(study) + _edges(study)
+        lines.append(f"The base model: {study['task']['metric']} {base['test']:.4f} on the test split.")
+    warned = [f"Warning on the tested trainings: {text}" for text in study["warnings"]]
+    return warned + lines + _out_of_reach(study) + _edges(study)
 
 
 def _out_of_reach(study: dict[str, Any]) -> list[str]:
-    """Whether methods of few samples have fewer than any search can come to."""
+    """A note on methods with fewer samples than any search can reach; empty if there are none."""
     fewest = study["fewest"] or 0
     beyond = {
         method["label"]: one["samples"]
@@ -275,13 +276,13 @@ def _out_of_reach(study: dict[str, Any]) -> list[str]:
     if not beyond:
         return []
     return [
-        f"In so few rounds searches come to {fewest:,} samples at the least, not to the {min(beyond.values()):,} of "
-        f"{', '.join(beyond)}: a larger search.max_rounds would let them."
+        f"In so few rounds a search reaches {fewest:,} samples at the least, not the {min(beyond.values()):,} of "
+        f"{', '.join(beyond)}; increase search.max_rounds to allow it."
     ]
 
 
 def _edges(study: dict[str, Any]) -> list[str]:
-    said = []
+    lines = []
     for word, extreme in (("smallest", min), ("largest", max)):
         at_end = [
             method["label"]
@@ -290,10 +291,10 @@ def _edges(study: dict[str, Any]) -> list[str]:
             and method["learning_rate"] == extreme(rates)
         ]
         if at_end:
-            said.append(
+            lines.append(
                 f"The {word} learning rate of the grid was chosen for {', '.join(at_end)}: the grid may be too narrow."
             )
-    return said
+    return lines
 
 
 def failures(study: dict[str, Any]) -> list[str]:
@@ -307,14 +308,14 @@ def failures(study: dict[str, Any]) -> list[str]:
 
 
 def with_interval(found: dict[str, Any]) -> str:
-    """A mean with its interval, in text: 0.6900 (0.6800 to 0.7000, 5 seeds)."""
+    """A mean with its interval as text: 0.6900 (0.6800 to 0.7000, 5 seeds)."""
     seeds = "1 seed" if found["n"] == 1 else f"{found['n']} seeds"
     limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}, "
     return f"{found['mean']:.4f} ({limits}{seeds})"
 
 
 def signed_interval(found: dict[str, Any]) -> str:
-    """A difference with its interval, in text: +0.0100, 95 % interval +0.0020 to +0.0180."""
+    """A difference with its interval as text: +0.0100, 95 % interval +0.0020 to +0.0180."""
     limits = "" if found["low"] is None else f", 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
     return f"{found['mean']:+.4f}{limits}"
 

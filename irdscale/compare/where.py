@@ -1,4 +1,4 @@
-"""Where the masks of a comparison lie: how much of each method's is in one parameter."""
+"""The parameter that holds most of each method's mask entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ["method", "most entries are in", "of the masks", "of the scored param
 
 
 def where_masks_lie(output: Path, study: dict[str, Any]) -> list[list[str]]:
-    """A row of the `COLUMNS` for each method whose masks the folder holds, of all its seeds together.
+    """A row of `COLUMNS` for each method whose masks are in the folder, over all its seeds.
 
     Raises:
         InputError: a mask is damaged.

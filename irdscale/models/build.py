@@ -17,6 +17,7 @@ from irdscale.distributed.zero3 import gather_by, gathering, is_partitioned, sha
 from irdscale.errors import InputError
 from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
+from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.hub import hub_access, is_hub_id, one_line, quiet
 from irdscale.utils.suggestions import nearest
 
@@ -151,16 +152,15 @@ def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> 
 def _held_parameters(path: str) -> set[str] | None:
     """Names of the parameters in a checkpoint; None where its files are of another format."""
     from safetensors import safe_open
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
     try:
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        for name in WEIGHT_FILES:
             file = _checkpoint_file(path, name)
             if file is None:
                 continue
             if name.endswith(".json"):
                 return set(json.loads(Path(file).read_bytes())["weight_map"])
-            if name == SAFE_WEIGHTS_NAME:
+            if name.endswith(".safetensors"):
                 with safe_open(file, framework="pt") as held:
                     return set(held.keys())
             return set(torch.load(file, map_location="meta", weights_only=True))

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit its GPUs, and what would be cheaper where it does."""
+"""Advice for a plan: changes with which a run fits its GPUs, or takes less time."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from irdscale.cluster.share import share_of
-from irdscale.plan.layout import Job, Layout, cost, main_memory, phases
-from irdscale.plan.memory import Zero, shipped
-from irdscale.plan.sizes import GIB, Items
+from irdscale.memory.items import Zero, shipped
+from irdscale.memory.phases import main_memory, phases
+from irdscale.memory.sizes import GIB, Items
+from irdscale.memory.workload import Layout
+from irdscale.plan.costs import Job, cost
 
 STAGES = (None, 0, 1, 2, 3)
-# GPUs that are tried, a node at a time once one is full.
+# Largest number of nodes that is tried.
 MOST_NODES = 256
 
 
 def peak(job: Job, layout: Layout) -> tuple[str, Items]:
-    """The phase that takes the most of the memory that it may take, and its items."""
+    """The phase that uses the largest share of its available memory, and its items."""
     return max(phases(job, layout).items(), key=lambda item: item[1].total / max(1.0, job.room(item[0])))
 
 
 def fits(job: Job, layout: Layout) -> bool:
-    """Whether every phase leaves room in a rank's memory."""
+    """Whether every phase fits in a rank's memory."""
     return all(items.total <= job.room(phase) for phase, items in phases(job, layout).items())
 
 
 def with_stage(layout: Layout, stage: int | None) -> Layout:
-    """The layout under another ZeRO stage, by the file of it in configs/deepspeed; its own file where that is it."""
+    """The layout with another ZeRO stage, as configured in configs/deepspeed; unchanged if it has that stage."""
     return layout if layout.zero.stage == stage else replace(layout, zero=shipped(stage))
 
 
 def cheapest(job: Job, layout: Layout, offload: bool = True) -> Layout | None:
-    """The fastest layout on the same GPUs that fits, by this one's batches if any does; None if none fits at all.
+    """The fastest layout that fits on the same GPUs, with this layout's batches if possible; None if none fits.
 
     Args:
-        offload: main memory may be used where the GPUs' does not do.
+        offload: whether main memory may be used if GPU memory is too small.
     """
     smaller = replace(layout, fisher_batch=1, accumulation=_accumulated(job, layout))
     for options in (_options(layout), _options(smaller), *([_offloading(smaller)] if offload else [])):
@@ -45,7 +47,7 @@ def cheapest(job: Job, layout: Layout, offload: bool = True) -> Layout | None:
 
 
 def _accumulated(job: Job, layout: Layout) -> int:
-    """Passes of a step with one sample each."""
+    """Accumulation steps with one sample per rank each."""
     return max(1, job.batch // (job.ray_ranks or layout.world))
 
 
@@ -66,7 +68,9 @@ def _offloading(layout: Layout) -> Iterator[Layout]:
 
 
 def fewest(job: Job, layout: Layout) -> Layout | None:
-    """The cheapest layout on the fewest GPUs of the same kind that fits; None if none does."""
+    """The fastest layout that fits on the fewest GPUs of the same kind; None if none fits."""
+    # Weights and Fisher sums, which every layout without offloading needs.
+    least = job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
     full = max(8, layout.gpus_per_node)
     inside = [2**i for i in range(full.bit_length()) if 2**i < full] + [full]
     counts = [(1, gpus) for gpus in inside] + [(2**i, full) for i in range(1, MOST_NODES.bit_length())]
@@ -74,7 +78,7 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
         if job.ray_ranks is not None and nodes * gpus < job.ray_ranks:
             continue
         tried = replace(layout, nodes=nodes, gpus_per_node=gpus)
-        if _least(job) > tried.world * job.gpu.room:
+        if least > tried.world * job.gpu.room:
             continue
         if job.batch % (tried.world * tried.accumulation):
             tried = replace(tried, accumulation=_accumulated(job, tried))
@@ -84,18 +88,13 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
     return None
 
 
-def _least(job: Job) -> int:
-    """Bytes of the weights and the sums, which no layout on GPUs alone does without."""
-    return job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
-
-
 def changes(old: Layout, new: Layout) -> str:
-    """How to get from one layout to another, as keys of the configuration and of the plan."""
-    said = []
+    """The changes from one layout to another, as key=value of the configuration and of the plan."""
+    changed = []
     if (new.nodes, new.gpus_per_node) != (old.nodes, old.gpus_per_node):
-        said.append(f"nodes={new.nodes} gpus_per_node={new.gpus_per_node}")
+        changed.append(f"nodes={new.nodes} gpus_per_node={new.gpus_per_node}")
     if new.zero != old.zero:
-        said.append(f"train.deepspeed={_file(new.zero)}")
+        changed.append(f"train.deepspeed={_file(new.zero)}")
     for key, before, after in (
         ("fisher.layout", old.sharded, new.sharded),
         ("train.gradient_checkpointing", old.checkpointing, new.checkpointing),
@@ -105,8 +104,8 @@ def changes(old: Layout, new: Layout) -> str:
     ):
         if before != after:
             value = str(after).lower() if key != "fisher.layout" else "sharded" if after else "replicated"
-            said.append(f"{key}={value}")
-    return " ".join(said)
+            changed.append(f"{key}={value}")
+    return " ".join(changed)
 
 
 def _file(zero: Zero) -> str:
@@ -115,45 +114,47 @@ def _file(zero: Zero) -> str:
     return f"configs/deepspeed/zero{zero.stage}{'_offload' if zero.offload_optimizer else ''}.json"
 
 
-def advice(job: Job, layout: Layout) -> list[str]:
-    """Lines for people: whether it fits and by what, what would, and what is cheaper."""
+def advise(job: Job, layout: Layout) -> list[str]:
+    """Lines of text: whether the layout fits, what fits instead, and what is faster."""
     phase, items = peak(job, layout)
     room = f"{job.room(phase) / GIB:.1f} GiB of {job.gpu.name}"
-    said = f"{items.total / GIB:.1f} GiB a rank at the peak, in {PHASES[phase]}"
     fitting = fits(job, layout)
-    lines = [f"Fits: {said}; {room} can be used." if fitting else f"Does not fit: {said}; {room} can be used."]
+    lines = [
+        f"{'Fits' if fitting else 'Does not fit'}: the peak per rank is {items.total / GIB:.1f} GiB, "
+        f"in {PHASES[phase]}; {room} can be used."
+    ]
     if job.share < 1:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""
         lines.append(
-            f"{trials} trial(s) share a GPU (search.ray.gpus_per_rank={job.share:g}), and are taken to train at "
-            f"1/{trials} of its speed each; it has room for {room_for}{share}."
+            f"{trials} trial(s) share a GPU (search.ray.gpus_per_rank={job.share:g}), at an assumed 1/{trials} of its "
+            f"speed each; it has room for {room_for}{share}."
         )
     here = cheapest(job, layout)
     if here is not None and here != layout:
         old, new = (cost(job, x).seconds["search"] for x in (layout, here))
         if not fitting:
             beside = main_memory(job, here) / GIB
-            more = f", and {beside:.0f} GiB of main memory a node" if beside else ""
+            more = f", and {beside:.0f} GiB of main memory per node" if beside else ""
             lines.append(f"Fits here with {changes(layout, here)}: {peak(job, here)[1].total / GIB:.1f} GiB{more}.")
         elif new < 0.95 * old:
             lines.append(f"Faster here with {changes(layout, here)}: {new / old:.0%} of the time.")
     least = fewest(job, layout)
     if least is None:
         most = f"{MOST_NODES} nodes"
-        lines.append(f"Fits on no number of up to {most}: lower search.ratio or task.max_length, or take larger GPUs.")
+        lines.append(f"Does not fit on up to {most}: lower search.ratio or task.max_length, or use larger GPUs.")
     elif not fitting or least.world < layout.world:
         taken = f"{peak(job, least)[1].total / GIB:.1f} GiB"
-        lines.append(f"Fewest GPUs that it fits on: {least.world}, with {changes(layout, least)}: {taken}.")
+        lines.append(f"Fewest GPUs on which it fits: {least.world}, with {changes(layout, least)}: {taken}.")
     if phase == "evaluate" and not fitting:
-        lines.append("Measuring takes the most: a smaller train.eval_batch_size takes less.")
+        lines.append("Evaluation has the largest peak: a smaller train.eval_batch_size lowers it.")
     return lines
 
 
 PHASES = {
-    "fisher": "the Fisher pass that makes masks",
+    "fisher": "the Fisher pass for masks",
     "traces": "the Fisher pass that ranks samples",
-    "begin": "the beginning of a training, by copies of the weights",
+    "begin": "the start of training, which broadcasts the weights",
     "train": "a training step",
-    "evaluate": "measuring a metric",
+    "evaluate": "evaluation",
 }

@@ -1,6 +1,6 @@
-"""GPUs by name: what they hold, how fast they multiply, and how fast they talk to each other.
+"""GPUs by name: memory, peak operations and bandwidths.
 
-Numbers are those of the makers' data sheets, without sparsity; links and networks are of one direction, a GPU:
+Numbers are from the makers' data sheets, without sparsity. Links and networks are per GPU and direction.
 
 - h100-80gb, h200-141gb: NVIDIA H100 / H200 SXM data sheets (989 TFLOP/s bfloat16, 67 float32, NVLink 900 GB/s both
   ways); network of a DGX H100 (ConnectX-7, 400 Gb/s a GPU).
@@ -8,10 +8,10 @@ Numbers are those of the makers' data sheets, without sparsity; links and networ
 - b200-180gb: NVIDIA HGX B200 data sheet (2250, 75, NVLink 1.8 TB/s); network of a DGX B200 (400 Gb/s a GPU).
 - l40s-48gb: NVIDIA L40S data sheet (362, 91.6, PCIe 4.0 x16: 64 GB/s both ways); a network of 100 Gb/s a GPU.
 - rtx4090-24gb: NVIDIA Ada architecture whitepaper (165.2 with float32 sums, 82.6, PCIe 4.0 x16); 25 Gb/s a GPU.
-- cpu: a rank of two threads of AVX2, as the products of `irdscale.sparse.products` were measured; the memory is this
-  machine's, shared by its ranks; a network of 10 Gb/s.
+- cpu: a rank of two AVX2 threads, as measured for `irdscale.sparse.products`; the memory is this machine's, shared by
+  its ranks; a network of 10 Gb/s.
 
-What of the products is reached is in `irdscale.plan.rates`.
+`irdscale.plan.rates` has the measured shares of the peak.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from irdscale.errors import InputError
+from irdscale.memory.sizes import GIB
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
-from irdscale.plan.sizes import GIB
 from irdscale.utils.suggestions import nearest
 
-# What collectives are taken to reach of a data sheet's links; not measured.
+# Assumed share of a link's bandwidth that collectives reach; not measured.
 LINKS = 0.7
-# Of a GPU's memory: its context and the libraries' workspaces, and what lies idle between allocations.
+# GPU memory for the context and libraries' workspaces in bytes, and the share lost between allocations.
 CONTEXT, IDLE = 2 * GIB, 0.05
 
 
@@ -34,10 +34,10 @@ class Gpu:
     """One kind of GPU.
 
     Attributes:
-        memory: bytes.
-        bfloat16, float32: floating-point operations a second in matrix products, of the data sheet.
-        link, network: bytes a second that it sends to others of its node, and beyond.
-        rates: what is taken to be reached of them.
+        memory: bytes of memory.
+        bfloat16, float32: peak floating-point operations per second in matrix products.
+        link, network: bandwidth in bytes per second to GPUs of the same node, and of other nodes.
+        rates: shares of the peak that passes and steps reach.
     """
 
     name: str
@@ -50,32 +50,32 @@ class Gpu:
 
     @property
     def room(self) -> float:
-        """Bytes that tensors may take."""
+        """Bytes available for tensors."""
         return self.room_of(1)
 
     def room_of(self, share: float) -> float:
-        """Bytes that the tensors of one process may take that has a share of the GPU."""
+        """Bytes available for the tensors of one process with a share of the GPU."""
         return self.memory if self.name == "cpu" else (1 - IDLE) * share * self.memory - CONTEXT
 
     @property
     def measured(self) -> bool:
-        """Whether the rates are this device's own."""
+        """Whether the rates were measured on this device."""
         return self.rates.device == self.name
 
     def pass_flops(self, item: int) -> float:
-        """Operations a second in a pass and the gradients of its inputs, of a model with entries of so many bytes."""
+        """Operations per second in a forward pass and its input gradients, with `item` bytes per weight."""
         return self._shares(item).passes.value * self._peak(item)
 
     def gradient_flops(self, item: int) -> float:
-        """Operations a second in the gradients of weights."""
+        """Operations per second in weight gradients."""
         return self._shares(item).gradients.value * self._peak(item)
 
     def square_flops(self, item: int) -> float:
-        """Operations a second in the sums of samples' squared gradients, of the product alone."""
+        """Operations per second in sums of squared per-sample gradients, counting the products alone."""
         return self._shares(item).squares.value * self.gradient_flops(item)
 
     def step_over_limit(self, kind: StepKind) -> float:
-        """Time of a training step, in those of a forward pass and the gradients of inputs."""
+        """Time of a training step over that of a forward pass and its input gradients."""
         return self.rates.steps[kind].value
 
     def _shares(self, item: int) -> Shares:
@@ -85,7 +85,7 @@ class Gpu:
         return self.bfloat16 if item == 2 else self.float32
 
     def bandwidth(self, nodes: int) -> float:
-        """Bytes a second that a rank sends in a collective over so many nodes."""
+        """Bytes per second that a rank sends in a collective over so many nodes."""
         return LINKS * (self.link if nodes == 1 else min(self.link, self.network))
 
 
@@ -109,10 +109,10 @@ GPUS = {
 
 
 def find_gpu(name: str, gpus_per_node: int) -> Gpu:
-    """The GPU of this name; `cpu` is a rank of this machine.
+    """The GPU with this name; `cpu` is a rank of this machine.
 
     Raises:
-        InputError: there is none; the line names the nearest.
+        InputError: there is none (names the nearest).
     """
     if name not in GPUS:
         raise InputError(f"gpu: found {name!r}{nearest(name, GPUS)}; expected one of {', '.join(GPUS)}")

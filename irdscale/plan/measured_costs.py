@@ -1,4 +1,4 @@
-"""How long a search will take: a few steps of its own are measured, and the rest is arithmetic."""
+"""Duration of a search on this machine, from a few measured steps."""
 
 from __future__ import annotations
 
@@ -11,45 +11,43 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from irdscale.cluster.share import shared_turns
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.deepspeed import micro_batch
 from irdscale.distributed.process_group import in_process_group
-from irdscale.distributed.zero3 import numel_of
 from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
-from irdscale.fisher.pool import draw_samples, mask_size, pass_options, sample_gradients
+from irdscale.fisher.pool import pass_options
 from irdscale.masks.mask import Mask, Ranking
 from irdscale.search.ird import Pair
-from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes
-from irdscale.search.masks import smallest_pair
+from irdscale.search.limits import most_candidates, most_evaluations, most_rounds, reachable_sizes, smallest_pair
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, base_model, keeping
 from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model
-from irdscale.training.trainable import make_sparse, trained_densely
+from irdscale.training.mask_passes import MaskPass, mask_pass
+from irdscale.training.trainable import make_sparse
 from irdscale.training.trainer import fine_tune
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
-# Training steps that are measured, after those in which everything is met for the first time.
+# Training steps in all, and the first of them, which are not measured.
 STEPS, FIRST = 5, 2
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the parts of a search take, in seconds.
+    """Seconds of the parts of a search.
 
     Attributes:
-        trace, gradient: of a sample, in the pass that ranks the samples and in the one that makes masks.
-        ranking: of all entries, once for each number of samples.
-        begin: until a candidate's first step: its mask in a model that is there, and its Trainer.
-        step: of training.
-        prediction: of a sample, when a metric is measured.
-        load: reading of the model.
+        trace, gradient: seconds per sample in the pass that ranks samples, and in the pass for masks.
+        ranking: seconds to rank all entries, once per sample set.
+        begin: seconds until a candidate's first step, with a loaded model.
+        step: seconds per training step.
+        prediction: seconds per sample of an evaluation.
+        load: seconds to load the model.
     """
 
     trace: float
@@ -63,15 +61,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class Size:
-    """How much a search does, at most.
+    """Upper bounds of a search's work.
 
     Attributes:
-        rounds: of candidates.
-        candidates: of one round.
-        evaluations: of the rounds and the baselines, each seed counted.
-        steps: of one evaluation.
-        samples: of the pool, whose gradients are taken in each pass.
-        rankings: sets of samples for which masks are made.
+        rounds, candidates: rounds, and candidates per round.
+        evaluations: evaluations of the rounds and the baselines, over all seeds.
+        steps: optimizer steps per evaluation.
+        samples: samples of each Fisher pass.
+        rankings: sample sets with masks.
         selection, test: samples of the splits.
     """
 
@@ -89,13 +86,13 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept
     """Measure a few steps of a search on this machine; writes nothing.
 
     Args:
-        threads: of the processor; those that torch chooses if None.
-        ranks: that share a training step: one rank's part of it is measured.
-        kept: whether a process keeps its model from one evaluation to the next; if not, `begin` has a load in it.
+        threads: CPU threads; torch's default if None.
+        ranks: ranks that share a training step, of which one rank's part is measured.
+        kept: whether a process keeps its model between evaluations; otherwise `begin` includes a load.
 
     Raises:
         InputError: the configuration does not fit the data, the model or the ranks.
-        TrainingError: the loss of one of the steps is no number.
+        TrainingError: training diverged (NaN or Inf).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -110,38 +107,32 @@ def measured(config: RunConfig, threads: int | None = None, ranks: int = 1, kept
 def _measured(config: RunConfig, ranks: int) -> tuple[Costs, Size]:
     part = micro_batch(config, ranks) * config.train.gradient_accumulation
     task = load_task(config)
-    started = time.perf_counter()
-    with base_model(config, task, config.search.seeds[0]) as (model, new):
-        load = time.perf_counter() - started
-        size, passes, mask = _of_passes(config, task, model, trained_densely(config, model, new))
+    cold = config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})
+    with mask_pass(cold, task, config.fisher.samples, "pool", progress=False) as drawn:
+        load = time.perf_counter() - drawn.started
+        size = _size(config, task, drawn)
+        trace, gradient, ranking, mask = _passes(config, drawn.samples, Pair(len(drawn.places), drawn.k))
     begin, step, prediction = _training(config, task, mask, part)
-    return Costs(*passes, begin, step, prediction, load), size
+    return Costs(trace, gradient, ranking, begin, step, prediction, load), size
 
 
-def _of_passes(
-    config: RunConfig, task: Task, model: nn.Module, dense: list[str]
-) -> tuple[Size, tuple[float, float, float], Mask]:
-    """The search's size, the costs of its passes, and a mask of its size."""
-    pool = draw_samples(config, task, config.fisher.samples, "pool")
-    samples = sample_gradients(config, task, model, pool, dense)
-    start = Pair(len(pool), mask_size(config, model, sum(map(numel_of, samples.scored.values()))))
-    minimum = smallest_pair(config, start, sum(map(numel_of, model.parameters())))
-    size = Size(
+def _size(config: RunConfig, task: Task, drawn: MaskPass) -> Size:
+    start = Pair(len(drawn.places), drawn.k)
+    minimum = smallest_pair(config, start, drawn.parameters)
+    return Size(
         rounds=most_rounds(start, minimum, config.search.max_rounds),
         candidates=most_candidates(start, minimum),
         evaluations=most_evaluations(start, minimum, config.search.max_rounds, len(config.search.seeds)),
         steps=training_steps(config.train, len(task.trained)),
-        samples=len(pool),
+        samples=start.samples,
         rankings=len(reachable_sizes(start, minimum)[0]),
         selection=len(task.selection),
         test=len(task.test),
     )
-    trace, gradient, ranking, mask = _passes(config, samples, start)
-    return size, (trace, gradient, ranking), mask
 
 
 def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[float, float, float, Mask]:
-    """Seconds of a sample in each pass and of a ranking, and a mask of the search's size."""
+    """Seconds per sample of each pass and per ranking, and a mask of the search's largest size."""
     few = max(1, min(config.fisher.batch_size, start.samples // 3))
     many = min(3 * few, start.samples)
     traces = torch.zeros(start.samples, dtype=torch.float64)
@@ -153,32 +144,25 @@ def _passes(config: RunConfig, samples: SampleGradients, start: Pair) -> tuple[f
 
     mask = rank(1).prefix(start.params)
     short, long = _seconds(lambda: rank(few)), _seconds(lambda: rank(many))
-    # Where a ranking takes so little that noise hides it, it counts with the samples.
+    # A ranking too short to measure counts with the samples.
     gradient = (long - short) / (many - few) if long > short and many > few else long / many
     return trace, gradient, max(0.0, long - many * gradient), mask
 
 
 def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tuple[float, float, float]:
-    """Seconds until a candidate's first step, of a step, and of a sample when its metric is measured."""
-    started, seed = time.perf_counter(), config.search.seeds[0]
+    """Seconds until a candidate's first step, per step, and per sample of an evaluation."""
+    started, stamps = time.perf_counter(), list[float]()
+    seed, size = config.search.seeds[0], config.train.eval_batch_size
+    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
+    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
     with base_model(config, task, seed) as (model, new):
         make_sparse(config, model, new, mask, seed)
         built = time.perf_counter() - started
-        begun, step, prediction = _steps(config, task, model, batch_size)
-    return built + begun, step, prediction
-
-
-def _steps(config: RunConfig, task: Task, model: nn.Module, batch_size: int) -> tuple[float, float, float]:
-    """Seconds until a sparse model's first step, of a step, and of a sample when its metric is measured."""
-    stamps: list[float] = []
-    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
-    control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
-    fine_tune(model, task, config.model_copy(update={"train": train}), config.search.seeds[0], control)
+        fine_tune(model, task, config.model_copy(update={"train": train}), seed, control)
+        split = task.selection.select(range(min(len(task.selection), 2 * size)))
+        prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
     step = statistics.median(b - a for a, b in zip(stamps[FIRST:], stamps[FIRST + 1 :], strict=False))
-    size = config.train.eval_batch_size
-    split = task.selection.select(range(min(len(task.selection), 2 * size)))
-    prediction = _seconds(lambda: evaluate_model(model, task, split, size)) / len(split)
-    return max(0.0, stamps[1] - stamps[0] - step), step, prediction
+    return built + max(0.0, stamps[1] - stamps[0] - step), step, prediction
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -190,20 +174,21 @@ def _seconds(work: Callable[[], object]) -> float:
 def search_seconds(
     config: RunConfig, costs: Costs, size: Size, at_once: int = 1, fisher_ranks: int = 1, trials_a_gpu: int = 1
 ) -> float:
-    """How long a search takes that goes through all its rounds.
+    """Seconds of a search that uses all its rounds.
 
-    Ranks are taken to share a pass over samples without loss. What Ray itself takes is not in it: some seconds a round.
+    Assumes that ranks share a Fisher pass without loss. Ray's own overhead, some seconds per round, is left out.
 
     Args:
-        at_once: evaluations that run side by side; those of a round wait for its last one.
-        trials_a_gpu: evaluations that share a GPU, and its speed.
+        at_once: evaluations that run side by side; a round ends with its last one.
+        fisher_ranks: ranks of a Fisher pass.
+        trials_a_gpu: evaluations that share a GPU and its speed.
     """
     seeds = len(config.search.seeds)
-    # The passes for traces, losses and masks, and those for as many random samples that the winner is compared with.
+    # Passes for traces, losses and masks, and for as many random samples of the baseline.
     of_masks = 2 * size.samples * costs.gradient
     passes = (size.samples * (config.traced * costs.trace + costs.prediction) + of_masks) / fisher_ranks
     if config.fisher.head_warmup:
-        # Once for the pool's passes and once for the random samples'; a head's step takes no more than a whole one.
+        # Once for the pool and once for the random samples. A step of the head takes at most a full step.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
     computing = size.steps * costs.step + size.selection * costs.prediction
     groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)]
@@ -211,6 +196,6 @@ def search_seconds(
     turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)
     evaluations = waves * costs.begin + turns * computing
     tests = 3 * seeds * (costs.begin + size.test * costs.prediction)
-    # Processes load side by side; those of the evaluations are others than the passes' where there are several.
+    # Processes load side by side; with several, evaluations have other processes than the passes.
     loads = (1 if at_once == 1 else 2) * costs.load
     return loads + passes + (size.rankings + 1) * costs.ranking + evaluations + tests

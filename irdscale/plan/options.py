@@ -1,4 +1,4 @@
-"""The plan's own arguments among the key=value ones of the command line."""
+"""The plan's own key=value arguments on the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ KEYS = (*NUMBERS, "gpu")
 
 
 def split_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The plan's own options, as `run_plan` takes them, and the other arguments.
+    """Separate the keyword arguments of `run_plan` from all others.
 
     Raises:
-        InputError: a value is no number of at least 1, a key is given twice, or it is nobody's.
+        InputError: a value is not a number of at least 1, or a key is repeated or unknown.
     """
     given: dict[str, Any] = {}
     rest: list[str] = []

@@ -1,24 +1,21 @@
-"""What devices were measured to reach, each number with its source; plans of time rest on nothing else but links.
+"""Measured rates of devices, each with its source; planned times rest on them and on link bandwidths.
 
-Shares are of a device's peak (`irdscale.plan.hardware`). Other cards than the H100 were not measured and take its
-shares; what a plan prints says so. "The GPU table" is that of one NVIDIA H100 80 GB HBM3 (torch 2.11+cu130, Triton 3.6,
-transformers 5.17; one run, medians), for random Llamas in bfloat16: 1B-like (2048 wide, 8192 within, 16 layers) by 8 x
-512 tokens, 8B-like (4096, 14336, 32) by 4 x 512. "README" is irdscale/bench/README.md, on 2 CPU cores.
+Rates are shares of a device's peak (`irdscale.plan.hardware`). GPUs other than the H100 were not measured and use its
+shares, which the plan's output states. "GPU table" means one NVIDIA H100 80 GB HBM3 (torch 2.11+cu130, Triton 3.6,
+transformers 5.17; one run, medians) with random Llamas in bfloat16: 1B-like (hidden size 2048, MLP 8192, 16 layers)
+with 8 x 512 tokens, 8B-like (4096, 14336, 32) with 4 x 512. "README" means irdscale/bench/README.md, on 2 CPU cores.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-# limit: forward pass and gradients of inputs, nothing trained. concentrated, scattered: a mask whose entries lie in few
-# rows and columns, or everywhere. lora: matrices of rank 8 on all matrices of the layers. full: all weights, by AdamW.
-StepKind = Literal["limit", "concentrated", "scattered", "lora", "full"]
+from irdscale.memory.sizes import StepKind
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number and where it comes from."""
+    """A number and its source."""
 
     value: float
     source: str
@@ -26,12 +23,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Shares:
-    """Of one number type.
+    """Rates of one dtype.
 
     Attributes:
-        passes: share of the peak in a forward pass and the gradients of inputs back through it.
-        gradients: share of the peak in a weight's gradient.
-        squares: speed of a batch's squared gradients of samples, as a share of that of the weight's gradient.
+        passes: share of the peak in a forward pass and its input gradients.
+        gradients: share of the peak in weight gradients.
+        squares: speed of squared per-sample gradients over that of weight gradients.
     """
 
     passes: Measured
@@ -41,11 +38,11 @@ class Shares:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one device reaches.
+    """Rates of one device.
 
     Attributes:
-        device: its name among `irdscale.plan.hardware.GPUS`.
-        steps: time of a training step by what is trained, in those of the limit, of masks of 0.5 %.
+        device: name in `irdscale.plan.hardware.GPUS`.
+        steps: time of a training step over that of the limit, with masks of 0.5 %.
     """
 
     device: str
@@ -105,13 +102,3 @@ CPU = Rates(
         "full": Measured(1.47, "README: sparse step / limit over sparse step / full: 1.45 bert, 1.49 llama"),
     },
 )
-
-# Share of a matrix's columns that hold entries of a mask, 4 times the root of the mask's share of all entries. Source:
-# Fisher masks of SmolLM2-135M by 32 x 128 tokens of English, over the whole model (scope `global`): 0.16, 0.28, 0.44,
-# 0.67 at 0.2, 0.5, 1, 2 %.
-_COLUMNS = 4.0
-
-
-def columns_held(ratio: float, scattered: bool) -> float:
-    """The share of a matrix's columns that hold entries of a mask of this share of all entries."""
-    return 1.0 if scattered else min(1.0, _COLUMNS * ratio**0.5)

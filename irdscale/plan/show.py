@@ -1,11 +1,11 @@
-"""A plan for people."""
+"""Terminal output of a plan."""
 
 from __future__ import annotations
 
 from typing import Any
 
 ITEMS = ("weights", "activations", "fisher", "values_and_moments", "buffers", "total")
-PHASES = {"traces": "rank samples", "fisher": "make masks", "begin": "begin", "train": "train", "evaluate": "measure"}
+PHASES = {"traces": "rank samples", "fisher": "make masks", "begin": "start", "train": "train", "evaluate": "evaluate"}
 
 
 def print_plan(result: dict[str, Any]) -> None:
@@ -21,7 +21,7 @@ def print_plan(result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    memory = Table(title=f"GiB a rank, of {result['room_gib']}", title_justify="left")
+    memory = Table(title=f"GiB per rank, of {result['room_gib']}", title_justify="left")
     for column in ("phase", *(item.replace("_", " ") for item in ITEMS)):
         memory.add_column(column, justify="left" if column == "phase" else "right")
     for phase, name in PHASES.items():
@@ -31,7 +31,7 @@ def print_plan(result: dict[str, Any]) -> None:
             memory.add_row(name, *(f"{held[item]:.2f}" for item in ITEMS), style=style)
     console.print(memory)
     if len(result["layouts"]) > 1:
-        layouts = Table(title="Layouts: GiB a rank at the peak, hours of a search", title_justify="left")
+        layouts = Table(title="Layouts: peak GiB per rank, hours of a search", title_justify="left")
         for column in ("stage", "fisher sums", "fisher", "train", "hours", "fits"):
             layouts.add_column(column, justify="right" if column in ("fisher", "train", "hours") else "left")
         for layout in result["layouts"]:
@@ -55,12 +55,14 @@ def _work(result: dict[str, Any]) -> str:
         f"one candidate {hours['candidate']:.3g} h ({rate['train']:.3g} samples/s)",
         f"the search at most {hours['search']:.3g} h ({result['evaluations']} trainings, {flops:.3g} operations)",
     ]
-    traffic = f"{sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights a step"
+    traffic = (
+        f"{sent['gradients_a_step']:.3g} GiB of gradients and {sent['weights_a_step']:.3g} GiB of weights per step"
+    )
     rates = result["rates"]
     rest = (
         f"measured on {rates['device']}" if rates["own"] else f"of {rates['device']}, not measured on {result['gpu']}"
     )
     return (
-        f"{', '.join(parts)}, without measuring metrics; by shares of the peak {rest}. "
-        f"A rank sends {sent['sums_a_pass']:.3g} GiB for the sums of a pass, and {traffic}."
+        f"{', '.join(parts)}, without evaluation; by shares of the peak {rest}. "
+        f"A rank sends {sent['sums_a_pass']:.3g} GiB of sums per Fisher pass, and {traffic}."
     )

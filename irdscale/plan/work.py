@@ -1,28 +1,28 @@
-"""What a run computes and sends: floating-point operations and bytes of collectives. Plain arithmetic.
+"""Floating-point operations and traffic of a run. Plain arithmetic.
 
-A product of [T, I] with [I, O] is 2 T I O operations. Bytes are those that one rank sends, by the ring algorithms: of S
-bytes (w - 1) / w of them in an all-gather or a reduce-scatter, twice that in an all-reduce.
+A product of [T, I] with [I, O] is 2 T I O operations. Traffic is bytes sent per rank by ring algorithms: for S bytes,
+S (w - 1) / w in an all-gather or a reduce-scatter, twice that in an all-reduce.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from irdscale.plan.memory import F32, Zero
-from irdscale.plan.sizes import Shapes
+from irdscale.memory.items import F32, Zero
+from irdscale.memory.sizes import Shapes
 
-# An attention kernel forms its [T, T] products twice forward and five times backward.
+# Attention kernels form [T, T] products twice in the forward pass and five times in the backward pass.
 ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
 class SampleFlops:
-    """Operations for one sample of T tokens.
+    """Operations per sample of T tokens.
 
     Attributes:
-        forward, backward: a pass through the model, and the gradients of inputs back through it.
-        weights: the products for the gradients of all scored matrices.
-        traces: those of the pass that takes traces, which are in float32 whatever the model's type.
+        forward, backward: operations of the forward pass and of the input gradients.
+        weights: operations of the weight gradients of all scored matrices.
+        traces: operations of the Fisher traces, in float32 whatever the model's dtype.
     """
 
     forward: float
@@ -32,13 +32,13 @@ class SampleFlops:
 
 
 def sample_flops(shapes: Shapes, tokens: int) -> SampleFlops:
-    """Operations for one sample of so many tokens."""
+    """Operations per sample of so many tokens."""
     products = 2.0 * tokens * sum(out * inside for out, inside in shapes.products)
     attention = 4.0 * shapes.layers * shapes.attention * tokens**2 * (0.5 if shapes.causal else 1.0)
     multiplied = set(shapes.products)
     matrices = [(s[0], s[1]) for s in shapes.scored.values() if len(s) == 2 and (s[0], s[1]) in multiplied]
     weights = sum(2.0 * tokens * rows * columns for rows, columns in matrices)
-    # As irdscale.fisher.squares chooses: Gram matrices of tokens, of which one triangle is formed, or the product.
+    # As the rules of Fisher traces choose: one triangle of the tokens' Gram matrices, or the product.
     traces = sum(
         float(tokens**2 * (rows + columns))
         if tokens * (rows + columns) < rows * columns
@@ -49,25 +49,25 @@ def sample_flops(shapes: Shapes, tokens: int) -> SampleFlops:
 
 
 def all_gather(size: float, world: int) -> float:
-    """Bytes sent in an all-gather, or a reduce-scatter, of so many bytes in all."""
+    """Bytes sent per rank in an all-gather or a reduce-scatter of `size` bytes."""
     return size * (world - 1) / world
 
 
 def all_reduce(size: float, world: int) -> float:
-    """Bytes sent in an all-reduce of so many bytes."""
+    """Bytes sent per rank in an all-reduce of `size` bytes."""
     return 2 * all_gather(size, world)
 
 
-def gradient_traffic(numbers: int, zero: Zero, world: int) -> float:
-    """Bytes a step for the gradients of the trained numbers, and the values after it."""
+def gradient_traffic(trained: int, zero: Zero, world: int) -> float:
+    """Bytes per step for gradients and updated values of so many trained parameters."""
     if zero.stage in (None, 0):
-        return all_reduce(F32 * numbers, world)
-    # Reduced to their owners; new values come back, under ZeRO-3 with the weights.
-    return all_gather(F32 * numbers, world) * (2 if zero.stage in (1, 2) else 3)
+        return all_reduce(F32 * trained, world)
+    # Gradients are reduce-scattered and values all-gathered, under ZeRO-3 twice.
+    return all_gather(F32 * trained, world) * (2 if zero.stage in (1, 2) else 3)
 
 
 def weight_traffic(shapes: Shapes, zero: Zero, world: int) -> float:
-    """Bytes a batch for weights that are gathered, forward and backward; what is still there is not gathered again."""
+    """Bytes per batch to gather weights in the forward pass, and in the backward pass those not kept since."""
     if not zero.partitioned:
         return 0.0
     again = max(0, shapes.parameters - zero.live)
@@ -75,11 +75,11 @@ def weight_traffic(shapes: Shapes, zero: Zero, world: int) -> float:
 
 
 def sums_traffic(shapes: Shapes, sharded: bool, item: int, world: int, batches: int, boundaries: int) -> float:
-    """Bytes a pass for the sums of squares.
+    """Bytes per Fisher pass for the sums of squares.
 
     Args:
-        batches: of a rank.
-        boundaries: sizes of sample sets, at each of which whole sums are added up over the ranks.
+        batches: batches per rank.
+        boundaries: number of sample sets; replicated sums are all-reduced at the end of each.
     """
     size = float(item * sum(shapes.scored_sizes))
     return batches * all_gather(size, world) if sharded else boundaries * all_reduce(size, world)

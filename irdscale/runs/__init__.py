@@ -1,1 +1,1 @@
-"""A run's folder: whose it is, what it has finished, and what it read."""
+"""A run's output folder: its owner, its finished parts, and digests of what it read."""

@@ -1,11 +1,10 @@
-"""The output folder of a run: whose it is, what was read for it, and who writes it now.
+"""The output folder of a run: the configuration, data and model it belongs to, and its lock.
 
-One rule for every verb that writes: a folder belongs to a configuration and to what was read. The same call goes on, or
-shows the result; any other is refused, unless it is told to overwrite. OUTPUT/fisher/run.json says whose it is.
+A folder belongs to one configuration and to the data and model that were read. The same call goes on or returns the
+result; any other call is refused without --overwrite. OUTPUT/fisher/run.json is the folder's record.
 
-A folder has parts, which verbs share where they would write the same: `mask` (of fisher, and of train without a mask),
-`training` (of train) and `search` (of search and compare). How work is spread (ranks, batches of a pass, places of
-files) is nobody's part.
+A folder has parts, which verbs share: `mask` (fisher, and train without a mask), `training` (train) and `search`
+(search and compare). Settings that do not change results (ranks, batches of a pass, paths) belong to no part.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FORMAT, VERSION = "irdscale-run", 1
-DO = "expected the same command, another folder (output=...), or --overwrite"
-# Keys of `fisher` that say how a pass is done, which changes its result by no more than rounding.
+DO = "the same command, another folder (output=...), or --overwrite"
+# Keys of `fisher` that change a result by no more than rounding.
 HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload"}
 _ADAPTER = ("adapter/adapter.json", "adapter/adapter.safetensors", "adapter/README.md")
 _FIGURES = ("metric", "path", "density", "traces", "overlap", "drift", "cost")
 _COMPARED = ("scores", "parameters", "differences", "rates")
-# What is written for each part; of a folder without a record, the first ones show that there was a run.
+# Files of each part. In a folder without a record, the first `SHOWING` of them show that there was a run.
 WRITTEN = {
     "mask": (
         "mask/mask.json",
@@ -70,18 +69,18 @@ WRITTEN = {
     ),
 }
 SHOWING = {"mask": 2, "training": 1, "search": 5}
-# From these, an interrupted run goes on.
+# Files from which an interrupted run resumes.
 SAVED = {
     "mask": ("fisher/mask.json", "fisher/state-mask*/state.json"),
     "training": ("training/state.json",),
     "search": ("ledger.jsonl", "fisher/**/masks.json", "fisher/**/state.json", "candidates/state-*/state.json"),
 }
-# Both have an adapter.
+# Parts that both write OUTPUT/adapter.
 CLASHING = {"training": "search", "search": "training"}
 
 
 def mask_part(config: RunConfig) -> dict[str, Any]:
-    """What a mask made by `fisher.samples` depends on, besides the data and the model."""
+    """What a mask of `fisher.samples` samples depends on, besides data and model."""
     found: dict[str, Any] = {
         "fisher": config.fisher.model_dump(mode="json", exclude=HOW_TO_PASS) | {"scope": config.scope},
         "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0]},
@@ -92,24 +91,24 @@ def mask_part(config: RunConfig) -> dict[str, Any]:
 
 
 def training_part(config: RunConfig, mask: str | None) -> dict[str, Any]:
-    """What a training depends on, besides the data and the model.
+    """What a training depends on, besides data and model.
 
     Args:
-        mask: its mask's hash, unless it is the folder's own.
+        mask: hash of its mask; None for the folder's own.
     """
     train = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
     return {"train": train, "search": {"seeds[0]": config.search.seeds[0]}, "mask": mask or "by search.ratio"}
 
 
 def search_part(config: RunConfig) -> dict[str, Any]:
-    """What a search, or a comparison, depends on, besides the data and the model."""
+    """What a search or a comparison depends on, besides data and model."""
     found = same_search(config.model_dump(mode="json"))
     zero = {"deepspeed": zero_file(config)} if config.train.deepspeed else {}
     return {"fisher": found["fisher"], "search": found["search"], "train": found["train"] | zero}
 
 
 class RunFolder:
-    """An output folder that this run holds. Its methods are collective; rank 0 reads and writes."""
+    """An output folder locked by this run. Its methods are collective; rank 0 reads and writes."""
 
     def __init__(self, config: RunConfig, overwrite: bool) -> None:
         self._config, self._overwrite = config, overwrite
@@ -119,15 +118,15 @@ class RunFolder:
         self._new: list[str] = []
 
     def claim(self, task: Task | Callable[[], Task], parts: dict[str, dict[str, Any]], mask: str | None = None) -> None:
-        """Take parts of the folder for this run, or go on with what is in them.
+        """Claim parts of the folder for this run, or continue them.
 
         Args:
-            task: or what loads it, which rank 0 alone then does.
-            parts: name -> what it depends on.
-            mask: a folder that the run reads, and that must stay.
+            task: the task, or a function that loads it, which only rank 0 calls.
+            parts: name -> what the part depends on.
+            mask: mask folder that the run reads and must not remove.
 
         Raises:
-            InputError: the folder belongs to other work: another configuration, other data, or another model (named).
+            InputError: the folder belongs to another configuration, other data or another model (names it).
         """
         with failing_together():
             if rank_and_world()[0] == 0:
@@ -136,13 +135,13 @@ class RunFolder:
 
     def _claim(self, task: Task, parts: dict[str, dict[str, Any]], mask: str | None) -> None:
         before = read_record(self.output)
-        base = {**_base(self._config, task), **_model(self._config, before)}
+        base = _input(self._config, task, before)
         other = [] if before is None else _changes(before, base)
         known: dict[str, Any] = {} if before is None else before["parts"]
         found, clashing = list(other), [CLASHING[part] for part in parts if CLASHING.get(part) in known]
         for part, depends in parts.items():
             if part in known:
-                # A change of the task or the model changes the rest too.
+                # Another task or model implies these changes.
                 found += [] if other else config_changes(known[part]["of"], depends)
             elif not clashing:
                 self._refuse_unknown(part)
@@ -152,7 +151,7 @@ class RunFolder:
             self._clear(cleared, mask)
             known = {part: kept for part, kept in known.items() if part not in cleared}
         elif found:
-            raise InputError(f"output: {self.output} holds other work ({'; '.join(found)}); {DO}")
+            raise InputError(f"{self.output} holds other work ({'; '.join(found)})", DO, key="output")
         self._new = [part for part in parts if part not in known]
         held = {part: known.get(part, {"of": depends}) for part, depends in parts.items()}
         self._record = {"format": FORMAT, "version": VERSION, **base, "parts": {**known, **held}}
@@ -160,18 +159,16 @@ class RunFolder:
             write_json(record_file(self.output), self._record)
 
     def _refuse_unknown(self, part: str) -> None:
-        """What nobody has a record of may be another program's, or the user's."""
+        """Refuse files without a record, which may be another program's or the user's."""
         there = [name for name in WRITTEN[part][: SHOWING[part]] if (self.output / name).exists()]
         if there:
-            raise InputError(
-                f"output: {self.output} holds {', '.join(there)} without a record of what they were made of "
-                f"({record_file(self.output)}); expected another folder (output=...), or that these are moved away"
-            )
+            fault = f"{self.output} holds {', '.join(there)} without a record ({record_file(self.output)})"
+            raise InputError(fault, "another folder (output=...), or these files moved away", key="output")
 
     def _clear(self, parts: list[str], mask: str | None) -> None:
         files = [file for part in parts for file in self._written(part)]
         if mask is not None and any(file.resolve().is_relative_to(Path(mask).resolve()) for file in files):
-            raise InputError(f"mask: {mask} lies in what --overwrite removes; expected a copy of it elsewhere")
+            raise InputError(f"{mask} is in a folder that --overwrite removes", "a copy elsewhere", key="mask")
         folders = {above for file in files for above in file.parents if above.is_relative_to(self.output)}
         record = record_file(self.output)
         for file in files:
@@ -182,22 +179,22 @@ class RunFolder:
                 folder.rmdir()
 
     def result(self, part: str, needs: str) -> dict[str, Any] | None:
-        """What a finished run kept for this part; None without one, or where the file `needs` is gone."""
+        """The result of this part from a finished run; None if there is none or the file `needs` is missing."""
         kept = self._record.get("parts", {}).get(part, {}).get("result") if (self.output / needs).exists() else None
         found: dict[str, Any] | None = json.loads(gather_texts(json.dumps(kept))[0])
         if found is not None:
-            log.info("%s holds this work, finished; --overwrite does it again", self.output)
+            log.info("%s holds this work, finished; --overwrite runs it again", self.output)
         return found
 
     def keep(self, part: str, result: dict[str, Any]) -> None:
-        """The part is finished."""
+        """Record the part as finished, with its result."""
         with failing_together():
             if rank_and_world()[0] == 0:
                 self._record["parts"][part]["result"] = result
                 write_json(record_file(self.output), self._record)
 
     def withdraw(self) -> None:
-        """Leave the parts of a run that ended before it wrote anything of them to others."""
+        """Give up new parts of which nothing was written."""
         record = record_file(self.output)
         unused = [part for part in self._new if set(self._written(part)) <= {record}]
         if not unused:
@@ -215,21 +212,21 @@ class RunFolder:
         return [file for name in WRITTEN[part] for file in self.output.glob(name)]
 
     def saved(self) -> bool:
-        """Whether there is something from which the same call goes on."""
+        """Whether there is a saved state from which the same call resumes."""
         names = [name for part in self._claimed for name in SAVED[part]]
         return any(file.stat().st_size for name in names for file in self.output.glob(name))
 
 
 @contextmanager
 def held(config: RunConfig, overwrite: bool = False) -> Iterator[RunFolder]:
-    """Hold the output folder of a run. Collective; rank 0 has the lock.
+    """Lock the output folder of a run; collective, rank 0 holds the lock.
 
     Args:
-        overwrite: remove what other work, or an earlier run of this one, has written there.
+        overwrite: whether to remove files of earlier work.
 
     Raises:
-        InputError: another process writes it; names its host and process.
-        Interrupted: the body was interrupted; says whether the same call goes on.
+        InputError: another process holds the lock (names its host and process).
+        Interrupted: the body was interrupted; says whether the same call resumes.
     """
     folder = RunFolder(config, overwrite)
     with ExitStack() as stack:
@@ -249,52 +246,48 @@ def held(config: RunConfig, overwrite: bool = False) -> Iterator[RunFolder]:
 
 
 def refuse_other_input(config: RunConfig, task: Task) -> None:
-    """Check that what is read now for a folder's results is what they were made of; nothing is written.
+    """Check that data and model are those of the folder's results; writes nothing.
 
     Raises:
-        InputError: the data or the model are others (named).
+        InputError: the data or the model differ (names them).
     """
     before = read_record(Path(config.output))
     if before is not None:
-        found = _changes(before, {**_base(config, task), **_model(config, before)})
+        found = _changes(before, _input(config, task, before))
         if found:
-            raise InputError(
-                f"output: {config.output} holds other work ({'; '.join(found)}); expected what was read then"
-            )
+            raise InputError(f"{config.output} holds other work ({'; '.join(found)})", "the same input", key="output")
 
 
 def record_file(output: Path) -> Path:
-    """Where a folder says whose it is."""
+    """File with the folder's record."""
     return output / "fisher" / "run.json"
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
-    """Whose a folder is; None where nobody has taken it.
+    """The folder's record; None if there is none.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: it is damaged.
     """
     file = record_file(output)
     if not file.exists():
         return None
     found = read_json(file, "record of a run")
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-        raise InputError(f"{file}: not the record of a run; {DO.removeprefix('expected the same command, ')}")
+        raise InputError("not the record of a run", DO.removeprefix("the same command, "), where=str(file))
     return found
 
 
-def _base(config: RunConfig, task: Task) -> dict[str, Any]:
+def _input(config: RunConfig, task: Task, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The part of a record on configuration, data and model."""
     dumped = config.model_dump(mode="json", include={"model", "task"})
     places = {"model.path": config.model.path, "task.dataset": config.task.dataset}
-    return {"config": without_paths(dumped), "places": places, "data": data_digests(task)}
-
-
-def _model(config: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
-    return {"model": model_digests(config.model, None if before is None else before["model"])}
+    model = model_digests(config.model, None if before is None else before["model"])
+    return {"config": without_paths(dumped), "places": places, "data": data_digests(task), "model": model}
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What was read then and is read now, where they differ, in words."""
+    """Lines on the differences between a record and what is read now."""
     places = {key: f"{before['places'].get(key)} -> {now['places'][key]}" for key in now["places"]}
     changed = {key: words for key, words in places.items() if before["places"].get(key) != now["places"][key]}
     found = config_changes(before["config"], now["config"])
@@ -303,7 +296,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         place = changed.get("model.path", now["places"]["model.path"])
         found.append(f"model.path: {place}: other contents of {', '.join(files)}")
     splits = [name for name in {**before["data"], **now["data"]} if before["data"].get(name) != now["data"].get(name)]
-    # Another task, or tokenizer, has other samples anyway.
+    # Another task or tokenizer implies other samples.
     if splits and not found:
         place = changed.get("task.dataset", now["places"]["task.dataset"])
         found.append(f"task.dataset: {place}: other samples in {', '.join(splits)}")

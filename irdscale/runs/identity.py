@@ -1,9 +1,9 @@
-"""What a run read, as digests: the samples of each split, and the base model's files.
+"""Digests of what a run read: the samples of each split, and the base model's files.
 
-Samples count as they are loaded, limited and tokenised, so that neither a file's type nor its place or time tells.
-Weights count by their tensors, so that neither shards nor file times tell. Their files are read, by as many threads as
-there are processors, only where sizes or times are not those of a record: about 0.7 GB/s a core. Hashing samples takes
-about 1 % of what tokenising them takes.
+Samples are hashed after loading, limits and tokenisation, so that a file's format, path and time do not matter. Weights
+are hashed by tensor, so that sharding and file times do not matter. Files are read, by one thread per CPU (about 0.7
+GB/s per core), only if their size or time differs from the record. Hashing samples takes about 1 % of the time to
+tokenise them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from irdscale.config.schema import ModelConfig
 from irdscale.errors import InputError
 from irdscale.models.build import resolve_model_path
+from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.files import digest
 
 if TYPE_CHECKING:
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "selection", "test", "pool")
 PIECE = 2**23
-# What transformers loads, the first that is there.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
-# What tells by whom and where a file was written, not what is in it.
+# Keys of a JSON file that describe its writer, not its contents.
 WRITTEN_BY = ("transformers_version", "_name_or_path", "torch_dtype", "dtype")
 
 
 def data_digests(task: Task) -> dict[str, str]:
-    """A digest of the samples of each split of a task (and of the pool, if shaped), and of its classes' names."""
+    """Digests of the samples of each split, of the pool if shaped, and of the class names."""
     splits = {name: getattr(task, name) for name in SPLITS}
     found = {name: _samples(split) for name, split in splits.items() if split is not None}
     return {**found, "classes": digest(list(getattr(task, "label_names", ())))}
@@ -54,7 +53,7 @@ def _samples(split: Any) -> str:
 
 
 def _add(sha: Any, values: pa.Array | pa.ChunkedArray) -> None:
-    """Hash an array by its values, whatever widths and offsets it is stored with."""
+    """Hash an array's values, independent of stored widths and offsets."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -71,13 +70,13 @@ def _add(sha: Any, values: pa.Array | pa.ChunkedArray) -> None:
 
 
 def model_digests(model: ModelConfig, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What tells a model's files from others.
+    """Digests of a model's files.
 
     Args:
-        known: result of an earlier call; files whose sizes and times are the same are not read again.
+        known: result of an earlier call; files with the same size and times are not read again.
 
     Returns:
-        {"weights": digest of all tensors, None where they are yet to be downloaded; "revision": of a hub model;
+        {"weights": digest of all tensors, None before their download; "revision": revision of a hub model;
         "settings": {file: digest} of its configurations and code; "files": {file: size, times and digest}}.
     """
     folder = _folder(model.path)
@@ -104,14 +103,14 @@ def model_digests(model: ModelConfig, known: Mapping[str, Any] | None = None) ->
 
 
 def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the files in which two results of `model_digests` differ; none where they are one model."""
+    """Names of the files in which two results of `model_digests` differ; empty for the same model."""
     changed = [
         name
         for name in sorted({*before["settings"], *now["settings"]})
         if before["settings"].get(name) != now["settings"].get(name)
     ]
     if before["weights"] is None or now["weights"] is None:
-        # Of a hub model that was not downloaded yet.
+        # A hub model before its download.
         revisions = before["revision"], now["revision"]
         return changed + (
             [f"revision {revisions[0]}"] if None not in revisions and revisions[0] != revisions[1] else []
@@ -124,7 +123,7 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def _folder(path: str) -> Path | None:
-    """Where a model's files are here; None where they are yet to be downloaded."""
+    """A model's local folder; None before its download."""
     try:
         resolved = resolve_model_path(path)
     except InputError:
@@ -138,9 +137,9 @@ def _folder(path: str) -> Path | None:
 
 
 def _weights_of(folder: Path) -> list[Path]:
-    """The files that hold a model's weights."""
+    """A model's weight files."""
     adapter = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
-    for name in WEIGHTS:
+    for name in WEIGHT_FILES:
         file = folder / name
         if not file.is_file():
             continue
@@ -154,7 +153,7 @@ def _weights_of(folder: Path) -> list[Path]:
 
 
 def _settings(file: Path) -> Any:
-    """A JSON file without what its writer left of itself; its text where it is no JSON."""
+    """A JSON file without the keys of its writer; its text if it is not JSON."""
     try:
         found = json.loads(file.read_bytes())
     except ValueError:
@@ -163,7 +162,7 @@ def _settings(file: Path) -> Any:
 
 
 def _contents(file: Path) -> str:
-    """A digest of a file: of safetensors the sum of its tensors' digests, so that shards tell nothing."""
+    """Digest of a file; of safetensors the sum of its tensors' digests, so that sharding does not matter."""
     pieces = list(_pieces(file))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         found = pool.map(lambda piece: _piece(file, *piece), pieces)
@@ -171,7 +170,7 @@ def _contents(file: Path) -> str:
 
 
 def _pieces(file: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, begin and end of what is hashed for itself."""
+    """Name, begin and end of each separately hashed piece."""
     size = file.stat().st_size
     if file.suffix == ".safetensors":
         try:
@@ -184,7 +183,7 @@ def _pieces(file: Path) -> Iterator[tuple[str, int, int]]:
                     yield f"{name}\0{entry['dtype']}\0{entry['shape']}", begin, end
             return
         except (ValueError, KeyError, TypeError):
-            # Damaged; the load says so.
+            # The file is damaged; loading it reports that.
             pass
     yield file.name, 0, size
 

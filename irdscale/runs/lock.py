@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that names its holder's host and process; the kernel frees it when that ends."""
+"""One writer at a time: a lock file with its holder's host and process, which the kernel releases when that ends."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from irdscale.utils.files import writing
 
 NAME = ".irdscale.runs.lock"
 log = logging.getLogger(__name__)
-# File systems that know no locks say so with one of these.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
-    """Hold a folder's lock, in this process; the folder is made, and is gone again if nothing was written to it.
+    """Hold a folder's lock; creates the folder, and removes it at the end if it is empty.
 
     Args:
-        key: the setting that names the folder, for messages.
+        key: setting that names the folder, for messages.
 
     Raises:
-        InputError: another process holds it; names its host and process.
+        InputError: another process holds the lock (names its host and process).
         RunError: the folder cannot be written.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -40,7 +40,7 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: who waits for it notices that the file is not the one in the folder any more.
+        # Remove it while locked: a process that opened it notices that the folder's file is another one.
         file.unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):
@@ -56,18 +56,17 @@ def _taken(file: Path, folder: Path, key: str) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise InputError(
-                f"{key}: {folder}: {holder} is writing it; expected one at a time: wait for it, or another {key}=..."
-            ) from None
+            expected = f"one at a time: wait for it, or another {key}=..."
+            raise InputError(f"{folder}: {holder} is writing it", expected, key=key) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
-            log.warning("%s: cannot be locked (%s): nobody notices if two write it at once", folder, error.strerror)
+            log.warning("%s: cannot be locked (%s): two runs may write it at once", folder, error.strerror)
         with suppress(OSError):
             if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
                 break
-        # Its holder ended between the two calls, and removed it.
+        # The holder removed the file between the two calls.
         os.close(descriptor)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode(), 0)
@@ -76,7 +75,7 @@ def _taken(file: Path, folder: Path, key: str) -> int:
 
 def _holder(descriptor: int) -> str:
     try:
-        said = json.loads(os.pread(descriptor, 4096, 0))
-        return f"another irdscale, process {said['process']} on host {said['host']},"
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return f"another irdscale, process {holder['process']} on host {holder['host']},"
     except (OSError, ValueError, KeyError, TypeError):
         return "another irdscale"

@@ -1,1 +1,1 @@
-"""The search: a pure algorithm, the journal of its evaluations, and the runner that does them."""
+"""The search: the IRD algorithm, the ledger of its evaluations, and the engines that run them."""

@@ -1,4 +1,4 @@
-"""One candidate from its mask to its metric: trained, measured and saved, by one rank or by all together."""
+"""One candidate from its mask to its metric: train it, evaluate it and save its adapter."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ NO_MASK = "none"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pair's mask and a seed, to be evaluated; or another way to fine-tune, to be compared with.
+    """One evaluation: a mask and a seed, or another way of fine-tuning as a baseline.
 
     Attributes:
-        mask: the mask's hash; None for what `train.always_train` names alone, such as the head.
-        round: of the search; None for what the winner is compared with.
+        mask: hash of the mask; None to train only the parameters of `train.always_train`, such as the head.
+        round: round of the search; None for a baseline.
         direction: how the samples were chosen.
-        train: how it is trained, where not as the run's configuration says.
-        lora_rank: of the LoRA matrices that are trained in place of a mask.
+        train: training configuration; the run's if None.
+        lora_rank: rank of LoRA matrices trained instead of a mask.
     """
 
     mask: str | None
@@ -62,16 +62,16 @@ class Candidate:
         return config if self.train is None else config.model_copy(update={"train": self.train})
 
     def key(self, config: RunConfig) -> str:
-        """What tells this evaluation from others."""
+        """The evaluation's key in the ledger."""
         trained = self.mask or (NO_MASK if self.lora_rank is None else f"lora-{self.lora_rank}")
         train = self.config(config).train.model_dump(mode="json")
         if train["deepspeed"] is not None:
-            # Wherever the file is: what it says is the same in one output folder.
+            # The path may change; an output folder belongs to one content of the file.
             train["deepspeed"] = Path(train["deepspeed"]).name
         return evaluation_key(trained, train, self.seed)
 
     def record(self, config: RunConfig) -> dict[str, Any]:
-        """The ledger's record of it, as of one that failed for a reason yet to be said."""
+        """A ledger record with status failed and no error yet."""
         return {
             "round": self.round,
             "samples": self.pair.samples,
@@ -91,12 +91,12 @@ class Candidate:
 
 
 def candidate_adapter(output: Path, key: str) -> Path:
-    """Where the trained adapter of an evaluation is kept, as long as it may be the winner's."""
+    """Folder of an evaluation's adapter, kept while it may be the winner's."""
     return output / "candidates" / key
 
 
 def state_folder(output: Path, key: str) -> Path:
-    """Where the state of an evaluation's training is kept until it ends."""
+    """Folder of the saved training state of an unfinished evaluation."""
     return output / "candidates" / f"state-{key}"
 
 
@@ -108,15 +108,15 @@ def run_candidate(
     control: Control | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a candidate, measure it on the selection split and save its adapter; collective. Returns its record.
+    """Train a candidate, evaluate it on the selection split and save its adapter; collective. Returns its record.
 
     Args:
-        report: takes the steps done and the metric at each of the rungs of `control`; called on every rank.
+        report: called on every rank with step and metric at each rung of `control`.
 
     Raises:
-        InputError, RunError: the run's, not this candidate's: a file is missing or the disk is full, say.
-        Paused: `control` asked for it; the training's state is saved.
-        Exception: one rank of several failed alone.
+        InputError, RunError: an error of the whole run, such as a missing file or a full disk.
+        Paused: `control` asked for a pause; the training state is saved.
+        Exception: one of several ranks failed alone.
     """
     started, key = time.perf_counter(), candidate.key(config)
     record, config = candidate.record(config), candidate.config(config)
@@ -139,11 +139,11 @@ def run_candidate(
             record |= {"metric": measure(), "status": "ok", "loss": trend}
         except Paused:
             raise
-        except Exception as error:  # whatever one candidate dies of, the others go on
+        except Exception as error:  # the search goes on without this candidate
             agreed = isinstance(error, TrainingError)
             if isinstance(error, InputError | RunError) and not agreed:
                 raise
-            # What one rank alone dies of leaves the others waiting for it.
+            # If one rank fails alone, the others would wait for it.
             if rank_and_world()[1] > 1 and not agreed:
                 raise
             record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -157,12 +157,12 @@ def run_candidate(
 def score_on_test(
     config: RunConfig, task: Task, output: Path, asked: list[tuple[Candidate, bool]]
 ) -> list[tuple[float, float]]:
-    """The metric of each finished evaluation on the test split, and its standard error; collective.
+    """Test metric and its standard error of each finished evaluation; collective.
 
-    Each one's adapter is loaded, or trained again where it was dropped.
+    Loads each adapter, or trains it again if it was deleted.
 
     Args:
-        asked: candidates, and whether each one's adapter is the winner's, to be saved in OUTPUT/adapter for good.
+        asked: candidates, each with whether to save its adapter in OUTPUT/adapter.
     """
     metrics = []
     for candidate, keep in asked:
@@ -185,7 +185,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
             yield load_adapter(model, folder)
         return
     with _untrained(own, task, output, candidate) as trained:
-        # No bar of its own, but who listens from outside hears that it goes on.
+        # Without a bar, but a progress listener still hears of it.
         with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
             fine_tune(trained, task, own, seed, Control(advance), state_folder(output, key))
         save_adapter(trained, folder, config=adapter_config(own, task, seed))
@@ -194,9 +194,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
 
 
 def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, float, float]:
-    """The metric of the model as it came on the selection and the test split, and the latter's standard error;
-    collective.
-    """
+    """The untrained base model's selection metric, test metric and standard error on test; collective."""
     size = config.train.eval_batch_size
     with base_model(config, task, config.search.seeds[0]) as (model, _):
         selection = evaluate_model(model, task, task.selection, size)
@@ -205,7 +203,7 @@ def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, floa
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that a search wrote; rank 0 does."""
+    """Remove a folder of the search, on rank 0."""
     if rank_and_world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
 

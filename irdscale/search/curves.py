@@ -1,24 +1,18 @@
-"""What TensorBoard shows of a search on a cluster: loss, learning rate and selection metric of every evaluation."""
+"""TensorBoard curves of a search on a cluster: loss, learning rate and selection metric of every evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from irdscale.distributed.ranks import rank_and_world
 from irdscale.search.candidates import Candidate
 
 
-class Draw(Protocol):
-    def __call__(self, step: int, **values: float) -> None:
-        """Add a point to each of the named curves."""
-
-
 @contextmanager
-def curves(output: Path, candidate: Candidate) -> Iterator[Draw]:
-    """Curves of one evaluation, in OUTPUT/tensorboard; the first rank's are drawn."""
+def curves(output: Path, candidate: Candidate) -> Iterator[Callable[..., None]]:
+    """A function `draw(step, name=value, ...)` for the curves of one evaluation in OUTPUT/tensorboard, on rank 0."""
     if rank_and_world()[0] > 0:
         yield lambda step, **values: None
         return

@@ -1,4 +1,4 @@
-"""Which samples the winner's mask comes from: each one's share of the Fisher information inside it."""
+"""Which samples drive the winner's mask: each sample's share of the Fisher information inside the mask."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def masked_traces(
     offload: bool = False,
     progress: bool = False,
 ) -> Tensor:
-    """Of each ordered sample, the sum of its squared gradients at the mask's entries, float64 [len(order)].
+    """Each ordered sample's sum of squared gradients over the mask's entries, float64 [len(order)].
 
-    One backward pass a sample, through the parameters that the mask has entries of.
+    Takes one backward pass per sample, through the parameters with mask entries.
 
     Args:
-        dtype, offload: of the sums, as in `accumulate_fisher`.
+        dtype, offload: dtype and place of the sums, as in `accumulate_fisher`.
 
     Raises:
-        InputError: the mask has entries of a parameter that is not scored, or has another shape (named).
+        InputError: the mask has entries in a parameter that is not scored or has another shape (names it).
     """
     for name in mask.indices:
         found = samples.shapes.get(name)
         if found != mask.shapes[name]:
-            raise InputError(f"mask: {name}: found shape {found} in the model; expected {mask.shapes[name]}")
+            raise InputError(f"found shape {found} in the model", f"{mask.shapes[name]}", key=name, where="mask")
     inside = replace(samples, scored={name: p for name, p in samples.scored.items() if name in mask.indices})
     sums = new_sums(inside, order, dtype=dtype, offload=offload)
     places = {name: mask.indices[name].long().to(total.device) for name, total in sums.tensors.items()}
@@ -55,7 +55,7 @@ def masked_traces(
         for name, total in sums.tensors.items():
             flat = total.view(-1)
             found_N[size - 1] += flat[places[name]].double().sum().cpu()
-            # What is outside the mask goes on growing, unread.
+            # Entries outside the mask keep growing and are never read.
             flat[places[name]] = 0
 
     inside.accumulate(
@@ -70,25 +70,23 @@ def masked_traces(
 
 
 def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -> Path:
-    """Measure each of the winner's samples, and write OUTPUT/fisher/drivers.json; returns its path.
+    """Write the share of each of the winner's samples to OUTPUT/fisher/drivers.json; returns its path.
 
-    Loads the search's data and model as they were, by the configuration in `result`, into this one process.
+    Loads the search's data and model into this process.
 
     Args:
-        output: the folder of a finished search.
-        result: its result.json.
+        output: folder of a finished search.
+        result: contents of its result.json.
 
     Raises:
-        InputError: the masks came from no samples, or the data or the model is not what the search had.
+        InputError: the mask's score reads no samples, or the data or the model differ from the search's.
         RunError: the file cannot be written.
     """
     config = check_config(result["config"], str(output / "result.json"))
     if summed(config.fisher.score) is None:
-        raise InputError(
-            f"fisher.score: found {config.fisher.score}, whose masks no samples drive; "
-            f"expected fisher, gradient or saliency"
-        )
-    # Partitions over ranks would change no gradient.
+        fault = f"found {config.fisher.score}, a score that reads no samples"
+        raise InputError(fault, "fisher, gradient or saliency", key="fisher.score")
+    # Partitioning changes no gradient, and there is one process.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     traces = read_json(output / "fisher" / "traces.json", "list of traces")
     mask = Mask.load(output / result["best"]["mask"])
@@ -96,7 +94,7 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
     refuse_other_input(config.model_copy(update={"output": str(output)}), task)
     pool = draw_samples(config, task, config.fisher.samples, "pool")
     if list(task.population.select(pool)["row"]) != traces["row"]:
-        raise InputError(f"task.dataset: {config.task.dataset}: found other samples than the search; expected the same")
+        raise InputError("found other samples than the search", "the same", "task.dataset", where=config.task.dataset)
     kept = traces["order"][: result["best"]["samples"]]
     with model_to_score(config, task, progress) as (model, outside):
         found_N = masked_traces(

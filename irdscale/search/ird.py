@@ -9,11 +9,11 @@
     until no candidate is left, max_rounds, or `patience` rounds without a new best
     return the best pair of all, and the best pair at every p
 
-From the paper (arXiv 2403.08484): halving the samples and the parameters round by round, keeping the halves with the
-larger Fisher information (the smaller in the reverse contrast), fine-tuning each candidate and going on from the
-best. Ours, where its pseudo-code leaves them open: these three candidates, the start counted as a candidate of its
-own, the stop rules, several seeds and their mean, the minima, that a pair is never evaluated twice, and that ties go
-to fewer parameters, then fewer samples. Which samples and parameters the halves hold is not decided here.
+The paper (arXiv 2403.08484) halves the samples and the parameters round by round, keeps the halves with the larger
+Fisher information (the smaller in reverse IRD), fine-tunes each candidate and goes on from the best. Its pseudo-code
+leaves the rest open. This package chose: these three candidates, the start as a candidate of its own, the stop rules,
+the mean over several seeds, the minima, no pair evaluated twice, and ties to fewer parameters, then fewer samples.
+Other modules choose the samples and parameters of each half.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from irdscale.errors import RunError
 
 
 class StartError(RunError):
-    """The start of a search could not be evaluated."""
+    """The start of the search failed."""
 
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """A candidate: s samples, whose Fisher information chooses p trainable parameters."""
+    """A sample-parameter pair: p trainable parameters chosen by the Fisher information of s samples."""
 
     samples: int
     params: int
@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Step:
-    """A state that the search moved to, and its mean metric."""
+    """A state of the search and its mean metric."""
 
     round: int
     pair: Pair
@@ -47,17 +47,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        best: the pair with the best mean of all that were evaluated.
-        mean: its mean over the seeds.
-        path: the states moved to, the start first.
-        means: over the seeds, of every pair with which none of them failed.
-        pareto: the best pair at every p, the most parameters first.
-        stop: why the search ended.
-        evaluations: how many (pair, seed) were asked for.
-        all_failed: whether it ended because every candidate of a round failed.
+        best: pair with the best mean of all evaluated pairs.
+        mean: its mean metric over the seeds.
+        path: states of the search, the start first.
+        means: pair -> mean metric over the seeds, without pairs of which a seed failed.
+        pareto: best pair at every p, in descending order of p.
+        stop: reason why the search ended.
+        evaluations: number of requested (pair, seed) evaluations.
+        all_failed: whether the search ended because all candidates of a round failed.
     """
 
     best: Pair
@@ -73,11 +73,11 @@ class Outcome:
 Wanted = list[tuple[Pair, int]]
 Metrics = list[float | None]
 Evaluate = Callable[[int, Wanted], Metrics]
-Rounds = Generator[tuple[int, Wanted], Metrics, Outcome]
+Rounds = Generator[tuple[int, Wanted], Metrics | None, Outcome]
 
 
 def candidates(pair: Pair, minimum: Pair) -> list[Pair]:
-    """The pairs one round may move to: with half of the samples, of the parameters, and of both."""
+    """The next pairs: half the samples, half the parameters, and half of both."""
     s, p = pair.samples // 2, pair.params // 2
     found = [Pair(s, pair.params)] if s >= minimum.samples else []
     if p >= minimum.params:
@@ -104,13 +104,13 @@ def ird(
 
     Args:
         minimum: smallest samples and parameters of a candidate, each at least 1.
-        evaluate: given the round and all its new (pair, seed), in order, returns their metrics, None for a failure. It
-            is never asked for the same one twice. A pair with a failure cannot be chosen.
-        lower_is_better: of the metrics.
+        evaluate: takes the round and its new (pair, seed) evaluations and returns their metrics in order, None for a
+            failure. It gets no evaluation twice. A pair with a failure cannot be chosen.
+        lower_is_better: whether smaller metrics are better.
 
     Raises:
-        StartError: the start could not be evaluated.
-        ValueError: a size is below 1, or the start below the minimum.
+        StartError: the start failed.
+        ValueError: a minimum is below 1, or the start is below the minimum.
     """
     return together(
         [rounds(start, minimum, seeds, max_rounds, patience, lower_is_better)],
@@ -121,7 +121,7 @@ def ird(
 def rounds(
     start: Pair, minimum: Pair, seeds: Sequence[int], max_rounds: int, patience: int, lower_is_better: bool = False
 ) -> Rounds:
-    """The search of `ird` as a generator: yields a round and what it wants evaluated, is sent the metrics."""
+    """`ird` as a generator: yields each round with its new evaluations, and is sent their metrics."""
     if min(minimum.samples, minimum.params) < 1:
         raise ValueError(f"found minimum {minimum}; expected at least 1 each")
     if start.samples < minimum.samples or start.params < minimum.params:
@@ -140,7 +140,7 @@ def rounds(
         if new:
             asked.update(new)
             wanted = [(pair, seed) for pair in new for seed in seeds]
-            metrics = dict(zip(wanted, (yield number, wanted), strict=True))
+            metrics = dict(zip(wanted, (yield number, wanted) or [], strict=True))
             for pair in new:
                 of_pair = [metric for seed in seeds if (metric := metrics[pair, seed]) is not None]
                 if len(of_pair) == len(seeds):
@@ -169,23 +169,22 @@ def rounds(
 def together(
     searches: Sequence[Rounds], evaluate: Callable[[list[tuple[int, Wanted] | None]], list[Metrics]]
 ) -> list[Outcome]:
-    """Run several searches round by round, so that what all of them ask for can be evaluated at once.
+    """Run several searches round by round, so that their evaluations can run side by side.
 
     Args:
-        evaluate: given for each search its round and what it wants, None for one that has ended, returns the metrics
-            of those that have not, in order.
+        evaluate: takes each search's round and new evaluations (None for a finished search) and returns the metrics of
+            the unfinished searches, in order.
     """
-    outcomes: list[Outcome | None] = [None] * len(searches)
-    asked: list[tuple[int, Wanted] | None] = [None] * len(searches)
+    outcomes: dict[int, Outcome] = {}
     answers: list[Metrics | None] = [None] * len(searches)
-    while None in outcomes:
+    while len(outcomes) < len(searches):
+        asked: list[tuple[int, Wanted] | None] = [None] * len(searches)
         for place, search in enumerate(searches):
-            if outcomes[place] is None:
-                answer = answers[place]
+            if place not in outcomes:
                 try:
-                    asked[place] = next(search) if answer is None else search.send(answer)
+                    asked[place] = search.send(answers[place])
                 except StopIteration as ended:
-                    outcomes[place], asked[place] = ended.value, None
+                    outcomes[place] = ended.value
         found = iter(evaluate(asked) if any(asked) else [])
         answers = [None if wanted is None else next(found) for wanted in asked]
-    return [outcome for outcome in outcomes if outcome is not None]
+    return [outcomes[place] for place in range(len(searches))]

@@ -1,6 +1,6 @@
-"""The journal of a search: one JSON line for each evaluation that ended, on disk before anything else happens.
+"""The ledger of a search: one JSON line per finished evaluation, written to disk before the search goes on.
 
-Each record begins with a newline, so that a line torn by a crash eats nothing of the next one.
+Each record begins with a newline, so a line torn by a crash does not damage the next one.
 """
 
 from __future__ import annotations
@@ -10,44 +10,32 @@ import json
 import logging
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
 from irdscale.errors import InputError
 from irdscale.utils.files import digest, fsync_folder, writing
 
 FIELDS = ("round", "samples", "params", "seed", "direction", "mask", "metric", "status", "error", "seconds", "key")
-# Where the training's loss began and ended; see `irdscale.training.loss_trend.loss_trend`.
-MORE_FIELDS = ("loss",)
+# Optional. loss: `irdscale.training.loss_trend.loss_trend` of the training. stopped_at: step of an early stop.
+MORE_FIELDS = ("loss", "stopped_at")
 
-_STOPPED = re.compile(r"stopped early at step (\d+),")
 _BEGINNING = b'{"round": '
 log = logging.getLogger(__name__)
 
 
 def evaluation_key(mask_hash: str, train_config: dict[str, Any], seed: int) -> str:
-    """What makes two evaluations the same: their mask, training configuration and seed."""
+    """Hash of mask, training configuration and seed: evaluations with equal keys are the same."""
     return digest({"mask": mask_hash, "train": train_config, "seed": seed})
 
 
-def stopped_early(step: int, metric: float) -> str:
-    """The error of an evaluation that was ended because others of its round were better."""
-    return f"stopped early at step {step}, with {metric:.4f}"
-
-
-def stopped_at(record: dict[str, Any]) -> int | None:
-    """The step at which an evaluation was stopped early; None if it was not."""
-    found = _STOPPED.match(record["error"] or "")
-    return int(found[1]) if found else None
-
-
 def read_ledger(path: Path | str) -> list[dict[str, Any]]:
-    """Every whole record, in order; a line that a crash tore is skipped.
+    """All records in order. A line torn by a crash is skipped; a missing file has no records.
 
     Raises:
-        InputError: the file cannot be read, or a whole line is no record (file and row named), or two records with
-            status ok have one key.
+        InputError: the file cannot be read, a complete line is not a record (names file and row), or two records with
+            status ok have the same key.
     """
     try:
         data = Path(path).read_bytes()
@@ -64,56 +52,53 @@ def read_ledger(path: Path | str) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             if line.startswith(_BEGINNING[: len(line)]):
-                log.warning("%s:%d: skipped half a record, left by a crash", path, row)
+                log.warning("%s:%d: skipped a record torn by a crash", path, row)
                 continue
-            raise InputError(f"{path}:{row}: found no JSON; expected a ledger record") from None
+            raise InputError("found invalid JSON", "a ledger record", where=f"{path}:{row}") from None
         if not isinstance(record, dict) or not set(FIELDS) <= set(record):
-            raise InputError(f"{path}:{row}: expected a ledger record with {', '.join(FIELDS)}")
+            raise InputError("found other JSON", f"a ledger record with {', '.join(FIELDS)}", where=f"{path}:{row}")
         if record["status"] == "ok":
             if record["key"] in finished:
-                raise InputError(f"{path}:{row}: found key {record['key']} twice; expected one finished evaluation")
+                raise InputError(f"found key {record['key']} twice", "one finished evaluation", where=f"{path}:{row}")
             finished.add(record["key"])
         records.append(record)
     return records
 
 
 class Ledger:
-    """The open journal of one output folder; the only writer, while it is open.
+    """The ledger of one output folder; collective. Rank 0 writes and holds the lock, every rank has the records.
+
+    Attributes:
+        records: all records in order.
+        finished: key -> record with status ok.
 
     Raises:
-        InputError: another process has it open, or its contents are damaged.
+        InputError: another process has the file open, or a record is damaged.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            fsync_folder(self.path.parent)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = read_ledger(self.path)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise InputError(f"{self.path}: another irdscale is writing it; expected one at a time") from None
-        except InputError:
-            os.close(self._descriptor)
-            raise
+        self.path, self._descriptor, own = Path(path), None, list[dict[str, Any]]()
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                self._descriptor, own = _locked(self.path)
+        self.records: list[dict[str, Any]] = json.loads(gather_texts(json.dumps(own))[0])
         self.finished = {record["key"]: record for record in self.records if record["status"] == "ok"}
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a record and wait until it is on disk.
+        """Write rank 0's record and wait until it is on disk.
 
         Raises:
-            ValueError: a field is missing, the metric of an ok record is no finite number, or its key is finished.
-            RunError: the disk refuses it.
+            ValueError: a field is missing, the metric of an ok record is not finite, or its key is in the ledger.
+            RunError: the file cannot be written.
         """
+        record = json.loads(gather_texts(json.dumps(record))[0])
         if set(FIELDS) - set(record):
             raise ValueError(f"ledger record lacks {', '.join(sorted(set(FIELDS) - set(record)))}")
         finished = record["status"] == "ok"
@@ -123,10 +108,28 @@ class Ledger:
             raise ValueError(f"ledger has key {record['key']} already")
         written = {name: record[name] for name in (*FIELDS, *MORE_FIELDS) if name in record}
         line = f"\n{json.dumps(written, allow_nan=False)}\n".encode()
-        with writing(self.path):
-            if os.write(self._descriptor, line) != len(line):
-                raise OSError("the disk took a part of a record")
-            os.fsync(self._descriptor)
+        with failing_together(), writing(self.path):
+            if self._descriptor is not None:
+                if os.write(self._descriptor, line) != len(line):
+                    raise OSError("the record was written in part")
+                os.fsync(self._descriptor)
         self.records.append(record)
         if finished:
             self.finished[record["key"]] = record
+
+
+def _locked(path: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The descriptor of a ledger locked for appending, and its records."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        fsync_folder(path.parent)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor, read_ledger(path)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError("another irdscale is writing it", "one at a time", where=str(path)) from None
+    except InputError:
+        os.close(descriptor)
+        raise

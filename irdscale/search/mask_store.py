@@ -1,4 +1,4 @@
-"""What a search keeps of its samples and masks in its output folder, and how it is read again."""
+"""The files of a search's masks and Fisher traces in its output folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from irdscale.utils.files import fsync_folder, read_json, writing
 
 @dataclass(frozen=True)
 class SearchMasks:
-    """Where a search starts and ends, and the hash of the mask of every pair in between.
+    """Start and smallest pair of a search, and the mask hash of every pair it can reach.
 
     Attributes:
-        facts: parameters of the model, scored ones and which they are, the head's, sample gradients taken, seconds.
+        facts: "parameters", "scored", "head" (entries), "scored_by" (text), "sample_gradients", "seconds".
     """
 
     start: Pair
@@ -29,27 +29,27 @@ class SearchMasks:
 
     @property
     def fewest(self) -> Pair:
-        """The fewest samples of the search, with its most parameters."""
+        """The pair with the fewest samples and the most parameters."""
         return Pair(min(pair.samples for pair in self.masks), self.start.params)
 
 
 def mask_folder(output: Path, mask_hash: str) -> Path:
-    """Where a mask of this hash is kept."""
+    """Folder of the mask with this hash."""
     return output / "masks" / mask_hash
 
 
 def index_file(output: Path, name: str = "") -> Path:
-    """Where the list of a search's masks is; `name` tells several searches in one folder apart."""
+    """File with a search's list of masks; `name` is the search's name, if several share the folder."""
     return output / "fisher" / name / "masks.json"
 
 
 def traces_file(output: Path, name: str = "") -> Path:
-    """Where the traces of a search's samples are."""
+    """File with the Fisher traces of a search's samples."""
     return output / "fisher" / name / "traces.json"
 
 
 def as_stored(masks: SearchMasks, made_by: str) -> dict[str, Any]:
-    """What the list of a search's masks holds; `made_by` tells its configuration."""
+    """Contents of `index_file`; `made_by` is the hash of the search's configuration."""
     return {
         "start": [masks.start.samples, masks.start.params],
         "minimum": [masks.minimum.samples, masks.minimum.params],
@@ -60,7 +60,7 @@ def as_stored(masks: SearchMasks, made_by: str) -> dict[str, Any]:
 
 
 def read_masks(index: Path) -> tuple[SearchMasks, str]:
-    """A search's list of masks, and what tells the configuration that they were made by.
+    """A search's masks, and the hash of the configuration that made them.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -73,24 +73,25 @@ def read_masks(index: Path) -> tuple[SearchMasks, str]:
             raise ValueError(f"mask of {read.start}")
         return read, str(stored["made_by"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{index}: not a list of masks: no valid {error}; delete the folder to start anew") from error
+        fault = f"not a list of masks: no valid {error}"
+        raise InputError(fault, "a new folder, or this one deleted", where=str(index)) from error
 
 
 def load_mask(output: Path, mask_hash: str) -> Mask:
-    """The mask of this hash.
+    """Load the mask with this hash.
 
     Raises:
-        InputError: it is missing or damaged, or another one.
+        InputError: it is missing or damaged, or has another hash.
     """
     folder = mask_folder(output, mask_hash)
     mask = Mask.load(folder)
     if mask.hash != mask_hash:
-        raise InputError(f"{folder}: found another mask; expected the one of this hash")
+        raise InputError(f"found a mask with hash {mask.hash}", mask_hash, where=str(folder))
     return mask
 
 
 def keep_mask(mask: Mask, output: Path) -> str:
-    """Save a mask under its hash, once, whoever else saves it at the same time; returns the hash."""
+    """Save a mask under its hash, safely beside other processes that save the same one; returns the hash."""
     folder = mask_folder(output, mask.hash)
     if folder.exists():
         return mask.hash
@@ -102,7 +103,7 @@ def keep_mask(mask: Mask, output: Path) -> str:
             try:
                 os.rename(own, folder)
             except OSError:
-                # Another job has made the same mask meanwhile, and what is there is whole.
+                # Another process saved the same mask first, atomically.
                 if not folder.exists():
                     raise
         fsync_folder(folder.parent)

@@ -1,86 +1,51 @@
-"""The masks of a search on disk: computed once, found again when the search goes on."""
+"""The masks of a search on disk: computed once, and read again when the search goes on."""
 
 from __future__ import annotations
 
-import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from irdscale.config.loader import same_search
 from irdscale.config.schema import RunConfig
-from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
-from irdscale.distributed.zero3 import numel_of
+from irdscale.distributed.ranks import failing_together, rank_and_world
 from irdscale.errors import InputError
-from irdscale.fisher.nested import ranked_entries_by_prefix
-from irdscale.fisher.pool import (
-    draw_samples,
-    mask_size,
-    pass_options,
-    ranked_entries,
-    ranked_samples,
-    sample_gradients,
-    saved_pass,
-    scored_by,
-    traces_of,
-)
+from irdscale.fisher.pool import ranked_entries, ranked_samples, saved_pass, scored_by, traces_of
+from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
-from irdscale.search.limits import reachable_sizes
+from irdscale.search.limits import reachable_sizes, smallest_pair
 from irdscale.search.mask_store import SearchMasks, as_stored, index_file, keep_mask, load_mask, read_masks, traces_file
-from irdscale.training.base_model import base_model
-from irdscale.training.head_warmup import model_to_score
-from irdscale.training.trainable import trained_densely
+from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask, mask_pass
 from irdscale.utils.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 
-def smallest_pair(config: RunConfig, start: Pair, parameters: int) -> Pair:
-    """The pair below which no candidate of a search from `start` goes, in a model of so many parameters."""
-    min_ratio = config.search.min_ratio if config.search.min_ratio is not None else config.search.ratio / 8
-    return Pair(config.search.min_samples, min(start.params, max(1, round(min_ratio * parameters))))
-
-
 def search_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str = "") -> SearchMasks:
-    """Every mask that the search can reach: a trace pass and an accumulation pass, or what an earlier run wrote.
+    """All masks that the search can reach, from a trace pass and an accumulation pass, or from an earlier run.
 
-    The samples' losses, which say what their traces follow, take a forward pass.
+    A forward pass takes the samples' losses, for the report on what their traces follow.
 
     Args:
-        name: of the search, where several have one output folder.
+        name: name of the search, if several share an output folder.
 
     Raises:
-        InputError: the configuration does not fit the model, or the files of an earlier run are damaged.
+        InputError: the configuration does not fit the model, or a file of an earlier run is damaged.
     """
     earlier = stored_masks(config, output, name)
     if earlier is not None:
         return earlier
-    started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, dense):
-        return _made_masks(config, task, output, progress, name, model, dense, started)
+    with mask_pass(config, task, config.fisher.samples, "pool", progress) as drawn:
+        return _make_masks(config, task, output, progress, name, drawn)
 
 
-def _made_masks(
-    config: RunConfig,
-    task: Task,
-    output: Path,
-    progress: bool,
-    name: str,
-    model: nn.Module,
-    dense: list[str],
-    started: float,
-) -> SearchMasks:
-    with failing_together():
-        pool = draw_samples(config, task, config.fisher.samples, "pool")
-        samples = sample_gradients(config, task, model, pool, dense)
-        scored = sum(map(numel_of, samples.scored.values()))
-        total = sum(map(numel_of, model.parameters()))
-        start = Pair(len(pool), mask_size(config, model, scored))
-    minimum = smallest_pair(config, start, total)
+def _make_masks(config: RunConfig, task: Task, output: Path, progress: bool, name: str, drawn: MaskPass) -> SearchMasks:
+    samples, pool, start = drawn.samples, drawn.places, Pair(len(drawn.places), drawn.k)
+    minimum = smallest_pair(config, start, drawn.parameters)
     sizes, ks = reachable_sizes(start, minimum)
     state = _state("masks", name)
     saved_traces = saved_pass(config, f"{state}-traces")
@@ -93,22 +58,14 @@ def _made_masks(
     rankings = ranked_entries(config, samples, order, sizes, start.params, state, traces=unknown, progress=progress)
     hashes: dict[Pair, str] = {}
     for s in sizes:
-        # One set's at a time: the masks of all can be many.
+        # One sample set at a time: all masks together may not fit in memory.
         found = {Pair(s, p): rankings[s].prefix(p) for p in ks}
         hashes |= {pair: mask.hash for pair, mask in found.items()}
         with failing_together():
             if rank_and_world()[0] == 0:
                 for mask in found.values():
                     keep_mask(mask, output)
-    names = dict(model.named_parameters())
-    facts = {
-        "parameters": total,
-        "scored": scored,
-        "head": sum(numel_of(names[name]) for name in dense),
-        "scored_by": scored_by(config, task),
-        "sample_gradients": samples.taken,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    facts = {**drawn.facts(), "head": drawn.head, "scored_by": scored_by(config, task)}
     masks = SearchMasks(start, minimum, hashes, facts)
     with failing_together():
         if rank_and_world()[0] == 0:
@@ -121,32 +78,17 @@ def _made_masks(
 
 
 def stored_masks(config: RunConfig, output: Path, name: str = "") -> SearchMasks | None:
-    """The masks of an earlier run of this search, on every rank; None where there are none.
+    """The masks of an earlier run of this search, on every rank; None if there are none.
 
     Raises:
-        InputError: the files are damaged.
+        InputError: a file is damaged.
     """
     index = index_file(output, name)
-    with failing_together():
-        earlier = _made_earlier(config, output, index) if index.exists() else None
-    if not broadcast_flag(earlier is not None):
-        return None
-    if earlier is None:
-        raise InputError(f"{index}: not found on this rank; expected an output folder that all ranks share")
-    return earlier
+    return kept_earlier(index, partial(_find_masks, config, output, index))
 
 
-def _state(of: str, name: str) -> str:
-    """Where the state of a pass is kept, of the search of this name."""
-    return f"{name}-{of}" if name else of
-
-
-def _made_by(config: RunConfig) -> str:
-    return digest(same_search(config.model_dump(mode="json")))
-
-
-def _made_earlier(config: RunConfig, output: Path, index: Path) -> SearchMasks | None:
-    """The masks of an earlier run; None if another configuration, of a run that began no search, made them."""
+def _find_masks(config: RunConfig, output: Path, index: Path) -> SearchMasks | None:
+    """The masks in `index`; None if another configuration made them, in a run that never began its search."""
     read, made_by = read_masks(index)
     if made_by != _made_by(config):
         return None
@@ -155,46 +97,36 @@ def _made_earlier(config: RunConfig, output: Path, index: Path) -> SearchMasks |
     return read
 
 
+def _made_by(config: RunConfig) -> str:
+    return digest(same_search(config.model_dump(mode="json")))
+
+
+def _state(of: str, name: str) -> str:
+    """Name of a pass's saved state, in the search of this name."""
+    return f"{name}-{of}" if name else of
+
+
 def random_draw_mask(
     config: RunConfig, task: Task, output: Path, pair: Pair, progress: bool, name: str = "", purpose: str = "fish"
 ) -> dict[str, Any]:
-    """The FISH mask: `pair.params` entries by `pair.samples` samples drawn at random from the whole population.
+    """The FISH mask: `pair.params` entries from `pair.samples` samples drawn at random from the population.
 
     Args:
-        name: of the search, where several have one output folder.
-        purpose: tells this draw from others of the same size.
+        name: name of the search, if several share an output folder.
+        purpose: name of the draw, which tells it from others of the same size.
 
     Returns:
-        {"mask", "sample_gradients", "seconds"}, from an earlier run where there is one for this pair.
+        {"mask", "sample_gradients", "seconds"}, from an earlier run if there is one.
     """
-    file = output / "fisher" / name / f"random-{pair.samples}-{pair.params}.json"
-    if broadcast_flag(file.exists()):
-        with failing_together():
-            stored = read_json(file, "mask of random samples")
-            if not isinstance(stored, dict) or not {"mask", "sample_gradients", "seconds"} <= set(stored):
-                raise InputError(f"{file}: not a mask of random samples; delete it to have it made again")
-            load_mask(output, stored["mask"])
-        return stored
-    started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, dense):
-        with failing_together():
-            places = draw_samples(config, task, pair.samples, purpose)
-            samples = sample_gradients(config, task, model, places, dense)
-        state = _state(f"random-{pair.samples}-{pair.params}", name)
-        sizes = [pair.samples]
-        rankings = ranked_entries(config, samples, range(len(places)), sizes, pair.params, state, progress=progress)
-        mask = rankings[pair.samples].prefix(pair.params)
-        taken = samples.taken
-    stored = {
-        "mask": mask.hash,
-        "sample_gradients": taken,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    with failing_together():
-        if rank_and_world()[0] == 0:
-            keep_mask(mask, output)
-            write_json(file, stored)
-            saved_pass(config, state).remove()
+    draw = f"random-{pair.samples}-{pair.params}"
+    state = _state(draw, name)
+
+    def make() -> tuple[Mask, dict[str, Any]]:
+        mask, drawn = make_mask(config, task, pair.samples, purpose, state, progress, k=pair.params)
+        return mask, {key: drawn.facts()[key] for key in ("sample_gradients", "seconds")}
+
+    stored = _stored_mask(output, output / "fisher" / name / f"{draw}.json", make)
+    saved_pass(config, state).remove()
     return stored
 
 
@@ -202,24 +134,36 @@ def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[
     """Hash and entries of the mask of K entries by a score that reads no samples, from an earlier run if there is one.
 
     Args:
-        name: of the draw, for its file.
+        name: name of the draw, for its file.
     """
-    file = output / "fisher" / f"{name}.json"
-    if broadcast_flag(file.exists()):
-        with failing_together():
-            stored = read_json(file, "drawn mask")
-            if not isinstance(stored, dict) or not {"mask", "params"} <= set(stored):
-                raise InputError(f"{file}: not a drawn mask; delete it to have it made again")
-            load_mask(output, stored["mask"])
-        return stored["mask"], stored["params"]
-    with ExitStack() as lent:
-        with failing_together():
-            model, new = lent.enter_context(base_model(config, task, config.search.seeds[0]))
-            samples = sample_gradients(config, task, model, [0], trained_densely(config, model, new))
-            k = mask_size(config, model, sum(map(numel_of, samples.scored.values())))
-        mask = ranked_entries_by_prefix(samples, [0], [1], k, **pass_options(config))[1].prefix(k)
+    # The head is not scored, so its warm-up would change nothing.
+    cold = config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})
+
+    def make() -> tuple[Mask, dict[str, Any]]:
+        mask, drawn = make_mask(cold, task, 1, "pool", name, progress=False)
+        return mask, {"params": drawn.k}
+
+    stored = _stored_mask(output, output / "fisher" / f"{name}.json", make)
+    return stored["mask"], stored["params"]
+
+
+def _stored_mask(output: Path, file: Path, make: Callable[[], tuple[Mask, dict[str, Any]]]) -> dict[str, Any]:
+    """Hash ("mask") and facts of a mask, from `file` if an earlier run wrote it, else made and written; collective."""
+
+    def find() -> dict[str, Any]:
+        stored = read_json(file, "record of a mask")
+        if not isinstance(stored, dict) or not isinstance(stored.get("mask"), str) or len(stored) < 2:
+            raise InputError("not the record of a mask", "the file deleted, to make it again", where=str(file))
+        load_mask(output, stored["mask"])
+        return stored
+
+    earlier = kept_earlier(file, find)
+    if earlier is not None:
+        return earlier
+    mask, facts = make()
+    stored = {"mask": mask.hash, **facts}
     with failing_together():
         if rank_and_world()[0] == 0:
             keep_mask(mask, output)
-            write_json(file, {"mask": mask.hash, "params": k})
-    return mask.hash, k
+            write_json(file, stored)
+    return stored

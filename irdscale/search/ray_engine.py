@@ -1,15 +1,13 @@
-"""The Ray engine: one Tuner for each round, whose trials are the round's (candidate, seed) evaluations.
+"""The Ray engine: one Tuner per round, one trial per (candidate, seed) evaluation.
 
-Features: as many trials at once as the cluster has room for; trials of several ranks, with DeepSpeed or without; trials
-whose process or node is lost start again from the state that their training saved last, those that hang are ended and
-start again too; one writer of the ledger, this process; early stopping of what falls behind (ASHA). Fisher passes and
-test scores run on the cluster as well, so that this process needs neither a GPU nor room for a model.
+Trials run side by side as far as the cluster has room, each on one or several ranks, with or without DeepSpeed. A trial
+that loses its process or node, or hangs, restarts from the last saved state of its training. ASHA can stop trials
+early. Fisher passes and test scores run on the cluster too, so this process needs no GPU. It alone writes the ledger.
 
-Constraints: all nodes share the output folder, and find the model and the data at the paths of the configuration.
+All nodes must share the output folder and find the model and the data at the paths of the configuration.
 
-A trial (`irdscale.cluster.trial`) is an actor that computes nothing: it asks the supervisor
-(`irdscale.cluster.supervisor`) to run a job and waits. So the processes that compute outlive it with all that they
-have imported, a hung one can be ended from outside, and trials sit on the head node.
+A trial (`irdscale.cluster.trial`) computes nothing: it asks the supervisor (`irdscale.cluster.supervisor`) to run a job
+and waits. So worker processes outlive trials and keep their imports, and a hung one can be ended from outside.
 """
 
 from __future__ import annotations
@@ -21,48 +19,43 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.live_table import watching
 from irdscale.cluster.share import cards, counted, is_share
 from irdscale.cluster.supervisor import Job
 from irdscale.cluster.trial import JobTrial
-from irdscale.cluster.worker import RankGroup, SupervisorClient, packed, unpacked
+from irdscale.cluster.worker import RankGroup, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
-from irdscale.plan.share import Sharing, said_of, sharing_of
-from irdscale.search.candidates import Candidate, run_candidate
-from irdscale.search.curves import curves
-from irdscale.search.ird import Pair
-from irdscale.search.ledger import stopped_early
+from irdscale.memory.gpu_sharing import Sharing, describe, sharing_of
+from irdscale.search.candidates import Candidate
+from irdscale.search.early_stopping import AshaByPair
+from irdscale.search.ray_jobs import evaluate_candidate, run_work
 from irdscale.search.runner import WorkItem
-from irdscale.tasks import load_task
-from irdscale.training.base_model import KeptBase, keeping
-from irdscale.training.control import Control, Paused
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-# How long trials may take to save their state when the search is interrupted.
+# Time for trials to save their state when the search is interrupted.
 PAUSE_S = 30.0
 
 
 @contextmanager
 def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[RayEngine]:
-    """Connect to the cluster, check its nodes, and run the body; an interrupt lets trials save their state first.
+    """Connect to the cluster, check its nodes and run the body; on an interrupt, trials save their state first.
 
     Raises:
-        InputError: there is no cluster, a node does not share the output folder, no trial can ever fit, or trials that
-            share a GPU take more memory than it has.
+        InputError: there is no cluster, a node does not share the output folder, a trial cannot fit, or trials that
+            share a GPU need more memory than it has.
     """
     with connected() as cluster:
         check_nodes(output)
@@ -70,21 +63,21 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         if config.search.ray.shares_gpus:
             shared = sharing(config, task)
-            log.log(logging.WARNING if shared.fits is False else logging.INFO, said_of(shared))
+            log.log(logging.WARNING if shared.fits is False else logging.INFO, describe(shared))
         with watching(cluster.supervisor, enabled=progress):
             try:
                 yield engine
             except KeyboardInterrupt:
-                log.info("interrupted: trials save their state (again to end at once)")
+                log.info("interrupted: trials save their state (interrupt again to end at once)")
                 _pause_all(cluster.supervisor)
                 raise
 
 
 def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> RankGroup:
-    """The ranks of one job, on the cluster that this process is connected to.
+    """The ranks of one job on the connected cluster.
 
     Args:
-        exclusive: each has its GPU alone, also where trials share one.
+        exclusive: each rank has a GPU to itself, even where trials share one.
     """
     asked = config.search.ray
     gpus: float = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
@@ -95,10 +88,10 @@ def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> Ran
 
 
 def sharing(config: RunConfig, task: Task) -> Sharing:
-    """How trials share the GPUs of the cluster that this process is connected to.
+    """How trials share the GPUs of the connected cluster.
 
     Raises:
-        InputError: they take more memory than there is.
+        InputError: they need more memory than the smallest GPU has.
     """
     share = rank_group_of(config, config.search.ray.ranks).gpus
     return sharing_of(config, share, cards(share), task.longest)
@@ -115,27 +108,29 @@ class RayEngine:
         cluster: Cluster,
         lower_is_better: bool = False,
     ) -> None:
-        """An engine on a connected cluster.
+        """Check that trials and Fisher passes fit on the cluster.
 
         Args:
-            steps: of a candidate's training.
-            lower_is_better: of the selection metric.
+            steps: optimizer steps of one training.
+            lower_is_better: whether the selection metric improves downwards.
+
+        Raises:
+            InputError: they do not fit, and no nodes can join the cluster.
         """
-        self._mode = "min" if lower_is_better else "max"
         self._config, self._steps, self._output, self._cluster = config, steps, output.absolute(), cluster
-        asked = config.search.ray
+        self._lower_is_better, asked = lower_is_better, config.search.ray
         self._trial = rank_group_of(config, asked.ranks)
-        # Sums over samples take more than a trial does, and no trial runs beside them.
+        # Fisher sums take more memory than a trial, and no trial runs beside them.
         self._fisher = rank_group_of(config, asked.fisher_ranks or asked.ranks, exclusive=True)
         for key, rank_group in (("ranks", self._trial), ("fisher_ranks", self._fisher)):
             if fitting(rank_group) == 0:
                 problem = (
-                    f"search.ray.{key}: found {rank_group.size} x {rank_group.cpus} CPUs and {rank_group.gpus:g} GPUs, "
-                    f"which do not fit on the cluster ({'; '.join(map(_described, nodes()))})"
+                    f"found {rank_group.size} x {rank_group.cpus} CPUs and {rank_group.gpus:g} GPUs, which do not fit "
+                    f"on the cluster ({'; '.join(map(_described, nodes()))})"
                 )
                 if cluster.own:
-                    raise InputError(f"{problem}; expected less, or a larger cluster")
-                log.warning("%s; waiting for nodes that join", problem)
+                    raise InputError(problem, "less, or a larger cluster", key=f"search.ray.{key}")
+                log.warning("search.ray.%s: %s; waiting for nodes to join", key, problem)
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
         (result,) = self.call_all([WorkItem(work, args)])
@@ -152,7 +147,7 @@ class RayEngine:
                 while left and len(following) < (asked.concurrent or len(calls)):
                     place = left.popleft()
                     following[self._begin(calls, place)] = place
-                # With a limit, so that an interrupt comes through.
+                # The timeout lets an interrupt through.
                 for over in ray.wait(list(following), timeout=1.0)[0]:
                     place = following.pop(over)
                     try:
@@ -161,7 +156,7 @@ class RayEngine:
                         failures[place] += 1
                         if failures[place] > asked.max_failures:
                             raise
-                        log.warning("%s: %s; starting it again", _said(calls, place), lost)
+                        log.warning("%s: %s; restarting it", _described_item(calls, place), lost)
                         left.append(place)
                         continue
                     ended(place, results[place])
@@ -172,10 +167,10 @@ class RayEngine:
         return results
 
     def _begin(self, calls: Sequence[WorkItem], place: int) -> Any:
-        """Start a call; what its end can be waited for with."""
+        """Start a work item; returns Ray's reference to its end."""
         call, supervisor, silent_s = calls[place], self._cluster.supervisor, 60 * self._config.search.ray.silent_minutes
-        work = partial(_called, self._config, call.config or self._config, self._output, call.work, call.args)
-        label = {"what": _said(calls, place)}
+        work = partial(run_work, self._config, call.config or self._config, self._output, call.work, call.args)
+        label = {"what": _described_item(calls, place)}
         rank_group = self._trial if call.light and is_share(self._trial.gpus) else self._fisher
         answer(supervisor.start.remote(Job(_name(calls, place), packed(work), rank_group, silent_s, label=label)))
         return supervisor.follow.remote(_name(calls, place))
@@ -183,10 +178,10 @@ class RayEngine:
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         asked, supervisor = self._config.search.ray, self._cluster.supervisor
         by_name = {candidate.key(self._config): candidate for candidate in candidates}
-        journal = _Journal(self._config, by_name, ended, supervisor)
+        records = _RecordWriter(self._config, by_name, ended, supervisor)
         fits = fitting(self._trial)
         room = asked.concurrent or (fits if self._cluster.own else max(fits, len(candidates)))
-        # What the winner is compared with is not compared with each other.
+        # Baselines (round None) do not compete with each other.
         early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
         jobs = [self._job(name, candidate) for name, candidate in by_name.items()]
         ray.get(supervisor.close.remote(False))
@@ -199,7 +194,7 @@ class RayEngine:
                 param_space={"job": tune.grid_search(jobs)},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
-                    scheduler=_scheduler(self._config, self._steps, by_name, self._mode) if early else None,
+                    scheduler=AshaByPair(self._config, self._steps, by_name, self._lower_is_better) if early else None,
                     reuse_actors=True,
                     max_concurrent_trials=max(1, min(room, len(jobs))),
                 ),
@@ -208,18 +203,18 @@ class RayEngine:
                     storage_path=scratch,
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=asked.max_failures),
-                    callbacks=[journal],
+                    callbacks=[records],
                 ),
             )
             tuner.fit()
-        if journal.error is not None:
-            raise journal.error
+        if records.error is not None:
+            raise records.error
 
     def _job(self, name: str, candidate: Candidate) -> Job:
         asked = self._config.search.ray
         return Job(
             name,
-            packed(partial(_evaluated, self._config, self._output, candidate)),
+            packed(partial(evaluate_candidate, self._config, self._output, candidate)),
             self._trial,
             silent_s=60 * asked.silent_minutes,
             limit_s=None if asked.trial_minutes is None else 60 * asked.trial_minutes,
@@ -231,17 +226,17 @@ def _name(calls: Sequence[WorkItem], place: int) -> str:
     return f"{calls[place].work.__name__}-{place}"
 
 
-def _said(calls: Sequence[WorkItem], place: int) -> str:
-    """What people read of a call."""
+def _described_item(calls: Sequence[WorkItem], place: int) -> str:
+    """A work item as logs and the live table show it."""
     words = calls[place].work.__name__.replace("_", " ")
     return words if len(calls) == 1 else f"{words}, {place + 1} of {len(calls)}"
 
 
-class _Journal(tune.Callback):
-    """Writes the record of each trial that has ended, in this process.
+class _RecordWriter(tune.Callback):
+    """Hands the record of each finished trial to `ended`, in this process.
 
     Attributes:
-        error: what the search itself died of, if it did.
+        error: error that ends the search; None if there is none.
     """
 
     def __init__(
@@ -255,7 +250,7 @@ class _Journal(tune.Callback):
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks, to restore what nobody restores here.
+        # Tune pickles its callbacks to restore experiments, which this package never does.
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -263,17 +258,18 @@ class _Journal(tune.Callback):
         if "bad_input" in result:
             self._fail(InputError(result["bad_input"]))
         elif "result" in result:
-            # None where it was asked to pause.
+            # None if it was paused.
             if result["result"] is not None:
                 self._end(result["result"])
         else:
-            stopped = stopped_early(result.get("steps", 0), result.get("metric", math.nan))
-            seconds = round(result.get("time_total_s", 0.0), 3)
-            self._end(self._candidates[name].record(self._config) | {"error": stopped, "seconds": seconds})
+            step, seconds = result.get("steps", 0), round(result.get("time_total_s", 0.0), 3)
+            error = f"stopped early at step {step}, with {result.get('metric', math.nan):.4f}"
+            stopped = {"error": error, "stopped_at": step, "seconds": seconds}
+            self._end(self._candidates[name].record(self._config) | stopped)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["job"].name
-        text = ray.get(self._supervisor.why.remote(name)) or "its trial was lost, with its process or its node"
+        text = ray.get(self._supervisor.why.remote(name)) or "the trial's process or node was lost"
         log.warning("%s failed: %s", self._candidates[name], text)
         self._end(self._candidates[name].record(self._config) | {"error": text})
 
@@ -288,119 +284,8 @@ class _Journal(tune.Callback):
         ray.get(self._supervisor.close.remote(True))
 
 
-class _ByFirstSeed(AsyncHyperBandScheduler):
-    """ASHA over the trials of one seed; those of the others go as their pair's does.
-
-    A pair counts only with all of its seeds, so they must not be judged one by one.
-    """
-
-    def __init__(self, seed: int, candidates: dict[str, Candidate], **options: Any) -> None:
-        super().__init__(**options)
-        self._seed, self._candidates, self._stopped_pairs = seed, candidates, set[Pair]()
-
-    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        candidate = self._candidates[trial.config["job"].name]
-        if candidate.seed != self._seed:
-            return TrialScheduler.STOP if candidate.pair in self._stopped_pairs else TrialScheduler.CONTINUE
-        decision: str = super().on_trial_result(controller, trial, result)
-        if decision == TrialScheduler.STOP:
-            self._stopped_pairs.add(candidate.pair)
-        return decision
-
-
-def _scheduler(config: RunConfig, steps: int, candidates: dict[str, Candidate], mode: str) -> TrialScheduler:
-    asked = config.search.ray
-    return _ByFirstSeed(
-        config.search.seeds[0],
-        candidates,
-        time_attr="steps",
-        metric="metric",
-        mode=mode,
-        max_t=steps,
-        grace_period=_first_rung(config, steps),
-        reduction_factor=asked.reduction_factor,
-    )
-
-
-def _first_rung(config: RunConfig, steps: int) -> int:
-    return max(1, round(config.search.ray.grace_ratio * steps))
-
-
-def rungs(config: RunConfig, steps: int) -> frozenset[int]:
-    """Steps after which a candidate's metric is measured, to see whether it falls behind."""
-    found, rung = set(), _first_rung(config, steps)
-    while config.search.ray.early_stopping and rung < steps:
-        found.add(rung)
-        rung *= config.search.ray.reduction_factor
-    return frozenset(found)
-
-
-# What runs on the ranks.
-
-
-@lru_cache(maxsize=1)
-def _task(config: str) -> Task:
-    return load_task(RunConfig.model_validate_json(config))
-
-
-@lru_cache(maxsize=1)
-def kept_base() -> KeptBase:
-    """What this process keeps for its next job."""
-    return KeptBase()
-
-
-def _called(
-    run: RunConfig,
-    config: RunConfig,
-    output: Path,
-    work: Callable[..., T],
-    args: tuple[Any, ...],
-    client: SupervisorClient,
-) -> T:
-    with keeping(kept_base()):
-        return work(config, _task(run.model_dump_json()), output, *args)
-
-
-def _evaluated(
-    config: RunConfig, output: Path, candidate: Candidate, client: SupervisorClient
-) -> dict[str, Any] | None:
-    """The record of a candidate; None where it was asked to pause."""
-    task, done = _task(config.model_dump_json()), 0
-    steps = training_steps(candidate.config(config).train, len(task.trained))
-
-    def advance(n: int = 1) -> None:
-        nonlocal done
-        done += n
-        client.say(step=done, of=steps)
-
-    def resumed(n: int) -> None:
-        client.say(earlier=n)
-        advance(n)
-
-    def report(step: int, metric: float) -> None:
-        draw(step, selection=metric)
-        client.report(step, metric)
-
-    early = config.search.ray.early_stopping and candidate.round is not None
-    with curves(output, candidate) as draw, keeping(kept_base()):
-        control = Control(
-            advance,
-            client.pausing,
-            rungs(config, steps) if early else frozenset(),
-            seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
-            resumed=resumed,
-        )
-        try:
-            record = run_candidate(config, task, output, candidate, control, report if early else None)
-        except Paused:
-            return None
-        if record["status"] == "ok":
-            draw(steps, selection=record["metric"])
-        return record
-
-
 def _pause_all(supervisor: Any) -> None:
-    """Have all jobs save their state and end, as far as they do so in time."""
+    """Ask all jobs to save their state and end; wait for them at most PAUSE_S seconds."""
     ray.get(supervisor.close.remote(True))
     deadline = time.monotonic() + PAUSE_S
     while not ray.get(supervisor.idle.remote()) and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""`irdscale search`: masks, rounds, the comparison with random samples and with the head alone, the winner."""
+"""`irdscale search`: masks, rounds, baselines, and the winner's test score and adapter."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale import tasks
-from irdscale.config.loader import dump_config
+from irdscale import __version__
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import RunError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
-from irdscale.search.folder import clean, refuse_changes
+from irdscale.search.folder import open_ledger, refuse_changes
 from irdscale.search.ird import Outcome, Pair, StartError, ird
 from irdscale.search.limits import most_evaluations
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
-from irdscale.search.shared import SharedLedger
 from irdscale.tasks import load_task, tell_classes
-from irdscale.utils.files import read_json, write_atomic, write_json
+from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -36,24 +34,22 @@ log = logging.getLogger(__name__)
 
 
 def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
-    """Run a whole IRD search, or go on with one that was interrupted.
+    """Run an IRD search, or go on with an interrupted one.
 
-    The search reads the train and the selection split; the test split is read once, for the winner and the two
-    baselines, after everything is chosen. Writes config.yaml, fisher/, masks/, ledger.jsonl, adapter/ and
-    result.json into `config.output`.
+    The search reads the train and the selection split. It reads the test split once, for the winner and the baselines,
+    after all choices. Writes config.yaml, fisher/, masks/, ledger.jsonl, adapter/ and result.json into `config.output`.
+    Collective if torch.distributed is initialised: the ranks share Fisher passes and train each candidate together.
+    Rank 0 writes, and all ranks return the result.
 
     Args:
-        overwrite: remove what an earlier run, or other work, has written to the folder.
+        overwrite: whether to remove earlier files of irdscale from the folder.
 
     Returns:
-        What result.json holds.
-
-    Collective where torch.distributed is initialised: the ranks share the passes over the samples and train each
-    candidate together; rank 0 writes, and all get the result.
+        The contents of result.json.
 
     Raises:
-        InputError: the configuration does not fit the data or the model, or the output folder holds other work (another
-            configuration, other data or another model, which are named), or is written right now.
+        InputError: the configuration does not fit the data or the model; the output folder holds other work (names the
+            configuration, data or model that differs) or is in use.
         RunError: no candidate could be evaluated, or the output cannot be written.
     """
     output, parts = Path(config.output), {"search": search_part(config)}
@@ -63,7 +59,7 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
             refuse_changes(config, output)
     with held(config, overwrite) as folder:
         if broadcast_flag(result_file.exists() and not overwrite):
-            folder.claim(partial(tasks.load_task, config), parts)
+            folder.claim(partial(load_task, config), parts)
             log.info("%s holds this search, finished; --overwrite runs it again", output)
             result: dict[str, Any] = read_json(result_file, "result of a search")
             return result
@@ -78,14 +74,9 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
 def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progress: bool) -> dict[str, Any]:
     first = rank_and_world()[0] == 0
     masks = stored_masks(config, output) or engine.call(search_masks, progress)
-    with SharedLedger(output / "ledger.jsonl") as ledger:
-        with failing_together():
-            if first:
-                write_atomic(output / "config.yaml", dump_config(config))
-                clean(output)
-        if ledger.finished:
-            log.info("going on: %d evaluations are done", len(ledger.finished))
-        with bar("Evaluations", _most_evaluations(config, masks), enabled=progress and first) as advance:
+    with open_ledger(config, output) as ledger:
+        most = most_evaluations(masks.start, masks.minimum, config.search.max_rounds, len(config.search.seeds))
+        with bar("Evaluations", most, enabled=progress and first) as advance:
             runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
             outcome = _rounds(config, runner, masks, task.lower_is_better)
             evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
@@ -110,7 +101,16 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
         }
         seconds["total"] = round(sum(seconds.values()), 2)
         result = {
-            **_what_was_found(outcome, masks, best, baselines),
+            "best": best,
+            "pareto": [
+                {**asdict(pair), "metric": outcome.means[pair], "mask": f"masks/{masks.masks[pair]}"}
+                for pair in outcome.pareto
+            ],
+            "path": [{"round": s.round, **asdict(s.pair), "metric": s.mean} for s in outcome.path],
+            "stop": outcome.stop,
+            "baseline": baselines,
+            "sample_gradients": masks.facts["sample_gradients"],
+            "baseline_sample_gradients": fish["sample_gradients"],
             "evaluations": evaluations,
             "reused": reused,
             "training_steps": runner.training_steps(training_steps(config.train, len(task.trained))),
@@ -126,10 +126,10 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
 
 
 def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_better: bool) -> Outcome:
-    """The search itself.
+    """Run the rounds.
 
     Raises:
-        RunError: the start failed; says what of.
+        RunError: the start failed (with its error).
     """
     try:
         outcome = ird(
@@ -148,32 +148,11 @@ def _rounds(config: RunConfig, runner: Runner, masks: SearchMasks, lower_is_bett
     return outcome
 
 
-def _what_was_found(
-    outcome: Outcome, masks: SearchMasks, best: dict[str, Any], baselines: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "best": best,
-        "pareto": [
-            {
-                **asdict(pair),
-                "metric": outcome.means[pair],
-                "mask": f"masks/{masks.masks[pair]}",
-            }
-            for pair in outcome.pareto
-        ],
-        "path": [{"round": s.round, **asdict(s.pair), "metric": s.mean} for s in outcome.path],
-        "stop": outcome.stop,
-        "baseline": baselines,
-        "sample_gradients": masks.facts["sample_gradients"],
-        "baseline_sample_gradients": baselines["fish_random"]["sample_gradients"],
-    }
-
-
 def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> dict[str, Any]:
-    """What a result says of its task, model and configuration.
+    """The part of a result on its task, model and configuration.
 
     Args:
-        model: number of parameters, of the head's and of the scored ones, and which these are.
+        model: "parameters", "scored", "head" (entries) and "scored_by" (text).
     """
     return {
         "task": {
@@ -194,19 +173,14 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
         },
         "direction": config.search.direction,
         "config": config.model_dump(mode="json"),
-        "versions": {name: _version(name) for name in ("irdscale", "torch", "transformers")},
+        "versions": {"irdscale": __version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
-
-
-def _most_evaluations(config: RunConfig, masks: SearchMasks) -> int:
-    """Upper bound of the evaluations of the rounds and the two baselines, for the progress bar."""
-    return most_evaluations(masks.start, masks.minimum, config.search.max_rounds, len(config.search.seeds))
 
 
 def _run_baselines(
     config: RunConfig, engine: Engine, runner: Runner, masks: SearchMasks, best: Pair, progress: bool
 ) -> dict[str, dict[str, Any]]:
-    """What is trained to be compared with the winner: random samples at its s and p, and the head alone, if new."""
+    """Train the baselines: a mask of random samples at the winner's (s, p), and the head alone if it is new."""
     draw = engine.call(random_draw_mask, best, progress)
     baselines: dict[str, dict[str, Any]] = {
         "fish_random": {
@@ -219,7 +193,7 @@ def _run_baselines(
         }
     }
     asked: list[tuple[str, str | None, Pair, str]] = [("fish_random", draw["mask"], best, "random")]
-    # A model whose checkpoint holds all it needs has no new head to train alone.
+    # A model without a new head has no linear probe.
     if masks.facts["head"]:
         baselines["linear_probe"] = {"params": 0}
         asked.append(("linear_probe", None, Pair(0, 0), "probe"))
@@ -231,14 +205,14 @@ def _run_baselines(
 
 
 def _base(config: RunConfig, selection: float, test: float, error: float) -> dict[str, Any]:
-    """The model as it came, the same for every seed, where it has no new head that says nothing yet."""
+    """The untrained base model, the same for every seed; only for a model without a new head."""
     found = {"metric": selection, "test_metric": test, "test_error": error}
     seeds = [{"seed": seed, **found} for seed in config.search.seeds]
     return {"params": 0, **found, "seeds": seeds, "error": None}
 
 
 def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str, Any]:
-    """Mean and each seed's metric on the selection split; None and the error where a seed failed."""
+    """Selection metric of each seed and its mean; None and the error if a seed failed."""
     seeds: list[dict[str, Any]] = [
         {"seed": seed, "metric": runner.metric(evaluated(mask, seed))} for seed in config.search.seeds
     ]
@@ -247,10 +221,9 @@ def _selection(config: RunConfig, runner: Runner, mask: str | None) -> dict[str,
 
 
 def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lower_is_better: bool) -> None:
-    """Add the test metrics and their standard errors to what `_selection` found; of the first entry, the adapter of the
-    seed best on selection is kept.
+    """Add test metrics and standard errors to entries of `_selection`; keep the first entry's best adapter.
 
-    A mean over seeds has the mean of their errors: all are of the same samples.
+    The error of a mean over seeds is the mean of their errors, because all seeds share the test samples.
     """
     scored = [(mask, entry) for mask, entry in entries if entry["metric"] is not None]
     asked = []
@@ -272,10 +245,3 @@ def _test(engine: Engine, entries: list[tuple[str | None, dict[str, Any]]], lowe
 
 def _mean(seeds: list[dict[str, Any]], name: str) -> float:
     return sum(entry[name] for entry in seeds) / len(seeds)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

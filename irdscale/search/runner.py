@@ -1,4 +1,4 @@
-"""The book-keeping of a search: what was asked for, what the ledger holds already, and what its engine has to run."""
+"""The runner: answers evaluations from the ledger, and has the engine run those that are missing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from typing import Any, Protocol, TypeVar
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, candidate_adapter, remove_folder
 from irdscale.search.ird import Pair, best_of
-from irdscale.search.ledger import stopped_at
-from irdscale.search.shared import SharedLedger
+from irdscale.search.ledger import Ledger
 from irdscale.training.loss_trend import said_of_rises
 
 T = TypeVar("T")
 
 
 def evaluated(mask: str | None, seed: int) -> Candidate:
-    """The candidate that names an evaluation of a search, whichever pair asked for it."""
+    """A candidate with the same key as the evaluation of this mask and seed, whatever its pair."""
     return Candidate(mask, Pair(0, 0), seed, None, "")
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """`work(config, task, output, *args)`.
+    """A call `work(config, task, output, *args)`.
 
     Attributes:
-        config: in the place of the run's own; of the same model and task.
-        light: takes no more memory than a trial, with which it may share a GPU.
+        config: replaces the run's configuration; same model and task.
+        light: whether it needs no more memory than a trial, so it may share a GPU.
     """
 
     work: Callable[..., Any]
@@ -42,46 +41,45 @@ def _named(record: dict[str, Any]) -> str:
 
 
 class Engine(Protocol):
-    """Where candidates and Fisher passes run."""
+    """Runs candidates and Fisher passes."""
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
-        """Run `work(config, task, output, *args)` on the ranks that share Fisher passes; the first one's result."""
+        """Run `work(config, task, output, *args)` on the ranks of Fisher passes; returns rank 0's result."""
 
     def call_all(
         self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
-        """The results of calls, which may run at the same time, in their order.
+        """Run work items, possibly side by side; returns their results in order.
 
         Args:
-            ended: takes the place and the result of each as soon as it has ended.
+            ended: called with the position and the result of each item when it ends.
         """
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
-        """Evaluate candidates with distinct keys, and hand over the record of each when it has ended."""
+        """Evaluate candidates with distinct keys; calls `ended` with the record of each when it ends."""
 
 
 class Runner:
-    """Evaluates (mask, seed) candidates and journals them; what the ledger holds is not run again.
+    """Evaluates candidates and records them in the ledger; evaluations in the ledger are not run again.
 
     Attributes:
-        asked: keys of the evaluations that this search needs, in the order in which they were first asked for.
-        reused: how often an evaluation was asked for again, by another pair with the same mask.
-        metrics: (pair, seed) -> selection metric of every candidate of the search that ended well.
+        asked: keys of the requested evaluations, in order of the first request.
+        reused: number of requests for an evaluation that another pair with the same mask had requested.
+        metrics: (pair, seed) -> selection metric of every candidate that finished.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        ledger: SharedLedger,
+        ledger: Ledger,
         engine: Engine,
         output: Path,
-        advance: Callable[..., None] | None = None,
+        advance: Callable[..., None] = lambda n=1, note="", earlier=False: None,
         lower_is_better: bool = False,
     ) -> None:
         self._config, self._ledger, self._engine, self._output = config, ledger, engine, output
-        self._advance = advance or (lambda n=1, note="", **_: None)
-        self._lower_is_better = lower_is_better
-        # Of an earlier run: they say nothing of how fast this one is.
+        self._advance, self._lower_is_better = advance, lower_is_better
+        # Evaluations of an earlier run do not count for the speed of this one.
         self._earlier = frozenset(ledger.finished)
         self.asked: list[str] = []
         self.reused = 0
@@ -90,7 +88,7 @@ class Runner:
     def evaluate_round(
         self, round_number: int, wanted: list[tuple[Pair, int]], masks: dict[Pair, str]
     ) -> list[float | None]:
-        """Evaluate the candidates of a round; None for one that failed. Keeps the leader's adapters, drops the rest."""
+        """Evaluate a round's candidates; None for a failure. Keeps only the adapters of the best pair so far."""
         direction = self._config.search.direction
         metrics = self.evaluate([Candidate(masks[pair], pair, seed, round_number, direction) for pair, seed in wanted])
         for (pair, seed), metric in zip(wanted, metrics, strict=True):
@@ -100,7 +98,7 @@ class Runner:
         return metrics
 
     def evaluate(self, wanted: Sequence[Candidate]) -> list[float | None]:
-        """The selection metric of each candidate, from the ledger or by training it; None for one that failed."""
+        """The selection metric of each candidate, from the ledger or by training; None for a failure."""
         ended_before = self._ledger.finished.keys() | self._stopped().keys()
         missing: dict[str, Candidate] = {}
         for candidate in wanted:
@@ -110,7 +108,7 @@ class Runner:
             else:
                 self.asked.append(key)
             if key in ended_before or key in missing:
-                self._advance(note=str(candidate), **({"earlier": True} if key in self._earlier else {}))
+                self._advance(note=str(candidate), earlier=key in self._earlier)
             else:
                 missing[key] = candidate
 
@@ -123,59 +121,55 @@ class Runner:
         return [self.metric(candidate) for candidate in wanted]
 
     def metric(self, candidate: Candidate) -> float | None:
-        """The selection metric of a finished evaluation; None if it is not among them."""
+        """The selection metric of an evaluation; None if the ledger has no finished one."""
         record = self._ledger.finished.get(candidate.key(self._config))
         return None if record is None else record["metric"]
 
     def error(self, candidate: Candidate) -> str | None:
-        """What the last failed try of an evaluation died of."""
+        """The error of an evaluation's last failed try; None if there is none."""
         key = candidate.key(self._config)
         failed = [record["error"] for record in self._ledger.records if record["key"] == key]
         return failed[-1] if failed else None
 
     def trend(self, candidate: Candidate) -> dict[str, Any] | None:
-        """Where the loss of a finished evaluation began and ended; None where that is not known."""
+        """Start and end of a finished evaluation's training loss; None if unknown."""
         record = self._ledger.finished.get(candidate.key(self._config), {})
         return record.get("loss")
 
     def rises(self) -> list[str]:
-        """One line on the asked evaluations whose loss ended above where it began; none where there is none."""
+        """One line on the requested evaluations whose training loss rose; empty if none did."""
         records = [self._ledger.finished[key] for key in self.asked if key in self._ledger.finished]
         return said_of_rises({_named(record): record.get("loss") for record in records})
 
     def training_steps(self, steps: int) -> int:
-        """Optimizer steps of the asked evaluations, of `steps` each but for those that were stopped early."""
+        """Optimizer steps of the requested evaluations: `steps` each, fewer where stopped early."""
         stopped = self._stopped()
         return sum(stopped.get(key, steps) for key in self.asked)
 
     def _stopped(self) -> dict[str, int]:
-        """Key -> step of the evaluations that were stopped early, where that is wanted; they are not run again."""
+        """Key -> step of evaluations that were stopped early. With early stopping on, they are not run again."""
         if not (self._config.search.runner == "ray" and self._config.search.ray.early_stopping):
             return {}
-        found = {record["key"]: stopped_at(record) for record in self._ledger.records}
+        found = {record["key"]: record.get("stopped_at") for record in self._ledger.records}
         return {key: step for key, step in found.items() if step is not None and key not in self._ledger.finished}
 
     def last_error(self) -> str | None:
-        """What the evaluation that failed last died of."""
+        """The error of the last failed evaluation; None if none failed."""
         failed = [record["error"] for record in self._ledger.records if record["status"] == "failed"]
         return failed[-1] if failed else None
 
     def seconds(self) -> float:
-        """Seconds that the asked evaluations took, in whichever process."""
+        """Total seconds of the requested evaluations, over all processes."""
         return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)
 
-    def drop(self, candidate: Candidate) -> None:
-        """Drop the adapter of a finished evaluation; who needs it trains it again."""
-        remove_folder(candidate_adapter(self._output, candidate.key(self._config)))
-
     def drop_all_but(self, keys: Collection[str]) -> None:
-        """Drop the adapters of all finished evaluations but these."""
+        """Delete the adapters of all finished evaluations but these; they are trained again if needed."""
         for key in self._ledger.finished:
             if key not in keys:
                 remove_folder(candidate_adapter(self._output, key))
 
     def clear(self) -> None:
-        """Drop the adapters of all evaluations; the winner's has its own place."""
+        """Delete the adapters of all evaluations; the winner's is in OUTPUT/adapter."""
         remove_folder(self._output / "candidates")
 
     def _drop_followers(self, masks: dict[Pair, str]) -> None:
@@ -190,4 +184,4 @@ class Runner:
         leader = best_of(means, self._lower_is_better)
         for pair, seed in self.metrics:
             if masks[pair] != masks[leader]:
-                self.drop(evaluated(masks[pair], seed))
+                remove_folder(candidate_adapter(self._output, evaluated(masks[pair], seed).key(self._config)))

@@ -13,10 +13,9 @@ import torch
 from irdscale.adapters import adapter_head, export_shira, load_adapter, push_adapter, save_adapter
 from irdscale.adapters.hub import find_adapter
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, same_on_every_rank
-from irdscale.distributed.zero3 import numel_of
+from irdscale.distributed.ranks import failing_together, rank_and_world, same_on_every_rank
 from irdscale.errors import InputError
-from irdscale.fisher.pool import draw_samples, mask_size, ranked_entries, sample_gradients, saved_pass, traces_of
+from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
 from irdscale.models.build import build_model
 from irdscale.runs.folder import held, mask_part, training_part
@@ -25,8 +24,8 @@ from irdscale.tasks import load_task, tell_classes
 from irdscale.training.checkpoint import remove_training
 from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
-from irdscale.training.head_warmup import model_to_score
 from irdscale.training.loss_trend import said_of_rise
+from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask
 from irdscale.training.trainable import sparse_model
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
@@ -41,30 +40,6 @@ EXPORT_FORMATS = ("merged", "shira")
 HUB = "hub:"
 # Rows of the training data that ranks compare.
 COMPARED_ROWS = 16
-
-
-def _fisher_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], dict[str, Any]]:
-    """The FISH mask of `fisher.samples` samples, the samples' traces, and what it took."""
-    started = time.perf_counter()
-    with model_to_score(config, task, progress) as (model, dense):
-        with failing_together():
-            pool = draw_samples(config, task, config.fisher.samples, "pool")
-            samples = sample_gradients(config, task, model, pool, dense)
-            scored = sum(map(numel_of, samples.scored.values()))
-            k = mask_size(config, model, scored)
-        traces = torch.zeros(len(pool), dtype=torch.float64)
-        size = len(pool)
-        rankings = ranked_entries(config, samples, range(size), [size], k, "mask", traces=traces, progress=progress)
-        mask = rankings[size].prefix(k)
-        facts = {
-            "params": k,
-            "parameters": sum(map(numel_of, model.parameters())),
-            "scored": scored,
-            "samples": len(pool),
-            "sample_gradients": samples.taken,
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-    return mask, traces_of(task, pool, traces), facts
 
 
 def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
@@ -92,14 +67,12 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
         if earlier is not None:
             return earlier | {"mask": str(output / "mask")}
         tell_classes(task, progress and rank_and_world()[0] == 0)
-        mask, traces, facts = _fisher_mask(config, task, progress)
+        mask, traces, drawn = _make_mask(config, task, progress)
         with failing_together():
             if rank_and_world()[0] == 0:
-                mask.save(output / "mask")
                 write_json(output / "traces.json", traces)
-                write_json(_note(output), {"made_by": _made_by(config), "hash": mask.hash})
-                saved_pass(config, "mask").remove()
-        result = {"mask": str(output / "mask"), "hash": mask.hash, **facts}
+        sizes = {"params": mask.k, "samples": len(drawn.places)}
+        result = {"mask": str(output / "mask"), "hash": mask.hash, **sizes, **drawn.facts()}
         folder.keep("mask", result)
         return result
 
@@ -184,34 +157,39 @@ def _some_rows(task: Task) -> str:
     return digest([count, *(str(task.train[count * i // COMPARED_ROWS]) for i in range(COMPARED_ROWS))])
 
 
-def _note(output: Path) -> Path:
-    """Where it stands what the folder's mask was made by."""
-    return output / "fisher" / "mask.json"
+def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
+    """The mask that `search.ratio` asks for, made here or by an earlier run of this training."""
+    folder, note = Path(config.output) / "mask", _note(config)
+
+    def find() -> Mask | None:
+        stored = read_json(note, "origin of a mask") if folder.exists() else {}
+        mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == _made_by(config) else None
+        return mask if mask is not None and mask.hash == stored["hash"] else None
+
+    earlier = kept_earlier(note, find)
+    return earlier if earlier is not None else _make_mask(config, task, progress)[0]
+
+
+def _make_mask(config: RunConfig, task: Task, progress: bool) -> tuple[Mask, dict[str, Any], MaskPass]:
+    """Make the FISH mask of `fisher.samples` samples and write OUTPUT/mask; returns the samples' traces too."""
+    count = config.fisher.samples
+    traces = torch.zeros(count, dtype=torch.float64)
+    mask, drawn = make_mask(config, task, count, "pool", "mask", progress, traces=traces)
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            mask.save(Path(config.output) / "mask")
+            write_json(_note(config), {"made_by": _made_by(config), "hash": mask.hash})
+            saved_pass(config, "mask").remove()
+    return mask, traces_of(task, drawn.places, traces), drawn
+
+
+def _note(config: RunConfig) -> Path:
+    """File with the origin of the folder's mask."""
+    return Path(config.output) / "fisher" / "mask.json"
 
 
 def _made_by(config: RunConfig) -> str:
     return digest(mask_part(config))
-
-
-def _own_mask(config: RunConfig, task: Task, progress: bool) -> Mask:
-    """The mask that `search.ratio` asks for; a training that was killed finds the one that was made for it."""
-    output = Path(config.output)
-    folder, note, made_by = output / "mask", _note(output), _made_by(config)
-    with failing_together():
-        stored = read_json(note, "origin of a mask") if note.exists() and folder.exists() else {}
-        mask = Mask.load(folder) if isinstance(stored, dict) and stored.get("made_by") == made_by else None
-        mask = mask if mask is not None and mask.hash == stored["hash"] else None
-    if broadcast_flag(mask is not None):
-        if mask is None:
-            raise InputError(f"{note}: not found on this rank; expected an output folder that all ranks share")
-        return mask
-    mask = _fisher_mask(config, task, progress)[0]
-    with failing_together():
-        if rank_and_world()[0] == 0:
-            mask.save(folder)
-            write_json(note, {"made_by": made_by, "hash": mask.hash})
-            saved_pass(config, "mask").remove()
-    return mask
 
 
 def _adapted(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:

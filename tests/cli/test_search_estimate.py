@@ -24,7 +24,7 @@ def test_a_cluster_that_does_not_answer_is_a_problem_at_once(monkeypatch):
     result = doctor.diagnose()
     assert result["ok"]
     assert result["ray"]["cluster"] is None
-    why = f"RAY_ADDRESS: found {address}, where nobody answers; expected a running Ray cluster"
+    why = f"RAY_ADDRESS: found {address}, which does not answer; expected a running Ray cluster"
     found = {"cannot": "search with search.runner=ray", "why": why, "blocks_search": False}
     assert result["problems"][-1] == found
 
@@ -33,7 +33,7 @@ def test_a_search_on_a_cluster_that_does_not_answer_is_bad_input(tmp_path, monke
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     config = load_config(write_config(tmp_path), ["search.runner=ray"])
-    with pytest.raises(InputError, match=r"^RAY_ADDRESS: found 127.0.0.1:1, where nobody answers"):
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: found 127.0.0.1:1, which does not answer"):
         doctor.diagnose(config)
 
 
@@ -145,7 +145,9 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
     lines = list(search_lines(result["search"]))
     assert lines[-1] == sharing["said"]
     how = "by CUDA MPS;" if mps else "by time slices (start nvidia-cuda-mps-control -d on its node for MPS);"
-    assert f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial takes 0.5" in lines[-1]
+    assert (
+        f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial needs an estimated 0.5" in lines[-1]
+    )
     alone = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
     assert (alone["at_once"], alone["sharing"]) == (1, None)
     # Steps take as long for all, models are loaded side by side.
@@ -154,11 +156,11 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
 
 def test_trials_that_do_not_fit_on_a_gpu_are_a_problem(toy, gpus_of_a_cluster):
     from irdscale.cluster.share import Card
-    from irdscale.plan import share
+    from irdscale.memory import gpu_sharing
     from irdscale.search import ray_engine
 
     gpus_of_a_cluster(ray_engine, "cards", lambda share: [Card("one", "L4", 22 * 2**30, False)])
-    gpus_of_a_cluster(share, "trial_peak", lambda config, tokens: ("train", 7 * 2**30))
+    gpus_of_a_cluster(gpu_sharing, "trial_peak", lambda config, tokens: ("train", 7 * 2**30))
     result = doctor.diagnose(on_ray(toy, gpus_per_rank=0.25))
     assert not result["ok"]
     assert result["search"] is None

@@ -80,7 +80,7 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
         (works.bad_input, {}, InputError, "^train.steps: found nothing$"),
         (works.failing, {}, RunError, "^ZeroDivisionError: by$"),
         (works.refusing, {}, RunError, "^RunError: the disk is full$"),
-        (works.dying, {}, RunError, "a process of it was killed, or its node is gone .*step 3, on"),
+        (works.dying, {}, RunError, "a process was killed, or its node is gone .*step 3, on"),
         (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2 s; last: step 7, on"),
         (works.slow, {"limit_s": 2.0}, RunError, "not done after 2 s; last: step"),
     ],
@@ -153,7 +153,7 @@ def test_six_jobs_of_two_ranks_on_two_processors(supervisor: Any) -> None:
 def test_one_rank_of_two_is_killed(supervisor: Any, tmp_path: Path) -> None:
     work = partial(works.one_dies, folder=tmp_path)
     start(supervisor, "half", work, TWO)
-    with pytest.raises(RunError, match="a process of it was killed"):
+    with pytest.raises(RunError, match="a process was killed"):
         end_of(supervisor, "half")
     start(supervisor, "half", work, TWO)
     assert end_of(supervisor, "half") == "together"
@@ -200,7 +200,7 @@ def test_a_lost_desk_says_so(supervisor: Any) -> None:
     start(supervisor, "orphan", works.slow)
     (job,) = until(supervisor, lambda jobs: jobs and jobs[0]["begun"] is not None)
     ray.kill(supervisor, no_restart=False)
-    with pytest.raises(RunError, match=r"^the search's supervisor was lost, and what it watched with it$"):
+    with pytest.raises(RunError, match=r"^the search's supervisor was lost, with its jobs$"):
         end_of(supervisor, "orphan")
     deadline = time.monotonic() + 30
     while psutil.pid_exists(job["pids"][0]):

@@ -116,7 +116,7 @@ def test_one_seed(tmp_path: Path, lower: bool) -> None:
 
 def test_nothing_but_failures(tmp_path: Path) -> None:
     markdown, page = report(tmp_path, study({"ird": [None, None], "fish": [None, None]}))
-    assert "IRD failed for every seed, so there is nothing to compare with." in markdown
+    assert "IRD failed for every seed, so there is no comparison." in markdown
     assert page.loads == []
 
 
@@ -149,7 +149,7 @@ def test_methods_stand_as_they_are_listed_and_the_base_is_a_line() -> None:
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == [label for label, _ in ALL.values()]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
-    assert "the model as it came" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "the base model" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from irdscale.compare.study import read_study
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
+from irdscale.search.engines import LocalEngine
 from irdscale.search.ird import Outcome, Pair, ird
 from irdscale.search.ledger import read_ledger
 from irdscale.search.limits import reachable_sizes
-from irdscale.search.local import LocalEngine
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.runner import WorkItem
+from irdscale.training.base_model import KeptBase
 
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
@@ -73,7 +74,7 @@ class Engine:
     ) -> Any:
         # Test scores may share a GPU, passes that make masks may not.
         assert all(call.light is (call.work is run.score_on_test) for call in calls)
-        return LocalEngine(*self.given).call_all(calls, ended)
+        return LocalEngine(*self.given, KeptBase()).call_all(calls, ended)
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         assert not self.tested, "nothing may be chosen after the test split was read"
@@ -347,7 +348,7 @@ def test_the_bar_is_never_overrun(
     def bar(description: str, total: int, enabled: bool) -> Iterator[Any]:
         bars.append([total, 0])
 
-        def advance(n: float = 1, note: str = "") -> None:
+        def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
             bars[-1][1] += n
 
         yield advance

@@ -99,7 +99,7 @@ def test_means_over_the_seeds(tmp_path: Path) -> None:
     assert found.sentences == [
         "For each of 3 seeds 8 samples were drawn, and ranked as for IRD; figures are means over the seeds.",
         f"The ranking is largely length in disguise: Spearman {sum(rhos) / 3:+.2f} with length.",
-        "Altered are 25 % of the pool and 50 % of the 2 that rank first.",
+        "25 % of the pool and 50 % of the first 2 in the ranking are altered.",
         "Of 10 entries, the mask of the first 2 samples shares 66.7 % with that of all; the masks of all samples of "
         "two seeds share 66.7 %, the rest depends on the draw of samples and the new head; random masks would share "
         "10 %.",
@@ -174,10 +174,10 @@ def test_what_is_broken_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mask\.safetensors"):
         about_samples(tmp_path, given)
     shutil.rmtree(tmp_path / "masks" / mask(8).hash)
-    line = f"Nothing can be told of the samples: found no {tmp_path.name}/masks/{mask(8).hash}."
+    line = f"The samples are unknown: found no {tmp_path.name}/masks/{mask(8).hash}."
     assert about_samples(tmp_path, given) == Samples([line], [])
     (folder / "traces.json").unlink()
-    line = "Nothing can be told of the samples: found no fisher/ird-1/traces.json."
+    line = "The samples are unknown: found no fisher/ird-1/traces.json."
     assert about_samples(tmp_path, given) == Samples([line], [])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from irdscale.compare.table import rows
-from irdscale.compare.verdict import cost_and_gain, failures, notes, said_of, side
+from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on, side
 from tests.compare.fake import around, study
 
 # Differences to IRD at turns 0 and 1 vary by seed, so that intervals have a width: 0.0086 on each side.
@@ -17,18 +17,18 @@ PAYS, MOSTLY, NONE = "IRD pays", "Most of the gain comes from choosing among sev
 @pytest.mark.parametrize(
     ("fish", "best", "expected"),
     [
-        (FAR, FAR, "So here IRD pays: it is better than one FISH mask and than as many random ones."),
+        (FAR, FAR, "Here IRD pays: it is better than one FISH mask and than as many random ones."),
         (FAR, NEAR, f"{MOSTLY}, not from ranking samples: over random draws with the same budget there is no gain"),
         (FAR, around(0.75, turn=1), f"{MOSTLY}, not from ranking samples: with the same budget random draws are"),
         (NEAR, NEAR, f"{NONE} 5 seeds can show."),
         (NEAR, FAR, "but it does not pay: over one FISH mask there is no gain that 5 seeds can show."),
         (around(0.75, turn=1), FAR, "It does not pay: one FISH mask is better."),
-        (FAR, None, "It is better than one FISH mask, but without the baseline of equal budget nobody can tell"),
+        (FAR, None, "It is better than one FISH mask, but without the baseline of equal budget it is unknown whether"),
         (NEAR, None, f"{NONE} 5 seeds can show."),
-        (None, FAR, "It is better than random draws with the same budget; what it gains over one FISH mask is not"),
+        (None, FAR, "It is better than random draws with the same budget; its gain over one FISH mask is unknown"),
         (None, NEAR, f"{NONE} 5 seeds can show."),
         (FAR, [None] * 5, "without the baseline of equal budget"),
-        ([None] * 5, [None] * 5, "So whether it pays is not known."),
+        ([None] * 5, [None] * 5, "Whether it pays is unknown."),
     ],
 )
 def test_whether_it_pays(fish: list[float] | None, best: list[float] | None, expected: str) -> None:
@@ -48,13 +48,13 @@ def test_a_lower_loss_is_a_gain() -> None:
     text = cost_and_gain(lower)
     assert PAYS in text
     assert "The gain over one FISH mask is +0.0700, 95 % interval +0.0" in text
-    assert "IRD is better for 5 of 5 seeds (difference -0.0700, 95 % interval -0.0" in said_of(
+    assert "IRD is better for 5 of 5 seeds (difference -0.0700, 95 % interval -0.0" in sentence_on(
         lower, lower["methods"][2]
     )
     assert any("lower is better" in note for note in notes(lower))
     higher = study({"ird": around(3.38), "fish_best": around(3.42, turn=1), "fish": around(3.45, turn=2)})
     assert "It does not pay: one FISH mask is better." in cost_and_gain(higher)
-    assert "IRD is worse for 5 of 5 seeds" in said_of(higher, higher["methods"][2])
+    assert "IRD is worse for 5 of 5 seeds" in sentence_on(higher, higher["methods"][2])
 
 
 def test_the_cost() -> None:
@@ -65,7 +65,7 @@ def test_the_cost() -> None:
     )
     changes["fish"]["evaluations"] = 9.0
     text = cost_and_gain(study({"ird": IRD, "fish": FAR}, changes=changes))
-    assert "one FISH mask 1.12 (trained anew for the same budget, the best start kept)." in text
+    assert "one FISH mask 1.12 (retrained with other seeds for the same budget, the best kept)." in text
     alone = cost_and_gain(study({"ird": IRD, "full": FAR}, changes={"ird": {"fine_tunings": 7.4}}))
     assert "FISH" not in alone
     assert "gain" not in alone.lower()
@@ -76,7 +76,7 @@ def test_few_seeds_are_a_hint() -> None:
     assert "IRD pays: it is better than one FISH mask and than as many random ones. With 3 seeds that is a hint" in (
         cost_and_gain(three)
     )
-    assert "3 seeds give wide intervals: what is seen here is a hint, not a proof; use 5 or more." in notes(three)
+    assert "3 seeds give wide intervals: these results are a hint, not a proof; use 5 or more." in notes(three)
     assert not any("hint" in note for note in notes(study({"ird": IRD, "fish": FAR})))
 
 
@@ -88,23 +88,21 @@ def test_a_search_that_dropped_no_sample_proves_no_ranking(kept: int, masks: boo
     said = cost_and_gain(found)
     assert (PAYS in said) != masks
     assert ("its masks are FISH masks, so that a difference comes from their number of parameters" in said) == masks
-    progress_listener = f"IRD dropped no sample for {kept} of 5 seeds: its mask there is a FISH mask."
-    assert (progress_listener in notes(found)) == (kept > 0)
+    expected = f"IRD dropped no sample for {kept} of 5 seeds: its mask there is a FISH mask."
+    assert (expected in notes(found)) == (kept > 0)
 
 
 def test_the_error_of_the_test_set_is_told() -> None:
     found = study({"ird": IRD, "fish": FAR}, changes={"ird": {"test_error": 0.0219}, "fish": {"test_error": 0.0228}})
-    progress_listener = (
-        "By its 437 samples alone the test split gives each test metric a standard error of 0.0219 to 0.0228"
-    )
-    assert any(note.startswith(progress_listener) for note in notes(found))
+    expected = "The 437 samples of the test split give each test metric a standard error of 0.0219 to 0.0228"
+    assert any(note.startswith(expected) for note in notes(found))
     assert [row[-1] for row in rows(found)] == ["0.0219", "0.0228"]
 
 
 def test_one_seed_says_nothing() -> None:
     one = study({"ird": [0.7], "fish_best": [0.6], "fish": [0.6]})
     assert cost_and_gain(one).endswith("One seed cannot tell a gain from chance.")
-    assert said_of(one, one["methods"][1]) == (
+    assert sentence_on(one, one["methods"][1]) == (
         "FISH, best of draws: accuracy 0.6000 (1 seed); difference +0.1000, and one seed cannot tell a difference "
         "from chance."
     )
@@ -113,7 +111,7 @@ def test_one_seed_says_nothing() -> None:
 
 def test_sentences() -> None:
     found = study({"ird": IRD, "reverse": NEAR, "full": FAR})
-    ird, reverse, full = (said_of(found, method) for method in found["methods"])
+    ird, reverse, full = (sentence_on(found, method) for method in found["methods"])
     assert ird == "IRD: accuracy 0.7000 (0.6954 to 0.7046, 5 seeds), the reference."
     assert "it cannot be told apart from IRD (difference +0.0010, 95 % interval -0.00" in reverse
     assert "IRD is better for 5 of 5 seeds (difference +0.0500, 95 % interval +0.04" in full
@@ -125,16 +123,16 @@ def test_failures_are_told() -> None:
         "IRD, seed 1: TrainingError: the loss is nan <b>",
         *(f"full fine-tuning, seed {seed}: TrainingError: the loss is nan <b>" for seed in range(3)),
     ]
-    assert said_of(found, found["methods"][2]) == "full fine-tuning: no test metric, every seed failed."
-    assert said_of(found, found["methods"][1]).endswith("and 2 seeds cannot tell a difference from chance.")
+    assert sentence_on(found, found["methods"][2]) == "full fine-tuning: no test metric, because every seed failed."
+    assert sentence_on(found, found["methods"][1]).endswith("and 2 seeds cannot tell a difference from chance.")
     assert cost_and_gain(found).endswith("2 seeds cannot tell a gain from chance.")
-    assert not any("interval" in said for said in (cost_and_gain(found), said_of(found, found["methods"][1])[40:]))
+    assert not any("interval" in said for said in (cost_and_gain(found), sentence_on(found, found["methods"][1])[40:]))
 
 
 def test_a_reference_that_failed() -> None:
     found = study({"ird": [None] * 5, "fish": FAR})
-    assert cost_and_gain(found) == "IRD failed for every seed, so there is nothing to compare with."
-    assert said_of(found, found["methods"][1]).endswith("; no seed has both it and IRD.")
+    assert cost_and_gain(found) == "IRD failed for every seed, so there is no comparison."
+    assert sentence_on(found, found["methods"][1]).endswith("; no seed finished for both it and IRD.")
 
 
 def test_another_reference() -> None:
@@ -166,10 +164,10 @@ def test_intervals_are_not_corrected_and_the_reader_knows() -> None:
     )
 
 
-def test_the_model_as_it_came() -> None:
+def test_the_base_model() -> None:
     found = study({"ird": IRD, "fish": FAR}) | {"base": {"selection": 0.52, "test": 0.5123}}
-    assert "The model as it came: accuracy 0.5123 on the test split." in notes(found)
-    assert not any("as it came" in note for note in notes(study({"ird": IRD})))
+    assert "The base model: accuracy 0.5123 on the test split." in notes(found)
+    assert not any("base model" in note for note in notes(study({"ird": IRD})))
 
 
 def test_sides() -> None:
@@ -271,8 +269,8 @@ def test_one_mask_is_of_the_ranking_that_was_searched() -> None:
 def test_samples_that_no_search_comes_to_are_told(fewest: int | None, said: bool) -> None:
     found = study({"ird": IRD, "top_samples": FAR, "fish_small": NEAR}) | {"fewest": fewest}
     expected = (
-        "In so few rounds searches come to 128 samples at the least, not to the 64 of largest traces, "
-        "FISH, fewest samples: a larger search.max_rounds would let them."
+        "In so few rounds a search reaches 128 samples at the least, not the 64 of largest traces, "
+        "FISH, fewest samples; increase search.max_rounds to allow it."
     )
     assert (expected in notes(found)) == said
     assert any("so few rounds" in note for note in notes(found)) == said

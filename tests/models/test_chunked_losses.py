@@ -22,7 +22,7 @@ from irdscale.models.chunked_losses import (
     next_tokens,
     token_losses,
 )
-from tests.plan.measured import peak
+from tests.memory.measured import peak
 from tests.tiny_models import VOCABULARY, collate, samples, tiny
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

@@ -120,7 +120,7 @@ def test_tokens_and_samples_of_the_command_line(config):
         ([], {"tokens": 257}, r"tokens: found 257; expected at most 256, the model's positions"),
         (["task.max_length=300"], {}, r"task.max_length: found 300; expected at most 256"),
         (["search.ratio=0.9"], {}, r"search.ratio: found 0.9, which gives \d+ of \d+ parameters; expected 1 to"),
-        (["task.kind=null"], {}, r"task.kind: found none; expected one, for the data set is not of GLUE"),
+        (["task.kind=null"], {}, r"task.kind: found none; expected a kind, because the data set is not in GLUE"),
         (["model.path=/nowhere/at/all"], {}, r"model.path: /nowhere/at/all: no such folder"),
         (
             ["search.runner=ray", "search.ray={ranks: 4}"],
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
     assert found["advice"][0].startswith("Does not fit: ")
     here, fewest = found["advice"][1:3]
     assert "fisher.offload=true" in here
-    assert "GiB of main memory a node" in here
+    assert "GiB of main memory per node" in here
     assert "train.deepspeed=configs/deepspeed/zero3.json" in fewest
     assert "fisher.layout=sharded" in fewest
 

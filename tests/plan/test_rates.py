@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
+from irdscale.memory.sizes import Shapes, columns_held
 from irdscale.plan.hardware import GPUS
-from irdscale.plan.rates import CPU, H100, Rates, columns_held
-from irdscale.plan.sizes import Shapes
+from irdscale.plan.rates import CPU, H100, Rates
 from irdscale.plan.work import sample_flops
 
 LAYER = {"q": (2048, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 2048)}

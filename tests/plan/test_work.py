@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from irdscale.plan.memory import Zero
+from irdscale.memory.items import Zero
 from irdscale.plan.work import all_gather, all_reduce, gradient_traffic, sample_flops, sums_traffic, weight_traffic
-from tests.plan.llama import SHAPES
+from tests.memory.llama import SHAPES
 
 # Layers of 218,103,808 entries, and the head.
 LAYERS, HEAD = 32 * 218_103_808, 128_256 * 4096

@@ -109,7 +109,7 @@ def test_overwrite_removes_only_what_was_written(toy: Path) -> None:
     for file in notes[::2]:
         file.write_text("mine")
     flip_labels(toy, "train")
-    with pytest.raises(InputError, match=r"mask: .* lies in what --overwrite removes"):
+    with pytest.raises(InputError, match=r"mask: .* is in a folder that --overwrite removes"):
         run_train(loaded(toy), mask=str(toy / "out/mask"), progress=False, overwrite=True)
     result = run_train(loaded(toy), progress=False, overwrite=True)
     assert all(file.read_text() == "mine" for file in notes[::2])
@@ -186,10 +186,10 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
 
 
 def test_an_interrupt_before_anything_is_saved_promises_nothing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("irdscale.training.one_mask._fisher_mask", interrupted)
+    monkeypatch.setattr("irdscale.training.one_mask.make_mask", interrupted)
     for verb in (run_fisher, run_train):
         with pytest.raises(Interrupted) as ending:
             verb(loaded(toy, f"output={toy / 'new'}"), progress=False)

@@ -90,7 +90,7 @@ def test_a_report_with_samples(output: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "row", "message"),
     [
-        ({"score": "random"}, None, "fisher.score: found random, whose masks no samples drive; expected fisher"),
+        ({"score": "random"}, None, "fisher.score: found random, a score that reads no samples; expected fisher"),
         ({"scores": "fisher"}, None, r"result.json: fisher.scores: unknown key"),
         ({}, 99, "found other samples than the search; expected the same"),
     ],

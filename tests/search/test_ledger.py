@@ -1,4 +1,4 @@
-"""The journal survives whatever kills its writer."""
+"""The ledger survives whatever kills its writer."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_torn_at_any_byte(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
             assert set(ledger.finished) == known, end
             ledger.append(record("c"))
         assert {r["key"] for r in read_ledger(path)} == known | {"c"}, end
-    assert "skipped half a record" in caplog.text
+    assert "skipped a record torn by a crash" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("hello", "2: found no JSON"),
-        ('{"round": 1}', "2: expected a ledger record with round, samples"),
-        ("[1]", "2: expected a ledger record"),
+        ("hello", "2: found invalid JSON; expected a ledger record"),
+        ('{"round": 1}', "2: found other JSON; expected a ledger record with round, samples"),
+        ("[1]", "2: found other JSON; expected a ledger record"),
         (f"{json.dumps(record('a'))}\n{json.dumps(record('a'))}", "3: found key a twice"),
     ],
 )
@@ -137,4 +137,4 @@ def test_half_a_record_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     path.write_text('\n{"round": 0, "sam')
     with caplog.at_level(logging.WARNING):
         assert read_ledger(path) == []
-    assert "ledger.jsonl:2: skipped half a record" in caplog.text
+    assert "ledger.jsonl:2: skipped a record torn by a crash" in caplog.text

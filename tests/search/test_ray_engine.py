@@ -17,7 +17,8 @@ from irdscale.cli.command_line import run  # noqa: E402
 from irdscale.config.loader import load_config  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
-from irdscale.search.ray_engine import ray_engine, rungs  # noqa: E402
+from irdscale.search.ray_engine import ray_engine  # noqa: E402
+from irdscale.search.ray_jobs import rungs  # noqa: E402
 from irdscale.search.run import run_search  # noqa: E402
 from irdscale.search.runner import WorkItem  # noqa: E402
 from irdscale.tasks import load_task  # noqa: E402
@@ -193,7 +194,7 @@ def test_ray_under_a_launcher_is_refused(
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("127.0.0.1:1", "RAY_ADDRESS: found 127.0.0.1:1, where nobody answers"),
+        ("127.0.0.1:1", "RAY_ADDRESS: found 127.0.0.1:1, which does not answer"),
         ("ray://127.0.0.1:10001", "RAY_ADDRESS: found ray://127.0.0.1:10001; expected HOST:PORT"),
         ("auto", "RAY_ADDRESS: found auto, but no Ray cluster on this host"),
     ],

@@ -28,6 +28,7 @@ from irdscale.search.masks import search_masks
 from irdscale.search.run import run_search
 from irdscale.sparse import sparse_state
 from irdscale.tasks import load_task
+from irdscale.training import mask_passes
 from irdscale.training.evaluate import evaluate_model
 from tests.search.toy import essence, write_config
 from tests.search.toy import finished as evaluations_of
@@ -111,8 +112,7 @@ def test_the_adapter_gives_the_stated_metrics(finished: tuple[Path, dict[str, An
 def test_a_second_run_trains_nothing(
     finished: tuple[Path, dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "fine_tune", None)
-    monkeypatch.setattr(run, "load_task", None)
+    monkeypatch.setattr(run, "running", None)
     assert run_search(load_config(folder / "toy.yaml"), progress=False) == finished[1]
 
 
@@ -233,13 +233,13 @@ def test_samples_for_masks_are_of_the_population(folder: Path, monkeypatch: pyte
     config = load_config(write_config(folder), [f"output={output}", wanted])
     task = load_task(config)
     scored = []
-    real = masks.sample_gradients
+    real = mask_passes.sample_gradients
 
     def watch(*args: Any) -> Any:
         scored.append(real(*args))
         return scored[-1]
 
-    monkeypatch.setattr(masks, "sample_gradients", watch)
+    monkeypatch.setattr(mask_passes, "sample_gradients", watch)
     search_masks(config, task, output, progress=False)
     masks.random_draw_mask(config, task, output, Pair(16, 40), progress=False)
     pool, fish = (samples.dataset[:] for samples in scored)

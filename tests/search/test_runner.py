@@ -9,9 +9,8 @@ from typing import Any
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
-from irdscale.search.ledger import stopped_at, stopped_early
+from irdscale.search.ledger import Ledger
 from irdscale.search.runner import Runner, WorkItem
-from irdscale.search.shared import SharedLedger
 
 A, B, C = Pair(8, 4), Pair(4, 4), Pair(8, 2)
 MASKS = {A: "a", B: "b", C: "c"}
@@ -46,7 +45,7 @@ def config_of(**ray: Any) -> RunConfig:
 def test_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
     config = config_of()
     engine = Engine(config, lambda c: {"status": "ok", "metric": float(c.pair.samples)})
-    with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
         runner = Runner(config, ledger, engine, tmp_path)
         assert runner.evaluate_round(0, [(A, 0), (A, 1)], MASKS) == [8.0, 8.0]
         # B has the mask of A in this search: two pairs, one evaluation.
@@ -54,7 +53,7 @@ def test_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
         assert runner.evaluate_round(1, [(B, 0), (B, 1), (C, 0), (C, 1)], same) == [8.0] * 4
         assert engine.asked == [(C, 0), (C, 1)]
         assert (runner.reused, len(runner.asked), runner.seconds()) == (2, 4, 4.0)
-    with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
         engine = Engine(config, lambda c: {})
         again = Runner(config, ledger, engine, tmp_path)
         assert again.evaluate_round(0, [(A, 0), (A, 1)], MASKS) == [8.0, 8.0]
@@ -63,18 +62,21 @@ def test_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
 
 def test_what_was_stopped_early_is_not_run_again(tmp_path: Path) -> None:
     config = config_of(early_stopping=True)
-    stopped = {"error": stopped_early(5, 0.25)}
-    assert stopped_at(stopped) == 5
-    assert stopped_at({"error": "RuntimeError: stopped early"}) is None
-    assert stopped_at({"error": None}) is None
+    stopped = {"error": "stopped early at step 5, with 0.2500", "stopped_at": 5}
     for _ in range(2):
         engine = Engine(config, lambda c: stopped if c.pair == B else {"status": "ok", "metric": 1.0})
-        with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
+        with Ledger(tmp_path / "ledger.jsonl") as ledger:
             runner = Runner(config, ledger, engine, tmp_path)
             assert runner.evaluate_round(1, [(A, 0), (B, 0)], MASKS) == [1.0, None]
             assert runner.training_steps(20) == 25
             assert runner.last_error() == "stopped early at step 5, with 0.2500"
     assert engine.asked == []
-    with SharedLedger(tmp_path / "ledger.jsonl") as ledger:
+    for _ in range(2):
+        # The same words without the field are an error like any other.
+        engine = Engine(config, lambda c: {"error": stopped["error"]})
+        with Ledger(tmp_path / "ledger.jsonl") as ledger:
+            assert Runner(config, ledger, engine, tmp_path).evaluate_round(1, [(C, 0)], MASKS) == [None]
+        assert engine.asked == [(C, 0)]
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
         late = Engine(config_of(), lambda c: {"status": "ok", "metric": 2.0})
         assert Runner(config_of(), ledger, late, tmp_path).evaluate_round(1, [(B, 0)], MASKS) == [2.0]

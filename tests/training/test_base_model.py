@@ -27,7 +27,7 @@ from irdscale.fisher.pool import sample_gradients
 from irdscale.models import build
 from irdscale.models.build import build_model
 from irdscale.models.new_head import NewHead
-from irdscale.search import candidates, local
+from irdscale.search import candidates, engines
 from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
 from irdscale.sparse import entries_of
@@ -324,7 +324,7 @@ def test_a_search_is_the_same_to_the_bit(
                 progress_listener.append(essence(run_search(config, progress=False)))
             assert loads == [config.model.path]
         else:
-            monkeypatch.setattr(local, "keeping", lambda kept: nullcontext())
+            monkeypatch.setattr(engines, "keeping", lambda kept: nullcontext())
             progress_listener.append(essence(run_search(config, progress=False)))
             assert len(loads) == len(backs) > 8
     assert progress_listener[0] == progress_listener[1]
@@ -349,7 +349,7 @@ def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], m
                 found = run_compare(config, progress=False)
             assert len(loads) == 1
         else:
-            monkeypatch.setattr(local, "keeping", lambda kept: nullcontext())
+            monkeypatch.setattr(engines, "keeping", lambda kept: nullcontext())
             found = run_compare(config, progress=False)
             assert len(loads) > 20
         progress_listener.append({k: v for k, v in found.items() if k not in ("seconds", "config")})

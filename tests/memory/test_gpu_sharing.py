@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import pytest
 from irdscale.cluster.share import Card
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.plan import share
-from irdscale.plan.share import said_of, sharing_of
-from irdscale.plan.sizes import GIB
+from irdscale.memory import gpu_sharing
+from irdscale.memory.gpu_sharing import describe, sharing_of
+from irdscale.memory.sizes import GIB
 
 H100, L4 = Card("one", "H100", 80 * GIB, True), Card("two", "L4", 22 * GIB, True)
 CONFIG = RunConfig.model_validate({"model": {"path": "a"}, "task": {"dataset": "glue/rte"}})
@@ -23,7 +24,7 @@ def takes(monkeypatch: pytest.MonkeyPatch):
     """Have a trial's tensors take so many GiB."""
 
     def take(gib: float) -> None:
-        monkeypatch.setattr(share, "trial_peak", lambda config, tokens: ("train", int(gib * GIB)))
+        monkeypatch.setattr(gpu_sharing, "trial_peak", lambda config, tokens: ("train", int(gib * GIB)))
 
     return take
 
@@ -32,7 +33,7 @@ def test_trials_that_fit(takes):
     takes(4.5)
     found = sharing_of(CONFIG, 0.25, [H100, L4])
     # Of the smaller GPU each has 5.5 GiB, half a one for CUDA.
-    assert found.facts() == {
+    assert asdict(found) == {
         "share": 0.25,
         "trials": 4,
         "gpu": "L4",
@@ -43,10 +44,10 @@ def test_trials_that_fit(takes):
         "most": 4,
         "fits": True,
     }
-    assert json.loads(json.dumps(found.facts())) == found.facts()
-    assert said_of(found) == (
-        "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial takes 5.0 GiB as planned, "
-        "5.5 GiB are its share of L4, and 4 trials would fit"
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
+    assert describe(found) == (
+        "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial needs an estimated 5.0 "
+        "GiB, its share of L4 is 5.5 GiB, and 4 trials would fit"
     )
     assert sharing_of(CONFIG, 0.25, [H100]).most == 16
 
@@ -56,7 +57,7 @@ def test_what_a_plan_may_be_wrong_by_is_warned_of(takes, gib, fits):
     takes(gib)
     found = sharing_of(CONFIG, 0.25, [L4])
     assert found.fits is fits
-    assert ("that is close: a trial that takes more than its share fails" in said_of(found)) is not fits
+    assert ("this is close: a trial that exceeds its share runs out of memory" in describe(found)) is not fits
 
 
 @pytest.mark.parametrize(
@@ -76,17 +77,17 @@ def test_what_does_not_fit_is_refused_in_one_line(takes, gib, expected):
 
 
 def test_without_a_gpu_in_truth_nothing_is_checked(monkeypatch):
-    monkeypatch.setattr(share, "trial_peak", None)
+    monkeypatch.setattr(gpu_sharing, "trial_peak", None)
     found = sharing_of(CONFIG, 0.1, [])
     assert (found.trials, found.fits, found.mps) == (10, None, None)
-    assert "memory is not checked, for no node shows a GPU" in said_of(found)
+    assert "memory is not checked, because no node shows a GPU" in describe(found)
 
 
 def test_a_model_that_cannot_be_planned_is_not_refused(monkeypatch, caplog):
     def fail(config, tokens):
         raise ValueError("no list\nof layers")
 
-    monkeypatch.setattr(share, "trial_peak", fail)
+    monkeypatch.setattr(gpu_sharing, "trial_peak", fail)
     found = sharing_of(CONFIG, 0.25, [H100])
     assert (found.trials, found.fits, found.mps) == (4, None, True)
     assert caplog.messages == [
@@ -98,7 +99,7 @@ def test_mps_counts_where_it_runs_on_every_node(takes):
     takes(1)
     other = Card("three", "L4", 22 * GIB, False)
     assert sharing_of(CONFIG, 0.5, [L4, other]).mps is False
-    assert "by time slices (start nvidia-cuda-mps-control -d" in said_of(sharing_of(CONFIG, 0.5, [L4, other]))
+    assert "by time slices (start nvidia-cuda-mps-control -d" in describe(sharing_of(CONFIG, 0.5, [L4, other]))
 
 
 def test_a_share_less_than_cuda_takes(takes):
@@ -108,7 +109,8 @@ def test_a_share_less_than_cuda_takes(takes):
 
 
 def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
-    from irdscale.plan import run_plan, trial_peak
+    from irdscale.memory.gpu_sharing import trial_peak
+    from irdscale.plan import run_plan
 
     model = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
     model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256}
@@ -131,7 +133,7 @@ def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
     assert found["trial_room_gib"] == 0.95 * 20 - 2
     (said,) = [line for line in found["advice"] if "share a GPU" in line]
     assert said.startswith(
-        "4 trial(s) share a GPU (search.ray.gpus_per_rank=0.25), and are taken to train at 1/4 of its"
+        "4 trial(s) share a GPU (search.ray.gpus_per_rank=0.25), at an assumed 1/4 of its speed each"
     )
     assert "it has room for " in said
     alone = run_plan(config.model_copy(update={"search": config.search.model_copy(update={"ray": WHOLE})}), tokens=32)
@@ -153,9 +155,9 @@ def test_whether_a_plan_fits_counts_all_trials_of_a_gpu(monkeypatch):
     """By made-up phases, of which the Fisher pass has a GPU alone."""
     from types import SimpleNamespace
 
+    from irdscale.memory.sizes import Items
     from irdscale.plan import advice, hardware
-    from irdscale.plan.layout import Job
-    from irdscale.plan.sizes import Items
+    from irdscale.plan.costs import Job
 
     card = hardware.GPUS["l40s-48gb"]
     job = SimpleNamespace(gpu=card, share=0.25)

@@ -1,6 +1,6 @@
 """Llama 3.1 8B by hand: 32 layers of 4096, 8 of 32 heads for keys and values, 14336 within."""
 
-from irdscale.plan.sizes import Shapes
+from irdscale.memory.sizes import Shapes
 
 LAYER = {
     "q": (4096, 4096),

@@ -1,4 +1,4 @@
-"""The peak memory of one training step by what is trained of a model, to be compared with a measured one."""
+"""Peak memory of one training step by what it trains, for comparison with measured peaks."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from irdscale.errors import InputError
-from irdscale.plan.rates import StepKind
-from irdscale.plan.shapes import layer_stack
-from irdscale.plan.trace import counting, down_to_embeddings, sparse_entries
+from irdscale.memory.pass_bytes import counting, down_to_embeddings, sparse_entries
+from irdscale.memory.shapes import layer_stack
+from irdscale.memory.sizes import StepKind
 
 
 def step_peak(model: nn.Module, kind: StepKind, batch: int, tokens: int, ratio: float = 0.005, rank: int = 8) -> int:
-    """Bytes on a GPU at the peak of a step that is not the first one, the model's and AdamW's own included.
+    """Peak bytes on a GPU of any step but the first, including the model and AdamW's moments.
 
-    The step is `model(input_ids=..., labels=...).loss.backward()` without padding: a language model's own loss, which
-    has the logits of all tokens in float32 at once. Gradients are gone before the forward pass
-    (`zero_grad(set_to_none=True)`). Left out are workspaces of libraries and what an allocator rounds up.
+    The step is `model(input_ids=..., labels=...).loss.backward()` without padding, with the model's own loss: the
+    float32 logits of all tokens at once. Gradients are freed before the forward pass (`zero_grad(set_to_none=True)`).
+    Workspaces of libraries and the allocator's rounding are left out.
 
     Args:
-        model: of transformers, on the meta device; it is left as it was.
-        kind: what is trained: nothing (`limit`), entries of all linear layers in the stack of layers (`concentrated`,
-            `scattered`), LoRA matrices there in float32, as PEFT makes them (`lora`), or everything (`full`).
-        tokens: of each of the `batch` samples.
-        ratio: of the trained entries to all of those layers.
-        rank: of LoRA.
+        model: transformers model on the meta device; left unchanged.
+        kind: what the step trains: nothing (`limit`), entries of all linear layers of the stack (`concentrated`,
+            `scattered`), float32 LoRA matrices there (`lora`), or all parameters (`full`).
+        batch, tokens: samples, and tokens of each.
+        ratio: trained entries over all entries of those layers.
+        rank: rank of the LoRA matrices.
 
     Raises:
-        InputError: PEFT is missing, or the model has no stack of layers.
+        InputError: PEFT is not installed, or the model has no stack of layers.
     """
     own: Any = copy.deepcopy(model)
     with ExitStack() as stack:
@@ -48,7 +48,7 @@ def step_peak(model: nn.Module, kind: StepKind, batch: int, tokens: int, ratio: 
             own.requires_grad_(kind == "full")
         stack.enter_context(down_to_embeddings(own))
         trained = [p for p in own.parameters() if p.requires_grad]
-        # Two moments of each number, in its type.
+        # Two moments per trained parameter, in its dtype.
         held = _bytes([*own.parameters(), *own.buffers(), *before]) + 2 * _bytes(trained)
         live = stack.enter_context(counting(own, before, on_gpu=True))
         ids_BT = torch.empty(batch, tokens, dtype=torch.int64, device="meta")

@@ -15,9 +15,8 @@ import pytest
 import torch
 import transformers
 
-from irdscale.plan.rates import StepKind
-from irdscale.plan.sizes import GIB
-from irdscale.plan.steps import step_peak
+from irdscale.memory.sizes import GIB, StepKind
+from irdscale.memory.steps import step_peak
 
 WIDTHS = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},

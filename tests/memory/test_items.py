@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from irdscale.plan.memory import (
+from irdscale.memory.items import (
     Zero,
     begin_items,
     evaluate_items,
@@ -16,10 +16,10 @@ from irdscale.plan.memory import (
     weights,
     zero_from,
 )
-from irdscale.plan.sizes import GIB, Items, Shapes, Traced
-from tests.plan.llama import SHAPES
+from irdscale.memory.sizes import GIB, Items, PassBytes, Shapes
+from tests.memory.llama import SHAPES
 
-PASS = Traced(saved=1000, peak=1500)
+PASS = PassBytes(saved=1000, peak=1500)
 
 
 def test_whole_weights_are_two_bytes_an_entry():
@@ -98,7 +98,7 @@ def test_ranks_begin_by_copies_of_the_weights():
 
 
 def test_measuring_keeps_no_moments():
-    items = evaluate_items(SHAPES, Traced(0, 700), Zero(), 1, 1000)
+    items = evaluate_items(SHAPES, PassBytes(0, 700), Zero(), 1, 1000)
     assert (items.activations, items.values_and_moments, items.buffers) == (700, 4000, 10_000)
 
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 from irdscale.config.loader import load_config
 from irdscale.plan import run_plan
-from tests.plan.measured import make_folder, on_rank
+from tests.memory.measured import make_folder, on_rank
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 ONE: dict[str, tuple[str, list[str]]] = {

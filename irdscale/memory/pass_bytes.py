@@ -1,8 +1,8 @@
-"""The bytes that a pass keeps and allocates, found by running its own code on the meta device and counting.
+"""The bytes that a pass keeps and allocates, counted while its own code runs on the meta device.
 
-Nothing is computed there: a tensor has a shape, and its bytes are counted while it lives. A few layers of the stack are
-run, and the rest is extrapolated, for equal layers keep equal bytes. What cannot run without numbers is put in its
-place: attention kernels, which keep no [T, T] matrix, the sums of an embedding's rows, and a language model's loss.
+Nothing is computed there: a tensor has a shape, and its bytes count while it lives. A few layers run, and the rest is
+extrapolated, because equal layers keep equal bytes. What needs values has a stand-in: attention kernels (which keep no
+[T, T] matrix), the sums of an embedding's rows, and a language model's loss.
 """
 
 from __future__ import annotations
@@ -26,26 +26,25 @@ from irdscale.fisher.capture import Capture, frozen
 from irdscale.fisher.squares import Buffers, add_squares, add_traces
 from irdscale.fisher.terms import Outer, TableRows, Term
 from irdscale.masks.mask import index_dtype
+from irdscale.memory.shapes import layer_stack
+from irdscale.memory.sizes import PassBytes, PassSetting, columns_held
 from irdscale.models.chunked_losses import tokens_at_once
-from irdscale.plan.rates import columns_held
-from irdscale.plan.shapes import layer_stack
-from irdscale.plan.sizes import Setting, Traced
 from irdscale.sparse.entries import Entries, make_entries
 from irdscale.sparse.modules import attach_all, detach_all
 from irdscale.sparse.products import Product, Side
 
 Pass = Literal["train", "masks", "traces", "evaluate"]
-# Layers that are run; the difference of the two is one layer's.
+# Numbers of layers that run; the difference is one layer's bytes.
 FEW, MORE = 2, 3
 
 
-def tracer(model: nn.Module, scored: dict[str, nn.Parameter]) -> Callable[[str, Setting], Traced]:
-    """`trace_pass` of one model, which runs what was asked for before only once."""
-    return cache(lambda kind, setting: trace_pass(model, scored, kind, setting))
+def cached_pass_bytes(model: nn.Module, scored: dict[str, nn.Parameter]) -> Callable[[str, PassSetting], PassBytes]:
+    """`pass_bytes_of` for one model, with a cache."""
+    return cache(lambda kind, setting: pass_bytes_of(model, scored, kind, setting))
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors on the meta device that were made inside and still live."""
+    """Counts the live bytes of meta tensors that were made inside."""
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            # Models ask whether nothing is padded or packed.
+            # Models ask whether a batch has no padding and no packing.
             return args[0].dtype == torch.bool
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -78,17 +77,18 @@ class Live(TorchDispatchMode):
         self.live -= size
 
 
-def trace_pass(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass, setting: Setting) -> Traced:
-    """The bytes of a pass over one batch of a model on the meta device, which is left as it was.
+def pass_bytes_of(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass, setting: PassSetting) -> PassBytes:
+    """Bytes of a pass over one batch; the model is on the meta device and is left unchanged.
 
-    `train`: forward and backward pass of a sparse training step. `masks`: the pass that sums squared gradients.
-    `traces`: the one that takes each sample's squared gradient alone. `evaluate`: predictions, without gradients.
+    Args:
+        kind: `train` (forward and backward pass of a sparse training step), `masks` (the pass that sums squared
+            gradients), `traces` (the pass that takes each sample's Fisher trace) or `evaluate` (predictions).
     """
     name, layers = layer_stack(model)
     parent, _, local = name.rpartition(".")
     owner, every = model.get_submodule(parent), list(layers)
 
-    def of(count: int) -> Traced:
+    def of(count: int) -> PassBytes:
         owner._modules[local] = nn.ModuleList(every[:count])
         try:
             present = {n: p for n, p in model.named_parameters() if n in scored}
@@ -104,7 +104,7 @@ def trace_pass(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass, se
     return few + (of(MORE) - few) * (len(every) - FEW)
 
 
-def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Setting) -> Traced:
+def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: PassSetting) -> PassBytes:
     totals = {name: torch.empty(p.shape, dtype=torch.float32, device="meta") for name, p in scored.items()}
     traces_B = torch.empty(setting.batch, dtype=torch.float64, device="meta")
     buffers = Buffers()
@@ -133,17 +133,17 @@ def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: Se
         saved = live.live
         capture.backward(losses_B, arrive)
         buffers.forget()
-    return Traced(saved, live.peak)
+    return PassBytes(saved, live.peak)
 
 
-def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Traced:
+def _train(model: Any, scored: dict[str, nn.Parameter], setting: PassSetting) -> PassBytes:
     with ExitStack() as stack:
         entries = stack.enter_context(sparse_entries(model, scored, setting.ratio, setting.scattered))
         model.train()
         stack.callback(model.eval)
         if setting.checkpointing:
             stack.enter_context(_checkpointing(model, use_reentrant=False))
-        # Their sums by rows ask for numbers; but the gradients come as far down, where entries of them are trained.
+        # Row sums of embeddings need values, so embeddings get no entries; gradients still reach their outputs.
         stack.enter_context(down_to_embeddings(model))
         live = stack.enter_context(counting(model, [t for e in entries for t in (e.index, e.base)], setting.on_gpu))
         inputs = _inputs(setting)
@@ -154,12 +154,12 @@ def _train(model: Any, scored: dict[str, nn.Parameter], setting: Setting) -> Tra
         loss.mean().backward()
         for parameter in model.parameters():
             parameter.grad = None
-    return Traced(saved, live.peak)
+    return PassBytes(saved, live.peak)
 
 
 @contextmanager
 def down_to_embeddings(model: nn.Module) -> Iterator[None]:
-    """Inside, gradients go back to the outputs of embeddings, though nothing below them is trained."""
+    """Inside, the backward pass reaches the outputs of embeddings, although nothing below is trained."""
     with ExitStack() as stack:
         for embedding in {id(m): m for m in model.modules() if isinstance(m, nn.Embedding)}.values():
             stack.callback(embedding.register_forward_hook(lambda _m, _a, y: y.requires_grad_()).remove)
@@ -173,11 +173,11 @@ def _checkpointing(model: Any, **options: bool) -> Iterator[None]:
         yield
     finally:
         model.gradient_checkpointing_disable()
-        # Set by the former, but not removed by the latter.
+        # gradient_checkpointing_disable leaves this hook of gradient_checkpointing_enable.
         model.disable_input_require_grads()
 
 
-def _evaluate(model: Any, setting: Setting) -> Traced:
+def _evaluate(model: Any, setting: PassSetting) -> PassBytes:
     with counting(model, [], setting.on_gpu) as live, torch.no_grad():
         inputs = _inputs(setting)
         if setting.language:
@@ -186,11 +186,11 @@ def _evaluate(model: Any, setting: Setting) -> Traced:
             head(hidden_ND[: _tokens_at_once(head, setting)]).float()
         else:
             model(**inputs)
-    return Traced(0, live.peak)
+    return PassBytes(0, live.peak)
 
 
-def _tokens_at_once(head: nn.Module, setting: Setting) -> int:
-    """Tokens whose logits are in memory at once, on the device that is planned for."""
+def _tokens_at_once(head: nn.Module, setting: PassSetting) -> int:
+    """Tokens whose logits are in memory at once on the estimated device."""
     return tokens_at_once(cast(Tensor, head._parameters["weight"]).shape[0], setting.memory)
 
 
@@ -199,8 +199,8 @@ def counting(model: Any, before: list[Tensor], on_gpu: bool) -> Iterator[Live]:
     """Inside, bytes on the meta device are counted, and attention keeps no [T, T] matrix.
 
     Args:
-        before: what is there already, beside the model.
-        on_gpu: attention's kernels know dropout.
+        before: tensors outside the model that do not count.
+        on_gpu: whether attention kernels support dropout.
     """
     live = Live([*model.parameters(), *model.buffers(), *before])
     attention = F.scaled_dot_product_attention
@@ -208,7 +208,7 @@ def counting(model: Any, before: list[Tensor], on_gpu: bool) -> Iterator[Live]:
 
     def replaced(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         if options.get("dropout_p") and not on_gpu:
-            # Kernels of the CPU know no dropout: [T, T] matrices it is.
+            # CPU kernels do not support dropout: they form [T, T] matrices.
             return attention(query, key, value, attn_mask, **options)
         return cast(Tensor, _Attention.apply(query, key, value, attn_mask))
 
@@ -220,14 +220,14 @@ def counting(model: Any, before: list[Tensor], on_gpu: bool) -> Iterator[Live]:
 
 
 class _Attention(torch.autograd.Function):
-    """What kernels without a [T, T] matrix keep: their inputs, the mask in their type, their output and its scale."""
+    """Keeps what a fused attention kernel keeps: inputs, the mask in their dtype, output and log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.to(query.dtype)
         batch, heads, tokens, _ = query.shape
-        # The kernels write their output as [B, T, H, D].
+        # Kernels write their output as [B, T, H, D].
         out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, mask, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
         return out
@@ -239,12 +239,12 @@ class _Attention(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Losses [N] of tokens by a frozen head, some at a time, each one's gradient made in passing."""
+    """Losses [N] of tokens by a frozen head, in chunks; the forward pass makes the input gradients too."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module, size: int) -> Tensor:
         losses, gradients = [], []
-        # The third part takes and leaves what the second does; those from there on are one.
+        # Chunks from the third on keep the same bytes as the second, so one tensor stands for them.
         for start in range(0, min(2 * size, len(hidden_ND)), size):
             part = hidden_ND[start : start + size].detach().requires_grad_()
             targets = torch.empty(len(part), dtype=torch.int64, device="meta")
@@ -264,16 +264,16 @@ class _HeadLoss(torch.autograd.Function):
         return gradient_ND * upstream_N.unsqueeze(1).to(gradient_ND.dtype), None, None
 
 
-def _inputs(setting: Setting) -> dict[str, Tensor]:
+def _inputs(setting: PassSetting) -> dict[str, Tensor]:
     batch, tokens = setting.batch, setting.tokens
     inputs = {"input_ids": torch.empty(batch, tokens, dtype=torch.int64, device="meta")}
     if batch > 1:
-        # Made of padding by the model; here already, for that asks for numbers.
+        # Models make this mask from padding, which needs values.
         inputs["attention_mask"] = torch.empty(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
     return inputs
 
 
-def _text_loss(model: Any, inputs: dict[str, Tensor], setting: Setting) -> Tensor:
+def _text_loss(model: Any, inputs: dict[str, Tensor], setting: PassSetting) -> Tensor:
     hidden_BTD = model.base_model(**inputs)[0]
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).clone()
     head = model.get_output_embeddings()
@@ -286,14 +286,14 @@ def _class_loss(logits_BC: Tensor) -> Tensor:
 
 
 def _add_rows(rows: TableRows) -> None:
-    """What the sums of an embedding's gradients by row take, were all tokens of a batch different."""
+    """Allocate the row sums of an embedding's gradients, as if all tokens of the batch differed."""
     grad_BTD = rows.grad_BTD.float()
     rows_ND = torch.empty_like(grad_BTD).flatten(0, 1)
     rows_ND.index_add_(0, rows.ids_BT.reshape(-1), grad_BTD.flatten(0, 1))
 
 
 def _know_norms(model: nn.Module) -> None:
-    """Have each norm's rule decided by trying it with numbers, as elsewhere; they are small."""
+    """Decide each norm's rule by trying it on the CPU with values; norms are small."""
     for module in model.modules():
         held = list(module.parameters(recurse=False))
         if len(held) == 1 and held[0].dim() == 1 and next(module.children(), None) is None:
@@ -307,11 +307,11 @@ def _know_norms(model: nn.Module) -> None:
 def sparse_entries(
     model: Any, scored: dict[str, nn.Parameter], ratio: float, scattered: bool
 ) -> Iterator[list[Entries]]:
-    """The model with trainable entries, of the scored parameters' sizes alike, but for those of embeddings.
+    """Attach trainable entries to all scored parameters but embeddings, in proportion to their sizes.
 
     Args:
-        ratio: of the trained entries to all scored ones.
-        scattered: they lie in all rows and columns; else in the share of them that a Fisher mask takes.
+        ratio: trained entries over scored entries.
+        scattered: whether they lie in all rows and columns, or in the share of `columns_held`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     required = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -335,6 +335,6 @@ def _entries(name: str, parameter: nn.Parameter, ratio: float, held: float) -> E
 
 
 def _side(size: int, held: float) -> Side:
-    """The rows or columns that hold entries, in a share of `held`; all of them where none may be left out."""
+    """A share `held` of `size` rows or columns."""
     taken = max(1, round(held * size))
     return Side() if taken == size else Side(torch.empty(taken, dtype=torch.int32, device="meta"))

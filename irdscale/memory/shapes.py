@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: it is built on the meta device, where tensors have no bytes."""
+"""A model's sizes from its config.json alone: the model is built on the meta device, without bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from irdscale.config.kinds import LANGUAGE_KINDS, Kind
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher import pool
+from irdscale.memory.sizes import Shapes
 from irdscale.models.build import load_model_config
-from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
 from irdscale.utils.hub import one_line
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 def task_kind(config: RunConfig) -> Kind:
-    """The kind of task, without its data.
+    """The task's kind, without loading its data.
 
     Raises:
-        InputError: it is not given, and the data set is not of GLUE.
+        InputError: `task.kind` is not set, and the data set is not in GLUE.
     """
     if config.task.kind is not None:
         return config.task.kind
     name = config.task.dataset.rstrip("/").rpartition("/")[2]
     if name in GLUE:
         return GLUE[name].kind
-    raise InputError("task.kind: found none; expected one, for the data set is not of GLUE")
+    raise InputError("found none", "a kind, because the data set is not in GLUE", key="task.kind")
 
 
 def meta_model(config: RunConfig) -> PreTrainedModel:
     """The task's model on the meta device, in evaluation mode.
 
     Raises:
-        InputError: `model.path` names no model, or one that transformers cannot build for this kind of task.
+        InputError: `model.path` names no model, or transformers cannot build it for this kind of task.
     """
     import transformers
 
@@ -48,7 +48,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
     if kind in LANGUAGE_KINDS:
         auto = transformers.AutoModelForCausalLM
     else:
-        # Of classes only their number is unknown; it changes nothing that counts.
+        # The number of classes is unknown, and too small to matter.
         model_config.num_labels = 1 if kind == "regression" else 2
         text = model_config.get_text_config()
         if text.pad_token_id is None:
@@ -60,7 +60,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
                 dtype=getattr(torch, config.model.dtype),
                 trust_remote_code=config.model.trust_remote_code,
             )
-    except Exception as error:  # transformers and remote code raise what they like
+    except Exception as error:  # transformers and remote code raise any type
         raise InputError(
             f"model.path: {config.model.path}: cannot build a model for task.kind {kind!r} from its config.json: "
             f"{one_line(error)}"
@@ -69,20 +69,20 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
 
 
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of equal layers, and its name: the longest list of modules.
+    """Name and modules of the stack of equal layers: the list of modules with the most parameters.
 
     Raises:
-        InputError: there is none.
+        InputError: the model has no list of modules.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise InputError(f"{type(model).__name__}: found no list of layers; expected a model of layers")
-    # Of equals the first: the decoder's own, not that of something inside a layer.
+        raise InputError("found no list of layers", "a model of layers", where=type(model).__name__)
+    # Among equals the first: the decoder's own list, not one inside a layer.
     return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), len(item[1])))
 
 
 def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
-    """Names of the parameters trained whole; `auto` takes a classifier's head for new, and nothing of a language model.
+    """Names of the parameters trained outside the mask; `auto` means a classifier's head, and none of a language model.
 
     Raises:
         InputError: an expression of `train.always_train` matches no parameter.
@@ -96,18 +96,12 @@ def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
 
 
 def scored_of(config: RunConfig, model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters that a mask may hold entries of, as a Fisher pass has them.
+    """The parameters that a mask may hold entries of, as in a Fisher pass.
 
     Raises:
-        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or nothing is left.
+        InputError: an expression of `fisher.include` or `fisher.exclude` is malformed, or no parameter is left.
     """
     return pool.scored_of(config, model, trained_outside(config, model), task_kind(config) in LANGUAGE_KINDS)
-
-
-def _is_product(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
@@ -116,8 +110,10 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
     Raises:
         InputError: as `scored_of` and `layer_stack`.
     """
+    from transformers.pytorch_utils import Conv1D
+
     parameters = dict(model.named_parameters())
-    products = [tuple(cast(nn.Parameter, m.weight).shape) for m in model.modules() if _is_product(m)]
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     text = model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", 0) or 0, getattr(text, "hidden_size", 0) or 0
     width = getattr(text, "head_dim", None) or hidden // max(1, heads)
@@ -126,7 +122,7 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
         item=getattr(torch, config.model.dtype).itemsize,
         scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
         dense=sum(parameters[name].numel() for name in trained_outside(config, model)),
-        products=[(out, inside) for out, inside in products],
+        products=[(module.weight.shape[0], module.weight.shape[1]) for module in linear],
         largest=max(p.numel() for p in parameters.values()),
         layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
         hidden=hidden,

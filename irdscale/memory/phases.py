@@ -1,0 +1,60 @@
+"""What a rank holds at the peak of each phase of a run."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from irdscale.memory.items import F32, begin_items, evaluate_items, fisher_items, pass_items, train_items
+from irdscale.memory.sizes import Items, PassBytes, PassSetting
+from irdscale.memory.workload import Layout, Workload
+
+# Phases in which trials may share a GPU; in the others a rank has its GPU alone.
+TRIAL = ("begin", "train", "evaluate")
+
+
+def phases(work: Workload, layout: Layout) -> dict[str, Items]:
+    """Phase -> bytes of a rank at its peak, by item."""
+    # A rank may have fewer samples than a batch.
+    batch = min(layout.fisher_batch, ceil(work.samples / layout.world))
+    shapes, zero, world = work.shapes, layout.zero, layout.world
+    masks = _bytes_of(work, layout, "masks", batch)
+    found = {"fisher": fisher_items(shapes, masks, zero, world, work.item, layout.sharded, layout.offload)}
+    if work.traced:
+        found["traces"] = pass_items(shapes, _bytes_of(work, layout, "traces", batch), zero, world)
+    return found | trial_phases(work, layout)
+
+
+def trial_phases(work: Workload, layout: Layout) -> dict[str, Items]:
+    """`phases` of one training alone."""
+    shapes, train, k = work.shapes, work.training_layout(layout), work.k
+    step = _bytes_of(work, layout, "train", work.micro_batch(layout))
+    evaluation = _bytes_of(work, layout, "evaluate", work.eval_batch)
+    begin = begin_items(shapes, train.zero, train.world, k)
+    return {
+        **({"begin": begin} if begin.total else {}),
+        "train": train_items(shapes, step, train.zero, train.world, k),
+        "evaluate": evaluate_items(shapes, evaluation, train.zero, train.world, k),
+    }
+
+
+def _bytes_of(work: Workload, layout: Layout, kind: str, batch: int) -> PassBytes:
+    setting = PassSetting(
+        batch, work.tokens, work.ratio, layout.checkpointing, work.language, work.gpu_memory, work.scattered
+    )
+    return work.pass_bytes(kind, setting)
+
+
+def main_memory(work: Workload, layout: Layout) -> int:
+    """Bytes of a node's main memory for offloaded tensors."""
+    shapes, zero, world = work.shapes, layout.zero, layout.world
+    per_rank = 0
+    if layout.offload:
+        parts = world if layout.sharded else 1
+        held = [-(-n // parts) for n in shapes.scored_sizes]
+        # Two buffers of the largest parameter's sums are in transfer.
+        per_rank += work.item * (sum(held) + 2 * max(held))
+    if zero.offload_weights:
+        per_rank += -(-shapes.parameters // world) * shapes.item
+    if zero.offload_optimizer:
+        per_rank += 4 * F32 * -(-(work.k + shapes.dense) // world)
+    return per_rank * layout.gpus_per_node
