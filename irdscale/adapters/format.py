@@ -92,7 +92,7 @@ def save_adapter(
         RunError: the folder cannot be written.
     """
     if dtype is not None and dtype not in STORED:
-        raise InputError(f"dtype: found {dtype}; expected {' or '.join(map(str, STORED))}")
+        raise InputError(f"found {dtype}", f"{' or '.join(map(str, STORED))}", key="dtype")
     state = sparse_state(model)
     deltas, dense = trained_numbers(model)
     found_hash = known_hash(model, state.dense) if is_vouched(model) else base_hash(model)
@@ -152,23 +152,25 @@ def read_adapter(folder: Path | str) -> Adapter:
         names = list(dict.fromkeys(meta["dense"]))
         shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder / 'adapter.json'}: damaged adapter: no valid {error}") from error
+        raise InputError(f"damaged adapter: no valid {error}", where=str(folder / "adapter.json")) from error
     if _contents_hash(tensors) != stated["contents_hash"]:
-        raise InputError(f"{file}: damaged adapter: its contents do not match the stored hash")
+        raise InputError("damaged adapter: its contents do not match the stored hash", where=str(file))
     parts: dict[str, dict[str, Tensor]] = {"index": {}, "values": {}, "dense": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         parts.setdefault(kind, {})[name] = tensor
     mask, values = Mask(parts["index"], shapes), parts["values"]
     if mask.hash != stated["mask_hash"]:
-        raise InputError(f"{folder / 'adapter.json'}: damaged adapter: its mask does not match the stored hash")
+        raise InputError("damaged adapter: its mask does not match the stored hash", where=str(folder / "adapter.json"))
     # The hashes detect damage, not malice: anyone may have written an adapter on a hub.
     for name, index in mask.indices.items():
         if name not in values or values[name].shape != index.shape or not values[name].is_floating_point():
             found = f"{values[name].dtype} {tuple(values[name].shape)}" if name in values else "none"
-            raise InputError(f"{file}: damaged adapter: {name}: found values {found}; expected {len(index)} numbers")
+            raise InputError(f"damaged adapter: {name}: found values {found}", f"{len(index)} numbers", where=str(file))
     if set(names) != set(parts["dense"]):
-        raise InputError(f"{file}: damaged adapter: its densely trained parameters are not those of adapter.json")
+        raise InputError(
+            "damaged adapter: its densely trained parameters are not those of adapter.json", where=str(file)
+        )
     dense = {name: parts["dense"][name] for name in names}
     head = read_head(stated["head"], folder)
     return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]), head)
@@ -188,14 +190,16 @@ def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             found = shapes.get(name, "no such parameter")
-            raise InputError(f"{adapter.folder}: adapter for another base: {name}: found {found}; expected {shape}")
+            raise InputError(f"adapter for another base: {name}: found {found}", f"{shape}", where=str(adapter.folder))
     for name in adapter.dense:
         if len(adapter.mask.indices.get(name, ())):
-            raise InputError(f"{adapter.folder}: damaged adapter: {name} is trained both densely and by masked entries")
+            raise InputError(
+                f"damaged adapter: {name} is trained both densely and by masked entries", where=str(adapter.folder)
+            )
     try:
         adapter.mask.check()
     except InputError as error:
-        raise InputError(f"{adapter.folder}: damaged adapter: {error}") from error
+        raise InputError(f"damaged adapter: {error}", where=str(adapter.folder)) from error
 
 
 def check_base(adapter: Adapter, found_hash: str) -> None:
@@ -206,8 +210,9 @@ def check_base(adapter: Adapter, found_hash: str) -> None:
     """
     if found_hash != adapter.base_hash:
         raise InputError(
-            f"{adapter.folder}: adapter for another base: found weights {found_hash[:12]}; "
-            f"expected {adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'})"
+            f"adapter for another base: found weights {found_hash[:12]}",
+            f"{adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'})",
+            where=str(adapter.folder),
         )
 
 
@@ -230,7 +235,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """
     if is_sparse(model):
         raise InputError(
-            f"{type(model).__name__}: sparse already; unload or merge it before {folder} is loaded, or switch_adapter"
+            f"sparse already; unload or merge it before {folder} is loaded, or switch_adapter",
+            where=type(model).__name__,
         )
     adapter = read_adapter(folder)
     check_head(model, adapter.head)

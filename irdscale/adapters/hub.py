@@ -16,7 +16,7 @@ def _is_repository(name: str) -> bool:
 
 def _check_id(repo_id: str) -> None:
     if not _is_repository(repo_id):
-        raise InputError(f"{repo_id}: found no name on the hub; expected OWNER/NAME")
+        raise InputError("found no name on the hub", "OWNER/NAME", where=str(repo_id))
 
 
 def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
@@ -38,7 +38,7 @@ def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
 
     _check_id(repo_id)
     if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder; expected an adapter")
+        raise InputError("no such folder", "an adapter", where=str(folder))
     read_adapter(folder)
     try:
         with hub_access():

@@ -36,7 +36,7 @@ def run_bench(part: str = "all", progress: bool = True) -> dict[str, Any]:
         InputError: the part does not exist, or has no GPU.
     """
     if part not in (*PARTS, "all"):
-        raise InputError(f"bench: found {part!r}; expected one of {', '.join((*PARTS, 'all'))}")
+        raise InputError(f"found {part!r}", f"one of {', '.join((*PARTS, 'all'))}", key="bench")
     gpu = torch.cuda.is_available()
     parts = tuple(p for p in PARTS if p != "gpu" or gpu) if part == "all" else (part,)
     failed: list[str] = []

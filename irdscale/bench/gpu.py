@@ -62,7 +62,7 @@ def run_gpu_bench(advance: Callable[..., None] = lambda: None) -> tuple[list[dic
         InputError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise InputError("bench: found no CUDA device; expected one to measure the GPU's part on")
+        raise InputError("found no CUDA device", "one to measure the GPU's part on", key="bench")
     return run_groups(_groups(), advance)
 
 

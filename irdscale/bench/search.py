@@ -32,11 +32,11 @@ def bench_search(advance: Callable[..., None]) -> list[dict[str, Any]]:
         InputError: Ray or the quickstart's configuration is missing.
     """
     if not CONFIG.is_file():
-        raise InputError(f"bench search: found no {CONFIG}; expected a checkout of irdscale with its configs")
+        raise InputError(f"bench search: found no {CONFIG}", "a checkout of irdscale with its configs")
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise InputError("bench search: found no ray; expected it installed (pip install 'irdscale[ray]')") from None
+        raise InputError("bench search: found no ray", "it installed (pip install 'irdscale[ray]')") from None
     with tempfile.TemporaryDirectory(prefix="irdscale-bench-") as folder:
         rows = [_overhead(Path(folder))]
         advance()

@@ -51,7 +51,7 @@ def card() -> str:
     from irdscale.errors import InputError
 
     if not torch.cuda.is_available():
-        raise InputError("gpu_check: found no CUDA device; expected one")
+        raise InputError("found no CUDA device", "one", key="gpu_check")
     packages = ("irdscale", "triton", "transformers", "deepspeed", "peft")
     found = [f"{package} {_version(package)}" for package in packages]
     cards = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"

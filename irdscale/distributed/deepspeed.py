@@ -44,8 +44,9 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
         return None
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
-            f"train.deepspeed: found {config.train.deepspeed}, but deepspeed is not installed; expected it: "
-            f"pip install --no-build-isolation 'irdscale[deepspeed]'"
+            f"found {config.train.deepspeed}, but deepspeed is not installed",
+            "it: pip install --no-build-isolation 'irdscale[deepspeed]'",
+            key="train.deepspeed",
         )
     # The optimizer is always torch's AdamW: for k parameters DeepSpeed's own is no faster.
     return {**settings, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
@@ -67,11 +68,11 @@ def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | N
     try:
         settings = json.loads(Path(file).read_bytes())
     except OSError as error:
-        raise InputError(f"train.deepspeed: {file}: cannot read it: {error.strerror}") from error
+        raise InputError(f"cannot read it: {error.strerror}", key="train.deepspeed", where=str(file)) from error
     except ValueError as error:
-        raise InputError(f"train.deepspeed: {file}: not JSON: {error}") from error
+        raise InputError(f"not JSON: {error}", key="train.deepspeed", where=str(file)) from error
     if not isinstance(settings, dict):
-        raise InputError(f"train.deepspeed: {file}: found {type(settings).__name__}; expected a JSON object")
+        raise InputError(f"found {type(settings).__name__}", "a JSON object", key="train.deepspeed", where=str(file))
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
         raise _found(file, "zero_optimization", zero, "a section")
@@ -86,7 +87,7 @@ def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | N
 
 
 def _found(file: str, key: str, value: Any, expected: str) -> InputError:
-    return InputError(f"train.deepspeed: {file}: {key}: found {json.dumps(value)}; expected {expected}")
+    return InputError(f"found {json.dumps(value)}", expected, key="train.deepspeed", where=f"{file}: {key}")
 
 
 def _enabled(settings: dict[str, Any], section: str) -> Any:
@@ -97,7 +98,7 @@ def _enabled(settings: dict[str, Any], section: str) -> Any:
 
 def _check_precision(file: str, settings: dict[str, Any], dtype: str) -> None:
     if dtype == "float64":
-        raise InputError("model.dtype: found 'float64' with train.deepspeed; expected 'float32' or 'bfloat16'")
+        raise InputError("found 'float64' with train.deepspeed", "'float32' or 'bfloat16'", key="model.dtype")
     half = _enabled(settings, "fp16")
     if half is True:
         raise _found(file, "fp16.enabled", half, "false: set model.dtype=bfloat16 for a lower precision")
@@ -142,8 +143,10 @@ def micro_batch(config: RunConfig, world: int) -> int:
     batch, passes = config.train.batch_size, config.train.gradient_accumulation
     if batch % (world * passes):
         raise InputError(
-            f"train.batch_size: found {batch}; expected a multiple of {world * passes}: {world} rank(s) x "
-            f"train.gradient_accumulation {passes}; {' '.join(_dividing(batch, passes, world))} would do"
+            f"found {batch}",
+            f"a multiple of {world * passes}: {world} rank(s) x train.gradient_accumulation {passes}; "
+            f"{' '.join(_dividing(batch, passes, world))} would do",
+            key="train.batch_size",
         )
     return batch // (world * passes)
 

@@ -30,9 +30,7 @@ def own_address(head: str) -> str:
             probe.connect((head, 1))
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise InputError(
-            f"HEAD: found {head}: {error.strerror or error}; expected a name or an IPv4 address"
-        ) from error
+        raise InputError(f"found {head}: {error.strerror or error}", "a name or an IPv4 address", key="HEAD") from error
 
 
 def start(arguments: list[str]) -> int:

@@ -45,7 +45,7 @@ def launched() -> tuple[int, int, int]:
     found["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", found["RANK"])
     for name, value in found.items():
         if not value.isdigit():
-            raise InputError(f"{name}: found {value!r} in the environment; expected a number, as torchrun sets it")
+            raise InputError(f"found {value!r} in the environment", "a number, as torchrun sets it", key=name)
     return int(found["RANK"]), int(found["LOCAL_RANK"]), int(found["WORLD_SIZE"])
 
 
@@ -57,7 +57,9 @@ def alone(verb: str) -> None:
     """
     world = launched()[2]
     if world > 1:
-        raise InputError(f"{verb}: found {world} ranks (WORLD_SIZE); expected one process: start it without a launcher")
+        raise InputError(
+            f"found {world} ranks (WORLD_SIZE)", "one process: start it without a launcher", where=str(verb)
+        )
 
 
 def free_port(host: str = "") -> int:
@@ -102,7 +104,7 @@ def in_process_group(settings: DistributedConfig | None = None, always: bool = F
     """
     backend = "auto" if settings is None else settings.backend
     if backend == "nccl" and not _gpus():
-        raise InputError("distributed.backend: found nccl and no GPU; expected auto or gloo")
+        raise InputError("found nccl and no GPU", "auto or gloo", key="distributed.backend")
     if launched()[2] == 1 and not always:
         yield
         return
@@ -148,7 +150,7 @@ def _group(settings: DistributedConfig | None, rank: int, local_rank: int, world
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world)}
     if gpus:
         if local_rank >= gpus:
-            raise InputError(f"LOCAL_RANK: found {local_rank}; expected 0 to {gpus - 1}, one rank a GPU")
+            raise InputError(f"found {local_rank}", f"0 to {gpus - 1}, one rank a GPU", key="LOCAL_RANK")
         torch.cuda.set_device(local_rank)
     backend = settings.backend if settings.backend != "auto" else "nccl" if gpus else "gloo"
     timeout = timedelta(minutes=settings.timeout_minutes)

@@ -170,7 +170,7 @@ def same_on_every_rank(facts: dict[str, Any]) -> None:
             if first != other:
                 name, _, expected = first.partition("=")
                 found = other.partition("=")[2]
-                raise InputError(f"rank {rank} has another {name}: found {found}; expected {expected}, as on rank 0")
+                raise InputError(f"rank {rank} has another {name}: found {found}", f"{expected}, as on rank 0")
 
 
 def end_rank() -> NoReturn:

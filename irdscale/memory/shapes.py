@@ -62,8 +62,9 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
             )
     except Exception as error:  # transformers and remote code raise any type
         raise InputError(
-            f"model.path: {config.model.path}: cannot build a model for task.kind {kind!r} from its config.json: "
-            f"{one_line(error)}"
+            f"cannot build a model for task.kind {kind!r} from its config.json: {one_line(error)}",
+            key="model.path",
+            where=str(config.model.path),
         ) from error
     return cast("PreTrainedModel", model.eval())
 

@@ -205,8 +205,9 @@ def require_causal(model: nn.Module, batch: dict[str, Any]) -> None:
     tolerance = HALF_CAUSAL_TOLERANCE if half else _tolerance(CAUSAL_TOLERANCE, expected, exact=True)
     if _beyond(difference_T.median(), expected.double().abs().amax(), tolerance):
         raise InputError(
-            f"{type(model).__name__}: found logits of a token that change with later tokens, its targets; expected a "
-            f"causal language model (for an encoder, set is_decoder=true in its config.json)"
+            "found logits of a token that change with later tokens, its targets",
+            "a causal language model (for an encoder, set is_decoder=true in its config.json)",
+            where=type(model).__name__,
         )
     _CAUSAL.add(model)
 

@@ -115,7 +115,7 @@ def find_gpu(name: str, gpus_per_node: int) -> Gpu:
         InputError: there is none (names the nearest).
     """
     if name not in GPUS:
-        raise InputError(f"gpu: found {name!r}{nearest(name, GPUS)}; expected one of {', '.join(GPUS)}")
+        raise InputError(f"found {name!r}{nearest(name, GPUS)}", f"one of {', '.join(GPUS)}", key="gpu")
     if name != "cpu":
         return GPUS[name]
     import psutil

@@ -23,14 +23,14 @@ def split_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         key, equals, value = argument.partition("=")
         if key not in KEYS:
             if equals and "." not in key and nearest(key, KEYS) and key != "output":
-                raise InputError(f"{key}: unknown key{nearest(key, KEYS)}; expected one of {', '.join(KEYS)}")
+                raise InputError(f"unknown key{nearest(key, KEYS)}", f"one of {', '.join(KEYS)}", key=key)
             rest.append(argument)
         elif key in given:
-            raise InputError(f"{key}: given twice")
+            raise InputError("given twice", key=key)
         elif key == "gpu":
             given[key] = value
         elif not value.isdecimal() or int(value) < 1:
-            raise InputError(f"{key}: found {value!r}; expected a number of at least 1")
+            raise InputError(f"found {value!r}", "a number of at least 1", key=key)
         else:
             given[key] = int(value)
     return given, rest

@@ -42,7 +42,7 @@ def read_ledger(path: Path | str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path}: cannot read the ledger: {error.strerror}") from error
+        raise InputError(f"cannot read the ledger: {error.strerror}", where=str(path)) from error
     records: list[dict[str, Any]] = []
     finished: set[str] = set()
     for row, line in enumerate(data.split(b"\n"), start=1):

@@ -48,7 +48,7 @@ def _original(module: Any, name: str) -> Callable[..., Any]:
 
 
 def _refused(what: str, why: str) -> InputError:
-    return InputError(f"{what}: {why}; unload or merge the sparse model first")
+    return InputError(f"{why}; unload or merge the sparse model first", key=what)
 
 
 def _is_trained(part: Any, dense: Sequence[nn.Parameter]) -> bool:
@@ -151,7 +151,9 @@ def _save_pretrained(
     """Save effective weights; for ZeRO-3 they are computed from the base and values that DeepSpeed gathers."""
     if is_main_process and any(entries.partitioned for *_, entries in held_entries(module)):
         if not state_dict:
-            raise InputError("save_pretrained: found ZeRO-3 partitions; use save_adapter, or merge the model first")
+            raise InputError(
+                "found ZeRO-3 partitions; use save_adapter, or merge the model first", key="save_pretrained"
+            )
         state_dict = _effective(module, state_dict)
     return _original(module, "save_pretrained")(save_directory, is_main_process, state_dict, *args, **kwargs)
 
@@ -164,7 +166,7 @@ def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
             continue
         if values is None or weight.numel() != numel_of(entries.parameter):
             raise InputError(
-                f"save_pretrained: {name}: found a partition of the weight; use save_adapter, or merge first"
+                "found a partition of the weight; use save_adapter, or merge first", key="save_pretrained", where=name
             )
         base = entries.base.to(weight.device)
         weights = values.to(weight.device) if entries.absolute else base + values.to(base.device)

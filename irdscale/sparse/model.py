@@ -77,7 +77,7 @@ def sparse_state(model: nn.Module) -> SparseState:
         InputError: the model is not sparse.
     """
     if not is_sparse(model):
-        raise InputError(f"{type(model).__name__}: not a sparse model; expected one from sparsify or load_adapter")
+        raise InputError("not a sparse model", "one from sparsify or load_adapter", where=type(model).__name__)
     return cast(SparseState, model._irdscale)
 
 
@@ -94,10 +94,10 @@ def matching_parameters(names: Iterable[str], patterns: Sequence[str]) -> list[s
             found = [name for name in names if re.search(pattern, name)]
         except re.error as error:
             raise InputError(
-                f"train.always_train: found {pattern!r}; expected a regular expression ({error})"
+                f"found {pattern!r}", f"a regular expression ({error})", key="train.always_train"
             ) from None
         if not found:
-            raise InputError(f"train.always_train: {pattern!r} matches no parameter{nearest(pattern, names)}")
+            raise InputError(f"{pattern!r} matches no parameter{nearest(pattern, names)}", key="train.always_train")
         matched.update(found)
     return [name for name in names if name in matched]
 
@@ -118,18 +118,20 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
         InputError: the model is sparse already, the mask does not fit it, or `always_train` names masked entries.
     """
     if is_sparse(model):
-        raise InputError(f"{type(model).__name__}: sparse already; unload or merge it first")
+        raise InputError("sparse already; unload or merge it first", where=type(model).__name__)
     parameters = dict(model.named_parameters())
     mask.check()
     dense = matching_parameters(parameters, always_train)
     for name, index in mask.indices.items():
         if name not in parameters:
-            raise InputError(f"mask: {name}: the model has no such parameter{nearest(name, parameters)}")
+            raise InputError(f"the model has no such parameter{nearest(name, parameters)}", key="mask", where=name)
         if shape_of(parameters[name]) != tuple(mask.shapes[name]):
             found, expected = tuple(mask.shapes[name]), shape_of(parameters[name])
-            raise InputError(f"mask: {name}: found shape {found}; expected {expected}, the model's")
+            raise InputError(f"found shape {found}", f"{expected}, the model's", key="mask", where=name)
         if name in dense and len(index):
-            raise InputError(f"mask: {name}: found entries in a parameter that train.always_train trains densely")
+            raise InputError(
+                "found entries in a parameter that train.always_train trains densely", key="mask", where=name
+            )
     required_grad = {name for name, p in parameters.items() if p.requires_grad}
     # In the model's order: a computed mask and the same one loaded from disk have different orders.
     masked = [name for name in parameters if len(mask.indices.get(name, ()))]

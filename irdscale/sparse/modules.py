@@ -175,7 +175,7 @@ def _unfilled(original: Any, local_names: tuple[str, ...]) -> nn.Module:
 
 
 def _refused(what: str, instead: str = "unload or merge it first") -> InputError:
-    return InputError(f"{what}: not possible for a sparse model; {instead}")
+    return InputError(f"not possible for a sparse model; {instead}", key=what)
 
 
 _ROUNDED = (

@@ -47,7 +47,7 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
             dense = trained_densely(config, model, new)
             if steps and not new:
                 raise InputError(
-                    f"fisher.head_warmup: found {steps}; expected 0, because the checkpoint holds the head too"
+                    f"found {steps}", "0, because the checkpoint holds the head too", key="fisher.head_warmup"
                 )
         if steps:
             sparsify(model, Mask({}, {}), [f"^{re.escape(name)}$" for name in new])

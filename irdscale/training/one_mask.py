@@ -250,15 +250,15 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
     """
     if format is not None and format not in EXPORT_FORMATS:
         raise InputError(
-            f"format: found {format!r}{nearest(format, EXPORT_FORMATS)}; expected {' or '.join(EXPORT_FORMATS)}"
+            f"found {format!r}{nearest(format, EXPORT_FORMATS)}", f"{' or '.join(EXPORT_FORMATS)}", key="format"
         )
     if to.startswith(HUB):
         if format is not None:
-            raise InputError(f"format: found {format!r} with to={to}; expected none: the adapter is uploaded unchanged")
+            raise InputError(f"found {format!r} with to={to}", "none: the adapter is uploaded unchanged", key="format")
         return {"hub": push_adapter(adapter, to.removeprefix(HUB)), "adapter": adapter}
     target = Path(to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"to: {to} exists; expected a new or empty folder")
+        raise InputError(f"{to} exists", "a new or empty folder", key="to")
     # One process merges the full model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config, adapter_head(adapter))

@@ -77,5 +77,5 @@ def make_sparse(
     dense = put_lora(config, model, new, seed, lora_rank)
     mask = mask if mask is not None else Mask({}, {})
     if mask.k == 0 and not dense:
-        raise InputError("train.always_train: found no parameter and an empty mask; expected something to train")
+        raise InputError("found no parameter and an empty mask", "something to train", key="train.always_train")
     return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in dense])

@@ -120,9 +120,9 @@ def read_versioned(path: Path | str, what: str, format: str, version: int) -> di
     """
     meta = read_json(path, what)
     if not isinstance(meta, dict) or meta.get("format") != format:
-        raise InputError(f"{path}: found no {what}; expected format {format!r}")
+        raise InputError(f"found no {what}", f"format {format!r}", where=str(path))
     if meta.get("version") != version:
-        raise InputError(f"{path}: found version {meta.get('version')}; expected {version}")
+        raise InputError(f"found version {meta.get('version')}", f"{version}", where=str(path))
     return meta
 
 
