@@ -7,7 +7,7 @@ def kind_of(value: object) -> str:
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: `KEY: WHERE: FOUND; expected EXPECTED`.
+    """Bad input, told in one line: `WHERE: KEY: FOUND; expected EXPECTED`.
 
     Attributes:
         found: fault as the line says it ("found 3", "no such folder")
@@ -21,18 +21,8 @@ class InputError(ValueError):
         self.found, self.expected, self.key, self.where = found, expected, key, where
 
     def __str__(self) -> str:
-        line = ": ".join(part for part in (*self._place(), self.found) if part)
+        line = ": ".join(part for part in (self.where, self.key, self.found) if part)
         return f"{line}; expected {self.expected}" if self.expected else line
-
-    def _place(self) -> tuple[str, str]:
-        return self.key, self.where
-
-
-class FileError(InputError):
-    """Bad input at a key inside a file. Its line begins with the place, as compilers have it: `WHERE: KEY: FOUND`."""
-
-    def _place(self) -> tuple[str, str]:
-        return self.where, self.key
 
 
 class RunError(RuntimeError):

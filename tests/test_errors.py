@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from irdscale.errors import FileError, InputError
+from irdscale.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -12,9 +12,9 @@ from irdscale.errors import FileError, InputError
     [
         (InputError("the data set is empty"), "the data set is empty"),
         (InputError("found 3", "1 or 2", "train.steps"), "train.steps: found 3; expected 1 or 2"),
-        (InputError("the file is empty", key="task.dataset", where="a.csv"), "task.dataset: a.csv: the file is empty"),
+        (InputError("the file is empty", key="task.dataset", where="a.csv"), "a.csv: task.dataset: the file is empty"),
         (InputError("no such folder", where="runs/a"), "runs/a: no such folder"),
-        (FileError("found 3", "1 or 2", "train.steps", "a.yaml:7"), "a.yaml:7: train.steps: found 3; expected 1 or 2"),
+        (InputError("found 3", "1 or 2", "train.steps", "a.yaml:7"), "a.yaml:7: train.steps: found 3; expected 1 or 2"),
     ],
 )
 def test_an_error_is_one_line_and_keeps_its_fields_in_a_pickle(error: InputError, line: str) -> None:

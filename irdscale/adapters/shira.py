@@ -59,9 +59,7 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in _contents(model, sorted(whole), holders).items()}
     layers = {name: index for name, index in layers.items() if not _inside(name, whole)}
     if not layers:
-        raise InputError(
-            "found no linear weights that it can hold", "some, or format=merged", key="format", where="shira"
-        )
+        raise InputError("found no linear weights that it can hold", "some, or format=merged", key="format: shira")
     for name, index in layers.items():
         places_2K, values_K = _padded(index.long(), deltas[name], shapes[name], r)
         key = PREFIX + name.removesuffix(".weight")
@@ -119,15 +117,13 @@ def _owner(name: str, holders: Holders) -> str:
         raise InputError(
             f"{name}: must be stored in full and is tied ({', '.join(paths)}), which PEFT would untie",
             "format=merged",
-            key="format",
-            where="shira",
+            key="format: shira",
         )
     if not paths[0]:
         raise InputError(
             f"{name}: must be stored in full and is in no submodule, which PEFT cannot do",
             "format=merged",
-            key="format",
-            where="shira",
+            key="format: shira",
         )
     return paths[0]
 
@@ -152,8 +148,7 @@ def _refuse_all_but_linear(layers: dict[str, Tensor], holders: dict[str, Holders
             f"found {len(layers[name]):,} entries in {what}, and {count:,} of the mask's {k:,} outside "
             "untied nn.Linear weights",
             "entries in those alone (see fisher.include), or format=merged",
-            key="format",
-            where=f"shira: {name}",
+            key=f"format: shira: {name}",
         )
 
 

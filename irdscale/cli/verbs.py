@@ -170,7 +170,7 @@ def report(
         check_writable(output, "output")
         if (output / "compare.json").exists():
             if samples:
-                raise InputError("found a comparison", "the output of a search", str(output), "--samples")
+                raise InputError(f"found {output}, a comparison", "the output of a search", "--samples")
             from irdscale.compare import write_comparison
 
             result = write_comparison(output)
