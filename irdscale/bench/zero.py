@@ -79,6 +79,7 @@ def _on_rank(rank: int, folder: str, repeats: int) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(minutes=10))
+    compile_nothing()
     deepspeed.init_distributed("gloo")
     batch = collate(make_rows(TOKENS, seed=rank))
     mask = fisher_mask("bert", make_rows(TOKENS))

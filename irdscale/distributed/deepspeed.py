@@ -191,6 +191,7 @@ def loading(config: RunConfig) -> Iterator[None]:
     if settings is None or settings["zero_optimization"]["stage"] != 3:
         yield
         return
+    compile_nothing()
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     settings = {key: value for key, value in settings.items() if value != AUTO}
@@ -204,6 +205,16 @@ def loading(config: RunConfig) -> Iterator[None]:
     finally:
         forget_settings()
         del known
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed from compiling collectives over shared memory: training calls none of them.
+
+    On a CPU it would do so at its start, which takes a C++ compiler and a minute.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def forget_settings() -> None:

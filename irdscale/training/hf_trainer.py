@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
 from irdscale.config.schema import TrainConfig
+from irdscale.distributed.deepspeed import compile_nothing
 from irdscale.distributed.ranks import all_reduce_sum, current_group, rank_and_world
 from irdscale.training.control import Control
 
@@ -128,6 +129,8 @@ def training_arguments(
         settings: DeepSpeed's settings; None to train without it.
         micro: samples of one forward pass on one rank.
     """
+    if settings is not None:
+        compile_nothing()
     gpu, train = torch.cuda.is_available(), training.train
     arguments = TrainingArguments(
         output_dir=scratch,
