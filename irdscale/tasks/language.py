@@ -16,9 +16,10 @@ import pyarrow as pa
 from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
-from irdscale.tasks.chats import chat_messages, chat_sample
+from irdscale.tasks.chats import chat_sample
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
+from irdscale.tasks.messages import chat_messages
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
 
