@@ -41,7 +41,14 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sequence-classification": (("text", "label"),),
     "regression": (("text", "label"),),
     "causal-lm": (("text",),),
-    "sft": (("prompt", "completion"), ("messages",)),
+    "sft": (
+        ("prompt", "completion"),
+        ("messages",),
+        ("messages", "tools"),
+        ("system", "prompt", "completion"),
+        ("instruction", "output"),
+        ("instruction", "input", "output"),
+    ),
     "multiple-choice": (("prompt", "choices", "label"), ("prompt", "choices", "choice_labels", "label")),
 }
 
@@ -68,7 +75,14 @@ class ColumnsConfig(Section):
     )
     prompt: str | None = Field(None, description="Column of the text before a completion or a choice.")
     completion: str | None = Field(None, description="Column of the answer that the model learns for a prompt.")
-    messages: str | None = Field(None, description="Column of chats: lists of {role, content}.")
+    messages: str | None = Field(
+        None, description="Column of chats: lists of {role, content}, or of {from, value} (ShareGPT)."
+    )
+    tools: str | None = Field(None, description="Column of the functions that a chat's assistant may call, as JSON.")
+    system: str | None = Field(None, description="Column of system prompts, which make chats of prompt and completion.")
+    instruction: str | None = Field(None, description="Column of questions of chats (Alpaca).")
+    input: str | None = Field(None, description="Column of texts that stand behind the instruction; may hold nothing.")
+    output: str | None = Field(None, description="Column of answers to the instructions (Alpaca).")
     choices: list[str] | None = Field(None, min_length=1, description="Column of lists, or one for each choice.")
     choice_labels: str | list[str] | None = Field(
         None,
@@ -222,6 +236,12 @@ class TaskConfig(Section):
         if self.pool is not None:
             check_pool(self.kind, self.pool)
         return self
+
+
+def may_read_chats(kind: Kind, columns: ColumnsConfig | None) -> bool:
+    """Whether samples of this kind, and of these columns where they are given, are chats, which a template writes."""
+    chats = ("messages", "system", "instruction")
+    return kind == "sft" and (columns is None or any(key in columns.named() for key in chats))
 
 
 def check_columns(kind: Kind, columns: ColumnsConfig, section: str = "task.columns") -> None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 
-from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig
+from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig, may_read_chats
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.chats import chat_sample
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
-from irdscale.tasks.messages import chat_messages
+from irdscale.tasks.messages import conversations
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
 
@@ -80,8 +80,8 @@ def language_samples(
         samples = list(_texts(tokenizer, rows, part, task.max_length, columns))
     elif kind == "multiple-choice":
         samples = list(_choices(tokenizer, rows, part, task, columns))
-    elif columns.messages is not None:
-        samples = list(_chats(tokenizer, rows, part, task, columns.messages))
+    elif may_read_chats(kind, columns):
+        samples = list(_chats(tokenizer, rows, part, task, columns))
     else:
         samples = list(_completions(tokenizer, rows, part, task, columns))
     for sample in samples:
@@ -252,17 +252,29 @@ def _choices(
 
 
 def _chats(
-    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, name: str
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
 ) -> Iterator[_Sample]:
+    key = next(key for key in ("messages", "system", "instruction") if key in columns.named())
     if tokenizer.chat_template is None:
         raise InputError(
-            f"task.columns.messages: found {name!r}, but the model's tokenizer has no chat template; "
+            f"task.columns.{key}: found {getattr(columns, key)!r}, but the model's tokenizer has no chat template; "
             f"expected one, or task.columns {{prompt: .., completion: ..}}"
         )
-    chats = rows.column(name, "messages")
+    read, other_prompts = conversations(rows, columns), []
     for row in map(int, part.rows):
-        where = f"task.columns.messages: {rows.where}: column {name!r}, row {row}"
-        chat = chat_sample(tokenizer, chat_messages(chats, row, where), where)
+        found = read(row)
+        chat = chat_sample(tokenizer, found.messages, found.where, found.tools)
         tokens, prompt = _fitting(tokenizer, chat.input_ids, chat.prompt_length, task, f"{rows.where}, row {row}")
         labels = [IGNORED, *chat.labels[len(chat.labels) - len(tokens) + 1 :]]
+        if not chat.as_asked:
+            other_prompts.append(row)
         yield _Sample(row, tokens, labels, prompt, chat.answer, opening=chat.opening, ends=chat.ends)
+    if other_prompts:
+        log.warning(
+            "%s: %d of %d chats, such as row %d: the chat template writes another prompt before the last answer than "
+            "when it asks for that answer; the former is learned from, and evaluated on",
+            rows.where,
+            len(other_prompts),
+            len(part.rows),
+            other_prompts[0],
+        )

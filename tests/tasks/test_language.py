@@ -190,6 +190,36 @@ def test_chat_templates_that_cannot_be_used(model: Path, talking: Path, tmp_path
         template.write_text(TEMPLATE)
 
 
+def test_chats_of_other_columns(talking: Path, tmp_path: Path) -> None:
+    """Of ShareGPT, of Alpaca, and with a system prompt: by the template, as lists of messages are."""
+    rows = [
+        {
+            "chat": [
+                {"from": "system", "value": "the"},
+                {"from": "human", "value": "good"},
+                {"from": "gpt", "value": "bad"},
+            ],
+            "system": "the",
+            "instruction": "good",
+            "input": "",
+            "output": "bad",
+        }
+    ]
+    ways: list[dict[str, str]] = [
+        {"messages": "chat"},
+        {"system": "system", "prompt": "instruction", "completion": "output"},
+        {"instruction": "instruction", "input": "input", "output": "output"},
+        {"instruction": "instruction", "output": "output"},
+    ]
+    tasks = [load_task(config(talking, tmp_path, rows, kind="sft", columns=columns)) for columns in ways]
+    assert [text(task, task.train[0]["labels"]) for task in tasks] == ["bad</s>"] * 4
+    texts = [text(task, task.train[0]["input_ids"]) for task in tasks]
+    assert texts[0] == texts[1]
+    assert "the" in texts[0]
+    assert texts[2] == texts[3] == texts[0].replace(texts[0][: texts[0].index("</s>") + 4], "").lstrip()
+    assert tasks[0].train["answer"] == ["bad"]
+
+
 def test_choices(model: Path, tmp_path: Path) -> None:
     rows = [
         {"q": "the film is", "c": ["good", "not good", "bad"], "y": 1},
