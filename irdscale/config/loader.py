@@ -75,7 +75,13 @@ def _local(value: Any, folder: Path) -> Any:
     return value
 
 
-_PLACES = (("model", "path"), ("task", "dataset"), ("task", "pool", "mixed_with", "dataset"), ("train", "deepspeed"))
+_PLACES = (
+    ("model", "path"),
+    ("task", "dataset"),
+    ("task", "chat_template"),
+    ("task", "pool", "mixed_with", "dataset"),
+    ("train", "deepspeed"),
+)
 
 
 def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -199,6 +199,9 @@ class TaskConfig(Section):
     truncate: Literal["left"] | None = Field(
         None, description="Side from which long prompts are cut (sft, multiple-choice); they are refused if unset."
     )
+    chat_template: str | None = Field(
+        None, min_length=1, description="Chat template (Jinja), as text or a file; the tokenizer's own if unset."
+    )
     packing: bool = Field(
         False, description="Packed training of causal-lm: texts joined to max_length; Fisher samples stay single texts."
     )
@@ -233,6 +236,9 @@ class TaskConfig(Section):
             raise ValueError(f"truncate: found {self.truncate!r} with kind {self.kind!r}; expected none")
         if self.columns is not None:
             check_columns(self.kind, self.columns)
+        for key in ("chat_template",):
+            if getattr(self, key) is not None and not may_read_chats(self.kind, self.columns):
+                raise ValueError(f"{key}: found without chats; expected kind 'sft' with columns of chats")
         if self.pool is not None:
             check_pool(self.kind, self.pool)
         return self

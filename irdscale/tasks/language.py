@@ -16,6 +16,7 @@ import pyarrow as pa
 from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig, may_read_chats
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
+from irdscale.tasks.chat_templates import check_syntax
 from irdscale.tasks.chats import chat_sample
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
@@ -258,8 +259,9 @@ def _chats(
     if tokenizer.chat_template is None:
         raise InputError(
             f"task.columns.{key}: found {getattr(columns, key)!r}, but the model's tokenizer has no chat template; "
-            f"expected one, or task.columns {{prompt: .., completion: ..}}"
+            f"expected one, or task.chat_template, or task.columns {{prompt: .., completion: ..}}"
         )
+    check_syntax(tokenizer, task.chat_template)
     read, other_prompts = conversations(rows, columns), []
     for row in map(int, part.rows):
         found = read(row)

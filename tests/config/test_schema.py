@@ -91,6 +91,10 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
         ),
         (["task={kind: sft, dataset: a, columns: {tools: b}}"], "task.columns.messages: missing; expected prompt and"),
         (["task={kind: sft, dataset: a, columns: {input: b, output: c}}"], "task.columns.instruction: missing; expec"),
+        (
+            ["task={kind: sft, dataset: a, columns: {prompt: b, completion: c}, chat_template: x}"],
+            "task.chat_template: found without chats; expected kind 'sft' with columns of chats",
+        ),
         (["task={kind: multiple-choice, dataset: a, columns: {prompt: b}}"], "task.columns.choices: missing"),
         (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),
