@@ -202,6 +202,9 @@ class TaskConfig(Section):
     chat_template: str | None = Field(
         None, min_length=1, description="Chat template (Jinja), as text or a file; the tokenizer's own if unset."
     )
+    train_on: Literal["last"] | None = Field(
+        None, description="Answers of a chat that are learned: the last one alone (last); all of them if unset."
+    )
     packing: bool = Field(
         False, description="Packed training of causal-lm: texts joined to max_length; Fisher samples stay single texts."
     )
@@ -236,7 +239,7 @@ class TaskConfig(Section):
             raise ValueError(f"truncate: found {self.truncate!r} with kind {self.kind!r}; expected none")
         if self.columns is not None:
             check_columns(self.kind, self.columns)
-        for key in ("chat_template",):
+        for key in ("chat_template", "train_on"):
             if getattr(self, key) is not None and not may_read_chats(self.kind, self.columns):
                 raise ValueError(f"{key}: found without chats; expected kind 'sft' with columns of chats")
         if self.pool is not None:

@@ -59,7 +59,7 @@ def language_samples(
     - causal-lm: a text, with the tokenizer's own special tokens and the end-of-sequence token; a text longer than
       `task.max_length` gives several samples, cut after every so many tokens. Rows without text are left out.
     - sft: a prompt, a line break and a completion with the end-of-sequence token, whose tokens are the labels; or a
-      chat by the tokenizer's template, with those of every message of the assistant.
+      chat by the tokenizer's template, with those of the assistant's messages, or of the last one (`task.train_on`).
     - multiple-choice: a prompt, a space and the right choice, whose tokens are the labels.
 
     Returns:
@@ -265,7 +265,7 @@ def _chats(
     read, other_prompts = conversations(rows, columns), []
     for row in map(int, part.rows):
         found = read(row)
-        chat = chat_sample(tokenizer, found.messages, found.where, found.tools)
+        chat = chat_sample(tokenizer, found.messages, found.where, found.tools, task.train_on == "last")
         tokens, prompt = _fitting(tokenizer, chat.input_ids, chat.prompt_length, task, f"{rows.where}, row {row}")
         labels = [IGNORED, *chat.labels[len(chat.labels) - len(tokens) + 1 :]]
         if not chat.as_asked:

@@ -92,9 +92,14 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
         (["task={kind: sft, dataset: a, columns: {tools: b}}"], "task.columns.messages: missing; expected prompt and"),
         (["task={kind: sft, dataset: a, columns: {input: b, output: c}}"], "task.columns.instruction: missing; expec"),
         (
+            ["task={kind: causal-lm, dataset: a, train_on: last}"],
+            "task.train_on: found without chats; expected kind 'sft' with columns of chats",
+        ),
+        (
             ["task={kind: sft, dataset: a, columns: {prompt: b, completion: c}, chat_template: x}"],
             "task.chat_template: found without chats; expected kind 'sft' with columns of chats",
         ),
+        (["task={kind: sft, dataset: a, train_on: first}"], "task.train_on: found 'first'; expected 'last'"),
         (["task={kind: multiple-choice, dataset: a, columns: {prompt: b}}"], "task.columns.choices: missing"),
         (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),

@@ -221,6 +221,15 @@ def test_chats_of_other_columns(talking: Path, tmp_path: Path) -> None:
     assert tasks[0].train["answer"] == ["bad"]
 
 
+def test_the_last_answer_alone(talking: Path, tmp_path: Path) -> None:
+    rows = [chat("is it good?", "not bad", "and this?", "good")]
+    task = load_task(config(talking, tmp_path, rows, **CHATS, train_on="last"))
+    assert [text(task, labels) for labels in task.train["labels"]] == ["good</s>"]
+    every = load_task(config(talking, tmp_path, rows, **CHATS))
+    assert task.train["input_ids"] == every.train["input_ids"]
+    assert task.train["prompt_length"] == every.train["prompt_length"]
+
+
 def test_a_chat_template_that_is_given(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
