@@ -8,8 +8,8 @@ from transformers import RobertaConfig
 
 from irdscale.cli import command_line
 from irdscale.cli.command_line import app
+from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.config.loader import load_config
-from irdscale.config.schema import LANGUAGE_KINDS
 from irdscale.distributed.deepspeed import micro_batch
 from irdscale.errors import InputError
 from irdscale.plan import run_plan

@@ -1,14 +1,34 @@
-"""What the verbs say to people, at a terminal."""
+"""The results of verbs at a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from irdscale.cli.ranks import rank_of_this_process
+
+
+def show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | None = None) -> None:
+    """Print a verb's result on the first rank: as JSON, by `summary`, or a line for each value."""
+    if rank_of_this_process()[0] > 0:
+        return
+    if as_json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    elif summary is not None:
+        summary()
+    else:
+        from irdscale.config.loader import leaves
+
+        for key, value in leaves({key: value for key, value in result.items() if value != []}):
+            print(f"{key:24} {readable(value)}")
+    sys.stdout.flush()
+
 
 def readable(value: Any) -> str:
-    """A value in a few words."""
+    """A value as text: `yes`, `1,234`, `0.9877`."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -21,7 +41,7 @@ def readable(value: Any) -> str:
 
 
 def print_search(result: dict[str, Any], output: Path) -> None:
-    """The winner and what it is compared with, and where all of it is."""
+    """Print the winner beside its baselines, and the paths of adapter and report."""
     from rich.console import Console
     from rich.table import Table
 
@@ -36,17 +56,13 @@ def print_search(result: dict[str, Any], output: Path) -> None:
         table.add_column(column, justify="right" if column else "left")
     rows = [("winner", best), ("random samples (FISH)", baseline["fish_random"])]
     rows.append(("head only (linear probe)", baseline.get("linear_probe")))
-    rows.append(("the model as it came", baseline.get("base")))
+    rows.append(("the base model", baseline.get("base")))
     for name, entry in rows:
         if entry is not None:
             cells = [entry.get("samples"), entry["params"], entry["metric"]]
-            numbers = [_score(cell) if isinstance(cell, float) else readable(cell) for cell in cells]
-            table.add_row(
-                name,
-                *numbers,
-                with_error(entry["test_metric"], entry["test_error"]),
-                style="bold" if entry is best else None,
-            )
+            numbers = [f"{cell:.4f}" if isinstance(cell, float) else readable(cell) for cell in cells]
+            numbers.append(with_error(entry["test_metric"], entry["test_error"]))
+            table.add_row(name, *numbers, style="bold" if entry is best else None)
     console = Console()
     console.print(table)
     share = 100 * best["params"] / result["model"]["parameters"]
@@ -64,7 +80,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
 
 
 def print_bench(result: dict[str, Any]) -> None:
-    """Every ratio beside its bar, in red where it is missed."""
+    """Print every ratio beside its bar, in red where the bar is missed."""
     from rich.console import Console
     from rich.table import Table
 
@@ -82,12 +98,8 @@ def print_bench(result: dict[str, Any]) -> None:
         console.print(f"Failed: {problem}", style="red", soft_wrap=True, markup=False, highlight=False)
 
 
-def _score(value: float) -> str:
-    return f"{value:.4f}"
-
-
 def print_doctor(result: dict[str, Any]) -> None:
-    """What this machine has, and what it can run."""
+    """Print what this machine has, and what it can run."""
     from rich.console import Console
 
     from irdscale.config.loader import leaves
@@ -104,19 +116,20 @@ def print_doctor(result: dict[str, Any]) -> None:
         found = package["found"] or "missing"
         line(f"{name:24} {found} (needs {package['needs'] or 'any version'})", None if package["ok"] else "red")
     line(f"{'ray':24} {readable(result['ray']['version'])}")
-    for text in (*_said_of_cluster(result["ray"]), *_said_of_search(result["search"])):
+    for text in (*cluster_lines(result["ray"]), *search_lines(result["search"])):
         line(text)
     for problem in result["problems"]:
         line(f"Cannot {problem['cannot']}: {problem['why']}", "red" if problem["blocks_search"] else "yellow")
     line("irdscale search can run here." if result["ok"] else "irdscale search cannot run here.", "bold")
 
 
-def _said_of_cluster(ray: dict[str, Any]) -> Iterator[str]:
+def cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
+    """The Ray cluster that was found, in lines."""
     if ray["version"] is None:
         return
     found = ray["cluster"]
     if found is None:
-        yield "No Ray cluster runs here; a search with search.runner=ray starts one of this machine."
+        yield "No Ray cluster runs here; a search with search.runner=ray starts one on this machine."
         return
     has = f"{found['nodes']} node(s), {found['cpus']} CPUs, {found['gpus']} GPUs, {found['memory_gib']} GiB"
     yield (
@@ -126,7 +139,8 @@ def _said_of_cluster(ray: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _said_of_search(search: dict[str, Any] | None) -> Iterator[str]:
+def search_lines(search: dict[str, Any] | None) -> Iterator[str]:
+    """The estimate of a search, in lines."""
     from irdscale.utils.progress import duration
 
     if search is None:

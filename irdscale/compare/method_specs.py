@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from irdscale.config.compare import METHODS
 from irdscale.config.loader import changed_config
-from irdscale.config.schema import METHODS, RunConfig
+from irdscale.config.schema import RunConfig
 
 # Whose masks come from the sample sets of one ranking, and of which.
 RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {

@@ -8,7 +8,7 @@ from typing import Any
 from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method, described
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
-from irdscale.config.schema import METRIC_RANGES
+from irdscale.config.kinds import METRIC_RANGES
 from irdscale.search.candidates import Candidate
 from irdscale.search.limits import reachable_sizes
 

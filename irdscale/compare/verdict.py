@@ -6,7 +6,7 @@ from typing import Any
 
 from irdscale.compare.method_specs import FEW, SEARCHES
 from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
-from irdscale.config.schema import METRIC_RANGES
+from irdscale.config.kinds import METRIC_RANGES
 
 ENOUGH_SEEDS = 5
 # What changes the way of a search, but not the mask of its fewest samples.

@@ -1,6 +1,6 @@
-"""A run configuration's file: YAML and `key=value` overrides, and one clear line for what is wrong with them.
+"""Read a run configuration: a YAML file and `key=value` overrides, with one clear line for each mistake.
 
-Paths that begin with `./` or `../` are relative to the YAML file they stand in, or to the working folder when they
+Paths that begin with `./` or `../` are relative to the YAML file that holds them, or to the working folder if they
 come from the command line. Every error is one line with the file, the line, the key, what was found and expected.
 """
 
@@ -16,8 +16,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from irdscale.config.schema import RunConfig, Section, default_scope, nearest
+from irdscale.config.schema import RunConfig, default_scope
+from irdscale.config.section import Section
 from irdscale.errors import InputError
+from irdscale.utils.suggestions import nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,17 +34,17 @@ _Loader.add_implicit_resolver(
 
 
 def _convert(node: yaml.Node, loader: _Loader, where: str, key: str, lines: dict[str, int]) -> Any:
-    """Build plain values from YAML nodes, with the line of each key, refusing keys given twice."""
+    """Build plain values from YAML nodes and note the line of each key; keys given twice are errors."""
     lines[key] = node.start_mark.line + 1
     if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-        raise InputError(f"{where}:{lines[key]}: {key}: found the tag {node.tag!r}; expected a plain value")
+        raise InputError(f"found the tag {node.tag!r}", "a plain value", key, f"{where}:{lines[key]}")
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             name = str(loader.construct_object(key_node))
             dotted = f"{key}.{name}" if key else name
             if name in values:
-                raise InputError(f"{where}:{key_node.start_mark.line + 1}: {dotted}: given twice")
+                raise InputError("given twice", key=dotted, where=f"{where}:{key_node.start_mark.line + 1}")
             values[name] = _convert(value_node, loader, where, dotted, lines)
             lines[dotted] = key_node.start_mark.line + 1
         return values
@@ -64,9 +66,9 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{where}{line}: not YAML: {problem}") from error
+        raise InputError(f"not YAML: {problem}", where=f"{where}{line}") from error
     except RecursionError:
-        raise InputError(f"{where}: not YAML: a value that contains itself") from None
+        raise InputError("not YAML: a value that contains itself", where=where) from None
 
 
 def _local(value: Any, folder: Path) -> Any:
@@ -75,7 +77,7 @@ def _local(value: Any, folder: Path) -> Any:
     return value
 
 
-_PLACES = (
+_PATH_KEYS = (
     ("model", "path"),
     ("task", "dataset"),
     ("task", "chat_template"),
@@ -84,9 +86,9 @@ _PLACES = (
 )
 
 
-def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The sections of `values` that name a place, with the key that does."""
-    for *sections, key in _PLACES:
+def _path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The sections of `values` that hold a path, and the key of the path in them."""
+    for *sections, key in _PATH_KEYS:
         inside: Any = values
         for section in sections:
             inside = inside.get(section) if isinstance(inside, dict) else None
@@ -96,7 +98,7 @@ def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the explicit relative paths of `values` absolute, in place."""
-    for section, key in _places(values):
+    for section, key in _path_keys(values):
         section[key] = _local(section[key], folder)
 
 
@@ -104,7 +106,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file, apply `section.key=value` overrides (values are YAML), and check everything.
 
     Raises:
-        InputError: the file is missing or no YAML, a key is unknown or given twice, a value has the wrong type or
+        InputError: the file is missing or not YAML, a key is unknown or given twice, a value has the wrong type or
             range, or two values contradict each other.
     """
     path = Path(path)
@@ -112,12 +114,10 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"{path}: cannot read the configuration: {reason}") from error
+        raise InputError(f"cannot read the configuration: {reason}", where=str(path)) from error
     values, lines = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(
-            f"{path}: found no sections; expected model, task, fisher, search, train, distributed, compare, output"
-        )
+        raise InputError("found no sections", ", ".join(RunConfig.model_fields), where=str(path))
     _resolve_paths(values, path.parent)
     overridden = {_override(values, override) for override in overrides}
     config = _validate(values, str(path), lines, overridden)
@@ -128,7 +128,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunConfig:
-    """`config` with `section.key=value` overrides; `where` names their place in messages.
+    """`config` with `section.key=value` overrides; error messages give `where` as their place.
 
     Raises:
         InputError: as `load_config`.
@@ -143,7 +143,7 @@ def _override(values: dict[str, Any], override: str) -> str:
     """Set what `section.key=value` says, in place; returns the key."""
     key, equals, raw = override.partition("=")
     if not equals or not key:
-        raise InputError(f"{override}: expected key=value, such as search.ratio=0.01")
+        raise InputError(f"found {override!r}", "key=value, such as search.ratio=0.01", where="command line")
     parsed, _ = _parse_yaml(raw, f"{key}={raw}")
     branch: dict[str, Any] = {}
     leaf = branch
@@ -161,7 +161,7 @@ def check_config(values: dict[str, Any], where: str) -> RunConfig:
     """The configuration that a search dumped into the file `where`.
 
     Raises:
-        InputError: it is none that this version knows.
+        InputError: this version does not know one of its keys or values.
     """
     return _validate(values, where, {}, set())
 
@@ -179,19 +179,15 @@ def _validate(values: dict[str, Any], where: str, lines: dict[str, int], overrid
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        found = _first([dict(problem) for problem in error.errors()])
-        location = [part for part in found["loc"] if part not in _UNION_MEMBERS]
-        dotted = ".".join(str(part) for part in location)
-        message = _explain(found, location)
-        named, colon, rest = message.partition(": ")
-        if colon and re.fullmatch(r"[a-z_.]+", named) and found["type"] == "value_error":
-            dotted = named if "." in named else ".".join(filter(None, [dotted, named]))
-            message = rest
-        if any(f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.") for key in overridden):
+        problem = _first([dict(problem) for problem in error.errors()])
+        location = [str(part) for part in problem["loc"] if part not in _UNION_MEMBERS]
+        fault = _fault(problem, location)
+        key = ".".join([*location, fault.key] if fault.key else location)
+        if any(f"{key}.".startswith(f"{changed}.") or f"{changed}.".startswith(f"{key}.") for changed in overridden):
             place = "command line"
         else:
-            place = f"{where}:{lines[dotted]}" if dotted in lines else where
-        raise InputError(f"{place}: {dotted}: {message}" if dotted else f"{place}: {message}") from None
+            place = f"{where}:{lines[key]}" if key in lines else where
+        raise InputError(fault.found, fault.expected, key, place) from None
 
 
 # What pydantic adds to the location of an error inside `always_train`, which is a word or a list.
@@ -199,48 +195,46 @@ _UNION_MEMBERS = ("literal['auto']", "list[str]")
 
 
 def _first(errors: list[dict[str, Any]]) -> dict[str, Any]:
-    """The error to show: an unknown key before all others, since it often is the cause of them."""
+    """The error to show: an unknown key before all others, since it often causes them."""
     unknown = [error for error in errors if error["type"] == "extra_forbidden"]
     if unknown:
         return unknown[0]
-    # Of a list, what is wrong inside it; not that it is no word.
+    # For a list, show what is wrong with an item, not that the list is not a word.
     items = [error for error in errors if len(error["loc"]) > 1 and error["loc"][-2] == "list[str]"]
     if items and "literal['auto']" in errors[0]["loc"]:
         return items[0]
     return errors[0]
 
 
-def _explain(error: dict[str, Any], location: list[Any]) -> str:
-    """What was found and expected, for one pydantic error."""
-    found, kind = error.get("input"), error["type"]
-    shown = "nothing" if found is None else repr(found)
+def _fault(error: dict[str, Any], location: list[str]) -> InputError:
+    """What was found and expected, for one pydantic error; a validator's key is relative to `location`."""
+    value, kind = error.get("input"), error["type"]
+    found = f"found {'nothing' if value is None else repr(value)}"
+    if kind == "value_error":
+        raised = error["ctx"]["error"]
+        assert isinstance(raised, InputError)
+        return raised
     if kind == "extra_forbidden":
         known = _fields_at(location[:-1])
-        return f"unknown key{nearest(str(location[-1]), known) or '; expected one of ' + ', '.join(known)}"
+        near = nearest(location[-1], known)
+        return InputError(f"unknown key{near}", "" if near else f"one of {', '.join(known)}")
     if kind == "missing":
         section = _section_at(location)
-        return (
-            f"missing; expected a section with {', '.join(_required(section))}"
-            if section
-            else "missing; expected a value"
-        )
-    if kind == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
+        return InputError("missing", f"a section with {', '.join(_required(section))}" if section else "a value")
     if kind in ("model_type", "model_attributes_type"):
-        return f"found {shown}; expected a section with keys such as {', '.join(_fields_at(location)[:3])}"
+        return InputError(found, f"a section with keys such as {', '.join(_fields_at(location)[:3])}")
     if "literal['auto']" in error["loc"]:
-        return f"found {shown}; expected 'auto' or a list of regular expressions"
+        return InputError(found, "'auto' or a list of regular expressions")
     if kind in ("too_short", "too_long"):
         size = error["ctx"].get("min_length", error["ctx"].get("max_length"))
         items = "1 item" if size == 1 else f"{size} items"
-        return f"found {shown}; expected at {'least' if kind == 'too_short' else 'most'} {items}"
+        return InputError(found, f"at {'least' if kind == 'too_short' else 'most'} {items}")
     if kind == "string_too_short":
-        return "found ''; expected some text"
-    message = str(error["msg"]).removeprefix("Input should be ")
+        return InputError(found, "some text")
+    expected = str(error["msg"]).removeprefix("Input should be ")
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", message)
-        return f"found {shown}{nearest(str(found), choices)}; expected {message}"
-    return f"found {shown}; expected {message[0].lower()}{message[1:]}"
+        return InputError(found + nearest(value, re.findall(r"'([^']*)'", expected)), expected)
+    return InputError(found, expected[0].lower() + expected[1:])
 
 
 def _section_at(location: list[Any]) -> type[Section] | None:
@@ -269,17 +263,17 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A dumped configuration without the paths of what is read, which tell nothing of what is there."""
+def without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped configuration without its input paths, which do not identify the files' contents."""
     found = copy.deepcopy(config)
-    for section, key in _places(found):
+    for section, key in _path_keys(found):
         del section[key]
     return found
 
 
 def same_search(config: dict[str, Any]) -> dict[str, Any]:
-    """What two dumped configurations must share to be one search: all but where they run, read and write."""
-    config = without_places(config)
+    """What two dumped configurations must share to be the same search: all but where they run, read and write."""
+    config = without_paths(config)
     fisher = config["fisher"] | {"scope": config["fisher"]["scope"] or default_scope(config["task"]["kind"])}
     search = {k: v for k, v in config["search"].items() if k not in ("runner", "ray")}
     kept = {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")}
@@ -299,20 +293,20 @@ def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
 
 
 def settings_of_ranks(config: RunConfig, zero: dict[str, Any] | None) -> dict[str, Any]:
-    """section.key -> its value, for all that must be the same on every rank; places may differ by node.
+    """section.key -> its value, for all that must be the same on every rank; paths may differ by node.
 
     Args:
         zero: the contents of `train.deepspeed`.
     """
     facts = config.model_dump(mode="json", exclude={"output"})
-    for section, key in _places(facts):
+    for section, key in _path_keys(facts):
         del section[key]
     compared = {**dict(leaves(facts)), "train.deepspeed": zero}
     return {key: json.dumps(value, sort_keys=True) for key, value in compared.items()}
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.key` and value of all that nested sections, or lists of them, hold."""
+    """`section.key` and value of every leaf of nested sections, or lists of sections."""
     for key, inside in values.items():
         if isinstance(inside, list) and inside and isinstance(inside[0], dict):
             inside = {str(number): item for number, item in enumerate(inside)}

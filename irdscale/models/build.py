@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from irdscale.config.schema import LANGUAGE_KINDS, ModelConfig, RunConfig, nearest
+from irdscale.config.kinds import LANGUAGE_KINDS
+from irdscale.config.schema import ModelConfig, RunConfig
 from irdscale.distributed.deepspeed import gathering_options, loading, zero_settings, zero_stage
 from irdscale.distributed.zero3 import gather_by, gathering, is_partitioned, shape_of
 from irdscale.errors import InputError
 from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
 from irdscale.utils.hub import hub_access, is_hub_id, one_line, quiet
+from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from irdscale.config.schema import LANGUAGE_KINDS, RunConfig, training_steps
+from irdscale.config.kinds import LANGUAGE_KINDS
+from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.deepspeed import micro_batch as checked_micro_batch
 from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from irdscale.config.schema import nearest
 from irdscale.errors import InputError
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
 from irdscale.plan.sizes import GIB
+from irdscale.utils.suggestions import nearest
 
 # What collectives are taken to reach of a data sheet's links; not measured.
 LINKS = 0.7

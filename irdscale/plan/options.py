@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from irdscale.config.schema import nearest
 from irdscale.errors import InputError
+from irdscale.utils.suggestions import nearest
 
 NUMBERS = ("nodes", "gpus_per_node", "tokens", "train_samples")
 KEYS = (*NUMBERS, "gpu")

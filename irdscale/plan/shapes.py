@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from irdscale.config.schema import LANGUAGE_KINDS, Kind, RunConfig
+from irdscale.config.kinds import LANGUAGE_KINDS, Kind
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.fisher import pool
 from irdscale.models.build import load_model_config

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.config.loader import config_changes, same_search, without_places
+from irdscale.config.loader import config_changes, same_search, without_paths
 from irdscale.config.schema import HOW_TO_TRAIN, RunConfig
 from irdscale.distributed.deepspeed import zero_file
 from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
@@ -286,7 +286,7 @@ def read_record(output: Path) -> dict[str, Any] | None:
 def _base(config: RunConfig, task: Task) -> dict[str, Any]:
     dumped = config.model_dump(mode="json", include={"model", "task"})
     places = {"model.path": config.model.path, "task.dataset": config.task.dataset}
-    return {"config": without_places(dumped), "places": places, "data": data_digests(task)}
+    return {"config": without_paths(dumped), "places": places, "data": data_digests(task)}
 
 
 def _model(config: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from irdscale.config.schema import nearest
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
 from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import Entries, attach_all, detach_all, make_entries, outside_graphs, patch_all
+from irdscale.utils.suggestions import nearest
 
 # Where a model keeps the hashes of its base that `irdscale.adapters.base.vouch` was given.
 VOUCHED = "_irdscale_vouched"

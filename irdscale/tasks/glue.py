@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from irdscale.config.schema import Kind, nearest
+from irdscale.config.kinds import Kind
 from irdscale.errors import InputError
+from irdscale.utils.suggestions import nearest
 
 HUB_ID = "nyu-mll/glue"
 
@@ -54,10 +55,8 @@ def glue_task(name: str) -> GlueTask:
     """The GLUE task called `name`.
 
     Raises:
-        InputError: there is none; the line names the nearest.
+        InputError: there is none; the error names the nearest.
     """
     if name not in GLUE:
-        raise InputError(
-            f"task.dataset: found GLUE task {name!r}{nearest(name, GLUE)}; expected one of {', '.join(GLUE)}"
-        )
+        raise InputError(f"found GLUE task {name!r}{nearest(name, GLUE)}", f"one of {', '.join(GLUE)}", "task.dataset")
     return GLUE[name]

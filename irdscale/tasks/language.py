@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 
-from irdscale.config.schema import ColumnsConfig, Kind, TaskConfig, may_read_chats
+from irdscale.config.kinds import Kind
+from irdscale.config.task import ColumnsConfig, TaskConfig, may_read_chats
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
 from irdscale.tasks.chat_templates import check_syntax

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from irdscale.config.schema import ColumnsConfig
+from irdscale.config.task import ColumnsConfig
 from irdscale.errors import InputError, kind_of
 from irdscale.tasks.chat_templates import Message
 from irdscale.tasks.data import Rows

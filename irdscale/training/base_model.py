@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from irdscale.adapters.base import known_hashes, vouch
-from irdscale.config.schema import LANGUAGE_KINDS, RunConfig
+from irdscale.config.kinds import LANGUAGE_KINDS
+from irdscale.config.schema import RunConfig
 from irdscale.distributed.deepspeed import zero_stage
 from irdscale.distributed.zero3 import device_of
 from irdscale.models.build import build_model

@@ -12,7 +12,7 @@ import torch
 
 from irdscale.adapters import adapter_head, export_shira, load_adapter, push_adapter, save_adapter
 from irdscale.adapters.hub import find_adapter
-from irdscale.config.schema import RunConfig, nearest, training_steps
+from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, same_on_every_rank
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
@@ -29,6 +29,7 @@ from irdscale.training.loss_trend import said_of_rise
 from irdscale.training.trainer import Control, adapter_config, adapter_dtype, fine_tune, sparse_model
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar
+from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from irdscale.config.schema import METRICS
+from irdscale.config.kinds import METRICS
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, glue_task
 

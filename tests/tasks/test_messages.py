@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from irdscale.config.schema import ColumnsConfig
+from irdscale.config.task import ColumnsConfig
 from irdscale.errors import InputError
 from irdscale.tasks.data import Rows
 from irdscale.tasks.messages import conversations

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from irdscale.config.schema import METRICS
+from irdscale.config.kinds import METRICS
 from irdscale.errors import InputError, RunError
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import of_counts, of_ratio, standard_errors
@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "file"))
     load_metric.cache_clear()
-    with pytest.raises(RunError, match=r"cannot load the metric f1: .*\(HF_HOME must be a folder"):
+    with pytest.raises(RunError, match=r"cannot load the metric f1: .*\(HF_HOME must be a writable folder"):
         load_metric("f1")
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from irdscale.errors import InputError, RunError
-from irdscale.utils.files import digest, read_json, remove_temporaries, write_atomic, write_folder, write_json
+from irdscale.utils.files import (
+    check_writable,
+    digest,
+    read_json,
+    remove_temporaries,
+    write_atomic,
+    write_folder,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -94,3 +103,28 @@ def test_temporaries_are_removed_by_name(tmp_path: Path) -> None:
 
 def test_digests_ignore_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "output")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_writable_names_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(InputError, match=r"^output: found .*/a/b, but .*/a is a file; expected a folder"):
+        check_writable(tmp_path / "a" / "b", "output")
+
+
+@pytest.mark.parametrize(("code", "reason"), [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])
+def test_check_writable_full_or_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(
+        InputError, match=rf"^to: cannot write to .*: {reason}.*; expected a folder that can be written"
+    ):
+        check_writable(tmp_path / "x", "to")

@@ -1,0 +1,56 @@
+"""The arguments that verbs share: a configuration's file, `key=value` changes, and switches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from irdscale.errors import InputError
+
+if TYPE_CHECKING:
+    from irdscale.config.schema import RunConfig
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, such as search.ratio=0.01."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete what irdscale wrote to the output folder before, and start again.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
+
+
+def load_arguments(
+    config: str, overrides: list[str] | None, takes: tuple[str, ...] = (), needs: tuple[str, ...] = ()
+) -> tuple[RunConfig, dict[str, str]]:
+    """Read the configuration, and those `key=value` arguments that are not part of it.
+
+    Args:
+        takes: keys of the verb's own arguments.
+        needs: those of `takes` that must be given.
+
+    Raises:
+        InputError: an argument is missing, empty or given twice; or as `irdscale.config.loader.load_config`.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    for override in overrides or ():
+        key, _, value = override.partition("=")
+        if key not in takes:
+            rest.append(override)
+        elif not value and key == "format":
+            raise InputError("found no value", "format=merged or format=shira", key)
+        elif not value:
+            raise InputError("found no folder", f"{key}=DIR", key)
+        elif key in given:
+            raise InputError("given twice", key=key)
+        else:
+            given[key] = value
+    for key in needs:
+        if key not in given:
+            raise InputError("missing", f"{key}=DIR among the arguments", key)
+    from irdscale.config.loader import load_config
+
+    return load_config(config, rest), given
