@@ -52,9 +52,7 @@ def conversations(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Convers
         messages = chat_messages(chats, row, where)
         if given is None:
             return Conversation(where, messages)
-        return Conversation(
-            where, messages, chat_tools(given, row, f"task.columns.tools: {rows.where}: column {tools!r}, row {row}")
-        )
+        return Conversation(where, messages, chat_tools(given, row, f"{rows.where}: column {tools!r}, row {row}"))
 
     return read
 
@@ -69,7 +67,8 @@ def _pairs(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Conversation]:
     def read(row: int) -> Conversation:
         where = f"task.columns.{answers}: {rows.where}: column {named[answers]!r}, row {row}"
         if not texts[answers][row].strip():
-            raise InputError("found no text", "some, to learn from", where=where)
+            place = f"{rows.where}: column {named[answers]!r}, row {row}"
+            raise InputError("found no text", "some, to learn from", f"task.columns.{answers}", place)
         said = {key: values[row] for key, values in more.items() if values[row].strip()}
         question = "\n\n".join([texts[asks][row], *([said["input"]] if "input" in said else [])])
         system = [{"role": "system", "content": said["system"]}] if "system" in said else []
@@ -145,18 +144,21 @@ def chat_tools(column: pa.ChunkedArray, row: int, where: str) -> list[dict[str, 
         InputError: it is something else.
     """
     value = _without_nulls(column[row].as_py(), column.type)
-    value = _json(value, where) if isinstance(value, str) and value.strip() else value or []
-    tools = [_json(each, where) if isinstance(each, str) else each for each in value] if isinstance(value, list) else []
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in tools):
-        raise InputError(f"found {kind_of(value)}", "a list of functions, each as a JSON object", where=where)
+    key = "task.columns.tools"
+    if isinstance(value, str):
+        value = _json(value, where, key) if value.strip() else []
+    listed = value if isinstance(value, list) else []
+    tools = [_json(each, where, key) if isinstance(each, str) else each for each in listed]
+    if not isinstance(value, (list, type(None))) or not all(isinstance(each, dict) for each in tools):
+        raise InputError(f"found {kind_of(value)}", "a list of functions, each as a JSON object", key, where)
     return tools
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str, key: str = "") -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InputError(f"found {text[:40]!r}", f"JSON ({error})", where=where) from None
+        raise InputError(f"found {text[:40]!r}", f"JSON ({error})", key, where) from None
 
 
 def _without_nulls(value: Any, kind: pa.DataType | None = None) -> Any:
