@@ -27,6 +27,13 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sequence-classification": (("text", "label"),),
     "regression": (("text", "label"),),
     "causal-lm": (("text",),),
-    "sft": (("prompt", "completion"), ("messages",)),
+    "sft": (
+        ("prompt", "completion"),
+        ("messages",),
+        ("messages", "tools"),
+        ("system", "prompt", "completion"),
+        ("instruction", "output"),
+        ("instruction", "input", "output"),
+    ),
     "multiple-choice": (("prompt", "choices", "label"), ("prompt", "choices", "choice_labels", "label")),
 }

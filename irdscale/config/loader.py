@@ -77,7 +77,13 @@ def _local(value: Any, folder: Path) -> Any:
     return value
 
 
-_PATH_KEYS = (("model", "path"), ("task", "dataset"), ("task", "pool", "mixed_with", "dataset"), ("train", "deepspeed"))
+_PATH_KEYS = (
+    ("model", "path"),
+    ("task", "dataset"),
+    ("task", "chat_template"),
+    ("task", "pool", "mixed_with", "dataset"),
+    ("train", "deepspeed"),
+)
 
 
 def _path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -21,7 +21,14 @@ class ColumnsConfig(Section):
     )
     prompt: str | None = Field(None, description="Column of the text before a completion or a choice.")
     completion: str | None = Field(None, description="Column of the answer that the model learns for a prompt.")
-    messages: str | None = Field(None, description="Column of chats: lists of {role, content}.")
+    messages: str | None = Field(
+        None, description="Column of chats: lists of {role, content}, or of {from, value} (ShareGPT)."
+    )
+    tools: str | None = Field(None, description="Column of the functions that a chat's assistant may call, as JSON.")
+    system: str | None = Field(None, description="Column of system prompts, which make chats of prompt and completion.")
+    instruction: str | None = Field(None, description="Column of questions of chats (Alpaca).")
+    input: str | None = Field(None, description="Column of texts that stand behind the instruction; may hold nothing.")
+    output: str | None = Field(None, description="Column of answers to the instructions (Alpaca).")
     choices: list[str] | None = Field(None, min_length=1, description="Column of lists, or one for each choice.")
     choice_labels: str | list[str] | None = Field(
         None,
@@ -134,6 +141,12 @@ class TaskConfig(Section):
     truncate: Literal["left"] | None = Field(
         None, description="Side from which long prompts are cut (sft, multiple-choice); they are refused if unset."
     )
+    chat_template: str | None = Field(
+        None, min_length=1, description="Chat template (Jinja), as text or a file; the tokenizer's own if unset."
+    )
+    train_on: Literal["last"] | None = Field(
+        None, description="Answers of a chat that are learned: the last one alone (last); all of them if unset."
+    )
     packing: bool = Field(
         False, description="Packed training of causal-lm: texts joined to max_length; Fisher samples stay single texts."
     )
@@ -166,9 +179,18 @@ class TaskConfig(Section):
             raise InputError(f"found {self.truncate!r} {with_kind}", "none", "truncate")
         if self.columns is not None:
             check_columns(self.kind, self.columns)
+        for key in ("chat_template", "train_on"):
+            if getattr(self, key) is not None and not may_read_chats(self.kind, self.columns):
+                raise InputError("found without chats", "kind 'sft' with columns of chats", key)
         if self.pool is not None:
             check_pool(self.kind, self.pool)
         return self
+
+
+def may_read_chats(kind: Kind, columns: ColumnsConfig | None) -> bool:
+    """Whether samples of this kind, and of these columns where they are given, are chats, which a template writes."""
+    chats = ("messages", "system", "instruction")
+    return kind == "sft" and (columns is None or any(key in columns.named() for key in chats))
 
 
 def check_columns(kind: Kind, columns: ColumnsConfig, section: str = "columns") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from irdscale.tasks.chats import added_tokens
+from irdscale.tasks.answer_places import added_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,12 +14,14 @@ import datasets
 import pyarrow as pa
 
 from irdscale.config.kinds import Kind
-from irdscale.config.task import ColumnsConfig, TaskConfig
+from irdscale.config.task import ColumnsConfig, TaskConfig, may_read_chats
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
-from irdscale.tasks.chats import chat_messages, chat_sample
+from irdscale.tasks.chat_templates import check_syntax
+from irdscale.tasks.chats import chat_sample
 from irdscale.tasks.choices import RightChoices, choice_texts
 from irdscale.tasks.data import Rows
+from irdscale.tasks.messages import conversations
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import labelled
 
@@ -58,7 +60,7 @@ def language_samples(
     - causal-lm: a text, with the tokenizer's own special tokens and the end-of-sequence token; a text longer than
       `task.max_length` gives several samples, cut after every so many tokens. Rows without text are left out.
     - sft: a prompt, a line break and a completion with the end-of-sequence token, whose tokens are the labels; or a
-      chat by the tokenizer's template, with those of every message of the assistant.
+      chat by the tokenizer's template, with those of the assistant's messages, or of the last one (`task.train_on`).
     - multiple-choice: a prompt, a space and the right choice, whose tokens are the labels.
 
     Returns:
@@ -80,8 +82,8 @@ def language_samples(
         samples = list(_texts(tokenizer, rows, part, task.max_length, columns))
     elif kind == "multiple-choice":
         samples = list(_choices(tokenizer, rows, part, task, columns))
-    elif columns.messages is not None:
-        samples = list(_chats(tokenizer, rows, part, task, columns.messages))
+    elif may_read_chats(kind, columns):
+        samples = list(_chats(tokenizer, rows, part, task, columns))
     else:
         samples = list(_completions(tokenizer, rows, part, task, columns))
     for sample in samples:
@@ -252,17 +254,30 @@ def _choices(
 
 
 def _chats(
-    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, name: str
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
 ) -> Iterator[_Sample]:
+    key = next(key for key in ("messages", "system", "instruction") if key in columns.named())
     if tokenizer.chat_template is None:
         raise InputError(
-            f"task.columns.messages: found {name!r}, but the model's tokenizer has no chat template; "
-            f"expected one, or task.columns {{prompt: .., completion: ..}}"
+            f"task.columns.{key}: found {getattr(columns, key)!r}, but the model's tokenizer has no chat template; "
+            f"expected one, or task.chat_template, or task.columns {{prompt: .., completion: ..}}"
         )
-    chats = rows.column(name, "messages")
+    check_syntax(tokenizer, task.chat_template)
+    read, other_prompts = conversations(rows, columns), []
     for row in map(int, part.rows):
-        where = f"task.columns.messages: {rows.where}: column {name!r}, row {row}"
-        chat = chat_sample(tokenizer, chat_messages(chats, row, where), where)
+        found = read(row)
+        chat = chat_sample(tokenizer, found.messages, found.where, found.tools, task.train_on == "last")
         tokens, prompt = _fitting(tokenizer, chat.input_ids, chat.prompt_length, task, f"{rows.where}, row {row}")
         labels = [IGNORED, *chat.labels[len(chat.labels) - len(tokens) + 1 :]]
+        if not chat.as_asked:
+            other_prompts.append(row)
         yield _Sample(row, tokens, labels, prompt, chat.answer, opening=chat.opening, ends=chat.ends)
+    if other_prompts:
+        log.warning(
+            "%s: %d of %d chats, such as row %d: the chat template writes another prompt before the last answer than "
+            "when it asks for that answer; the former is learned from, and evaluated on",
+            rows.where,
+            len(other_prompts),
+            len(part.rows),
+            other_prompts[0],
+        )

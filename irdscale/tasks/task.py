@@ -17,6 +17,7 @@ from irdscale.config.task import LimitConfig
 from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
+from irdscale.tasks.chat_templates import with_chat_template
 from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
@@ -202,7 +203,7 @@ def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None) 
 def _language_task(config: RunConfig, source: Source) -> Task:
     reported = tuple(name for name in METRICS[source.kind] if name != "exact_match")
     metrics = fitting_metrics(source.kind, config.task.metric, reported, METRICS[source.kind])
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_chat_template(load_tokenizer(config.model), config.task.chat_template)
     splits = read_rows(source)
     label = source.columns.label
     if label is not None and "test" in splits:

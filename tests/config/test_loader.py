@@ -207,6 +207,15 @@ def test_how_ranks_talk_is_no_part_of_a_search(file: Path) -> None:
     assert same_search(before) == same_search(after)
 
 
+def test_a_chat_template_is_a_place_or_its_text(file: Path) -> None:
+    file.write_text(MINIMAL + "  kind: sft\n  chat_template: ./chat.jinja\n")
+    assert load_config(file).task.chat_template == str(file.parent / "chat.jinja")
+    written = load_config(file, ["task.chat_template='{{ messages }}'"])
+    assert written.task.chat_template == "{{ messages }}"
+    # Whether other text came of it, the digests of the samples tell.
+    assert same_search(written.model_dump(mode="json")) == same_search(load_config(file).model_dump(mode="json"))
+
+
 def test_what_ranks_must_agree_on_leaves_out_places(file: Path) -> None:
     file.write_text(MINIMAL)
     facts = settings_of_ranks(

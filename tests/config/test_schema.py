@@ -80,12 +80,29 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
         (["task={kind: causal-lm, dataset: a, columns: {text: [a, b]}}"], "task.columns.text: found ['a', 'b']"),
         (
             ["task={kind: sft, dataset: a, columns: {prompt: b}}"],
-            "task.columns.completion: missing; expected prompt and completion, or messages, for kind 'sft'",
+            "task.columns.completion: missing; expected prompt and completion, or messages, or messages and tools, or "
+            "system and prompt and completion, or instruction and output, or instruction and input and output, for "
+            "kind 'sft'",
         ),
         (
             ["task={kind: sft, dataset: a, columns: {messages: b, label: c}}"],
             "task.columns.label: found with kind 'sft'; expected prompt and completion, or messages",
         ),
+        (
+            ["task={kind: sft, dataset: a, columns: {system: b, prompt: c}}"],
+            "task.columns.completion: missing; expected prompt and completion, or messages",
+        ),
+        (["task={kind: sft, dataset: a, columns: {tools: b}}"], "task.columns.messages: missing; expected prompt and"),
+        (["task={kind: sft, dataset: a, columns: {input: b, output: c}}"], "task.columns.instruction: missing; expec"),
+        (
+            ["task={kind: causal-lm, dataset: a, train_on: last}"],
+            "task.train_on: found without chats; expected kind 'sft' with columns of chats",
+        ),
+        (
+            ["task={kind: sft, dataset: a, columns: {prompt: b, completion: c}, chat_template: x}"],
+            "task.chat_template: found without chats; expected kind 'sft' with columns of chats",
+        ),
+        (["task={kind: sft, dataset: a, train_on: first}"], "task.train_on: found 'first'; expected 'last'"),
         (["task={kind: multiple-choice, dataset: a, columns: {prompt: b}}"], "task.columns.choices: missing"),
         (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),

@@ -242,6 +242,35 @@ def test_where_an_answer_ends(
     assert matched(model, task) == 0
 
 
+# Drops the thoughts of earlier answers, which end with <tool>, and writes an empty one where the last answer has none.
+THINKING = (
+    "{% for m in messages %}<{{ 'user' if m.role == 'user' else 'bot' }}> {% set said = m.content.split('<tool> ') %}"
+)
+THINKING += "{{ (said[0] if said | length > 1) ~ '<tool> ' if loop.last and m.role != 'user' }}{{ said[-1] }} <end> "
+THINKING += "{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
+
+
+@pytest.mark.parametrize("thought", ["", "<tool> ", "d <tool> "])
+def test_answers_of_chats_of_several_turns_with_thoughts(thought: str, tmp_path: Path) -> None:
+    """The model thinks `b`, whatever the data's answers think; what it answers then counts."""
+    rows = [
+        {"m": [{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(contents)]}
+        for contents in (["a", f"{thought}e", "b", f"{thought}c"], ["a", f"{thought}c"])
+    ]
+    follows = {"<bot>": "b", "b": "<tool>", "<tool>": "c", "c": "<end>", "<end>": "d"}
+    model, task = made(tmp_path, rows, follows, THINKING)
+    assert task.test["answer"] == ["c", "c"]
+    special = task.tokenizer.convert_tokens_to_ids(["<bot>"])[0]
+    labels = [[label for label in labels if label >= 0] for labels in task.test["labels"]]
+    spoken = [ID[word] for word in f"{thought}c <end>".split()]
+    assert labels[1] == spoken if thought else labels[1] == [ID["<tool>"], *spoken]
+    assert labels[0] == [ID["e"], ID["<end>"], *labels[1]]
+    assert task.test[0]["input_ids"][task.test[0]["prompt_length"] - 1] == special
+    assert matched(model, task) == 1
+    model, task = made(tmp_path / "other", rows, {**follows, "<tool>": "e", "e": "<end>"}, THINKING)
+    assert matched(model, task) == 0
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"repetition_penalty": 50.0}, {"no_repeat_ngram_size": 1}, {"exponential_decay_length_penalty": (1, 99.0)}],

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from irdscale.errors import InputError
 from irdscale.models.chunked_losses import IGNORED
-from irdscale.tasks.chats import Chat, chat_messages, chat_sample
+from irdscale.tasks.chats import Chat, chat_sample
+from irdscale.tasks.messages import chat_messages
 
 SPECIAL = ["<|endoftext|>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<|eom|>", "<think>", "</think>"]
 CHATML = (
@@ -49,7 +50,7 @@ TEXTUAL = (
 )
 
 
-def tokenizer(template: str, trimmed: bool = True) -> Any:
+def tokenizer(template: str, trimmed: bool = True, special: list[str] = SPECIAL) -> Any:
     """A byte-level BPE tokenizer whose tokens take the space before words; `trimmed`: offsets leave that space out."""
     raw = Tokenizer(parts.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -58,7 +59,7 @@ def tokenizer(template: str, trimmed: bool = True) -> Any:
     texts = ["USER: Where? ASSISTANT: Paris User: hello\nBot: hello\n\n\n fine"] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=360,
-        special_tokens=SPECIAL,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

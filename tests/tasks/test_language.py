@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.models import build
@@ -188,6 +189,91 @@ def test_chat_templates_that_cannot_be_used(model: Path, talking: Path, tmp_path
         refused("row 0: the chat template refuses it: roles must alternate", talking, tmp_path, rows, **CHATS)
     finally:
         template.write_text(TEMPLATE)
+
+
+def test_chats_of_other_columns(talking: Path, tmp_path: Path) -> None:
+    """Of ShareGPT, of Alpaca, and with a system prompt: by the template, as lists of messages are."""
+    rows = [
+        {
+            "chat": [
+                {"from": "system", "value": "the"},
+                {"from": "human", "value": "good"},
+                {"from": "gpt", "value": "bad"},
+            ],
+            "system": "the",
+            "instruction": "good",
+            "input": "",
+            "output": "bad",
+        }
+    ]
+    ways: list[dict[str, str]] = [
+        {"messages": "chat"},
+        {"system": "system", "prompt": "instruction", "completion": "output"},
+        {"instruction": "instruction", "input": "input", "output": "output"},
+        {"instruction": "instruction", "output": "output"},
+    ]
+    tasks = [load_task(config(talking, tmp_path, rows, kind="sft", columns=columns)) for columns in ways]
+    assert [text(task, task.train[0]["labels"]) for task in tasks] == ["bad</s>"] * 4
+    texts = [text(task, task.train[0]["input_ids"]) for task in tasks]
+    assert texts[0] == texts[1]
+    assert "the" in texts[0]
+    assert texts[2] == texts[3] == texts[0].replace(texts[0][: texts[0].index("</s>") + 4], "").lstrip()
+    assert tasks[0].train["answer"] == ["bad"]
+
+
+def test_the_last_answer_alone(talking: Path, tmp_path: Path) -> None:
+    rows = [chat("is it good?", "not bad", "and this?", "good")]
+    task = load_task(config(talking, tmp_path, rows, **CHATS, train_on="last"))
+    assert [text(task, labels) for labels in task.train["labels"]] == ["good</s>"]
+    every = load_task(config(talking, tmp_path, rows, **CHATS))
+    assert task.train["input_ids"] == every.train["input_ids"]
+    assert task.train["prompt_length"] == every.train["prompt_length"]
+
+
+def test_a_chat_template_that_is_given(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat("good", "bad", "the", "man")]
+    refused(
+        "has no chat template; expected one, or task.chat_template, or task.columns", model, tmp_path, rows, **CHATS
+    )
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE)
+    for given in (TEMPLATE, str(file)):
+        task = load_task(config(model, tmp_path, rows, **CHATS, chat_template=given))
+        assert [text(task, labels) for labels in task.train["labels"]] == ["bad</s> man</s>"]
+        assert task.tokenizer.chat_template == TEMPLATE
+    file.write_text("{% for m in messages %}\n{{ m.content }}\n{% endfor")
+    refused(
+        rf"^{file}: task\.chat_template: line 3 is no Jinja: ",
+        model, tmp_path, rows, **CHATS, chat_template=str(file),
+    )  # fmt: skip
+    refused("cannot be read: No such file", model, tmp_path, rows, **CHATS, chat_template=str(tmp_path / "other"))
+    assert not caplog.records
+    # Says so where prompts of evaluations are others than those that are asked with.
+    system = "{% if add_generation_prompt %}<system>he</s>{% endif %}"
+    load_task(config(model, tmp_path, rows, **CHATS, chat_template=system + TEMPLATE))
+    assert "train.jsonl: 1 of 1 chats, such as row 0: the chat template writes another prompt" in caplog.text
+
+
+def test_the_shipped_chats_of_qwen3(tmp_path: Path) -> None:
+    """The configuration's own task, with Qwen 3's template, on chats of several turns as SmolTalk has them."""
+    shipped = load_config(SHIPPED / "llm" / "qwen3_8b_chat.yaml").task.model_dump(exclude_defaults=True)
+    template = Path(__file__).resolve().parent / "chat_templates" / "qwen3.jinja"
+    rows = [
+        {
+            "full_topic": "cats",
+            "messages": chat("Hi", "Hello! How can I help?", "Tell me of cats", "Cats purr.")["chat"],
+        }
+    ]
+    del shipped["subset"], shipped["dataset"]
+    values = shipped | {"limit": {}, "chat_template": str(template)}
+    task = load_task(config(STORIES, tmp_path, rows, **values))
+    assert task.train["answer"] == ["Cats purr."]
+    learned = text(task, task.train[0]["labels"])
+    assert "Hello! How can I help?<|im_end|>" in learned
+    assert "<think>\n\n</think>\n\nCats purr.<|im_end|>" in learned
+    assert "Tell" not in learned
 
 
 def test_choices(model: Path, tmp_path: Path) -> None:
