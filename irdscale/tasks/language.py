@@ -75,8 +75,9 @@ def language_samples(
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"model.path: found a {type(tokenizer).__name__}, which does not say where tokens come from; "
-            f"expected a fast tokenizer (tokenizer.json)"
+            f"found a {type(tokenizer).__name__}, which does not say where tokens come from",
+            "a fast tokenizer (tokenizer.json)",
+            key="model.path",
         )
     if kind == "causal-lm":
         samples = list(_texts(tokenizer, rows, part, task.max_length, columns))
@@ -89,11 +90,12 @@ def language_samples(
     for sample in samples:
         if all(label == IGNORED for label in sample.labels):
             raise InputError(
-                f"task.dataset: {rows.where}, row {sample.row}: found no token to learn behind the first one, which "
-                f"nothing predicts; expected a prompt, or a longer text"
+                "found no token to learn behind the first one, which nothing predicts",
+                "a prompt, or a longer text",
+                key=f"task.dataset: {rows.where}, row {sample.row}",
             )
     if not samples:
-        raise InputError(f"task.dataset: {rows.where}: found no text in {len(part.rows)} rows; expected some")
+        raise InputError(f"found no text in {len(part.rows)} rows", "some", key=f"task.dataset: {rows.where}")
     arrays: dict[str, pa.Array] = {
         "input_ids": pa.array([sample.input_ids for sample in samples], _TOKENS),
         "labels": pa.array([sample.labels for sample in samples], _TOKENS),
@@ -121,7 +123,7 @@ def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
     blocks = [joined[i : i + max_length] for i in range(0, len(joined) - max_length + 1, max_length)]
     if not blocks:
         raise InputError(
-            f"task.packing: found {len(joined)} tokens of text to train on; expected {max_length} (task.max_length)"
+            f"found {len(joined)} tokens of text to train on", f"{max_length} (task.max_length)", key="task.packing"
         )
     labels = [[IGNORED, *block[1:]] for block in blocks]
     return datasets.Dataset(pa.table({"input_ids": pa.array(blocks, _TOKENS), "labels": pa.array(labels, _TOKENS)}))
@@ -164,7 +166,7 @@ def _completions(
         for row in chosen:
             if not completions[row].strip():
                 raise InputError(
-                    f"task.columns.completion: {rows.where}, row {row}: found no text; expected some, to learn from"
+                    "found no text", "some, to learn from", key=f"task.columns.completion: {rows.where}, row {row}"
                 )
         pairs = [(prompts[row], completions[row]) for row in chosen]
         end = _ending(tokenizer)
@@ -172,8 +174,9 @@ def _completions(
         for row, (tokens, prompt) in zip(chosen, encoded, strict=True):
             if prompt >= len(tokens) - len(end):
                 raise InputError(
-                    f"task.columns.completion: {rows.where}, row {row}: found no token of the completion alone; the "
-                    f"tokenizer drops it, or joins it with the prompt (a prompt that ends in white space may part them)"
+                    "found no token of the completion alone; the tokenizer drops it, or joins it with "
+                    "the prompt (a prompt that ends in white space may part them)",
+                    key=f"task.columns.completion: {rows.where}, row {row}",
                 )
             tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
             yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
@@ -211,14 +214,16 @@ def _fitting(
     key = "task.columns.prompt"
     if task.truncate != "left":
         raise InputError(
-            f"{key}: {where}: found {len(tokens)} tokens with what follows the prompt; expected at most "
-            f"{task.max_length} (task.max_length), or task.truncate=left"
+            f"found {len(tokens)} tokens with what follows the prompt",
+            f"at most {task.max_length} (task.max_length), or task.truncate=left",
+            key=f"{key}: {where}",
         )
     first = int(tokens[0] == tokenizer.bos_token_id)
     if prompt - over < first + 1:
         raise InputError(
-            f"{key}: {where}: found {len(tokens) - prompt} tokens behind the prompt; expected at most "
-            f"{task.max_length - first - 1}, so that some of the prompt is left (task.max_length)"
+            f"found {len(tokens) - prompt} tokens behind the prompt",
+            f"at most {task.max_length - first - 1}, so that some of the prompt is left (task.max_length)",
+            key=f"{key}: {where}",
         )
     return [*tokens[:first], *tokens[first + over :]], prompt - over
 
@@ -234,7 +239,7 @@ def _choices(
     for row in map(int, part.rows):
         where = f"{rows.where}, row {row}"
         if len(choices[row]) < 2 or not all(choice.strip() for choice in choices[row]):
-            raise InputError(f"task.columns.choices: {where}: found {choices[row]}; expected two texts or more")
+            raise InputError(f"found {choices[row]}", "two texts or more", key=f"task.columns.choices: {where}")
         label = numbers.number(row)
         pairs = [(prompts[row], choice) for choice in choices[row]]
         encoded = [
@@ -244,11 +249,11 @@ def _choices(
         if not all(prompt for _, prompt in encoded):
             # What the first token of a choice is worth would not count, and nothing would of a choice of one token.
             raise InputError(
-                f"task.columns.prompt: {where}: found a prompt without tokens; expected some text before the choices"
+                "found a prompt without tokens", "some text before the choices", key=f"task.columns.prompt: {where}"
             )
         for choice, (tokens, prompt) in zip(choices[row], encoded, strict=True):
             if prompt == len(tokens):
-                raise InputError(f"task.columns.choices: {where}: found {choice!r}, without tokens; expected some text")
+                raise InputError(f"found {choice!r}, without tokens", "some text", key=f"task.columns.choices: {where}")
         tokens, prompt = encoded[label]
         yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
 
@@ -259,8 +264,9 @@ def _chats(
     key = next(key for key in ("messages", "system", "instruction") if key in columns.named())
     if tokenizer.chat_template is None:
         raise InputError(
-            f"task.columns.{key}: found {getattr(columns, key)!r}, but the model's tokenizer has no chat template; "
-            f"expected one, or task.chat_template, or task.columns {{prompt: .., completion: ..}}"
+            f"found {getattr(columns, key)!r}, but the model's tokenizer has no chat template",
+            "one, or task.chat_template, or task.columns {prompt: .., completion: ..}",
+            key=f"task.columns.{key}",
         )
     check_syntax(tokenizer, task.chat_template)
     read, other_prompts = conversations(rows, columns), []

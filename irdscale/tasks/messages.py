@@ -98,12 +98,12 @@ def chat_messages(column: pa.ChunkedArray, row: int, where: str) -> list[Message
     """
     value = _without_nulls(column[row].as_py(), column.type)
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: found {kind_of(value)}; expected a list of {{role, content}}")
+        raise InputError(f"found {kind_of(value)}", "a list of {role, content}", where=where)
     messages: list[Message] = [_message(each, f"{where}: message {number}") for number, each in enumerate(value)]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise InputError(f"{where}: found no message of the role assistant; expected one, to learn from")
+        raise InputError("found no message of the role assistant", "one, to learn from", where=where)
     return messages
 
 
@@ -111,7 +111,7 @@ def _message(value: Any, where: str) -> Message:
     if isinstance(value, dict) and "role" not in value and isinstance(value.get("from"), str):
         return _sharegpt(value, where)
     if not _is_message(value):
-        raise InputError(f"{where}: found {value!r}; expected a role and a content, as text")
+        raise InputError(f"found {value!r}", "a role and a content, as text", where=where)
     return dict(value)
 
 
