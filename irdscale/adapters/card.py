@@ -22,20 +22,23 @@ def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    base = str(meta["base_model"])
+    named = str(meta["base_model"])
+    # Of a GGUF file transformers wants the folder, or the hub id, and the name.
+    base, _, gguf = named.rpartition("/") if named.lower().endswith(".gguf") else (named, "", "")
     on_hub = is_hub_id(base) and not Path(base).exists()
     # A folder's path says nothing to others, and would tell them who trained where.
-    shown = base if on_hub else Path(base).name or "the base model"
+    shown = base if on_hub else Path(base.removeprefix("package:")).name or "the base model"
     header = ModelCardData(library_name="irdscale", base_model=base if on_hub else None, tags=list(TAGS))
     kind = getattr(type(model), "_original", type(model)).__name__
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    options = f", num_labels={labels}" if kind.endswith("ForSequenceClassification") and labels else ""
+    options = f", gguf_file={json.dumps(gguf)}" if gguf else ""
+    options += f", num_labels={labels}" if kind.endswith("ForSequenceClassification") and labels else ""
     whole = f", and {meta['dense_parameters']:,} numbers of {', '.join(meta['dense'])}" if meta["dense"] else ""
     return f"""---
 {header}
 ---
 
-# Sparse adapter for {shown}
+# Sparse adapter for {gguf or shown}
 
 Trains {meta["k"]:,} entries of the model's weights{whole}; all others are those of the base, bit for bit.
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from irdscale.config.schema import ModelConfig
 from irdscale.errors import InputError
-from irdscale.models.build import resolve_model_path
+from irdscale.models.dequantised import file_hash
+from irdscale.models.places import find_gguf, is_gguf, resolve_model_path
 from irdscale.utils.files import digest
 
 if TYPE_CHECKING:
@@ -80,18 +81,21 @@ def model_digests(model: ModelConfig, known: Mapping[str, Any] | None = None) ->
         {"weights": digest of all tensors, None where they are yet to be downloaded; "revision": of a hub model;
         "settings": {file: digest} of its configurations and code; "files": {file: size, times and digest}}.
     """
-    folder = _folder(model.path)
-    if folder is None:
+    place = _place(model.path)
+    if place is None:
         return {"weights": None, "revision": None, "settings": {}, "files": {}}
+    # A GGUF file has no settings beside it.
+    folder = place.parent if place.is_file() else place
     before = dict((known or {}).get("files", {}))
     files: dict[str, Any] = {}
-    for file in _weights_of(folder):
+    for file in [place] if place.is_file() else _weights_of(place):
         stat, old = file.stat(), before.get(file.name, {})
         stamp = {"size": stat.st_size, "time": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
         same = all(old.get(key) == value for key, value in stamp.items())
         files[file.name] = stamp | {"digest": old["digest"] if same else _contents(file)}
-    settings = {file.name: digest(_settings(file)) for name in SETTINGS if (file := folder / name).is_file()}
-    if model.trust_remote_code:
+    names = () if place.is_file() else SETTINGS
+    settings = {file.name: digest(_settings(file)) for name in names if (file := folder / name).is_file()}
+    if model.trust_remote_code and place.is_dir():
         code = sorted(folder.glob("*.py"))
         settings |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in code}
     total = sum(int(entry["digest"], 16) for entry in files.values()) % 2**256
@@ -123,12 +127,14 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [*changed, *(others or now["files"])]
 
 
-def _folder(path: str) -> Path | None:
-    """Where a model's files are here; None where they are yet to be downloaded."""
+def _place(path: str) -> Path | None:
+    """Where a model's folder, or its GGUF file, is here; None where it is yet to be downloaded."""
     try:
         resolved = resolve_model_path(path)
     except InputError:
         return None
+    if is_gguf(resolved):
+        return find_gguf(path, download=False)
     if Path(resolved).is_dir():
         return Path(resolved)
     from huggingface_hub import try_to_load_from_cache
@@ -164,6 +170,8 @@ def _settings(file: Path) -> Any:
 
 def _contents(file: Path) -> str:
     """A digest of a file: of safetensors the sum of its tensors' digests, so that shards tell nothing."""
+    if is_gguf(file.name):
+        return file_hash(file)
     pieces = list(_pieces(file))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         found = pool.map(lambda piece: _piece(file, *piece), pieces)
