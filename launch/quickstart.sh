@@ -25,8 +25,8 @@ if [[ -f "$output/result.json" && $# -eq 0 ]]; then
   echo "quickstart.sh: the search is done already; remove $output to run it again" >&2
 fi
 if [[ -n "$extra" ]] && ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "quickstart.sh: found no GPU: on 2 cores the search takes some HOURS hours (irdscale search $config)" >&2
-  echo "quickstart.sh: this trains five steps instead, which takes some MINUTES minutes" >&2
+  echo "quickstart.sh: found no GPU: on 2 cores the search takes some ten hours (irdscale search $config)" >&2
+  echo "quickstart.sh: this trains five steps instead, which takes some five minutes" >&2
   few=(train.steps=5 train.gradient_accumulation=4 train.eval_batch_size=8 fisher.samples=32 fisher.batch_size=4)
   few+=('task.limit={selection: 32, test: 32}' output="${output}_train")
   exec .venv/bin/python -m irdscale train "$config" "${few[@]}" "$@"
