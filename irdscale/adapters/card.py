@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from irdscale.models.places import is_gguf
 from irdscale.utils.hub import is_hub_id
 
 TAGS = ("irdscale", "sparse-fine-tuning", "adapter")
@@ -24,7 +25,7 @@ def model_card(model: nn.Module, meta: dict[str, Any]) -> str:
 
     named = str(meta["base_model"])
     # Of a GGUF file transformers wants the folder, or the hub id, and the name.
-    base, _, gguf = named.rpartition("/") if named.lower().endswith(".gguf") else (named, "", "")
+    base, _, gguf = named.rpartition("/") if is_gguf(named) else (named, "", "")
     on_hub = is_hub_id(base) and not Path(base).exists()
     # A folder's path says nothing to others, and would tell them who trained where.
     shown = base if on_hub else Path(base.removeprefix("package:")).name or "the base model"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +20,6 @@ VERSIONS = (2, 3)
 _FIXED = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
-SizeOf = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,11 @@ class GgufHeader:
     Attributes:
         values: keys and their values, without the arrays
         shapes: shape of each tensor, in torch's order
-        types: number of each tensor's GGML type
         size: bytes of the whole file
     """
 
     values: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    types: dict[str, int]
     size: int
 
     @property
@@ -145,14 +141,15 @@ def _read(cursor: _Cursor) -> GgufHeader:
     for _ in range(keys):
         key = cursor.text()
         values[key] = cursor.value(cursor.number("<I"))
-    shapes, types, ends = {}, {}, [0]
+    sizes = {int(key): found for key, found in GGML_QUANT_SIZES.items()}
+    shapes, ends = {}, [0]
     for _ in range(tensors):
         name = cursor.text()
         shape = tuple(reversed([cursor.number("<Q") for _ in range(cursor.number("<I"))]))
         kind, offset = cursor.number("<I"), cursor.number("<Q")
-        block, taken = {int(key): sizes for key, sizes in GGML_QUANT_SIZES.items()}[kind]
-        shapes[name], types[name] = shape, kind
+        block, taken = sizes[kind]
+        shapes[name] = shape
         ends.append(offset + prod(shape) // block * taken)
     alignment = int(values.get("general.alignment") or _ALIGNMENT)
     begin = -(-cursor.place // alignment) * alignment
-    return GgufHeader({k: v for k, v in values.items() if v is not None}, shapes, types, begin + max(ends))
+    return GgufHeader({k: v for k, v in values.items() if v is not None}, shapes, begin + max(ends))

@@ -343,21 +343,26 @@ def test_smollm2_is_trained_saved_merged_and_answers(tmp_path: Path, cache: Path
         "max_length": 64,
         "limit": {"train": 32, "selection": 4, "test": 4},
     }
-    config = config_of(SMOLLM2, tmp_path / "out", task=task)
+    train = {"steps": 3, "batch_size": 4, "learning_rate": 1e-4}
+    config = config_of(SMOLLM2, tmp_path / "out", task=task, train=train)
     trained = run_train(config, progress=False)
     assert trained["steps"] == 3
     assert trained["params"] > 1_000_000
+    assert not trained["loss"]["rose"]
     adapter = tmp_path / "out/adapter"
     assert json.loads((adapter / "adapter.json").read_text())["base_model"] == SMOLLM2
     run_export(config, str(adapter), str(tmp_path / "merged"))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    tokenizer, base = AutoTokenizer.from_pretrained(tmp_path / "merged"), checkpoint_folder(SMOLLM2, "float32")
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
-    def answer(folder: Path) -> str:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    def answer(model: Any) -> str:
         made = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         return str(tokenizer.decode(made, skip_special_tokens=True))
 
-    assert answer(checkpoint_folder(SMOLLM2, "float32")) == "The capital of France is Paris."
-    assert "Paris" in answer(tmp_path / "merged")
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (base, tmp_path / "merged"))
+    others = dict(after.named_parameters())
+    changed = sum(int((value != others[name]).sum()) for name, value in before.named_parameters())
+    assert 0.9 * trained["params"] < changed <= trained["params"]
+    assert answer(before) == "The capital of France is Paris."
+    assert "Paris" in answer(after)
