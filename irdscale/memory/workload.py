@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from irdscale.config.schema import LANGUAGE_KINDS, RunConfig
+from irdscale.config.kinds import LANGUAGE_KINDS
+from irdscale.config.schema import RunConfig
 from irdscale.distributed.deepspeed import micro_batch as checked_micro_batch
 from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError

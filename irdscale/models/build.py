@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,76 +16,48 @@ from irdscale.distributed.zero3 import gather_by, gathering, is_partitioned, sha
 from irdscale.errors import InputError
 from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
+from irdscale.models.dequantised import checkpoint_folder, settings_folder
+from irdscale.models.places import is_gguf, resolve_model_path
 from irdscale.models.weight_files import WEIGHT_FILES
-from irdscale.utils.hub import hub_access, is_hub_id, one_line, quiet
-from irdscale.utils.suggestions import nearest
+from irdscale.utils.hub import hub_access, one_line, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from irdscale.tasks.task import Task
 
-PACKAGE = "package:"
 # Of the longer of two texts that a model is tried on, on the processor.
 TRIED_TOKENS = 16
 T = TypeVar("T")
 
 
-def resolve_model_path(path: str) -> str:
-    """The folder that `model.path` names, or `path` itself where it is a hub id.
+def _place(model: ModelConfig, weights: bool = False) -> str:
+    """The folder to load a model from, or its hub id; of a GGUF file what it was dequantised into.
 
-    `package:NAME/FOLDER` is a folder inside an installed Python package, found without importing it.
+    Args:
+        weights: whether more is loaded than configuration and tokenizer.
 
     Raises:
-        InputError: no such package or folder, or the folder holds no model.
+        InputError: `model.path` names no model, or a GGUF file that cannot be read.
+        RunError: the dequantised model cannot be written.
     """
-    if path.startswith(PACKAGE):
-        return str(_in_package(path))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"model.path: {path}: not a model folder: found no config.json")
-        return str(folder)
-    if folder.exists():
-        raise InputError(f"model.path: {path}: found a file; expected a model folder or a hub id")
-    if not is_hub_id(path):
-        raise InputError(f"model.path: {path}: no such folder")
-    return path
+    resolved = resolve_model_path(model.path)
+    if not is_gguf(resolved):
+        return resolved
+    return str(checkpoint_folder(model.path, model.dtype) if weights else settings_folder(model.path))
 
 
-def _in_package(path: str) -> Path:
-    name, _, inside = path.removeprefix(PACKAGE).partition("/")
-    # A dotted name would import its parents.
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        underscored = name.replace("-", "_")
-        hint = f' (did you mean "{underscored}"?)' if underscored != name else "; expected an installed one"
-        raise InputError(f"model.path: {path}: found no Python package {name!r}{hint}")
-    roots = [Path(root) for root in spec.submodule_search_locations or ()]
-    for root in roots:
-        if (root / inside / "config.json").is_file():
-            return root / inside
-    folders = sorted(
-        str(file.parent.relative_to(root)) for root in roots for file in root.rglob("config.json") if _is_model(file)
-    )
-    there = ", ".join(f"{PACKAGE}{name}/{folder}" for folder in folders) or "there is none in the package"
-    raise InputError(f"model.path: {path}: found no config.json{nearest(inside, folders)}; models: {there}")
+def _load(path: str, place: str, what: str, load: Callable[..., T], kind: str = "model", **options: Any) -> T:
+    """Call a `from_pretrained`, turning whatever it raises into one line.
 
-
-def _is_model(file: Path) -> bool:
-    try:
-        return "model_type" in json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return False
-
-
-def _load(path: str, what: str, load: Callable[..., T], kind: str = "model", **options: Any) -> T:
-    """Call a `from_pretrained`, turning whatever it raises into one line."""
-    resolved = resolve_model_path(path)
-    remote = not Path(resolved).is_dir()
+    Args:
+        path: `model.path`, for messages.
+        place: result of `_place`.
+    """
+    remote = not Path(place).is_dir()
     try:
         with hub_access(needed=remote), quiet():
-            return load(resolved, **options)
+            return load(place, **options)
     except Exception as error:  # transformers, safetensors and the hub's errors have no common class
         text = str(error)
         if "trust_remote_code" in text:
@@ -107,7 +78,8 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    return _load(model.path, "model", AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    return _load(model.path, _place(model), "model", AutoConfig.from_pretrained, **options)
 
 
 def trained_head(model: ModelConfig, config: PretrainedConfig) -> HeadClasses | None:
@@ -136,7 +108,7 @@ def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> 
     """
     from transformers import AutoModelForSequenceClassification
 
-    held = _held_parameters(model.path)
+    held = _held_parameters(_place(model))
     if held is None:
         return otherwise
     try:
@@ -149,13 +121,13 @@ def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> 
     return bool(head) and head <= held
 
 
-def _held_parameters(path: str) -> set[str] | None:
+def _held_parameters(place: str) -> set[str] | None:
     """Names of the parameters in a checkpoint; None where its files are of another format."""
     from safetensors import safe_open
 
     try:
         for name in WEIGHT_FILES:
-            file = _checkpoint_file(path, name)
+            file = _checkpoint_file(place, name)
             if file is None:
                 continue
             if name.endswith(".json"):
@@ -169,14 +141,13 @@ def _held_parameters(path: str) -> set[str] | None:
     return None
 
 
-def _checkpoint_file(path: str, name: str) -> str | None:
+def _checkpoint_file(place: str, name: str) -> str | None:
     from transformers.utils import cached_file
 
-    resolved = resolve_model_path(path)
-    remote = not Path(resolved).is_dir()
+    remote = not Path(place).is_dir()
     with hub_access(needed=remote), quiet():
         return cached_file(
-            resolved,
+            place,
             name,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
@@ -192,7 +163,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(model.path, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=model.trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    tokenizer = _load(model.path, _place(model), "tokenizer", AutoTokenizer.from_pretrained, **options)
     # Without tokenizer files, transformers makes up a tokenizer of special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise InputError(f"model.path: {model.path}: found no tokenizer beside the model; expected its files there")
@@ -223,15 +195,19 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     Raises:
         InputError: the checkpoint is missing or damaged or does not fit the task, or `task.max_length` or the
             tokenizer does not fit the model.
+        RunError: the weights of a GGUF file cannot be written to the cache.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     language = task.kind in LANGUAGE_KINDS
     loader: Any = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+    # A GGUF file is dequantised whole, so not into partitions.
+    place = _place(config.model, weights=True)
     with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
             config.model.path,
+            place,
             "model",
             loader.from_pretrained,
             "causal language model" if language else "sequence classification",
@@ -242,6 +218,9 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             output_loading_info=True,
             **(_straight_to_gpu(config) if language else _head_options(task)),
         )
+    if is_gguf(config.model.path):
+        # Adapters and cards name what the user gave, not the cache.
+        model.config.name_or_path = model.name_or_path = config.model.path
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
     _check_vocabulary(config.model.path, task.tokenizer, model)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from irdscale.config.schema import ModelConfig
 from irdscale.errors import InputError
-from irdscale.models.build import resolve_model_path
+from irdscale.models.dequantised import file_hash
+from irdscale.models.places import find_gguf, is_gguf, resolve_model_path
 from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.files import digest
 
@@ -79,18 +80,21 @@ def model_digests(model: ModelConfig, known: Mapping[str, Any] | None = None) ->
         {"weights": digest of all tensors, None before their download; "revision": revision of a hub model;
         "settings": {file: digest} of its configurations and code; "files": {file: size, times and digest}}.
     """
-    folder = _folder(model.path)
-    if folder is None:
+    place = _place(model.path)
+    if place is None:
         return {"weights": None, "revision": None, "settings": {}, "files": {}}
+    # A GGUF file has no settings beside it.
+    folder = place.parent if place.is_file() else place
     before = dict((known or {}).get("files", {}))
     files: dict[str, Any] = {}
-    for file in _weights_of(folder):
+    for file in [place] if place.is_file() else _weights_of(place):
         stat, old = file.stat(), before.get(file.name, {})
         stamp = {"size": stat.st_size, "time": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
         same = all(old.get(key) == value for key, value in stamp.items())
         files[file.name] = stamp | {"digest": old["digest"] if same else _contents(file)}
-    settings = {file.name: digest(_settings(file)) for name in SETTINGS if (file := folder / name).is_file()}
-    if model.trust_remote_code:
+    names = () if place.is_file() else SETTINGS
+    settings = {file.name: digest(_settings(file)) for name in names if (file := folder / name).is_file()}
+    if model.trust_remote_code and place.is_dir():
         code = sorted(folder.glob("*.py"))
         settings |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in code}
     total = sum(int(entry["digest"], 16) for entry in files.values()) % 2**256
@@ -122,12 +126,14 @@ def model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [*changed, *(others or now["files"])]
 
 
-def _folder(path: str) -> Path | None:
-    """A model's local folder; None before its download."""
+def _place(path: str) -> Path | None:
+    """A model's local folder or GGUF file; None before its download."""
     try:
         resolved = resolve_model_path(path)
     except InputError:
         return None
+    if is_gguf(resolved):
+        return find_gguf(path, download=False)
     if Path(resolved).is_dir():
         return Path(resolved)
     from huggingface_hub import try_to_load_from_cache
@@ -163,6 +169,8 @@ def _settings(file: Path) -> Any:
 
 def _contents(file: Path) -> str:
     """Digest of a file; of safetensors the sum of its tensors' digests, so that sharding does not matter."""
+    if is_gguf(file.name):
+        return file_hash(file)
     pieces = list(_pieces(file))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         found = pool.map(lambda piece: _piece(file, *piece), pieces)

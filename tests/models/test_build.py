@@ -23,7 +23,8 @@ from transformers import (
 
 from irdscale.config.schema import ModelConfig, RunConfig
 from irdscale.errors import InputError
-from irdscale.models.build import build_model, load_tokenizer, resolve_model_path
+from irdscale.models.build import build_model, load_tokenizer
+from irdscale.models.places import resolve_model_path
 from irdscale.tasks import Task, load_task
 from tests.helpers import FAMILIES, Family, tiny_model, tiny_tokenizer
 
