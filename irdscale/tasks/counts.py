@@ -9,6 +9,7 @@ import numpy as np
 
 from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.models.classes import SHOWN, listed
+from irdscale.tasks.cut import tell_cut
 from irdscale.utils.progress import say
 
 if TYPE_CHECKING:
@@ -22,9 +23,13 @@ FEW, SMALL_SHARE = 2, 0.001
 def tell_classes(task: Task, show: bool) -> None:
     """Say on stderr what the classes of the train split are and how many samples each has; warn of those that are rare.
 
+    Says first how many samples are longer than `task.max_length`, of every kind of task.
+
     Args:
         show: whether to say what is no warning.
     """
+    if show:
+        tell_cut(task)
     if task.kind in LANGUAGE_KINDS or not task.label_names:
         return
     labels_N = np.asarray(task.train.with_format("numpy")["labels"])

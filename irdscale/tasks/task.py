@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,18 @@ from datasets import Dataset
 
 from irdscale.config.kinds import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind
 from irdscale.config.schema import RunConfig
-from irdscale.config.task import LimitConfig
+from irdscale.config.task import LimitConfig, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
+from irdscale.tasks.cut import Cut, cut_texts, what_is_done
 from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import standard_errors
 from irdscale.tasks.population import shaped_pool
+from irdscale.tasks.refused import Refused, accepted
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
 
@@ -43,7 +46,8 @@ class Task:
     `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
     instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated. `label_names` are
     the classes in the order of the model's outputs: the data's, or a trained head's own; `class_order` are their
-    numbers in the order in which metrics count them, where that is another.
+    numbers in the order in which metrics count them, where that is another. `cut` says how many samples of train were
+    longer than `task.max_length`.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Task:
     pool: Dataset | None = None
     pool_in_words: str | None = None
     class_order: tuple[int, ...] | None = None
+    cut: Cut | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -118,13 +123,14 @@ class Task:
         return np.asarray(logits)[:, order_C], np.argsort(order_C)[np.asarray(labels)]
 
 
-def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
+def load_task(config: RunConfig, head: HeadClasses | None = None, refused: Refused | None = None) -> Task:
     """Load, check, split and tokenise the data of `config.task` with the tokenizer of `config.model`.
 
     Classes are numbered as the data has them; where a head is trained, as the head has them, by name.
 
     Args:
         head: the trained head of an adapter; unless given, the checkpoint's own counts, if it has one.
+        refused: gets the rows that make no samples, which are left out; the first one is an error if None.
 
     Raises:
         InputError: the data set, its columns, labels or size, or the model's tokenizer are not what the
@@ -142,7 +148,7 @@ def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
     ):
         raise InputError(f"task.kind: found {source.kind!r}; expected {head.kind!r}, the kind of {head.where}")
     if source.kind in LANGUAGE_KINDS:
-        return _language_task(config, source)
+        return _language_task(config, source, refused)
     regression = source.kind == "regression"
     valid = METRICS[source.kind]
     metrics = fitting_metrics(source.kind, config.task.metric, source.glue.metrics if source.glue else valid, valid)
@@ -174,17 +180,14 @@ def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
         load_metric(metric)
     # Models without segments would refuse token_type_ids, or, like GPT-2, embed them as words.
     segments = getattr(model_config, "type_vocab_size", 0) > 1
+    cut: dict[str, list[int]] = {name: [] for name in parts}
+
+    def encoded_part(part: Part, cut: list[int]) -> Dataset:
+        split, length = splits[part.split], config.task.max_length
+        return encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where, cut)
+
     encoded = {
-        name: encode(
-            tokenizer,
-            splits[part.split].texts,
-            labels[part.split],
-            part,
-            config.task.max_length,
-            segments,
-            splits[part.split].where,
-        )
-        for name, part in parts.items()
+        name: accepted(name, part, partial(encoded_part, cut=cut[name]), refused) for name, part in parts.items()
     }
     pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, data_names, order, segments)
     return Task(
@@ -200,10 +203,17 @@ def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
         pool=pool,
         pool_in_words=pool_in_words,
         class_order=_counted(head, data_names, label_names, splits["train"], source),
+        # Rows of a part that is halved are encoded twice.
+        cut=Cut(
+            len(set(cut["train"])),
+            len(encoded["train"]),
+            config.task.max_length,
+            what_is_done(source.kind, config.task),
+        ),
     )
 
 
-def _language_task(config: RunConfig, source: Source) -> Task:
+def _language_task(config: RunConfig, source: Source, refused: Refused | None) -> Task:
     reported = tuple(name for name in METRICS[source.kind] if name != "exact_match")
     metrics = fitting_metrics(source.kind, config.task.metric, reported, METRICS[source.kind])
     tokenizer = load_tokenizer(config.model)
@@ -215,10 +225,11 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         if label not in table.column_names or is_unlabelled(table.column(label).to_pylist()):
             del splits["test"]
     parts = _parts({name: np.zeros(split.table.num_rows) for name, split in splits.items()}, False, config)
-    samples = {
-        name: language_samples(source.kind, tokenizer, splits[part.split], part, config.task, source.columns)
-        for name, part in parts.items()
-    }
+
+    def made(part: Part, task: TaskConfig) -> Dataset:
+        return language_samples(source.kind, tokenizer, splits[part.split], part, task, source.columns)
+
+    samples = {name: accepted(name, part, partial(made, task=config.task), refused) for name, part in parts.items()}
     if "exact_match" in metrics:
         for name in PARTS[1:]:
             _check_prompts(samples[name], splits[parts[name].split].where, source.columns.prompt is not None)
@@ -242,6 +253,12 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         max_new_tokens=config.task.max_new_tokens,
         pool=pool,
         pool_in_words=pool_in_words,
+        cut=cut_texts(
+            source.kind,
+            samples["train"],
+            config.task,
+            lambda rows, task: made(Part(parts["train"].split, rows, ""), task),
+        ),
     )
 
 
