@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # Samples of each split that are shown, and refused rows that are named.
 SHOWN = 3
 NAMED = 20
-# Tokens before one that may change how it is written as text.
-CONTEXT = 8
+# How a part of a character is written, and how many tokens a character has at most.
+PART, MOST_PARTS = "\N{REPLACEMENT CHARACTER}", 4
 
 
 def run_data(config: RunConfig) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def run_data(config: RunConfig) -> dict[str, Any]:
         },
         "refused": {
             "rows": len(first),
-            "at_least": refused.is_full,
+            "at_least": refused.is_part,
             "first": [{"split": split, "row": row, "why": why} for split, row, why in first[:NAMED]],
         },
     }
@@ -155,7 +155,7 @@ def _lengths(task: Task, samples: Dataset, lengths_N: np.ndarray, limit: int) ->
 def _shown(task: Task, samples: Dataset, limit: int) -> list[dict[str, Any]]:
     """The first, the middle and the last sample that fit `limit` tokens."""
     places = np.flatnonzero(sample_lengths(task.kind, samples) <= limit)
-    chosen = sorted({int(places[len(places) * i // SHOWN]) for i in range(SHOWN)}) if places.size else []
+    chosen = sorted({int(places[(len(places) - 1) * i // (SHOWN - 1)]) for i in range(SHOWN)}) if places.size else []
     return [_sample(task, samples[place]) for place in chosen]
 
 
@@ -173,16 +173,24 @@ def _sample(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds to the text, spaces and special tokens with it."""
+    """What each token adds to the text, spaces and special tokens with it.
 
-    def decoded(tokens: list[int]) -> str:
+    The last of several tokens of a character has that character, and the others a replacement character.
+    """
+
+    def decoded(start: int, stop: int) -> str:
+        tokens = ids[start:stop]
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     found = []
-    for place in range(len(ids)):
-        before = ids[max(0, place - CONTEXT) : place]
-        # A character of several tokens is there with the last of them.
-        known = decoded(before).rstrip("\N{REPLACEMENT CHARACTER}") if before else ""
-        text = decoded([*before, ids[place]])
-        found.append(text[len(known) :] if text.startswith(known) else str(tokenizer.convert_ids_to_tokens(ids[place])))
+    # What a token adds depends on the one before it; whole characters end at `read`.
+    before, read = 0, 0
+    for place, token in enumerate(ids):
+        known, text = decoded(before, read), decoded(before, place + 1)
+        if text.endswith(PART) and place - read < MOST_PARTS:
+            found.append(PART)
+            continue
+        adds = text.startswith(known) and len(text) > len(known)
+        found.append(text[len(known) :] if adds else str(tokenizer.convert_ids_to_tokens(token)))
+        before, read = read, place + 1
     return found

@@ -11,19 +11,16 @@ import numpy as np
 from irdscale.errors import InputError
 from irdscale.tasks.splits import Part
 
-# Rows that are looked for: each takes some ten readings of its split.
+# Rows of a split that are looked for: each takes some ten readings of the split.
 MOST = 20
 
 
 @dataclass
 class Refused:
-    """Rows that were refused: the split of each, its row, and why. `is_full` says that there may be more."""
+    """Rows that were refused: the split of each, its row, and why. `is_part` says that there may be more."""
 
     rows: list[tuple[str, int, str]] = field(default_factory=list)
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.rows) >= MOST
+    is_part: bool = False
 
 
 def accepted(
@@ -48,13 +45,18 @@ def accepted(
         first = error
     found: list[datasets.Dataset] = []
     waiting = [part.rows]
-    while waiting and not refused.is_full:
+    left = MOST
+    while waiting:
         rows = waiting.pop()
         try:
             found.append(make(Part(part.split, rows, part.origin)))
         except InputError as error:
-            if len(rows) == 1:
+            if not left:
+                # Some of these rows may be good, but they are not looked for.
+                refused.is_part = True
+            elif len(rows) == 1:
                 refused.rows.append((name, int(rows[0]), str(error)))
+                left -= 1
             else:
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
     if not found:
