@@ -35,7 +35,7 @@ def data(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
         raise typer.Exit(complain(f"{result['refused']['rows']} row(s) refused; the first: {first['why']}", 2))
 
 
-@verb("irdscale predict configs/quickstart.yaml adapter=runs/quickstart/adapter to=predictions.jsonl")
+@verb("irdscale predict configs/quickstart.yaml adapter=runs/a/adapter to=out.jsonl")
 def predict(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Predict classes, numbers, choices or completions with an adapter: adapter=DIR.
 
