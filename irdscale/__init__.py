@@ -1,6 +1,6 @@
 """Sparse fine-tuning chosen by data: FISH masks, searched by iterative range decreasing (IRD).
 
-The names below are imported on first use, so that `import irdscale` is quick and does not import torch.
+The names below are imported on first use, so that `import irdscale` is fast and does not import torch.
 """
 
 from __future__ import annotations

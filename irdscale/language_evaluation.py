@@ -201,7 +201,7 @@ def generate_greedily(
         batch = pad_batch([rows[i] for i in places or [0]], pad, side="left")
         generated_BT = model.generate(
             **{k: v.to(device) for k, v in batch.items()},
-            # Ranks that gather together go on until the last one is done.
+            # Ranks that gather partitions together must all continue until the last one is done.
             synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
         )
         if places:
@@ -215,7 +215,7 @@ def generate_greedily(
         if equal:
             warn_once(
                 f"train.eval_batch_size: what {type(model).__name__} generates depends on how far its batch is padded; "
-                f"prompts of equal length alone are answered together"
+                f"batches hold prompts of equal length"
             )
         shared_batches(model, [len(tokens) for tokens in prompts], batch_size, answer, equal=equal)
     all_reduce_sum([table_NT])

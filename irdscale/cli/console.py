@@ -116,14 +116,15 @@ def print_doctor(result: dict[str, Any]) -> None:
         found = package["found"] or "missing"
         line(f"{name:24} {found} (needs {package['needs'] or 'any version'})", None if package["ok"] else "red")
     line(f"{'ray':24} {readable(result['ray']['version'])}")
-    for text in (*_cluster_lines(result["ray"]), *_search_lines(result["search"])):
+    for text in (*cluster_lines(result["ray"]), *search_lines(result["search"])):
         line(text)
     for problem in result["problems"]:
         line(f"Cannot {problem['cannot']}: {problem['why']}", "red" if problem["blocks_search"] else "yellow")
     line("irdscale search can run here." if result["ok"] else "irdscale search cannot run here.", "bold")
 
 
-def _cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
+def cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
+    """The Ray cluster that was found, in lines."""
     if ray["version"] is None:
         return
     found = ray["cluster"]
@@ -138,7 +139,8 @@ def _cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _search_lines(search: dict[str, Any] | None) -> Iterator[str]:
+def search_lines(search: dict[str, Any] | None) -> Iterator[str]:
+    """The estimate of a search, in lines."""
     from irdscale.utils.progress import duration
 
     if search is None:

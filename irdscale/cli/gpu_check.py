@@ -1,11 +1,11 @@
-"""What launch/gpu_check.sh checks besides the kernels, each printed as it ends: `python -m irdscale.cli.gpu_check`.
+"""The checks of launch/gpu_check.sh besides the kernels: `python -m irdscale.cli.gpu_check`.
 
-    card          what is measured on, in one line; refuses a machine without a GPU (exit code 2)
+    card          GPUs and versions, in one line; exit code 2 without a GPU
     exact         Fisher diagonals and sparse training on the GPU against float64 on the CPU
     search DIR    a search of the quickstart's language model, and its speed
     ranks         under torchrun: sharded Fisher passes, DDP and ZeRO-3 against float64, and ZeRO-3's speed
 
-Exit code 1: a check failed. A bar that is missed is marked, and fails nothing.
+Exit code 1: a check failed. A missed bar is marked, but does not fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MASKS_BAR = 1.0
 EVALUATION_BAR = 1.0
 ZERO_BAR = 30.0
-# Steps before the first that counts, and those that do.
+# Steps before the measurement, and measured steps.
 WARM_UP, MEASURED = 10, 50
 ZERO_FILE = Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3.json"
 WAYS = ("card", "exact", "search", "ranks")
@@ -63,7 +63,7 @@ def _version(package: str) -> str:
     from irdscale import __version__
 
     try:
-        # A checkout on the path is of no version that the installer knows.
+        # The installer has no version of a checkout on the path.
         return __version__ if package == "irdscale" else version(package)
     except PackageNotFoundError:
         return "missing"
@@ -78,9 +78,9 @@ def _driver() -> str:
 
 
 def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
-    """A search of the quickstart's language model must end better than it began; then its speed, in two rows.
+    """Check that a search improves the quickstart's language model, then measure its speed, in two rows.
 
-    The masks are made again in this process, in which everything is compiled.
+    The masks are computed again in this process, with all kernels compiled.
     """
     from irdscale.bench.gpu_exact import CONFIG, checked
     from irdscale.bench.timing import figure
@@ -104,7 +104,7 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
 
 
 def _search(output: Path) -> float:
-    """The winner's perplexity over that of the model as it came."""
+    """The winner's perplexity over that of the base model."""
     from irdscale.bench.gpu_exact import CONFIG
     from irdscale.cli import command_line
 
@@ -123,10 +123,10 @@ def _evaluation_seconds(output: Path) -> list[float]:
 
 
 def run_rank_checks(device: torch.device) -> Iterator[Check | dict[str, Any]]:
-    """What data-parallel ranks do together, with all of them; collective.
+    """Check the work that data-parallel ranks share; collective.
 
     Args:
-        device: this rank's.
+        device: device of this rank.
     """
     import torch
 
@@ -140,7 +140,7 @@ def run_rank_checks(device: torch.device) -> Iterator[Check | dict[str, Any]]:
         yield checked(f"Fisher diagonal, {layout}, {world} rank(s)", limit, work)
     yield checked(f"fine_tune, DDP, {world} rank(s)", TUNED_LIMIT, tuned_error)
     if importlib.util.find_spec("deepspeed") is None:
-        say("no deepspeed: ZeRO-3 is left out")
+        say("deepspeed is missing: ZeRO-3 is skipped")
         return
     yield checked(f"fine_tune, ZeRO-3, {world} rank(s)", TUNED_LIMIT, partial(tuned_error, zero3()))
     yield zero_row()
@@ -152,7 +152,7 @@ def zero3() -> str:
 
 
 def zero_row() -> dict[str, Any]:
-    """Steps a second of the quickstart's language model under ZeRO-3, after the first ones; collective."""
+    """Steps per second of the quickstart's language model under ZeRO-3, after a warm-up; collective."""
     from irdscale.bench.gpu_exact import tuning_config, tuning_mask
     from irdscale.bench.timing import figure
     from irdscale.distributed.ranks import rank_and_world
@@ -176,13 +176,13 @@ def zero_row() -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """A line on stdout at once, on the first rank."""
+    """Print a line on stdout on the first rank, and flush."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
 
 def tell(found: Iterable[Check | dict[str, Any]]) -> int:
-    """Print checks and rows as they come; 1 if a check failed, else 0."""
+    """Print checks and rows as they arrive; returns 1 if a check failed, else 0."""
     from irdscale.bench.timing import line_of
 
     failed, last = False, time.perf_counter()

@@ -13,7 +13,8 @@ from irdscale.compare.method_specs import RANKINGS, Method, asked_methods, owner
 from irdscale.compare.study import FILE
 from irdscale.config.loader import check_config
 from irdscale.errors import InputError
-from irdscale.report.analysis import Relation, by_chance, headline, overlaps, ranking_relations
+from irdscale.report.mask_overlap import overlaps
+from irdscale.report.relations import Relation, by_chance, headline, ranking_relations
 from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import index_file, load_mask, mask_folder, read_masks, traces_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from irdscale.report.analysis import most_held
+from irdscale.report.mask_overlap import most_held
 from irdscale.report.verdict import percent
 from irdscale.search.mask_store import load_mask, mask_folder
 

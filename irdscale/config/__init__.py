@@ -1,4 +1,4 @@
-"""The configuration: its keys, and how a YAML file with changes becomes one."""
+"""The configuration: its keys, and how it is read from a YAML file and overrides."""
 
 from irdscale.config.schema import RunConfig
 

@@ -1,4 +1,4 @@
-"""The run configuration: its sections, and what their values may be, checked before anything is loaded.
+"""The run configuration: its sections and their valid values, checked before anything is loaded.
 
 `irdscale.config.loader` reads it from a YAML file and `key=value` overrides.
 """
@@ -155,13 +155,9 @@ class SearchConfig(Section):
     ray: RayConfig = Field(default_factory=lambda: RayConfig())
 
     @model_validator(mode="after")
-    def _ratios(self) -> SearchConfig:
+    def _consistent(self) -> SearchConfig:
         if self.min_ratio is not None and self.min_ratio > self.ratio:
             raise InputError(f"found {self.min_ratio}", f"at most ratio ({self.ratio})", "min_ratio")
-        return self
-
-    @model_validator(mode="after")
-    def _ranked(self) -> SearchConfig:
         if self.direction == "random" and self.rank_by != "trace":
             fault = f"found {self.rank_by} with direction 'random'"
             raise InputError(fault, "trace: a shuffle ranks nothing", "rank_by")
@@ -254,7 +250,7 @@ class RunConfig(Section):
         return self.fisher.scope or default_scope(self.task.kind)
 
     @model_validator(mode="after")
-    def _language(self) -> RunConfig:
+    def _consistent(self) -> RunConfig:
         kind = self.task.kind
         if kind in LANGUAGE_KINDS and self.fisher.objective == "expected":
             fault = f"found 'expected' with task.kind {kind!r}"
@@ -270,10 +266,6 @@ class RunConfig(Section):
             fault = f"found 'loss' with fisher.objective {self.fisher.objective!r}"
             expected = "objective 'label': traces are divided by the losses of the labels"
             raise InputError(fault, expected, "search.rank_by")
-        return self
-
-    @model_validator(mode="after")
-    def _samples(self) -> RunConfig:
         if self.search.min_samples > self.fisher.samples:
             expected = f"at most fisher.samples ({self.fisher.samples})"
             raise InputError(f"found {self.search.min_samples}", expected, "search.min_samples")

@@ -81,7 +81,7 @@ class MixedWithConfig(Section):
 
 
 class PoolConfig(Section):
-    """The population, shaped in one way: as many samples as the train split (and the other data set) allow."""
+    """One change to the population, which has as many samples as the train split (and the second data set) allow."""
 
     label_skew: LabelSkewConfig | None = Field(None, description="Population of mostly one class (classification).")
     length_skew: LengthSkewConfig | None = Field(None, description="Population of mostly short or mostly long samples.")

@@ -1,4 +1,4 @@
-"""The report of a search, for people: Markdown with pictures, and one HTML file that holds everything."""
+"""The report of a search: Markdown with figures, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ def write_report(output: Path | str, samples: bool = False, progress: bool = Fal
     """Write report.md, figures/ and report.html into the output folder of a finished search.
 
     Args:
-        samples: also measure which samples drive the winner's mask, by one backward pass for each; loads the model.
-            What it finds is kept in fisher/drivers.json, and later reports show it, too.
+        samples: also measure which samples drive the winner's mask, by one backward pass per sample; loads the model.
+            The result is saved in fisher/drivers.json, and later reports show it too.
 
     Returns:
         {"markdown", "html", "figures"}: paths.
 
     Raises:
-        InputError: the folder holds no finished search, or its files are damaged; or the samples cannot be measured.
+        InputError: the folder has no finished search, or its files are damaged; or the samples cannot be measured.
         RunError: the folder cannot be written.
     """
     from irdscale.report.write import write_files

@@ -1,14 +1,16 @@
-"""What a report is made of: the files of a finished search, put together."""
+"""Read the files of a finished search for its report."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, density
-from irdscale.report.analysis import LAYER, Analysis, analyse
+from irdscale.report.analysis import Analysis, analyse
+from irdscale.report.mask_overlap import LAYER
 from irdscale.search.ird import Pair, candidates
 from irdscale.search.ledger import read_ledger
 from irdscale.search.mask_store import index_file, load_mask, read_masks, traces_file
@@ -20,10 +22,10 @@ class Candidate:
     """One candidate of one round.
 
     Attributes:
-        metrics: seed -> selection metric; None where it failed.
-        mean: over the seeds; None if one failed.
+        metrics: seed -> selection metric; None if the evaluation failed.
+        mean: mean over the seeds; None if one failed.
         chosen: whether the search moved to it.
-        shared: whether it has the same mask as a pair evaluated before, and so its metrics.
+        shared: whether it has the mask, and so the metrics, of a pair evaluated before.
     """
 
     round: int
@@ -40,13 +42,13 @@ class Facts:
     """Everything a report shows.
 
     Attributes:
-        result: result.json.
-        rounds: the candidates of every round, in order.
+        result: contents of result.json.
+        rounds: candidates of every round, in order.
         failures: "samples, parameters, seed: error" of each evaluation that failed and never succeeded.
-        traces: each pool sample's Fisher trace, largest first, and whether the winner's mask saw it.
-        layers: layer -> module -> share of its entries in the winner's mask.
-        others: name, entries in the mask, size, share: of the parameters outside the numbered layers.
-        analysis: what the ranking of the samples follows, and how the masks follow it.
+        traces: Fisher trace of each pool sample, largest first, and whether the winner's mask is made from it.
+        layers: layer -> module -> share of its parameters in the winner's mask.
+        others: name, entries in the mask, size, share of each parameter outside the numbered layers.
+        analysis: analysis of the ranking of the samples and of the masks.
     """
 
     result: dict[str, Any]
@@ -62,13 +64,13 @@ def finished(output: Path) -> dict[str, Any]:
     """The result of a finished search.
 
     Raises:
-        InputError: there is none in the folder, or it is damaged.
+        InputError: the folder has none, or it is damaged.
     """
     if not (output / "result.json").exists():
         records = read_ledger(output / "ledger.jsonl")
         done = sum(record["status"] == "ok" for record in records)
         found = f"a search with {done} evaluations done" if records else "no search"
-        raise InputError(f"{output}: found {found}; expected a finished one: run irdscale search")
+        raise InputError(f"found {found}", "a finished one: run irdscale search", where=str(output))
     result: dict[str, Any] = read_json(output / "result.json", "result of a search")
     return result
 
@@ -86,8 +88,7 @@ def gather(output: Path) -> Facts:
         traces = read_json(traces_file(output), "list of traces")
         kept = set(traces["order"][: result["best"]["samples"]])
         ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
-        mask = load_mask(output, Path(result["best"]["mask"]).name)
-        layers, others = _density(mask)
+        layers, others = _density(load_mask(output, Path(result["best"]["mask"]).name))
         return Facts(
             result,
             _rounds(result, records, stored.masks, stored.minimum),
@@ -100,7 +101,8 @@ def gather(output: Path) -> Facts:
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{output}: not the output of a search: {type(error).__name__} {error}") from error
+        fault = f"not the output of a search: {type(error).__name__} {error}"
+        raise InputError(fault, where=str(output)) from error
 
 
 def _rounds(
@@ -132,8 +134,8 @@ def _rounds(
 
 
 def _failures(records: list[dict[str, Any]]) -> list[str]:
-    finished = {r["key"] for r in records if r["status"] == "ok"}
-    failed = {r["key"]: r for r in records if r["key"] not in finished}
+    done = {r["key"] for r in records if r["status"] == "ok"}
+    failed = {r["key"]: r for r in records if r["key"] not in done}
     return [
         f"{r['samples']} samples, {r['params']} parameters, seed {r['seed']}: {r['error']}" for r in failed.values()
     ]
@@ -143,9 +145,7 @@ def _density(mask: Mask) -> tuple[dict[int, dict[str, float]], list[tuple[str, i
     entries: dict[tuple[int, str], list[int]] = {}
     others = []
     for name, share in density(mask).items():
-        size = 1
-        for length in mask.shapes[name]:
-            size *= length
+        size = math.prod(mask.shapes[name])
         held = round(share * size)
         layered = LAYER.match(name)
         if layered:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Facts
@@ -18,7 +19,7 @@ BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b
 
 
 def draw_all(facts: Facts) -> dict[str, bytes]:
-    """name -> PNG of each figure that the search has data for."""
+    """Name -> PNG of each figure that the search has data for."""
     return pngs(
         metric=metric_by_parameters(facts),
         path=path_of_rounds(facts),
@@ -31,7 +32,7 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
 
 
 def pngs(**figures: Figure | None) -> dict[str, bytes]:
-    """Each figure as a PNG file by its name, but for those that are None."""
+    """Name -> PNG of each figure that is not None."""
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
@@ -43,7 +44,7 @@ def png(figure: Figure) -> bytes:
 
 
 def canvas(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
-    """A figure of so many inches and its only axes, with a faint grid."""
+    """A figure, in inches, and its only axes, with a faint grid."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,16 +54,10 @@ def canvas(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
 
 
 def plain_ticks(axis: Any, values: Iterable[float]) -> None:
-    """Ticks at these values alone, written in full."""
+    """Ticks at these values only, written in full."""
     values = sorted(set(values))
     axis.set_ticks(values, labels=[f"{v:,}" for v in values])
-    axis.set_minor_locator(_no_ticks())
-
-
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
+    axis.set_minor_locator(NullLocator())
 
 
 def metric_by_parameters(facts: Facts) -> Figure:
@@ -78,16 +73,8 @@ def metric_by_parameters(facts: Facts) -> Figure:
     front = [(entry["params"], entry["metric"]) for entry in result["pareto"]]
     axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, alpha=0.6, label="best at each size")
     best = result["best"]
-    axes.scatter(
-        best["params"],
-        best["metric"],
-        s=190,
-        facecolors="none",
-        edgecolors=BLUE,
-        linewidths=2,
-        label="winner",
-        zorder=4,
-    )
+    ring = {"s": 190, "facecolors": "none", "edgecolors": BLUE, "linewidths": 2, "zorder": 4}
+    axes.scatter(best["params"], best["metric"], label="winner", **ring)
     fish = result["baseline"]["fish_random"]
     if fish["metric"] is not None:
         axes.scatter(
@@ -105,9 +92,9 @@ def metric_by_parameters(facts: Facts) -> Figure:
 
 
 def path_of_rounds(facts: Facts) -> Figure:
-    """Samples against parameters: every evaluated pair with its mean, and the way that the search took."""
+    """Samples against parameters: every evaluated pair with its mean, and the path of the search."""
     figure, axes = canvas()
-    # Of two sets of equal size, the one that the search moved to is drawn.
+    # Of two pairs of equal sizes, the one that the search moved to is drawn.
     rounds = sorted(facts.rounds, key=lambda c: c.chosen)
     means = {(c.params, c.samples): c.mean for c in rounds if c.mean is not None}
     xs, ys, colors = [p for p, _ in means], [s for _, s in means], list(means.values())
@@ -175,7 +162,7 @@ def mask_density(facts: Facts) -> Figure | None:
 
 
 def trace_distribution(facts: Facts) -> Figure:
-    """Each pool sample's Fisher trace by rank, and which of them the winner's mask comes from."""
+    """Each pool sample's Fisher trace by rank, and which samples the winner's mask is made from."""
     figure, axes = canvas()
     for kept, color, label in ((True, BLUE, "kept by the winner"), (False, GREY, "dropped")):
         ranks = [rank for rank, (_, inside) in enumerate(facts.traces, start=1) if inside is kept]
@@ -190,7 +177,7 @@ def trace_distribution(facts: Facts) -> Figure:
 
 
 def mask_overlap(facts: Facts) -> Figure | None:
-    """Sample sets by sample sets: the share of the entries that two masks of the largest p have in common."""
+    """Sample sets by sample sets: the share of the entries that two masks of the largest p share."""
     overlap = facts.analysis.overlap
     if overlap is None:
         return None
@@ -206,12 +193,12 @@ def mask_overlap(facts: Facts) -> Figure | None:
     axes.set_xticks(range(count), overlap.names, fontsize=8)
     axes.set_yticks(range(count), overlap.names, fontsize=8)
     axes.set(xlabel="samples s", ylabel="samples s")
-    figure.colorbar(image, ax=axes, label="% of the entries in common")
+    figure.colorbar(image, ax=axes, label="% of the entries shared")
     return figure
 
 
 def layer_drift(facts: Facts) -> Figure | None:
-    """Layers against what they gain and lose of the mask, a line for each sample set but the largest."""
+    """The change of each layer's share of the mask, a line for each sample set but the largest."""
     layers, sizes = facts.analysis.layers, facts.analysis.sizes
     if len(layers) < 2:
         return None
@@ -225,7 +212,7 @@ def layer_drift(facts: Facts) -> Figure | None:
     step = -(-len(layers) // 32)
     ticks = sorted({*range(0, len(layers), step), len(layers) - 1})
     axes.set_xticks(ticks, [layers[i].name for i in ticks], fontsize=8)
-    axes.set(xlabel="layer", ylabel=f"% of the mask, more than of {sizes[0]:,} samples")
+    axes.set(xlabel="layer", ylabel=f"change from {sizes[0]:,} samples, points")
     axes.legend(
         frameon=False, fontsize=8, title="samples s", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
     )
@@ -235,12 +222,7 @@ def layer_drift(facts: Facts) -> Figure | None:
 def cost(facts: Facts) -> Figure:
     """Seconds by phase."""
     figure, axes = canvas(height=2.4)
-    names = {
-        "fisher": "Fisher passes and masks",
-        "train": "candidates",
-        "baseline": "baselines",
-        "test": "test split",
-    }
+    names = {"fisher": "Fisher passes and masks", "train": "candidates", "baseline": "baselines", "test": "test split"}
     seconds = facts.result["seconds"]
     present = [name for name in reversed(names) if name in seconds]
     bars = axes.barh([names[n] for n in present], [seconds[n] for n in present], color=BLUE, alpha=0.8)

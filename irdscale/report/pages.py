@@ -1,4 +1,4 @@
-"""Fill the templates of a report and write its pages: Markdown beside its figures, and HTML that holds them."""
+"""Fill templates and write the pages of a report: Markdown beside its figures, and HTML that contains them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def write_pages(
     """Write figures/*.png, `name`.md and `name`.html into `output`.
 
     Args:
-        package: the package that holds the templates `name`.md.jinja and `name`.html.jinja; those of
-            irdscale.report can be included in them.
-        values: what the templates name, besides the `figures`, which they get in base64.
+        package: package of the templates `name`.md.jinja and `name`.html.jinja, which can include those of
+            irdscale.report.
+        values: variables of the templates, besides `figures`, which are added in base64.
         figures: name -> PNG.
-        filters: name -> what the templates call beside `score`, `tested`, `percent`, `duration` and `cell`.
+        filters: name -> filter of the templates, besides `score`, `tested`, `percent`, `duration` and `cell`.
 
     Returns:
         {"markdown", "html", "figures"}: paths.
@@ -62,12 +62,12 @@ def score(value: float | None) -> str:
 
 
 def tested(entry: Mapping[str, Any]) -> str:
-    """The test metric of a result's entry, with its standard error where that is known."""
+    """The test metric of a result's entry, with its standard error if known."""
     return with_error(entry["test_metric"], entry["test_error"], absent="failed")
 
 
 def _markdown_cell(value: object) -> str:
-    """Text that cannot leave its table cell or turn into markup."""
+    """Text escaped for a Markdown table cell."""
     text = " ".join(str(value).split())
     for mark in "\\`*_[]<>|#":
         text = text.replace(mark, f"\\{mark}")

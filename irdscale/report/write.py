@@ -1,4 +1,4 @@
-"""What a report's templates are filled with."""
+"""Fill the templates of a search's report."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.config.kinds import LANGUAGE_KINDS
-from irdscale.report.analysis import by_chance
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.pages import write_pages
+from irdscale.report.relations import by_chance
 from irdscale.report.verdict import percent, verdict, warnings
 
 CAPTIONS = {
     "metric": "Metric against trainable parameters. Grey dots are single seeds; {better} is better.",
-    "path": "The way through the rounds. Each square is a pair that was evaluated; orange is the path and the winner.",
-    "density": "Where the winner's entries lie: per cent of each module's weights and biases, by layer.",
-    "traces": "Fisher trace of every sample of the pool, the largest first, and the ones that chose the winner's mask.",
-    "overlap": "Entries that the masks of two sample sets have in common, in per cent; random masks: {chance}.",
-    "drift": "What each layer gains and loses of the mask's entries as samples are dropped; orange: the smallest set.",
+    "path": "Path of the search. Each square is an evaluated pair; the path and the winner are orange.",
+    "density": "Share of each module's parameters in the winner's mask, in per cent, by layer.",
+    "traces": "Fisher traces of the pool's samples, largest first; blue: samples of the winner's mask.",
+    "overlap": "Shared entries of the masks of two sample sets, in per cent; random masks: {chance}.",
+    "drift": "Change of each layer's share of the mask as samples are dropped; orange: smallest set.",
     "cost": "Seconds by phase.",
 }
 
@@ -47,7 +47,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
 
 
 def _number(value: object) -> str:
-    """A label, length, loss or trace; a dash where it is not known."""
+    """A label, length, loss or trace; a dash if unknown."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

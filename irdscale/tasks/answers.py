@@ -1,4 +1,4 @@
-"""Generated answers: where one ends, and whether two of them agree."""
+"""Generated answers: the end of an answer, and the agreement of two answers."""
 
 from __future__ import annotations
 

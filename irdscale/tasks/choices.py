@@ -1,4 +1,4 @@
-"""Multiple choice: the texts to choose from, and which of them a label means."""
+"""Multiple choice: the choices of each row, and which of them is right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from irdscale.tasks.data import Rows
 from irdscale.tasks.labels import is_missing
 from irdscale.utils.suggestions import nearest
 
-# The fields of a column of choices that hold their texts and what they are called, as ARC has them.
+# The fields of a column of choices that hold their texts and their labels, as in ARC.
 TEXT, LABEL = "text", "label"
 
 
@@ -27,10 +27,9 @@ def choice_texts(rows: Rows, names: list[str]) -> list[list[str]]:
     for row, value in enumerate(found):
         texts = _field(value, TEXT) if _has_fields(value) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"task.columns.choices: {rows.where}: column {names[0]!r}, row {row}: found {kind_of(value)}; "
-                f"expected a list of texts (or name several columns)"
-            )
+            place = f"{rows.where}: column {names[0]!r}, row {row}"
+            expected = "a list of texts (or name several columns)"
+            raise InputError(f"found {kind_of(value)}", expected, "task.columns.choices", place)
         found[row] = texts
     return found
 
@@ -47,24 +46,24 @@ def _field(value: Any, name: str) -> Any:
 
 
 def _plain(label: Any) -> str:
-    """What a choice is called, whether a letter or a number, and of whatever type."""
+    """The label of a choice as text, whatever its type."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return str(label).strip()
 
 
 class RightChoices:
-    """Which choice is right in each row: what its label means is decided by what the choices are called.
+    """Which choice is right in each row.
 
-    Choices may be called something in their own column (`choices.label`), or in those of
-    `task.columns.choice_labels`; else by the names of their columns; else they are counted: 0, 1, 2, or A, B, C.
+    The labels of the choices decide what `label` means. They stand in the choices' own column (`choices.label`) or in
+    those of `task.columns.choice_labels`; else the names of the choices' columns count; else 0, 1, 2, or A, B, C.
     """
 
     def __init__(self, rows: Rows, columns: ColumnsConfig, choices: list[list[str]]) -> None:
-        """Read the labels of all rows, so that one tells how the others count.
+        """Read the labels of all rows, since one row can show how all are counted.
 
         Raises:
-            InputError: a column is missing or of the wrong type, or labels count from 1 where nothing says so.
+            InputError: a column is missing or of the wrong type, or labels count from 1 without `choice_labels`.
         """
         assert columns.label is not None
         assert columns.choices is not None
@@ -82,7 +81,7 @@ class RightChoices:
             self._refuse_beyond()
 
     def _by_name(self, declared: list[str]) -> bool:
-        """Whether the names of class numbers say which choice is meant, rather than the numbers."""
+        """Whether the names of class numbers, rather than the numbers, tell which choice is meant."""
         if self._called is not None:
             return any(_plain(name) in declared for called in self._called for name in called or ())
         if set(declared) <= set(self._columns.choices or ()):
@@ -101,14 +100,14 @@ class RightChoices:
         label, last = self._labels[row], len(self._choices[row]) - 1
         counting = f"the right choice's number, 0 to {last}"
         if _counted(label) == last + 1:
-            counting += ", or task.columns.choice_labels, for what choices are called"
-        return InputError(f"task.columns.label: {self._rows.where}, row {row}: found {label!r}; expected {counting}")
+            counting += ", or task.columns.choice_labels with the labels of the choices"
+        return InputError(f"found {label!r}", counting, "task.columns.label", f"{self._rows.where}, row {row}")
 
     def number(self, row: int) -> int:
-        """The place of the right choice, from 0.
+        """The number of the right choice, from 0.
 
         Raises:
-            InputError: the row has no label, or one that means none of its choices, or several.
+            InputError: the row has no label, or its label matches no choice, or several.
         """
         label, count = self._labels[row], len(self._choices[row])
         if is_missing(label) or isinstance(label, bool):
@@ -125,29 +124,25 @@ class RightChoices:
 
     def _named(self, row: int, label: Any) -> int:
         assert self._called is not None
-        where = f"task.columns.label: {self._rows.where}, row {row}"
+        where = f"{self._rows.where}, row {row}"
         called, count = self._called[row], len(self._choices[row])
         if not isinstance(called, list) or len(called) != count or any(is_missing(name) for name in called):
-            raise InputError(
-                f"task.columns.choice_labels: {self._rows.where}, row {row}: found {called!r}; "
-                f"expected what each of {count} choices is called"
-            )
+            raise InputError(f"found {called!r}", f"labels of {count} choices", "task.columns.choice_labels", where)
         names, asked = [_plain(name) for name in called], _plain(label)
         if asked not in names:
             names, asked = [name.casefold() for name in names], asked.casefold()
         if names.count(asked) == 1:
             return names.index(asked)
-        # A number beside letters is the place that it is anywhere else; a text that looks like one is not.
+        # Beside letters, an integer is a choice's number, as elsewhere; a text of digits is not.
         if isinstance(label, int) and 0 <= label < count and all(name.isalpha() for name in names):
             return label
-        raise InputError(
-            f"{where}: found {label!r}{nearest(asked, names) if asked not in names else ''}; "
-            f"expected one of the choices' own labels, each once: {', '.join(map(str, called))}"
-        )
+        near = nearest(asked, names) if asked not in names else ""
+        expected = f"one of the choices' own labels, each once: {', '.join(map(str, called))}"
+        raise InputError(f"found {label!r}{near}", expected, "task.columns.label", where)
 
 
 def _called(rows: Rows, columns: ColumnsConfig) -> list[Any] | None:
-    """What the choices of each row are called; None where the data does not say."""
+    """The labels of the choices of each row, or None where the data has none."""
     names, choices = columns.choice_labels, columns.choices or []
     if isinstance(names, list) and len(names) > 1:
         return [list(row) for row in zip(*(_values(rows, name) for name in names), strict=True)]
@@ -162,7 +157,7 @@ def _called(rows: Rows, columns: ColumnsConfig) -> list[Any] | None:
 
 
 def _values(rows: Rows, name: str) -> list[Any]:
-    """A column's values, or one field's of a column of choices: `choices.label`."""
+    """The values of a column, or of a field in a column of choices: `choices.label`."""
     column, _, field = name.rpartition(".")
     if name in rows.table.column_names or column not in rows.table.column_names:
         return rows.column(name, "choice_labels").to_pylist()
@@ -171,7 +166,7 @@ def _values(rows: Rows, name: str) -> list[Any]:
 
 
 def _counted(label: Any) -> int | None:
-    """The number of a label that counts choices; None of others."""
+    """The number in a label that is an integer, or None."""
     if isinstance(label, bool) or is_missing(label):
         return None
     if isinstance(label, float):
@@ -183,6 +178,6 @@ def _counted(label: Any) -> int | None:
 
 
 def _letter(label: Any) -> int | None:
-    """The place of a letter in the alphabet; None of whatever is no letter."""
+    """The position of a letter in the alphabet, or None for other labels."""
     text = label.strip().upper() if isinstance(label, str) else ""
     return string.ascii_uppercase.index(text) if len(text) == 1 and text in string.ascii_uppercase else None

@@ -1,4 +1,4 @@
-"""How many samples of each class there are to train on, said before anything is trained."""
+"""Report how many train samples each class has, before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from irdscale.tasks.task import Task
 
 log = logging.getLogger(__name__)
-# Of so few samples, or of so small a share of them, a class is hardly learnt.
+# A class with fewer samples, or a smaller share of them, is hardly learnt.
 FEW, SMALL_SHARE = 2, 0.001
 
 
 def tell_classes(task: Task, show: bool) -> None:
-    """Say on stderr what the classes of the train split are and how many samples each has; warn of those that are rare.
+    """Print the classes of the train split and their numbers of samples on stderr, and warn of rare classes.
 
     Says first how many samples are longer than `task.max_length`, of every kind of task.
 
     Args:
-        show: whether to say what is no warning.
+        show: print the classes; warnings are logged in any case.
     """
     if show:
         tell_cut(task)
@@ -43,7 +43,7 @@ def tell_classes(task: Task, show: bool) -> None:
     rare = [number for number in order if counts[number] < few]
     for number in rare[:SHOWN]:
         first = np.flatnonzero(labels_N == number)[:1]
-        row = f"first in row {task.train[int(first[0])]['row']}" if first.size else "in no row of it"
+        row = f"first in row {task.train[int(first[0])]['row']}" if first.size else "in no row"
         log.warning(
             "task.dataset: %s: class %r has %d of %s samples of train%s, %s; expected %d or more",
             task.name,

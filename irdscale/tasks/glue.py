@@ -55,10 +55,8 @@ def glue_task(name: str) -> GlueTask:
     """The GLUE task called `name`.
 
     Raises:
-        InputError: there is none; the line names the nearest.
+        InputError: there is none; the error names the nearest.
     """
     if name not in GLUE:
-        raise InputError(
-            f"task.dataset: found GLUE task {name!r}{nearest(name, GLUE)}; expected one of {', '.join(GLUE)}"
-        )
+        raise InputError(f"found GLUE task {name!r}{nearest(name, GLUE)}", f"one of {', '.join(GLUE)}", "task.dataset")
     return GLUE[name]

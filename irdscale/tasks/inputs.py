@@ -15,8 +15,9 @@ from irdscale.config.schema import RunConfig
 from irdscale.config.task import ColumnsConfig
 from irdscale.errors import InputError
 from irdscale.tasks.choices import choice_texts
-from irdscale.tasks.data import Rows, Source, find_source, read_rows
+from irdscale.tasks.data import Rows, read_rows
 from irdscale.tasks.language import language_samples
+from irdscale.tasks.sources import Source, find_source
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import encode
 

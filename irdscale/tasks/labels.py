@@ -1,4 +1,4 @@
-"""Labels, checked row by row and turned into numbers."""
+"""Check labels row by row, and turn them into numbers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from irdscale.errors import InputError
 from irdscale.models.classes import are_placeholders, listed, places_of
 from irdscale.utils.suggestions import nearest
 
+_KEY = "task.columns.label"
+
 
 def is_missing(label: Any) -> bool:
-    """No label: null, NaN or an empty string."""
+    """Whether a label is null, NaN or an empty string."""
     return label is None or label == "" or (isinstance(label, float) and math.isnan(label))
 
 
 def is_unlabelled(labels: Sequence[Any]) -> bool:
-    """A split without labels, as benchmarks publish their test splits: each is -1 or missing."""
+    """Whether all labels are -1 or missing, as in the test splits of benchmarks."""
     return all(is_missing(label) or (not isinstance(label, str) and label == -1) for label in labels)
 
 
 def _refuse_missing(labels: Sequence[Any], where: str) -> None:
     for row, label in enumerate(labels):
         if is_missing(label):
-            raise InputError(f"{where}, row {row}: found no label; expected one in every row")
+            raise InputError("found no label", "one in every row", _KEY, f"{where}, row {row}")
 
 
 def regression_labels(labels: Sequence[Any], where: str) -> np.ndarray:
@@ -37,12 +39,12 @@ def regression_labels(labels: Sequence[Any], where: str) -> np.ndarray:
         where: the file and column, for messages.
 
     Raises:
-        InputError: a label is missing or no finite number.
+        InputError: a label is missing or not a finite number.
     """
     _refuse_missing(labels, where)
     for row, label in enumerate(labels):
         if isinstance(label, (str, bool)) or not isinstance(label, (int, float)) or math.isinf(label):
-            raise InputError(f"{where}, row {row}: found {label!r}; expected a finite number, for regression")
+            raise InputError(f"found {label!r}", "a finite number, for regression", _KEY, f"{where}, row {row}")
     return np.asarray(labels, dtype=np.float32)
 
 
@@ -57,12 +59,12 @@ def class_labels(
     Args:
         splits: the label column of `train` and of the other labelled splits.
         where: each split's file and column, for messages.
-        names: the classes, where the data set declares them. Otherwise those in train count: names in alphabetical
-            order, or the integers from 0.
-        declared: what each split calls its class numbers, where it says so: these are taken by name.
+        names: the classes, where the data set declares them. Otherwise the labels of train are the classes: names in
+            alphabetical order, or the integers from 0.
+        declared: the names of each split's class numbers, where it declares them; its labels are matched by name.
 
     Raises:
-        InputError: a label is missing, no class, or a class that no row of train has; or there is but one class.
+        InputError: a label is missing, not a class, or a class that no row of train has; or there is only one class.
     """
     for split, labels in splits.items():
         _refuse_missing(labels, where[split])
@@ -75,12 +77,12 @@ def class_labels(
         count, numbered = _count_classes(numbers["train"], where["train"]), True
         names = [str(number) for number in range(count)]
     if len(names) < 2:
-        raise InputError(f"{where['train']}: found one class ({listed(names)}); expected two or more")
+        raise InputError(f"found one class ({listed(names)})", "two or more", _KEY, where["train"])
     index = {name: number for number, name in enumerate(names)}
     numbers = {}
     for split, labels in splits.items():
         own = declared.get(split)
-        # Names of train that come in no order of its own give the numbers of another split no meaning.
+        # Where train has names without declared numbers, the numbers of another split mean nothing.
         if any(isinstance(label, str) for label in labels) or not (numbered or own):
             numbers[split] = _named(labels, index, where[split])
         elif own:
@@ -98,7 +100,7 @@ def are_names(labels: Sequence[Any]) -> bool:
 
 
 def _declared(labels: Sequence[Any], own: Sequence[str], names: Sequence[str], where: str) -> np.ndarray:
-    """Numbers of the classes `names` for numbers of the classes `own`: by name, or as they are where one has none."""
+    """Class numbers in `own` as class numbers in `names`: matched by name, or unchanged if one side has no names."""
     found = [places_of([name], names) for name in own]
     if None in found and (are_placeholders(own) or are_placeholders(names)):
         found = [[number] if number < len(names) else None for number in range(len(own))]
@@ -107,29 +109,23 @@ def _declared(labels: Sequence[Any], own: Sequence[str], names: Sequence[str], w
     unknown = np.flatnonzero(places[numbers] < 0)
     if unknown.size:
         name = own[numbers[unknown[0]]]
-        raise InputError(
-            f"{where}, row {unknown[0]}: found class {name!r}{nearest(name, names)}; "
-            f"expected one of the classes of train: {listed(names)}"
-        )
+        fault, place = f"found class {name!r}{nearest(name, names)}", f"{where}, row {unknown[0]}"
+        raise InputError(fault, f"one of the classes of train: {listed(names)}", _KEY, place)
     return places[numbers].astype(np.int64)
 
 
 def _refuse_unknown(train: np.ndarray, numbers: np.ndarray, names: Sequence[str], where: str) -> None:
     unknown = np.flatnonzero(~np.isin(numbers, train))
     if unknown.size:
-        raise InputError(
-            f"{where}, row {unknown[0]}: found class {names[numbers[unknown[0]]]!r}, which no row of train has; "
-            f"expected classes that train has"
-        )
+        fault = f"found class {names[numbers[unknown[0]]]!r}, which no row of train has"
+        raise InputError(fault, "classes that train has", _KEY, f"{where}, row {unknown[0]}")
 
 
 def _named(labels: Sequence[Any], index: Mapping[str, int], where: str) -> np.ndarray:
     for row, label in enumerate(labels):
         if label not in index:
-            raise InputError(
-                f"{where}, row {row}: found label {label!r}{nearest(label, index)}; "
-                f"expected one of the classes of train: {listed(list(index))}"
-            )
+            fault, expected = f"found label {label!r}{nearest(label, index)}", listed(list(index))
+            raise InputError(fault, f"one of the classes of train: {expected}", _KEY, f"{where}, row {row}")
     return np.asarray([index[label] for label in labels], dtype=np.int64)
 
 
@@ -137,9 +133,10 @@ def _integers(labels: Sequence[Any], count: int | None, where: str) -> np.ndarra
     expected = "a class number, 0 or more" if count is None else f"a class number from 0 to {count - 1}"
     for row, label in enumerate(labels):
         if not isinstance(label, (int, float)) or label % 1 != 0:
-            raise InputError(f"{where}, row {row}: found label {label!r}; expected {expected} or, throughout, a name")
+            names = f"{expected} or, in all rows, a name"
+            raise InputError(f"found label {label!r}", names, _KEY, f"{where}, row {row}")
         if label < 0 or (count is not None and label >= count):
-            raise InputError(f"{where}, row {row}: label out of range: found {label!r}; expected {expected}")
+            raise InputError(f"label out of range: found {label!r}", expected, _KEY, f"{where}, row {row}")
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -147,8 +144,6 @@ def _count_classes(numbers: np.ndarray, where: str) -> int:
     found = np.unique(numbers)
     if found[-1] != len(found) - 1:
         absent = next(number for number in range(int(found[-1])) if number not in found)
-        raise InputError(
-            f"{where}: found classes {listed(found.tolist())}, but no row of class {absent}; "
-            f"expected every class from 0 on (or names)"
-        )
+        fault = f"found classes {listed(found.tolist())}, but no row of class {absent}"
+        raise InputError(fault, "every class from 0 up (or names)", _KEY, where)
     return len(found)

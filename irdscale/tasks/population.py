@@ -1,14 +1,13 @@
-"""The population, shaped by `task.pool` so that it is not i.i.d.: what samples for masks are drawn from.
+"""The population that mask samples are drawn from, if `task.pool` makes it other than the train split.
 
-It has the columns of the train split, which stays as it is, and `altered`: whether a sample is of the other data set,
-an additional copy, or has a false label. `row` of a sample of the other data set is its row there. Every draw is a
-function of `task.split_seed` and of the data alone.
+It has the columns of the train split, which stays as it is, and `altered`: whether a sample is from the other data set,
+an added copy, or has a false label. `row` of a sample from the other data set is its row there. Every draw depends on
+`task.split_seed` and the data only.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,10 @@ from irdscale.config.schema import RunConfig
 from irdscale.config.task import CopiesConfig, LabelSkewConfig, LengthSkewConfig, MixedWithConfig, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.classes import order_of
-from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
+from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import class_labels, regression_labels
 from irdscale.tasks.language import language_samples
+from irdscale.tasks.sources import Source, find_source
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import encode
 from irdscale.utils.suggestions import nearest
@@ -33,7 +33,7 @@ from irdscale.utils.suggestions import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The samples, which of them are altered, and in words what they are.
+# The samples, which of them are altered, and a description.
 _Shaped = tuple[pa.Table, np.ndarray, str]
 
 
@@ -46,16 +46,16 @@ def shaped_pool(
     class_order: np.ndarray | None = None,
     segments: bool = False,
 ) -> tuple[Dataset | None, str | None]:
-    """The population that `task.pool` asks for, and what it is in words; None and None where it asks for none.
+    """The population by `task.pool` and its description; None and None if `task.pool` is unset.
 
     Args:
-        train: the encoded train split.
-        label_names: the classes, in the data's order.
-        class_order: the number in `train` of each of these classes, where that is another.
+        train: encoded train split.
+        label_names: classes, in the data's order.
+        class_order: number in `train` of each of these classes, if it differs.
         segments: whether samples have `token_type_ids`.
 
     Raises:
-        InputError: what `task.pool` names is not there or does not fit, or fewer than `fisher.samples` are left.
+        InputError: `task.pool` names something that is missing or does not fit, or leaves fewer than `fisher.samples`.
     """
     pool = config.task.pool
     if pool is None:
@@ -69,7 +69,7 @@ def shaped_pool(
     elif pool.copies is not None:
         shaped = _copies(pool.copies, table)
     elif pool.mixed_with is not None:
-        with _keys_of_the_other():
+        with _errors_of_mixed_with():
             name, other = _other_train(
                 config.task, pool.mixed_with, kind, tokenizer, label_names, class_order, segments
             )
@@ -79,19 +79,17 @@ def shaped_pool(
         shaped = _label_noise(pool.label_noise, table, len(label_names), generator)
     samples, altered, words = shaped
     if config.fisher.samples > samples.num_rows:
-        raise InputError(
-            f"fisher.samples: found {config.fisher.samples}; expected at most {samples.num_rows}, the population that "
-            f"task.pool leaves: {words}"
-        )
+        expected = f"at most {samples.num_rows}, the population that task.pool leaves: {words}"
+        raise InputError(f"found {config.fisher.samples}", expected, "fisher.samples")
     return Dataset(samples.append_column("altered", pa.array(altered))), words
 
 
-def _in_words(share: float, of: str, count: int, size: int) -> str:
+def _describe(share: float, of: str, count: int, size: int) -> str:
     return f"{100 * share:g} % {of} ({count:,} of {size:,} samples)"
 
 
 def _most(share: float, first: int, second: int) -> tuple[int, int]:
-    """How many to take of two groups of samples, so that the first makes up `share` of as many as there can be."""
+    """The largest numbers of samples from two groups of which the first is `share` of the sum."""
     size = int(min((first + 1) / share, (second + 1) / (1 - share))) + 1
     while round(share * size) > first or size - round(share * size) > second:
         size -= 1
@@ -99,11 +97,11 @@ def _most(share: float, first: int, second: int) -> tuple[int, int]:
 
 
 def _skewed(table: pa.Table, favoured_N: np.ndarray, share: float, of: str, generator: random.Random) -> _Shaped:
-    """Samples of `table`, of which `share` is favoured."""
+    """Draw samples of `table` so that `share` of them are favoured."""
     groups = np.flatnonzero(favoured_N).tolist(), np.flatnonzero(~favoured_N).tolist()
     count, rest = _most(share, *map(len, groups))
     places = sorted(generator.sample(groups[0], count) + generator.sample(groups[1], rest))
-    words = _in_words(share, of, count, len(places))
+    words = _describe(share, of, count, len(places))
     return table.take(pa.array(places, pa.int64())), np.zeros(len(places), bool), words
 
 
@@ -118,16 +116,15 @@ def _label_skew(
     known = label in label_names if isinstance(label, str) else 0 <= label <= last
     if not known:
         close = nearest(label, label_names) if isinstance(label, str) else ""
-        raise InputError(
-            f"task.pool.label_skew.label: found {label!r}{close}; expected a class by its name or number, 0 to {last}"
-        )
+        expected = f"a class by its name or number, 0 to {last}"
+        raise InputError(f"found {label!r}{close}", expected, "task.pool.label_skew.label")
     number = label_names.index(label) if isinstance(label, str) else label
     favoured_N = table["labels"].to_numpy() == (number if class_order is None else class_order[number])
     return _skewed(table, favoured_N, skew.share, f"of class {label_names[number]}", generator)
 
 
 def _lengths(table: pa.Table) -> np.ndarray:
-    """Tokens of each sample."""
+    """Number of tokens of each sample."""
     return pc.list_value_length(table["input_ids"]).to_numpy()
 
 
@@ -142,13 +139,11 @@ def _length_skew(skew: LengthSkewConfig, table: pa.Table, generator: random.Rand
 def _copies(copies: CopiesConfig, table: pa.Table) -> _Shaped:
     size = table.num_rows
     if copies.of > size:
-        raise InputError(
-            f"task.pool.copies.of: found {copies.of}; expected at most {size}, the size of the train split"
-        )
+        raise InputError(f"found {copies.of}", f"at most {size}, the size of the train split", "task.pool.copies.of")
     shortest = np.argsort(_lengths(table), kind="stable")[: copies.of]
     count = round(size * copies.share / (1 - copies.share))
     samples = pa.concat_tables([table, table.take(pa.array(np.resize(shortest, count)))])
-    words = _in_words(copies.share, f"copies of the {copies.of:,} shortest samples", count, size + count)
+    words = _describe(copies.share, f"copies of the {copies.of:,} shortest samples", count, size + count)
     return samples, np.arange(size + count) >= size, words
 
 
@@ -162,12 +157,12 @@ def _mixed(share: float, table: pa.Table, name: str, other: Dataset, generator: 
     return (
         pa.concat_tables(drawn),
         np.arange(rest + count) >= rest,
-        _in_words(share, f"from {name}", count, rest + count),
+        _describe(share, f"from {name}", count, rest + count),
     )
 
 
 def _label_noise(share: float, table: pa.Table, classes: int, generator: random.Random) -> _Shaped:
-    """False labels: another class, each as likely; or, where there are no classes, another sample's other number."""
+    """Give some samples a false label: another class at random, or, without classes, another sample's number."""
     labels_N = table["labels"].to_numpy().copy()
     size, ordered = len(labels_N), np.sort(labels_N)
     places = generator.sample(range(size), round(share * size))
@@ -178,28 +173,27 @@ def _label_noise(share: float, table: pa.Table, classes: int, generator: random.
             continue
         first, behind = np.searchsorted(ordered, label), np.searchsorted(ordered, label, "right")
         if behind - first == size:
-            raise InputError(
-                f"task.pool.label_noise: found {label} in all of the train split; expected two numbers or more"
-            )
+            fault = f"found {label} in all of the train split"
+            raise InputError(fault, "two numbers or more", "task.pool.label_noise")
         drawn = generator.randrange(size - (behind - first))
         labels_N[place] = ordered[drawn if drawn < first else drawn + behind - first]
     altered_N = np.zeros(size, bool)
     altered_N[places] = True
     column = table.column_names.index("labels")
     noisy = table.set_column(column, "labels", pa.array(labels_N, table.schema.field(column).type))
-    return noisy, altered_N, _in_words(share, "with a false label", len(places), size)
+    return noisy, altered_N, _describe(share, "with a false label", len(places), size)
 
 
 @contextmanager
-def _keys_of_the_other() -> Iterator[None]:
-    """Name a key of `task.pool.mixed_with` where reading data names one of `task`."""
+def _errors_of_mixed_with() -> Iterator[None]:
+    """Give errors of the second data set the keys of `task.pool.mixed_with`."""
     try:
         yield
     except InputError as error:
-        message = re.sub(r"^task\.(?=dataset|subset|columns)", "task.pool.mixed_with.", str(error))
-        if not message.startswith("task.pool."):
-            message = f"task.pool.mixed_with: {message}"
-        raise InputError(message) from error
+        section, _, key = error.key.partition(".")
+        if section == "task" and key.partition(".")[0] in MixedWithConfig.model_fields:
+            raise InputError(error.found, error.expected, f"task.pool.mixed_with.{key}", error.where) from error
+        raise InputError(str(error), key="task.pool.mixed_with") from error
 
 
 def _other_train(
@@ -211,9 +205,9 @@ def _other_train(
     class_order: np.ndarray | None,
     segments: bool,
 ) -> tuple[str, Dataset]:
-    """The name of the other data set, and its whole train split as samples of this task."""
-    place = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns or task.columns}
-    task = task.model_copy(update={**place, "kind": kind, "pool": None})
+    """The name of the other data set, and its complete train split as samples of this task."""
+    source_keys = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns or task.columns}
+    task = task.model_copy(update={**source_keys, "kind": kind, "pool": None})
     source = find_source(task)
     if source.glue is not None and mixed.columns is None:
         # GLUE tasks have columns of their own.
@@ -231,16 +225,15 @@ def _other_train(
 
 
 def _labels(split: Split, source: Source, label_names: Sequence[str]) -> np.ndarray:
-    """The other data set's labels, as numbers of the task's classes, by name where both name theirs."""
+    """The other data set's labels as class numbers of the task, matched by name if both have class names."""
     labels: list[Any] = split.labels or []
-    where = f"task.columns.label: {split.where}: column {source.columns.label!r}"
+    where = f"{split.where}: column {source.columns.label!r}"
     if source.kind == "regression":
         return regression_labels(labels, where)
     declared = split.label_names
     if source.glue and (declared is None or order_of(declared, source.glue.label_names) is None):
         declared = list(source.glue.label_names)
     if declared is not None and order_of(declared, label_names) is None:
-        raise InputError(
-            f"{where}: found the classes {', '.join(declared)}; expected the task's, {', '.join(label_names)}"
-        )
+        fault, expected = f"found the classes {', '.join(declared)}", f"the task's, {', '.join(label_names)}"
+        raise InputError(fault, expected, "task.columns.label", where)
     return class_labels({"train": labels}, {"train": where}, label_names, {"train": declared})[0]["train"]

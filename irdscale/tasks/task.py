@@ -1,4 +1,4 @@
-"""A task: three splits of tokenised samples, how to batch them, and how to score a model's output."""
+"""A task: three splits of tokenised samples, their batches, and the metrics of a model's output."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
 from irdscale.tasks.cut import Cut, cut_texts, what_is_done
-from irdscale.tasks.data import Source, Split, find_source, read_rows, read_splits
+from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import standard_errors
 from irdscale.tasks.population import shaped_pool
 from irdscale.tasks.refused import Refused, accepted
+from irdscale.tasks.sources import Source, find_source
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
 
@@ -37,17 +38,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What a model learns, and what it is measured by.
+    """The samples that a model learns from, and the metrics that score it.
 
-    `train`, `selection` (which the search reads) and `test` (which it does not) hold `input_ids`, `attention_mask`,
-    `token_type_ids` where the model uses them, `labels`, and `row`, the 0-based row of the source split; those of
-    language models what `irdscale.tasks.language` says. `origin` says, for people, where each of the three comes from.
-    `pool` is the population that `task.pool` shapes (see `irdscale.tasks.population`), `pool_in_words` what it is.
-    `metric` is the main one of `metrics`; larger is better, unless `lower_is_better`. `blocks` are what is trained on
-    instead of `train`, of packed texts; `max_new_tokens` how long an answer may be that is generated. `label_names` are
-    the classes in the order of the model's outputs: the data's, or a trained head's own; `class_order` are their
-    numbers in the order in which metrics count them, where that is another. `cut` says how many samples of train were
-    longer than `task.max_length`.
+    Attributes:
+        train, selection, test: samples with `input_ids`, `attention_mask`, `token_type_ids` where the model uses them,
+            `labels`, and `row`, the 0-based row of the source split; for language models the columns of
+            `irdscale.tasks.language`. A search reads train and selection only.
+        origin: source of each of the three splits, for messages.
+        label_names: classes in the order of the model's outputs, which is the data's or a trained head's.
+        metric: main metric of `metrics`; larger is better, unless `lower_is_better`.
+        blocks: packed texts, which are trained on instead of `train`.
+        max_new_tokens: largest number of tokens of a generated answer.
+        pool: population by `task.pool` (see `irdscale.tasks.population`).
+        pool_in_words: description of `pool`.
+        class_order: class numbers in the order of the metrics, if it differs from that of `label_names`.
+        cut: number of train samples that are longer than `task.max_length`.
     """
 
     name: str
@@ -75,23 +80,23 @@ class Task:
 
     @property
     def is_language(self) -> bool:
-        """Whether samples are texts that a language model goes on with."""
+        """Whether samples are texts that a language model continues."""
         return self.kind in LANGUAGE_KINDS
 
     @property
     def trained(self) -> Dataset:
-        """What is trained on: the samples of the train split, or the blocks that they were packed into."""
+        """The samples to train on: those of the train split, or the blocks that they were packed into."""
         return self.train if self.blocks is None else self.blocks
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample that is trained on, or that a candidate's metric is measured on."""
+        """Tokens of the longest sample among those to train on and the selection split."""
         tables = (split.with_format("arrow")[:] for split in (self.trained, self.selection))
         return max(int(pc.max(pc.list_value_length(table["input_ids"])).as_py()) for table in tables)
 
     @property
     def population(self) -> Dataset:
-        """What samples for masks are drawn from: the train split, or what `task.pool` makes of it."""
+        """The samples that masks are computed from: the train split, or `pool`."""
         return self.train if self.pool is None else self.pool
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -104,19 +109,19 @@ class Task:
         return pad_batch(samples, self.tokenizer.pad_token_id, side)
 
     def compute_metrics(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Every metric of `metrics`, of logits [N, num_labels] (or [N] for regression) and labels [N].
+        """Every metric of `metrics`, from logits [N, num_labels] (or [N] for regression) and labels [N].
 
         Raises:
             TrainingError: a logit is NaN or infinite.
         """
-        return compute(self.metrics, self.kind, self.num_labels, *self._in_the_datas_order(logits, labels))
+        return compute(self.metrics, self.kind, self.num_labels, *self._in_metric_order(logits, labels))
 
     def standard_errors(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """What another draw of as many samples would change each metric by; the standard error."""
-        return standard_errors(self.metrics, self.kind, self.num_labels, *self._in_the_datas_order(logits, labels))
+        """The standard error of every metric over draws of samples; see `compute_metrics`."""
+        return standard_errors(self.metrics, self.kind, self.num_labels, *self._in_metric_order(logits, labels))
 
-    def _in_the_datas_order(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classes as the data numbers them: F1 of two classes is that of the second one."""
+    def _in_metric_order(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels with the classes in the order of the metrics: F1 scores the second of two classes."""
         if self.class_order is None:
             return logits, labels
         order_C = np.asarray(self.class_order)
@@ -126,36 +131,38 @@ class Task:
 def load_task(config: RunConfig, head: HeadClasses | None = None, refused: Refused | None = None) -> Task:
     """Load, check, split and tokenise the data of `config.task` with the tokenizer of `config.model`.
 
-    Classes are numbered as the data has them; where a head is trained, as the head has them, by name.
+    Classes are numbered as in the data or, with a trained head, as in the head, matched by name.
 
     Args:
-        head: the trained head of an adapter; unless given, the checkpoint's own counts, if it has one.
-        refused: gets the rows that make no samples, which are left out; the first one is an error if None.
+        head: trained head of an adapter; if None, the checkpoint's own head counts, if it has a trained one.
+        refused: list that gets the rows without a sample, which are left out; if None, the first one is an error.
 
     Raises:
-        InputError: the data set, its columns, labels or size, or the model's tokenizer are not what the
-            configuration needs, or the classes are not those of the trained head.
+        InputError: the data set, its columns, labels or size, or the model's tokenizer do not fit the configuration,
+            or the classes are not those of the trained head.
     """
     source = find_source(config.task)
-    if (
-        head is not None
-        and head.kind is not None
-        and (head.kind in LANGUAGE_KINDS, head.kind == "regression")
-        != (
-            source.kind in LANGUAGE_KINDS,
-            source.kind == "regression",
-        )
-    ):
-        raise InputError(f"task.kind: found {source.kind!r}; expected {head.kind!r}, the kind of {head.where}")
+    if head is not None and head.kind is not None and _family(head.kind) != _family(source.kind):
+        raise InputError(f"found {source.kind!r}", f"{head.kind!r}, the kind of {head.where}", "task.kind")
     if source.kind in LANGUAGE_KINDS:
         return _language_task(config, source, refused)
+    return _labelled_task(config, source, head, refused)
+
+
+def _family(kind: str) -> tuple[bool, bool]:
+    """What two kinds of task must share to use one head."""
+    return kind in LANGUAGE_KINDS, kind == "regression"
+
+
+def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None, refused: Refused | None) -> Task:
+    """A classification or regression task; see `load_task`."""
     regression = source.kind == "regression"
     valid = METRICS[source.kind]
     metrics = fitting_metrics(source.kind, config.task.metric, source.glue.metrics if source.glue else valid, valid)
     model_config = load_model_config(config.model)
     tokenizer = load_tokenizer(config.model)
     splits = read_splits(source)
-    # Benchmarks keep the labels of their test split to themselves: such a split is as good as none.
+    # Benchmarks do not publish the labels of their test split.
     if "test" in splits and (splits["test"].labels is None or is_unlabelled(splits["test"].labels)):
         del splits["test"]
     assert source.columns.label is not None
@@ -170,25 +177,21 @@ def load_task(config: RunConfig, head: HeadClasses | None = None, refused: Refus
     if order is not None:
         labels = {name: order[numbers] for name, numbers in labels.items()}
     parts = _parts(labels, not regression, config)
-    for name in PARTS[1:]:
-        if regression and len(np.unique(labels[parts[name].split][parts[name].rows])) < 2:
-            raise InputError(
-                f"task.dataset: {splits[parts[name].split].where}: the {name} split's labels are all equal; "
-                f"expected two or more values, for a correlation"
-            )
+    if regression:
+        _check_values(parts, labels, splits)
     for metric in metrics:
         load_metric(metric)
     # Models without segments would refuse token_type_ids, or, like GPT-2, embed them as words.
     segments = getattr(model_config, "type_vocab_size", 0) > 1
     cut: dict[str, list[int]] = {name: [] for name in parts}
 
-    def encoded_part(part: Part, cut: list[int]) -> Dataset:
+    def made(name: str, part: Part) -> Dataset:
         split, length = splits[part.split], config.task.max_length
-        return encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where, cut)
+        return encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where, cut[name])
 
-    encoded = {
-        name: accepted(name, part, partial(encoded_part, cut=cut[name]), refused) for name, part in parts.items()
-    }
+    encoded = {name: accepted(name, part, partial(made, name), refused) for name, part in parts.items()}
+    # Rows of a halved part are encoded twice.
+    count, how = len(set(cut["train"])), what_is_done(source.kind, config.task)
     pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, data_names, order, segments)
     return Task(
         name=source.name,
@@ -203,13 +206,7 @@ def load_task(config: RunConfig, head: HeadClasses | None = None, refused: Refus
         pool=pool,
         pool_in_words=pool_in_words,
         class_order=_counted(head, data_names, label_names, splits["train"], source),
-        # Rows of a part that is halved are encoded twice.
-        cut=Cut(
-            len(set(cut["train"])),
-            len(encoded["train"]),
-            config.task.max_length,
-            what_is_done(source.kind, config.task),
-        ),
+        cut=Cut(count, len(encoded["train"]), config.task.max_length, how),
     )
 
 
@@ -220,7 +217,7 @@ def _language_task(config: RunConfig, source: Source, refused: Refused | None) -
     splits = read_rows(source)
     label = source.columns.label
     if label is not None and "test" in splits:
-        # Benchmarks keep the answers of their test split to themselves.
+        # Benchmarks do not publish the answers of their test split.
         table = splits["test"].table
         if label not in table.column_names or is_unlabelled(table.column(label).to_pylist()):
             del splits["test"]
@@ -229,16 +226,16 @@ def _language_task(config: RunConfig, source: Source, refused: Refused | None) -
     def made(part: Part, task: TaskConfig) -> Dataset:
         return language_samples(source.kind, tokenizer, splits[part.split], part, task, source.columns)
 
+    def made_of_train(rows: np.ndarray, task: TaskConfig) -> Dataset:
+        return made(Part(parts["train"].split, rows, ""), task)
+
     samples = {name: accepted(name, part, partial(made, task=config.task), refused) for name, part in parts.items()}
     if "exact_match" in metrics:
         for name in PARTS[1:]:
             _check_prompts(samples[name], splits[parts[name].split].where, source.columns.prompt is not None)
     pool, pool_in_words = shaped_pool(config, source.kind, samples["train"], tokenizer)
     if pool is None and config.fisher.samples > len(samples["train"]):
-        raise InputError(
-            f"fisher.samples: found {config.fisher.samples}; expected at most {len(samples['train'])}, the samples of "
-            f"the train split ({parts['train'].origin})"
-        )
+        raise _too_many_samples(config, len(samples["train"]), "the samples", parts["train"])
     return Task(
         name=source.name,
         kind=source.kind,
@@ -253,23 +250,31 @@ def _language_task(config: RunConfig, source: Source, refused: Refused | None) -
         max_new_tokens=config.task.max_new_tokens,
         pool=pool,
         pool_in_words=pool_in_words,
-        cut=cut_texts(
-            source.kind,
-            samples["train"],
-            config.task,
-            lambda rows, task: made(Part(parts["train"].split, rows, ""), task),
-        ),
+        cut=cut_texts(source.kind, samples["train"], config.task, made_of_train),
     )
 
 
+def _too_many_samples(config: RunConfig, most: int, of: str, part: Part) -> InputError:
+    expected = f"at most {most}, {of} of the train split ({part.origin})"
+    return InputError(f"found {config.fisher.samples}", expected, "fisher.samples")
+
+
+def _check_values(parts: dict[str, Part], labels: dict[str, np.ndarray], splits: dict[str, Split]) -> None:
+    """Check that the splits to measure on have two or more values each, as a correlation needs."""
+    for name in PARTS[1:]:
+        part = parts[name]
+        if len(np.unique(labels[part.split][part.rows])) < 2:
+            fault, expected = f"the {name} split's labels are all equal", "two or more values, for a correlation"
+            raise InputError(fault, expected, "task.dataset", splits[part.split].where)
+
+
 def _check_prompts(samples: Dataset, where: str, columns: bool) -> None:
-    """Refuse a prompt of no token, which no answer can be generated to; `columns`: whether prompts have their own."""
+    """Check that every prompt has a token to generate from; `columns`: prompts have a column of their own."""
     for row, prompt in zip(samples["row"], samples["prompt_length"], strict=True):
         if prompt == 0:
-            raise InputError(
-                f"task.columns.{'prompt' if columns else 'messages'}: {where}, row {row}: found a prompt without "
-                f"tokens; expected some text, to generate an answer for exact_match"
-            )
+            key = f"task.columns.{'prompt' if columns else 'messages'}"
+            expected = "some text, to generate an answer for exact_match"
+            raise InputError("found a prompt without tokens", expected, key, f"{where}, row {row}")
 
 
 def _numbers(
@@ -282,7 +287,7 @@ def _numbers(
         return [], {name: regression_labels(values[name], where[name]) for name in splits}
     declared = {name: split.label_names for name, split in splits.items()}
     names = declared["train"]
-    # Metrics read GLUE's own order; a folder of that name may hold another task.
+    # Metrics need GLUE's own order; a folder with that name may hold another task.
     if known and (names is None or order_of(names, known) is not None):
         names = list(known)
     numbers, names = class_labels(values, where, names, declared)
@@ -290,29 +295,31 @@ def _numbers(
 
 
 def _where(split: Split, column: str | None) -> str:
-    return f"task.columns.label: {split.where}: column {column!r}"
+    return f"{split.where}: column {column!r}"
 
 
 def _is_alphabetical(train: Split, source: Source) -> bool:
-    """Whether classes are names that the data set has in no order of its own, which says nothing of numbers."""
+    """Whether the data set has class names but no order of its own, so that the names were sorted."""
     return source.glue is None and train.label_names is None and are_names(train.labels or [])
 
 
 def _in_order_of(
     head: HeadClasses, names: list[str], train: Split, source: Source, own: bool
 ) -> tuple[list[str], np.ndarray | None]:
-    """The classes in the order of a trained head, and which of them is each class of the data; None for the same.
+    """The classes in the order of a trained head, and the head's number of each class of the data; None if equal.
 
     Args:
-        own: whether the head is the checkpoint's own, which training may still turn to other classes.
+        own: whether the head is the checkpoint's own, which training may still adapt to other classes.
     """
-    order, where = order_of(names, head.names), _where(train, source.columns.label)
+    order, where = order_of(names, head.names), f"task.columns.label: {_where(train, source.columns.label)}"
     alphabetical = _is_alphabetical(train, source)
     by_name = order is not None and places_of(names, head.names) is not None
     if order is None or (alphabetical and not by_name and not own):
         raise other_classes(names, head, where)
     if alphabetical and not by_name:
-        log.warning("%s: %s names no classes; they are taken to be %s, in this order", where, head.where, listed(names))
+        log.warning(
+            "%s: %s has no class names; the classes %s are assumed, in this order", where, head.where, listed(names)
+        )
     found = list(names)
     if are_placeholders(names) and len(names) == len(head.names):
         found = list(head.names)
@@ -325,7 +332,7 @@ def _in_order_of(
 def _counted(
     head: HeadClasses | None, data_names: list[str], label_names: list[str], train: Split, source: Source
 ) -> tuple[int, ...] | None:
-    """The classes as metrics count them: as GLUE does, or as an adapter's training did, or else as the data does."""
+    """Class numbers in the order of the metrics: GLUE's, or else that of an adapter's training, or else the data's."""
     order = None if _is_alphabetical(train, source) else order_of(data_names, label_names)
     if head is not None and head.counted and source.glue is None:
         order = order_of(head.counted, label_names)
@@ -338,19 +345,14 @@ def _parts(labels: dict[str, np.ndarray], stratify: bool, config: RunConfig) -> 
     for name in LimitConfig.model_fields:
         size, wanted = len(parts[name].rows), getattr(limit, name)
         if size == 0:
-            raise InputError(f"task.dataset: the {name} split ({parts[name].origin}) is empty; expected more rows")
+            raise InputError(f"the {name} split ({parts[name].origin}) is empty", "more rows", "task.dataset")
         if wanted is not None and wanted > size:
-            raise InputError(
-                f"task.limit.{name}: found {wanted}; expected at most {size}, the size of the {name} split "
-                f"({parts[name].origin})"
-            )
+            expected = f"at most {size}, the size of the {name} split ({parts[name].origin})"
+            raise InputError(f"found {wanted}", expected, f"task.limit.{name}")
         if wanted is not None and wanted < size:
             parts[name] = draw(parts[name], wanted, seed)
     size = len(parts["train"].rows)
-    # A shaped population may hold more samples than the train split.
+    # The population by `task.pool` may be larger than the train split.
     if config.task.pool is None and config.fisher.samples > size:
-        raise InputError(
-            f"fisher.samples: found {config.fisher.samples}; expected at most {size}, the size of the train split "
-            f"({parts['train'].origin})"
-        )
+        raise _too_many_samples(config, size, "the size", parts["train"])
     return parts

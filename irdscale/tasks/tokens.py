@@ -31,7 +31,7 @@ def encode(
 ) -> datasets.Dataset:
     """Tokenise the rows of `part`, truncated to `max_length` tokens, not padded, in memory.
 
-    Where a tokenizer puts nothing between the two texts of a pair (GPT-2), the end-of-sequence token does.
+    Tokenizers that put nothing between the two texts of a pair (GPT-2) get the end-of-sequence token there.
 
     Args:
         texts: one or two columns, each with every row of the source split.
@@ -73,7 +73,7 @@ def encode(
                     cut.append(int(row))
     for row, tokens in zip(part.rows, columns["input_ids"]):
         if not tokens:
-            raise InputError(f"task.columns.text: {where}, row {row}: found a text without tokens; expected some text")
+            raise InputError("found a text without tokens", "some text", "task.columns.text", f"{where}, row {row}")
     kinds = {"input_ids": pa.int32(), "attention_mask": pa.int8(), "token_type_ids": pa.int8()}
     arrays = {name: pa.array(values, pa.list_(kinds[name])) for name, values in columns.items()}
     table = pa.table({**arrays, "labels": pa.array(labels[part.rows]), "row": pa.array(part.rows)})
@@ -91,7 +91,7 @@ def _is_cut(
 
 
 def labelled(tokens: list[int], prompt: int) -> list[int]:
-    """Labels of the tokens behind a prompt of so many; none for the first token, which nothing predicts."""
+    """Labels of the tokens after the first `prompt`; the first token has none, since nothing predicts it."""
     begin = max(1, prompt)
     return [IGNORED] * begin + tokens[begin:]
 
@@ -100,7 +100,7 @@ def pad_batch(samples: list[dict[str, Any]], pad_token_id: int, side: str = "rig
     """Pad samples to the longest: token tensors [B, T] (int64), `labels` [B] (int64 or float32) or [B, T] (int64).
 
     Args:
-        side: where padding goes.
+        side: side of the padding.
     """
     lengths = [len(sample["input_ids"]) for sample in samples]
     batch: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""A base model with an adapter on it."""
+"""The base model with an adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def adapted_model(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
-    """The model with an adapter on it, and the names of the parameters that the base checkpoint does not hold.
+    """The model with an adapter, and the names of the parameters that the base checkpoint does not hold.
 
-    A new head that is no part of the adapter is drawn as its run drew it.
+    A new head that the adapter does not contain is initialised by the seed of the adapter's training.
 
     Raises:
         InputError: as `build_model` and `load_adapter`.

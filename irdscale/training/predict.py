@@ -68,6 +68,8 @@ def run_predict(
     with failing_together():
         if input is not None and text is not None:
             raise InputError("found text= beside input=", "one of them", "text")
+        if input is not None and to is not None and Path(input).resolve() == Path(to).resolve():
+            raise InputError(f"found {to}, which is input=", "another file", "to")
         check_target(to)
         task = load_task(config, None if adapter is None else adapter_head(adapter))
         samples = _samples(config, task, input, text)
@@ -155,8 +157,8 @@ def predictions(
     - regression: `value`.
     - multiple-choice: `choice`, from 0, its `text`, and `scores` of all: the sum of each one's log likelihoods, or
       with the metric `accuracy_norm` their mean over its tokens. The largest is chosen.
-    - sft, causal-lm: `completion`, at most `task.max_new_tokens` likeliest tokens, and `ended`: whether the model ended
-      it. That of causal-lm goes on from the end of the text.
+    - sft, causal-lm: `completion`, at most `task.max_new_tokens` likeliest tokens, and `ended`: whether the last one is
+      an end token. That of causal-lm continues the text.
 
     Args:
         samples: as `file_samples` or `prompts_of` returns them.

@@ -1,1 +1,1 @@
-"""What any program needs: files, locks, interrupts, progress bars, the Hugging Face hub."""
+"""Helpers of any program: files, interrupts, progress bars, the Hugging Face hub, suggestions."""

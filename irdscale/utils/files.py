@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary name, fsync'd, renamed."""
+"""Files that are either complete or absent: written to a temporary name, fsync'd, renamed."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into one line."""
+    """Raise `RunError`, with one line, if `path` cannot be written in the body."""
     try:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     except Exception as error:
-        # safetensors reports a full disk with an error of its own; it is not imported where nothing of it is written.
+        # safetensors has an error of its own for a full disk; the name avoids importing it.
         if type(error).__name__ != "SafetensorError":
             raise
         raise RunError(f"cannot write {path}: {error}") from error
@@ -71,7 +71,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
 
 
 def write_by(path: Path | str, fill: Callable[[Path], object]) -> None:
-    """Write a file atomically whose bytes `fill` writes to the path that it is given."""
+    """Write a file atomically; `fill` writes its bytes to the path that it gets."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
@@ -102,21 +102,21 @@ def read_json(path: Path | str, what: str) -> Any:
     """Read JSON from `path`.
 
     Raises:
-        InputError: there is no such file, or it is no JSON; `what` says which file it should have been.
+        InputError: the file is missing or not JSON; `what` names its content.
     """
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from error
+        raise InputError(f"cannot read the {what}: {error.strerror}", where=str(path)) from error
     except ValueError as error:
-        raise InputError(f"{path}: not a {what}: {error}") from error
+        raise InputError(f"not a {what}: {error}", where=str(path)) from error
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        InputError: it is missing, truncated or no safetensors file.
+        InputError: it is missing, truncated or not a safetensors file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -124,13 +124,13 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror or 'no such file'}") from error
+        raise InputError(f"cannot read the {what}: {error.strerror or 'no such file'}", where=str(path)) from error
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged {what}: {error}") from error
+        raise InputError(f"damaged {what}: {error}", where=str(path)) from error
 
 
 def write_folder(folder: Path | str, fill: Callable[[Path], None]) -> None:
-    """Write a folder atomically: `fill` writes into a temporary sibling, which then takes the place of `folder`."""
+    """Write a folder atomically: `fill` writes into a temporary sibling, which then replaces `folder`."""
     folder = Path(folder)
     temporary: Path | None = None
     try:
@@ -167,7 +167,7 @@ def digest(value: Any) -> str:
 
 
 def remove_temporaries(folder: Path, name: str = "*") -> None:
-    """Delete what killed runs left half-written of `name` (by default, of anything) in `folder`."""
+    """Delete the temporary files and folders of `name` (by default, of all names) that killed runs left in `folder`."""
     for path in folder.glob(f".{name}.*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

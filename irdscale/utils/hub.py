@@ -1,4 +1,4 @@
-"""Reaching the Hugging Face hub, or not, without minutes of retries and without its log lines."""
+"""Access to the Hugging Face hub without long retries and without its log lines."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _answers() -> bool:
 
 @contextmanager
 def hub_access(needed: bool = True) -> Iterator[None]:
-    """Use the hub inside if it answers within a few seconds, and else only what is cached.
+    """Use the hub in the body if it answers within 5 seconds, and else only its cache.
 
-    Without this, a machine without network spends about 25 s on each file that is not cached.
+    Without this, a machine without network waits about 25 s for each file that is not cached.
 
     Args:
-        needed: False for local files, which must not cause a request.
+        needed: whether the body may need the hub; False sends no request.
     """
     import datasets
     from huggingface_hub import constants
@@ -72,7 +72,7 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what a library says, at most 200 characters."""
+    """The first line of a library's error, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -1,6 +1,6 @@
-"""Interrupts that let work save its state first: Ctrl-C, SIGTERM, or a cluster that asks for room.
+"""Interrupts that let work save its state first: Ctrl-C, SIGTERM, or a cluster that needs the resources.
 
-Inside `deferred` a signal is noted, and the work asks `wanted` where it can save. Elsewhere it raises
+Inside `deferred`, a signal is noted, and the work calls `wanted` where it can save. Elsewhere, a signal raises
 `KeyboardInterrupt` at once.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Launchers send a signal several times, and a terminal sends it too; only a later one ends the work at once.
+# Launchers and the terminal may send one signal several times; only a later one ends the work at once.
 AGAIN_S = 5.0
 
 
@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
     """A run was interrupted.
 
     Attributes:
-        saved: whether its folder holds something from which the same call goes on.
+        saved: whether the same call can resume from its folder.
     """
 
     def __init__(self, saved: bool) -> None:
@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """What this process knows of interrupts."""
+    """The interrupts of this process."""
 
     noted: float | None = None
     depth = 0
@@ -39,13 +39,13 @@ class _State:
 
 
 def wanted() -> bool:
-    """Whether the work is to save its state and end."""
+    """Whether the work should save its state and end."""
     return _State.noted is not None or (_State.asked is not None and _State.asked())
 
 
 @contextmanager
 def asking(asked: Callable[[], bool]) -> Iterator[None]:
-    """Inside, `wanted` asks this function too."""
+    """In the body, `wanted` also calls this function."""
     before, _State.asked = _State.asked, asked
     try:
         yield
@@ -57,8 +57,8 @@ def asking(asked: Callable[[], bool]) -> Iterator[None]:
 def deferred() -> Iterator[None]:
     """Note signals in the body instead of raising `KeyboardInterrupt`; a later one, `AGAIN_S` after the first, raises.
 
-    Only where a signal would raise anyway, or end the process by default, and in the main thread. A signal that the
-    body did not answer raises when it ends.
+    This holds in the main thread, and for signals that would raise anyway or end the process by default. A signal that
+    the body did not handle raises when it ends.
 
     Raises:
         KeyboardInterrupt: see above.

@@ -1,4 +1,4 @@
-"""Progress on stderr: live bars on a terminal, a plain line now and then in a log file."""
+"""Progress on stderr: live bars on a terminal, a plain line every 10 seconds in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
-# A search's steps take minutes: a rate over rich's default of 30 seconds would always be unknown.
+# The steps of a search take minutes: with rich's default of 30 seconds, the rate would always be unknown.
 RATE_SECONDS = 3600.0
 
 console = Console(stderr=True)
@@ -23,7 +23,7 @@ class Advance(Protocol):
         """Add `n` finished items; a `note` is shown after the bar until the next one.
 
         Args:
-            earlier: another run finished them, so that they say nothing of this one's rate.
+            earlier: an earlier run finished them; they do not count for the rate.
         """
 
 
@@ -36,7 +36,7 @@ class _Rate(ProgressColumn):
 
 
 class _State:
-    """What the bars that are open now share."""
+    """The state that open bars share."""
 
     live: Progress | None = None
     below: RenderableType | None = None
@@ -47,20 +47,20 @@ class _State:
 
 @contextmanager
 def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[Advance]:
-    """Show progress on stderr while the body runs, and nothing at all unless `enabled`.
+    """Show progress on stderr while the body runs, if `enabled`.
 
-    Bars may be nested; an inner one disappears when it ends. Where stderr is no terminal, one plain line is printed
-    at most every 10 seconds, and one when the outermost bar ends.
+    Bars may be nested; an inner one disappears when it ends. If stderr is not a terminal, a plain line is printed at
+    most every 10 seconds, and one when the outermost bar ends.
 
     Args:
-        description: what is being done, in a few words.
-        total: number of items, None if it is not known.
+        description: name of the work, in a few words.
+        total: number of items, or None if unknown.
 
     Yields:
         `advance(n=1, note="")`, to be called when items are done.
     """
     if _State.listener is not None:
-        yield _telling(_State.listener, description, total)
+        yield _listened(_State.listener, description, total)
         return
     if not enabled:
         yield lambda n=1, note="", earlier=False: None
@@ -75,7 +75,7 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
 
 
 class _Bars(Progress):
-    """Bars, and whatever is to be seen below them."""
+    """Bars, with the renderable of `show_below`."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -84,7 +84,7 @@ class _Bars(Progress):
 
 
 def is_live() -> bool:
-    """Whether bars are on a terminal now."""
+    """Whether bars are shown on a terminal now."""
     return _State.live is not None
 
 
@@ -95,7 +95,7 @@ def show_below(what: RenderableType | None) -> None:
 
 @contextmanager
 def progress_listener(listener: Listener) -> Iterator[None]:
-    """Show no bars in the body, but tell `listener` of each: description, items done, their total, note."""
+    """Replace bars in the body by calls of `listener` with description, items done, total and note."""
     _State.listener = listener
     try:
         yield
@@ -103,7 +103,7 @@ def progress_listener(listener: Listener) -> Iterator[None]:
         _State.listener = None
 
 
-def _telling(listener: Listener, description: str, total: int | None) -> Advance:
+def _listened(listener: Listener, description: str, total: int | None) -> Advance:
     done = 0.0
 
     def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
@@ -136,7 +136,7 @@ def _live(description: str, total: int | None) -> Iterator[Advance]:
 
     def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
         if earlier:
-            # `update` would take them for the work of the time since the last one.
+            # `update` would count them for the rate.
             next(each for each in live.tasks if each.id == task).completed += n
         live.update(task, advance=0 if earlier else n, note=note)
 
@@ -193,7 +193,7 @@ def _line(description: str, done: float, total: int | None, seconds: float, note
 
 
 def _rate(speed: float) -> str:
-    """Items a second, or seconds an item where that is the larger number."""
+    """Items per second, or seconds per item if that number is larger."""
     if speed <= 0:
         return ""
     return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"

@@ -57,8 +57,8 @@ def test_the_population_of_the_samples_is_told(tmp_path: Path) -> None:
     compared = everything()
     compared["task"]["pool"] = "80 % of <class> 1"
     markdown, _ = report(tmp_path, compared)
-    assert r"not from the train split as it is: 80 % of \<class\> 1." in markdown
-    assert "not from the train split as it is: 80 % of &lt;class&gt; 1." in (tmp_path / "compare.html").read_text()
+    assert r"not of the train split: 80 % of \<class\> 1." in markdown
+    assert "not of the train split: 80 % of &lt;class&gt; 1." in (tmp_path / "compare.html").read_text()
 
 
 def test_markdown_tables_are_whole(tmp_path: Path) -> None:

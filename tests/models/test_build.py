@@ -220,7 +220,7 @@ def test_names_without_numbers_on_a_head_without_names_are_said(
     (tmp_path / "a.csv").write_text("text,y\n" + "good,pos\nbad,neg\n" * 20)
     run = run.model_copy(update={"task": run.task.model_copy(update={"dataset": str(tmp_path / "a.csv")})})
     load_task(run)
-    assert "the checkpoint's head names no classes; they are taken to be neg, pos, in this order" in caplog.text
+    assert "the checkpoint's head has no class names; the classes neg, pos are assumed, in this order" in caplog.text
     caplog.clear()
     load_task(run.model_copy(update={"model": ModelConfig(path=str(tiny_model("bert", tmp_path / "plain")))}))
     assert not caplog.text

@@ -73,7 +73,10 @@ def test_facts(tmp_path: Path) -> None:
             "better than random samples (FISH, the same s and p) for every seed (0.6900; difference +0.0400",
         ),
         ({"fish": 0.80}, "worse than random samples (FISH, the same s and p) for every seed"),
-        ({"same_mask": True}, "there is nothing to tell: both have the same mask"),
+        (
+            {"same_mask": True},
+            "There is no comparison with random samples (FISH, the same s and p): both have the same mask",
+        ),
         ({"seeds": (3,)}, "but one seed cannot tell a difference from chance"),
         ({"probe": None}, "there is no linear probe to compare with"),
         ({"probe": 0.60}, "better than the head alone (linear probe) for every seed (0.5800; difference +0.1500"),
@@ -96,7 +99,7 @@ def test_seeds_that_disagree_prove_nothing(tmp_path: Path) -> None:
         one["test_metric"] = test
     fish["test_metric"] = 0.725
     text = " ".join(verdict(result))
-    assert "It cannot be told apart from random samples" in text
+    assert "It cannot be distinguished from random samples" in text
     assert "by seed -0.0300 to +0.0400" in text
 
 
@@ -105,8 +108,8 @@ def test_a_fish_mask_is_not_compared_with_another(direction: str, tmp_path: Path
     write_output(tmp_path, seeds=(0, 1, 2, 3, 4))
     kept_all = json.loads((tmp_path / "result.json").read_text()) | {"direction": direction}
     text = " ".join(verdict(kept_all))
-    assert "its mask is a FISH mask, and nothing here tells of the ranking" in text
-    assert "gave 0.6900; difference +0.0400: that is chance of the draw" in text
+    assert "its mask is a FISH mask, and this result says nothing about the ranking" in text
+    assert "gave 0.6900; difference +0.0400, which is chance of the draw" in text
     assert "than random samples" not in text
     fewer = " ".join(verdict(of_fewer_samples(tmp_path) | {"direction": direction}))
     assert ("its mask is a FISH mask" in fewer) == (direction == "random")
@@ -133,8 +136,10 @@ def test_a_shaped_population_is_said(tmp_path: Path) -> None:
     result["task"]["pool"] = "90 % of class <b> (9 of 10 samples)"
     (tmp_path / "result.json").write_text(json.dumps(result))
     write_report(tmp_path)
-    assert r"as it is: 90 % of class \<b\> (9 of 10 samples)." in (tmp_path / "report.md").read_text()
-    assert "as it is: 90 % of class &lt;b&gt; (9 of 10 samples)." in (tmp_path / "report.html").read_text()
+    assert r"not of the train split: 90 % of class \<b\> (9 of 10 samples)." in (tmp_path / "report.md").read_text()
+    assert (
+        "not of the train split: 90 % of class &lt;b&gt; (9 of 10 samples)." in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_a_failed_baseline(tmp_path: Path) -> None:
@@ -148,7 +153,8 @@ def test_a_failed_baseline(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps(result))
     write_report(tmp_path)
     assert (
-        "There is no figure for the head alone (linear probe): RunError: nan." in (tmp_path / "report.html").read_text()
+        "There is no test metric of the head alone (linear probe): RunError: nan."
+        in (tmp_path / "report.html").read_text()
     )
 
 

@@ -70,7 +70,7 @@ def test_the_report_says_so(searched: tuple[Any, dict[str, Any]]) -> None:
     for name in ("report.md", "report.html"):
         text = (Path(config.output) / name).read_text()
         assert "That is better than the base model for every seed" in text
-        assert "Candidates for it were all linear layers of the decoder blocks." in text
+        assert "It chose from all linear layers of the decoder blocks." in text
         assert "AutoModelForCausalLM.from_pretrained(BASE)" in text
     assert "smaller is better" in (Path(config.output) / "report.md").read_text()
 

@@ -267,9 +267,7 @@ def test_a_completion_ends_with_the_sequence_of_the_tokenizer(tmp_path: Path) ->
 def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
     rows = [{"q": "c ", "a": "a"}, {"q": "", "a": "b"}, {"q": "  ", "a": "b"}]
     for broken, row in ((rows, 1), ([rows[0], rows[2]], 1)):
-        message = (
-            rf"task\.columns\.prompt: .*validation\.jsonl, row {row}: found a prompt without tokens; expected some"
-        )
+        message = rf"validation\.jsonl, row {row}: task\.columns\.prompt: found a prompt without tokens; expected some"
         with pytest.raises(InputError, match=message):
             made(tmp_path, broken, {"c": "a"})
 

@@ -85,7 +85,7 @@ def test_classes_that_a_limit_or_the_data_leaves_without_rows(
     assert found[0].startswith("Classes of train (10 rows drawn from train): a ")
     assert found[1:] == [
         f"WARNING task.dataset: {tmp_path.name}: class 'none' has 0 of 10 samples of train "
-        f"(10 rows drawn from train), in no row of it; expected 2 or more"
+        f"(10 rows drawn from train), in no row; expected 2 or more"
     ]
 
 

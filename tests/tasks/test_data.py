@@ -14,7 +14,8 @@ import pytest
 from irdscale.config.task import TaskConfig
 from irdscale.errors import InputError
 from irdscale.tasks import data
-from irdscale.tasks.data import find_source, read_splits
+from irdscale.tasks.data import read_splits
+from irdscale.tasks.sources import find_source
 
 COLUMNS = {"text": ["text"], "label": "label"}
 ROWS = [{"text": "one", "label": 0}, {"text": "two, or", "label": 1}]
@@ -205,13 +206,16 @@ def test_missing_path(dataset: str) -> None:
 
 def test_unknown_file_type_and_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
-    refused(r"a\.xlsx: found file type '\.xlsx'; expected one of \.parquet, \.jsonl, \.csv", tmp_path / "a.xlsx")
+    refused(
+        r"a\.xlsx: task\.dataset: found file type '\.xlsx'; expected one of \.parquet, \.jsonl, \.csv",
+        tmp_path / "a.xlsx",
+    )
     refused(r"found a\.xlsx; expected train\.parquet", tmp_path)
 
 
 def test_files_of_no_split_and_missing_train(tmp_path: Path) -> None:
     write(tmp_path / "validation.csv")
-    refused("found no split train; there are: validation", tmp_path)
+    refused("found the splits validation; expected a split train", tmp_path)
     write(tmp_path / "train.csv")
     write(tmp_path / "testing.csv")
     refused(r"found testing\.csv; expected only files named train, validation and test", tmp_path)
@@ -222,12 +226,14 @@ def test_files_of_no_split_and_missing_train(tmp_path: Path) -> None:
 def test_missing_column_names_those_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv")
     refused(
-        r"task\.columns\.text: .*a\.csv: found no column 'txt' \(did you mean \"text\"\?\); there are: text, label",
+        r"a\.csv: task\.columns\.text: found no column 'txt' \(did you mean \"text\"\?\); expected one of text, label",
         path,
         columns={"text": ["txt"], "label": "label"},
     )
     refused(
-        r"task\.columns\.label: .* found no column 'y'.*there are: text, label", path, columns={**COLUMNS, "label": "y"}
+        r"task\.columns\.label: found no column 'y'; expected one of text, label",
+        path,
+        columns={**COLUMNS, "label": "y"},
     )
 
 
@@ -236,13 +242,17 @@ def test_a_test_split_without_labels_is_read_without(tmp_path: Path) -> None:
     write(tmp_path / "test.csv", [{"text": "a"}])
     assert read(tmp_path)["test"].labels is None
     write(tmp_path / "validation.csv", [{"text": "a"}])
-    refused(r"validation\.csv: found no column 'label'", tmp_path)
+    refused(r"validation\.csv: task\.columns\.label: found no column 'label'", tmp_path)
 
 
 def test_missing_and_wrong_texts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*ROWS, {"label": 1}])
-    refused(r"task\.columns\.text: .*a\.jsonl: column 'text', row 2: found no text", path)
-    refused("column 'label': found int64; expected text", path, columns={"text": ["label"], "label": "label"})
+    refused(r"a\.jsonl: column 'text', row 2: task\.columns\.text: found no text", path)
+    refused(
+        "column 'label': task.columns.text: found int64; expected text",
+        path,
+        columns={"text": ["label"], "label": "label"},
+    )
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
@@ -258,17 +268,17 @@ def test_empty_split(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.parquet", "no parquet", "a.parquet: not a parquet file"),
-        ("a.parquet", "", "a.parquet: the file is empty"),
-        ("a.csv", "", "a.csv: the file is empty"),
-        ("a.csv", "text,label\na,1,2\n", "a.csv: not a csv file: .*Expected 2 columns, got 3"),
+        ("a.parquet", "no parquet", "a.parquet: task.dataset: not a parquet file"),
+        ("a.parquet", "", "a.parquet: task.dataset: the file is empty"),
+        ("a.csv", "", "a.csv: task.dataset: the file is empty"),
+        ("a.csv", "text,label\na,1,2\n", "a.csv: task.dataset: not a csv file: .*Expected 2 columns, got 3"),
         ("a.csv", "text,text,label\na,b,1\n", "found 2 columns 'text'; expected one"),
-        ("a.jsonl", '{"text": "a", "label": 0}\n{"text"\n', "a.jsonl:2: not JSON"),
-        ("a.jsonl", "[1]\n", "a.jsonl:1: found list; expected a JSON object"),
+        ("a.jsonl", '{"text": "a", "label": 0}\n{"text"\n', "a.jsonl:2: task.dataset: not JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: task.dataset: found list; expected a JSON object"),
         (
             "a.jsonl",
             '{"text": "a", "label": 0}\n{"text": "a", "label": "b"}\n',
-            "column 'label': found values of types",
+            "column 'label': task.dataset: found values of types",
         ),
     ],
 )
@@ -279,9 +289,9 @@ def test_broken_files(tmp_path: Path, name: str, content: str, message: str) -> 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,label\n\xff\xfe,1\n")
-    refused(r"a\.csv: not a csv file", tmp_path / "a.csv")
+    refused(r"a\.csv: task\.dataset: not a csv file", tmp_path / "a.csv")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff", "label": 1}\n')
-    refused(r"a\.jsonl:1: not JSON", tmp_path / "a.jsonl")
+    refused(r"a\.jsonl:1: task\.dataset: not JSON", tmp_path / "a.jsonl")
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +316,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert splits["train"].texts == [["one", "two, or"]]
     assert splits["train"].label_names == ["n", "p"]
     refused(
-        r"owner/reviews, split train: found no column 'txt'.*there are: text, label, extra",
+        r"owner/reviews, split train: task\.columns\.text: found no column 'txt'.*expected one of text, label, extra",
         "owner/reviews",
         columns={"text": ["txt"], "label": "label"},
     )
@@ -326,4 +336,4 @@ def test_glue_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_miss_is_one_line() -> None:
-    refused(r"task\.dataset: owner/nothing: no such file or folder here, and not loaded from the hub", "owner/nothing")
+    refused(r"owner/nothing: task\.dataset: no such file or folder here, and not loaded from the hub", "owner/nothing")

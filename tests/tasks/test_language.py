@@ -213,8 +213,11 @@ def test_choices(model: Path, tmp_path: Path) -> None:
     [
         ({"q": "a", "c": ["good"], "y": 0}, "row 0: found .*; expected two texts or more"),
         ({"q": "a", "c": ["good", " "], "y": 0}, "row 0: found .*; expected two texts or more"),
-        ({"q": "a", "c": ["good", "bad"], "y": 2}, "row 0: found 2; expected the right choice's number, 0 to 1"),
-        ({"q": "a", "c": "good", "y": 0}, "row 0: found str; expected a list of texts"),
+        (
+            {"q": "a", "c": ["good", "bad"], "y": 2},
+            "row 0: task.columns.label: found 2; expected the right choice's number, 0 to 1",
+        ),
+        ({"q": "a", "c": "good", "y": 0}, "row 0: task.columns.choices: found str; expected a list of texts"),
     ],
 )
 def test_choices_that_are_none(row: dict[str, Any], match: str, model: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "file"))
     load_metric.cache_clear()
-    with pytest.raises(RunError, match=r"cannot load the metric f1: .*\(HF_HOME must be a folder"):
+    with pytest.raises(RunError, match=r"cannot load the metric f1: .*\(HF_HOME must be a writable folder"):
         load_metric("f1")
 
 

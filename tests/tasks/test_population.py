@@ -19,8 +19,8 @@ from irdscale.config.task import TaskConfig
 from irdscale.errors import InputError
 from irdscale.fisher.pool import draw_samples, traces_of
 from irdscale.tasks import Task, load_task
-from irdscale.tasks.data import find_source
 from irdscale.tasks.population import _most
+from irdscale.tasks.sources import find_source
 from tests.helpers import tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -128,17 +128,19 @@ def test_more_fisher_samples_than_data_are_refused(model: Path, tmp_path: Path) 
 
 def test_bad_labels_name_file_column_and_row(model: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [0, 1] * 20 + [""])
-    with pytest.raises(InputError, match=r"task\.columns\.label: .*a\.csv: column 'label', row 40: found no label"):
+    with pytest.raises(InputError, match=r"a\.csv: column 'label', row 40: task\.columns\.label: found no label"):
         load_task(run(model, path, **OWN))
     write(tmp_path / "a.csv", [0, 1] * 20 + [-3])
-    with pytest.raises(InputError, match=r"row 40: label out of range: found -3"):
+    with pytest.raises(InputError, match=r"row 40: task\.columns\.label: label out of range: found -3"):
         load_task(run(model, path, **OWN))
 
 
 def test_a_label_only_in_validation_is_refused(model: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.csv", ["a", "b"] * 10)
     write(tmp_path / "validation.csv", ["a", "b", "c"])
-    with pytest.raises(InputError, match=r"validation\.csv: column 'label', row 2: found label 'c'"):
+    with pytest.raises(
+        InputError, match=r"validation\.csv: column 'label', row 2: task\.columns\.label: found label 'c'"
+    ):
         load_task(run(model, tmp_path, **OWN))
 
 
@@ -149,7 +151,10 @@ def test_glue_labels_have_a_range(model: Path, tmp_path: Path) -> None:
     table.to_parquet(folder / "validation.parquet")
     table.loc[5, "label"] = 2
     table.to_parquet(folder / "train.parquet")
-    with pytest.raises(InputError, match=r"row 5: label out of range: found 2; expected a class number from 0 to 1"):
+    with pytest.raises(
+        InputError,
+        match=r"row 5: task\.columns\.label: label out of range: found 2; expected a class number from 0 to 1",
+    ):
         load_task(run(model, folder))
 
 

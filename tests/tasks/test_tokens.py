@@ -68,7 +68,7 @@ def test_a_tokenizer_without_separator_gets_the_end_token_between_a_pair(tmp_pat
 
 def test_a_text_without_tokens_is_named(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path, "gpt2")
-    with pytest.raises(InputError, match=r"a\.csv, row 2: found a text without tokens"):
+    with pytest.raises(InputError, match=r"a\.csv, row 2: task\.columns\.text: found a text without tokens"):
         encoded(tokenizer, [["a", "", " "]], rows=[0, 2])
 
 

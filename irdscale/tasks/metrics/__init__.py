@@ -1,4 +1,4 @@
-"""The metrics: `evaluate`'s, of a table of this package, so that no hub is needed."""
+"""The metrics, as `evaluate` metrics of this package's own table, which need no hub."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def load_metric(name: str) -> Any:
     try:
         return Score(name, keep_in_memory=True)
     except OSError as error:
-        raise RunError(
-            f"cannot load the metric {name}: {error} (HF_HOME must be a folder that can be written)"
-        ) from error
+        raise RunError(f"cannot load the metric {name}: {error} (HF_HOME must be a writable folder)") from error
 
 
 def fitting_metrics(
@@ -43,7 +41,7 @@ def fitting_metrics(
     if chosen is None:
         return reported
     if chosen not in valid:
-        raise InputError(f"task.metric: found {chosen!r} with kind {kind!r}; expected one of {', '.join(valid)}")
+        raise InputError(f"found {chosen!r} with kind {kind!r}", f"one of {', '.join(valid)}", "task.metric")
     return (chosen, *(name for name in reported if name != chosen))
 
 

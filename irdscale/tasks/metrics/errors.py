@@ -1,4 +1,4 @@
-"""Standard errors of metrics: by how much another draw of as many samples would change them."""
+"""Standard errors of metrics: how much another draw of as many samples would change them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-# The error of a standard error by so many resamples is 3 % of it.
+# The relative error of a standard error from 500 resamples is 3 %.
 RESAMPLES = 500
 
 
 def of_share(share: float, samples: int) -> float:
-    """Of a share of samples, such as accuracy: that of a binomial count."""
+    """The standard error of a share of samples, such as accuracy: that of a binomial count."""
     return math.sqrt(share * (1 - share) / samples)
 
 
 def of_ratio(numerators: Any, denominators: Any) -> float:
-    """Of a ratio of two sums over samples [N], such as a mean loss by token: the linearised (delta) form."""
+    """The standard error of a ratio of two sums over samples [N], such as a loss per token, by the delta method."""
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     samples = len(above)
     if samples < 2:
@@ -27,9 +27,9 @@ def of_ratio(numerators: Any, denominators: Any) -> float:
 
 
 def standard_errors(names: tuple[str, ...], kind: str, num_labels: int, logits: Any, labels: Any) -> dict[str, float]:
-    """Of the metrics of a model's output; see `irdscale.tasks.metrics.compute`.
+    """Standard errors of the metrics of a model's output; see `irdscale.tasks.metrics.compute`.
 
-    Of accuracy in closed form, of the others by `RESAMPLES` bootstrap samples, the same ones in every call.
+    Accuracy has a closed form; the others use `RESAMPLES` bootstrap samples, the same ones in every call.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     logits = logits.reshape(len(labels), num_labels)
@@ -43,15 +43,15 @@ def _of_classes(name: str, num_labels: int, predictions: np.ndarray, labels: np.
     if name == "accuracy":
         return of_share(float((predictions == labels).mean()), len(labels))
     counts = np.bincount(num_labels * labels.astype(int) + predictions, minlength=num_labels**2)
-    # A resample of rows is a multinomial draw of how often each pair of classes is in it.
+    # A resample of rows draws the counts of the pairs of classes from a multinomial distribution.
     drawn = np.random.default_rng(0).multinomial(len(labels), counts / len(labels), RESAMPLES)
     return float(np.std(of_counts(name, drawn.reshape(-1, num_labels, num_labels)), ddof=1))
 
 
 def of_counts(name: str, counts_RCC: np.ndarray) -> np.ndarray:
-    """F1 or Matthews correlation [R] by how often each class [R, C, .] was predicted as each [R, ., C].
+    """F1 or Matthews correlation [R] from the counts of each class [R, C, .] predicted as each [R, ., C].
 
-    As scikit-learn computes them, for all resamples at once, which takes it some seconds.
+    Equal to scikit-learn's, which takes seconds for all resamples.
     """
     right_RC = np.diagonal(counts_RCC, axis1=1, axis2=2).astype(float)
     true_RC, predicted_RC = (counts_RCC.sum(axis).astype(float) for axis in (2, 1))
@@ -59,7 +59,7 @@ def of_counts(name: str, counts_RCC: np.ndarray) -> np.ndarray:
         f1_RC = _ratio(2 * right_RC, true_RC + predicted_RC)
         if counts_RCC.shape[1] == 2:
             return f1_RC[:, 1]
-        # Classes that a resample lacks altogether do not count.
+        # Classes without samples and predictions in a resample do not count.
         return _ratio(f1_RC.sum(1), (true_RC + predicted_RC > 0).sum(1))
     total_R = true_RC.sum(1)
     covariance_R = right_RC.sum(1) * total_R - (true_RC * predicted_RC).sum(1)
@@ -68,7 +68,7 @@ def of_counts(name: str, counts_RCC: np.ndarray) -> np.ndarray:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The quotient; 0 where nothing is below."""
+    """The quotient; 0 where the denominator is 0."""
     return np.divide(above, below, out=np.zeros_like(above, dtype=float), where=below > 0)
 
 

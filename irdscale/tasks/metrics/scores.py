@@ -1,4 +1,4 @@
-"""The metrics that scikit-learn and SciPy compute, as `evaluate` takes them."""
+"""Metrics computed by scikit-learn and SciPy, in the form of `evaluate`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 def _correlation(of: Callable[..., Any], references: Any, predictions: Any) -> float:
-    """Of predictions and references; 0 where all of one are equal, as for Matthews correlation."""
+    """The correlation `of` predictions and references; 0 where either is constant, as for Matthews correlation."""
     constant = np.ptp(predictions) == 0 or np.ptp(references) == 0
     return 0.0 if constant else float(of(predictions, references).statistic)
 
 
-# Name -> the type of predictions and references, and what computes the metric from references and predictions.
+# Name -> the type of predictions and references, and the function of references and predictions.
 SCORES: dict[str, tuple[str, Callable[..., float]]] = {
     "accuracy": ("int64", accuracy_score),
     "f1": ("int64", partial(f1_score, zero_division=0)),
@@ -30,7 +30,7 @@ SCORES: dict[str, tuple[str, Callable[..., float]]] = {
 
 
 class Score(evaluate.Metric):
-    """The metric that the configuration's name says; options go to what computes it, such as `average` of F1."""
+    """The metric named by `config_name`; options such as `average` go to its function."""
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(SCORES[self.config_name][0])
