@@ -56,11 +56,10 @@ def run_data(config: RunConfig) -> dict[str, Any]:
     whole = load_task(_limited(config, NO_LIMIT), refused=refused)
     longer_are = what_is_done(whole.kind, config.task)
     lengths = {name: sample_lengths(whole.kind, getattr(whole, name)) for name in PARTS}
-    is_longer = any((each > limit).any() for each in lengths.values())
     shown, first = whole, list(refused.rows)
     if longer_are == "refused":
         first += _too_long(whole, lengths, limit)
-    elif is_longer:
+    elif any((each > limit).any() for each in lengths.values()):
         # Samples are shown as they are learned; cut from the left, other rows may be refused.
         refused = Refused()
         with _silent():

@@ -322,6 +322,8 @@ def test_only_predictions_are_replaced(reviews: tuple[Path, RunConfig, str], tmp
     assert to.read_text() == held
     with pytest.raises(InputError, match="is a folder"):
         check_target(str(tmp_path))
+    with pytest.raises(InputError, match=r"to: found .*, which is input=; expected another file"):
+        run_predict(config, adapter, input=str(to), to=str(to), progress=False)
     to.write_text("")
     run_predict(config, adapter, to=str(to), progress=False)
     first = to.read_bytes()
