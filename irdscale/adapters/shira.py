@@ -59,7 +59,7 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in _contents(model, sorted(whole), holders).items()}
     layers = {name: index for name, index in layers.items() if not _inside(name, whole)}
     if not layers:
-        raise InputError("found no linear weights that it can hold", "some, or format=merged", key="format: shira")
+        raise InputError("shira: found no linear weights that it can hold", "some, or format=merged", key="format")
     for name, index in layers.items():
         places_2K, values_K = _padded(index.long(), deltas[name], shapes[name], r)
         key = PREFIX + name.removesuffix(".weight")
@@ -115,15 +115,15 @@ def _owner(name: str, holders: Holders) -> str:
     paths = [path for path, _ in holders]
     if len(paths) > 1:
         raise InputError(
-            f"{name}: must be stored in full and is tied ({', '.join(paths)}), which PEFT would untie",
+            f"shira: {name}: must be stored in full and is tied ({', '.join(paths)}), which PEFT would untie",
             "format=merged",
-            key="format: shira",
+            key="format",
         )
     if not paths[0]:
         raise InputError(
-            f"{name}: must be stored in full and is in no submodule, which PEFT cannot do",
+            f"shira: {name}: must be stored in full and is in no submodule, which PEFT cannot do",
             "format=merged",
-            key="format: shira",
+            key="format",
         )
     return paths[0]
 
@@ -145,10 +145,10 @@ def _refuse_all_but_linear(layers: dict[str, Tensor], holders: dict[str, Holders
         name, what = refused[0]
         count = sum(len(layers[each]) for each, _ in refused)
         raise InputError(
-            f"found {len(layers[name]):,} entries in {what}, and {count:,} of the mask's {k:,} outside "
-            "untied nn.Linear weights",
+            f"shira: {name}: found {len(layers[name]):,} entries in {what}, and {count:,} of the mask's "
+            f"{k:,} outside untied nn.Linear weights",
             "entries in those alone (see fisher.include), or format=merged",
-            key=f"format: shira: {name}",
+            key="format",
         )
 
 

@@ -22,14 +22,27 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
+# What arguments that name no folder need instead, and how they are given.
+_VALUES = {
+    "format": ("value", "format=merged or format=shira"),
+    "input": ("file", "input=FILE"),
+    "text": ("text", "text=TEXT"),
+}
+
+
 def load_arguments(
-    config: str, overrides: list[str] | None, takes: tuple[str, ...] = (), needs: tuple[str, ...] = ()
+    config: str,
+    overrides: list[str] | None,
+    takes: tuple[str, ...] = (),
+    needs: tuple[str, ...] = (),
+    files: tuple[str, ...] = (),
 ) -> tuple[RunConfig, dict[str, str]]:
     """Read the configuration, and those `key=value` arguments that are not part of it.
 
     Args:
         takes: keys of the verb's own arguments.
         needs: those of `takes` that must be given.
+        files: those of `takes` that name a file for this verb, not a folder.
 
     Raises:
         InputError: an argument is missing, empty or given twice; or as `irdscale.config.loader.load_config`.
@@ -40,10 +53,9 @@ def load_arguments(
         key, _, value = override.partition("=")
         if key not in takes:
             rest.append(override)
-        elif not value and key == "format":
-            raise InputError("found no value", "format=merged or format=shira", key)
         elif not value:
-            raise InputError("found no folder", f"{key}=DIR", key)
+            what, expected = _VALUES.get(key, ("file", f"{key}=FILE") if key in files else ("folder", f"{key}=DIR"))
+            raise InputError(f"found no {what}", expected, key)
         elif key in given:
             raise InputError("given twice", key=key)
         else:

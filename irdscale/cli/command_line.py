@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import typer
 
-# Adds the verbs to `app`.
-import irdscale.cli.verbs  # noqa: F401
+# Add the verbs to `app`.
+import irdscale.cli.verbs
+import irdscale.cli.verbs_of_samples  # noqa: F401
 from irdscale.cli.app import app, verbs
 from irdscale.cli.ending import complain
 from irdscale.distributed.process_group import leave

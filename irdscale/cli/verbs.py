@@ -92,13 +92,15 @@ def train(config: Config, overrides: Overrides = None, overwrite: Overwrite = Fa
 
 @verb("irdscale evaluate configs/quickstart.yaml adapter=runs/quickstart/adapter")
 def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Measure a trained adapter: adapter=DIR."""
+    """Measure a trained adapter: adapter=DIR. With to=FILE, also write its predictions for the test split, as JSONL."""
     with ending():
-        settings, given = load_arguments(config, overrides, takes=("adapter",), needs=("adapter",))
+        settings, given = load_arguments(config, overrides, ("adapter", "to"), needs=("adapter",), files=("to",))
+        if "to" in given:
+            check_writable(Path(given["to"]).parent, "to")
         with launched_ranks(settings, train=False):
             from irdscale.training.one_mask import run_evaluate
 
-            result = run_evaluate(settings, adapter=given["adapter"], progress=True)
+            result = run_evaluate(settings, **given, progress=True)
     show(result, as_json)
 
 

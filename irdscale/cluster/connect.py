@@ -214,7 +214,7 @@ def check_nodes(output: Path) -> None:
                 fault = f"cannot run irdscale: {' '.join(str(error).split())[-200:]}"
                 raise InputError(fault, where=who) from None
             if found["error"] is not None:
-                raise InputError(found["error"], "a folder that all nodes share", key=f"output: {who}")
+                raise InputError(f"{who}: {found['error']}", "a folder that all nodes share", key="output")
             back = folder / found["wrote"]
             if not back.exists():
                 fault = f"{folder} is another folder on {who} than here"

@@ -68,11 +68,11 @@ def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | N
     try:
         settings = json.loads(Path(file).read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read it: {error.strerror}", key=f"train.deepspeed: {file}") from error
+        raise InputError(f"{file}: cannot read it: {error.strerror}", key="train.deepspeed") from error
     except ValueError as error:
-        raise InputError(f"not JSON: {error}", key=f"train.deepspeed: {file}") from error
+        raise InputError(f"{file}: not JSON: {error}", key="train.deepspeed") from error
     if not isinstance(settings, dict):
-        raise InputError(f"found {type(settings).__name__}", "a JSON object", key=f"train.deepspeed: {file}")
+        raise InputError(f"{file}: found {type(settings).__name__}", "a JSON object", key="train.deepspeed")
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
         raise _found(file, "zero_optimization", zero, "a section")
@@ -87,7 +87,7 @@ def zero_file(config: RunConfig, world: int | None = None) -> dict[str, Any] | N
 
 
 def _found(file: str, key: str, value: Any, expected: str) -> InputError:
-    return InputError(f"found {json.dumps(value)}", expected, key=f"train.deepspeed: {file}: {key}")
+    return InputError(f"{file}: {key}: found {json.dumps(value)}", expected, key="train.deepspeed")
 
 
 def _enabled(settings: dict[str, Any], section: str) -> Any:

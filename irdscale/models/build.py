@@ -62,12 +62,13 @@ def _load(path: str, place: str, what: str, load: Callable[..., T], kind: str = 
         text = str(error)
         if "trust_remote_code" in text:
             raise InputError(
-                f"model.path: {path}: comes with Python code of its own; set model.trust_remote_code=true to run it"
+                f"{path}: comes with Python code of its own; set model.trust_remote_code=true to run it",
+                key="model.path",
             ) from error
         if "Unrecognized configuration class" in text:
-            raise InputError(f"model.path: {path}: transformers has no {kind} for this kind of model") from error
+            raise InputError(f"{path}: transformers has no {kind} for this kind of model", key="model.path") from error
         problem = f"no such folder here, and no {what} loaded from the hub" if remote else f"cannot load the {what}"
-        raise InputError(f"model.path: {path}: {problem}: {one_line(error)}") from error
+        raise InputError(f"{path}: {problem}: {one_line(error)}", key="model.path") from error
 
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
@@ -167,12 +168,13 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = _load(model.path, _place(model), "tokenizer", AutoTokenizer.from_pretrained, **options)
     # Without tokenizer files, transformers makes up a tokenizer of special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        raise InputError(f"model.path: {model.path}: found no tokenizer beside the model; expected its files there")
+        raise InputError(f"{model.path}: found no tokenizer beside the model", "its files there", key="model.path")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"model.path: {model.path}: the tokenizer has neither a pad token nor an end-of-sequence token; "
-                f"expected one of them, for padding"
+                f"{model.path}: the tokenizer has neither a pad token nor an end-of-sequence token",
+                "one of them, for padding",
+                key="model.path",
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -290,8 +292,9 @@ def decoder_linears(model: PreTrainedModel) -> list[str]:
     ]
     if not names:
         raise InputError(
-            f"fisher.include: found none, and no list of {layers} blocks in {type(model).__name__}; "
-            f"expected expressions for the parameters to score"
+            f"found none, and no list of {layers} blocks in {type(model).__name__}",
+            "expressions for the parameters to score",
+            key="fisher.include",
         )
     return names
 
@@ -303,8 +306,9 @@ def _inside(name: str, part: str) -> bool:
 def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], whole: bool) -> None:
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise InputError(
-            f"model.path: {path}: {name} has shape {list(found)} in the checkpoint; expected {list(expected)} "
-            f"(a head trained for another task does not fit this one)"
+            f"{path}: {name} has shape {list(found)} in the checkpoint",
+            f"{list(expected)} (a head trained for another task does not fit this one)",
+            key="model.path",
         )
     parameters = dict(model.named_parameters())
     base = model.base_model_prefix + "."
@@ -316,7 +320,7 @@ def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], w
     ]
     if absent:
         raise InputError(
-            f"model.path: {path}: the checkpoint lacks {len(absent)} pretrained parameters, such as {absent[0]}"
+            f"{path}: the checkpoint lacks {len(absent)} pretrained parameters, such as {absent[0]}", key="model.path"
         )
 
 
@@ -330,7 +334,7 @@ def _check_positions(max_length: int, model: PreTrainedModel) -> None:
             limit -= module.padding_idx + 1
             break
     if max_length > limit:
-        raise InputError(f"task.max_length: found {max_length}; expected at most {limit}, the model's positions")
+        raise InputError(f"found {max_length}", f"at most {limit}, the model's positions", key="task.max_length")
 
 
 def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -338,6 +342,7 @@ def _check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, model: PreT
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise InputError(
-            f"model.path: {path}: the tokenizer has token {largest}, but the model's embedding has {rows} rows; "
-            f"expected a tokenizer of this model"
+            f"{path}: the tokenizer has token {largest}, but the model's embedding has {rows} rows",
+            "a tokenizer of this model",
+            key="model.path",
         )

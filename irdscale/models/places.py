@@ -35,12 +35,12 @@ def resolve_model_path(path: str) -> str:
         if not (place / "config.json").is_file():
             files = sorted(file.name for file in place.iterdir() if is_gguf(file.name))
             hint = f"; expected one, or a GGUF file by its name: {', '.join(files)}" if files else ""
-            raise InputError(f"model.path: {path}: not a model folder: found no config.json{hint}")
+            raise InputError(f"{path}: not a model folder: found no config.json{hint}", key="model.path")
         return str(place)
     if place.exists():
         if not is_gguf(path):
             raise InputError(
-                f"model.path: {path}: found a file; expected a model folder, a GGUF file ({GGUF}) or a hub id"
+                f"{path}: found a file", f"a model folder, a GGUF file ({GGUF}) or a hub id", key="model.path"
             )
         return str(place)
     if is_gguf(path):
@@ -48,7 +48,7 @@ def resolve_model_path(path: str) -> str:
             raise InputError(f"{path}: no such file", key="model.path")
         return path
     if not is_hub_id(path):
-        raise InputError(f"model.path: {path}: no such folder")
+        raise InputError(f"{path}: no such folder", key="model.path")
     return path
 
 
@@ -93,7 +93,7 @@ def _in_package(path: str) -> Path:
     if spec is None:
         underscored = name.replace("-", "_")
         hint = f' (did you mean "{underscored}"?)' if underscored != name else "; expected an installed one"
-        raise InputError(f"model.path: {path}: found no Python package {name!r}{hint}")
+        raise InputError(f"{path}: found no Python package {name!r}{hint}", key="model.path")
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     for root in roots:
         place = root / inside
@@ -108,7 +108,7 @@ def _in_package(path: str) -> Path:
     )
     there = ", ".join(f"{PACKAGE}{name}/{model}" for model in models) or "there is none in the package"
     missing = "no such file" if is_gguf(inside) else "found no config.json"
-    raise InputError(f"model.path: {path}: {missing}{nearest(inside, models)}; models: {there}")
+    raise InputError(f"{path}: {missing}{nearest(inside, models)}; models: {there}", key="model.path")
 
 
 def _is_model(file: Path) -> bool:

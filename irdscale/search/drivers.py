@@ -45,7 +45,7 @@ def masked_traces(
     for name in mask.indices:
         found = samples.shapes.get(name)
         if found != mask.shapes[name]:
-            raise InputError(f"found shape {found} in the model", f"{mask.shapes[name]}", key=f"mask: {name}")
+            raise InputError(f"{name}: found shape {found} in the model", f"{mask.shapes[name]}", key="mask")
     inside = replace(samples, scored={name: p for name, p in samples.scored.items() if name in mask.indices})
     sums = new_sums(inside, order, dtype=dtype, offload=offload)
     places = {name: mask.indices[name].long().to(total.device) for name, total in sums.tensors.items()}

@@ -166,7 +166,7 @@ def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
             continue
         if values is None or weight.numel() != numel_of(entries.parameter):
             raise InputError(
-                "found a partition of the weight; use save_adapter, or merge first", key=f"save_pretrained: {name}"
+                f"{name}: found a partition of the weight; use save_adapter, or merge first", key="save_pretrained"
             )
         base = entries.base.to(weight.device)
         weights = values.to(weight.device) if entries.absolute else base + values.to(base.device)

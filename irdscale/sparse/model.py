@@ -124,12 +124,12 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     dense = matching_parameters(parameters, always_train)
     for name, index in mask.indices.items():
         if name not in parameters:
-            raise InputError(f"the model has no such parameter{nearest(name, parameters)}", key=f"mask: {name}")
+            raise InputError(f"{name}: the model has no such parameter{nearest(name, parameters)}", key="mask")
         if shape_of(parameters[name]) != tuple(mask.shapes[name]):
             found, expected = tuple(mask.shapes[name]), shape_of(parameters[name])
-            raise InputError(f"found shape {found}", f"{expected}, the model's", key=f"mask: {name}")
+            raise InputError(f"{name}: found shape {found}", f"{expected}, the model's", key="mask")
         if name in dense and len(index):
-            raise InputError("found entries in a parameter that train.always_train trains densely", key=f"mask: {name}")
+            raise InputError(f"{name}: found entries in a parameter that train.always_train trains densely", key="mask")
     required_grad = {name for name, p in parameters.items() if p.requires_grad}
     # In the model's order: a computed mask and the same one loaded from disk have different orders.
     masked = [name for name in parameters if len(mask.indices.get(name, ()))]

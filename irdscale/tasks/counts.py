@@ -9,6 +9,7 @@ import numpy as np
 
 from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.models.classes import SHOWN, listed
+from irdscale.tasks.cut import tell_cut
 from irdscale.utils.progress import say
 
 if TYPE_CHECKING:
@@ -22,9 +23,13 @@ FEW, SMALL_SHARE = 2, 0.001
 def tell_classes(task: Task, show: bool) -> None:
     """Print the classes of the train split and their numbers of samples on stderr, and warn of rare classes.
 
+    Says first how many samples are longer than `task.max_length`, of every kind of task.
+
     Args:
         show: print the classes; warnings are logged in any case.
     """
+    if show:
+        tell_cut(task)
     if task.kind in LANGUAGE_KINDS or not task.label_names:
         return
     labels_N = np.asarray(task.train.with_format("numpy")["labels"])

@@ -90,12 +90,12 @@ def language_samples(
     for sample in samples:
         if all(label == IGNORED for label in sample.labels):
             raise InputError(
-                "found no token to learn behind the first one, which nothing predicts",
+                f"{rows.where}, row {sample.row}: found no token to learn behind the first one, which nothing predicts",
                 "a prompt, or a longer text",
-                key=f"task.dataset: {rows.where}, row {sample.row}",
+                key="task.dataset",
             )
     if not samples:
-        raise InputError(f"found no text in {len(part.rows)} rows", "some", key=f"task.dataset: {rows.where}")
+        raise InputError(f"{rows.where}: found no text in {len(part.rows)} rows", "some", key="task.dataset")
     arrays: dict[str, pa.Array] = {
         "input_ids": pa.array([sample.input_ids for sample in samples], _TOKENS),
         "labels": pa.array([sample.labels for sample in samples], _TOKENS),
@@ -166,7 +166,7 @@ def _completions(
         for row in chosen:
             if not completions[row].strip():
                 raise InputError(
-                    "found no text", "some, to learn from", key=f"task.columns.completion: {rows.where}, row {row}"
+                    f"{rows.where}, row {row}: found no text", "some, to learn from", key="task.columns.completion"
                 )
         pairs = [(prompts[row], completions[row]) for row in chosen]
         end = _ending(tokenizer)
@@ -174,9 +174,10 @@ def _completions(
         for row, (tokens, prompt) in zip(chosen, encoded, strict=True):
             if prompt >= len(tokens) - len(end):
                 raise InputError(
-                    "found no token of the completion alone; the tokenizer drops it, or joins it with "
-                    "the prompt (a prompt that ends in white space may part them)",
-                    key=f"task.columns.completion: {rows.where}, row {row}",
+                    f"{rows.where}, row {row}: found no token of the completion alone; the tokenizer "
+                    "drops it, or joins it with the prompt (a prompt that ends in white space may part "
+                    "them)",
+                    key="task.columns.completion",
                 )
             tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
             yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
@@ -214,16 +215,16 @@ def _fitting(
     key = "task.columns.prompt"
     if task.truncate != "left":
         raise InputError(
-            f"found {len(tokens)} tokens with what follows the prompt",
+            f"{where}: found {len(tokens)} tokens with what follows the prompt",
             f"at most {task.max_length} (task.max_length), or task.truncate=left",
-            key=f"{key}: {where}",
+            key=f"{key}",
         )
     first = int(tokens[0] == tokenizer.bos_token_id)
     if prompt - over < first + 1:
         raise InputError(
-            f"found {len(tokens) - prompt} tokens behind the prompt",
+            f"{where}: found {len(tokens) - prompt} tokens behind the prompt",
             f"at most {task.max_length - first - 1}, so that some of the prompt is left (task.max_length)",
-            key=f"{key}: {where}",
+            key=f"{key}",
         )
     return [*tokens[:first], *tokens[first + over :]], prompt - over
 
@@ -239,7 +240,7 @@ def _choices(
     for row in map(int, part.rows):
         where = f"{rows.where}, row {row}"
         if len(choices[row]) < 2 or not all(choice.strip() for choice in choices[row]):
-            raise InputError(f"found {choices[row]}", "two texts or more", key=f"task.columns.choices: {where}")
+            raise InputError(f"{where}: found {choices[row]}", "two texts or more", key="task.columns.choices")
         label = numbers.number(row)
         pairs = [(prompts[row], choice) for choice in choices[row]]
         encoded = [
@@ -249,11 +250,11 @@ def _choices(
         if not all(prompt for _, prompt in encoded):
             # What the first token of a choice is worth would not count, and nothing would of a choice of one token.
             raise InputError(
-                "found a prompt without tokens", "some text before the choices", key=f"task.columns.prompt: {where}"
+                f"{where}: found a prompt without tokens", "some text before the choices", key="task.columns.prompt"
             )
         for choice, (tokens, prompt) in zip(choices[row], encoded, strict=True):
             if prompt == len(tokens):
-                raise InputError(f"found {choice!r}, without tokens", "some text", key=f"task.columns.choices: {where}")
+                raise InputError(f"{where}: found {choice!r}, without tokens", "some text", key="task.columns.choices")
         tokens, prompt = encoded[label]
         yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
 

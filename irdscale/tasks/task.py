@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,17 +14,19 @@ from datasets import Dataset
 
 from irdscale.config.kinds import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind
 from irdscale.config.schema import RunConfig
-from irdscale.config.task import LimitConfig
+from irdscale.config.task import LimitConfig, TaskConfig
 from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
 from irdscale.tasks.chat_templates import with_chat_template
+from irdscale.tasks.cut import Cut, cut_texts, what_is_done
 from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
 from irdscale.tasks.metrics import compute, fitting_metrics, load_metric
 from irdscale.tasks.metrics.errors import standard_errors
 from irdscale.tasks.population import shaped_pool
+from irdscale.tasks.refused import Refused, accepted
 from irdscale.tasks.sources import Source, find_source
 from irdscale.tasks.splits import PARTS, Part, assign, draw
 from irdscale.tasks.tokens import encode, pad_batch
@@ -50,6 +53,7 @@ class Task:
         pool: population by `task.pool` (see `irdscale.tasks.population`).
         pool_in_words: description of `pool`.
         class_order: class numbers in the order of the metrics, if it differs from that of `label_names`.
+        cut: number of train samples that are longer than `task.max_length`.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Task:
     pool: Dataset | None = None
     pool_in_words: str | None = None
     class_order: tuple[int, ...] | None = None
+    cut: Cut | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -124,13 +129,14 @@ class Task:
         return np.asarray(logits)[:, order_C], np.argsort(order_C)[np.asarray(labels)]
 
 
-def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
+def load_task(config: RunConfig, head: HeadClasses | None = None, refused: Refused | None = None) -> Task:
     """Load, check, split and tokenise the data of `config.task` with the tokenizer of `config.model`.
 
     Classes are numbered as in the data or, with a trained head, as in the head, matched by name.
 
     Args:
         head: trained head of an adapter; if None, the checkpoint's own head counts, if it has a trained one.
+        refused: list that gets the rows without a sample, which are left out; if None, the first one is an error.
 
     Raises:
         InputError: the data set, its columns, labels or size, or the model's tokenizer do not fit the configuration,
@@ -140,8 +146,8 @@ def load_task(config: RunConfig, head: HeadClasses | None = None) -> Task:
     if head is not None and head.kind is not None and _family(head.kind) != _family(source.kind):
         raise InputError(f"found {source.kind!r}", f"{head.kind!r}, the kind of {head.where}", "task.kind")
     if source.kind in LANGUAGE_KINDS:
-        return _language_task(config, source)
-    return _labelled_task(config, source, head)
+        return _language_task(config, source, refused)
+    return _labelled_task(config, source, head, refused)
 
 
 def _family(kind: str) -> tuple[bool, bool]:
@@ -149,7 +155,7 @@ def _family(kind: str) -> tuple[bool, bool]:
     return kind in LANGUAGE_KINDS, kind == "regression"
 
 
-def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None) -> Task:
+def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None, refused: Refused | None) -> Task:
     """A classification or regression task; see `load_task`."""
     regression = source.kind == "regression"
     valid = METRICS[source.kind]
@@ -178,11 +184,15 @@ def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None) 
         load_metric(metric)
     # Models without segments would refuse token_type_ids, or, like GPT-2, embed them as words.
     segments = getattr(model_config, "type_vocab_size", 0) > 1
-    encoded = {}
-    for name, part in parts.items():
-        split = splits[part.split]
-        length = config.task.max_length
-        encoded[name] = encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where)
+    cut: dict[str, list[int]] = {name: [] for name in parts}
+
+    def made(name: str, part: Part) -> Dataset:
+        split, length = splits[part.split], config.task.max_length
+        return encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where, cut[name])
+
+    encoded = {name: accepted(name, part, partial(made, name), refused) for name, part in parts.items()}
+    # Rows of a halved part are encoded twice.
+    count, how = len(set(cut["train"])), what_is_done(source.kind, config.task)
     pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, data_names, order, segments)
     return Task(
         name=source.name,
@@ -197,10 +207,11 @@ def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None) 
         pool=pool,
         pool_in_words=pool_in_words,
         class_order=_counted(head, data_names, label_names, splits["train"], source),
+        cut=Cut(count, len(encoded["train"]), config.task.max_length, how),
     )
 
 
-def _language_task(config: RunConfig, source: Source) -> Task:
+def _language_task(config: RunConfig, source: Source, refused: Refused | None) -> Task:
     reported = tuple(name for name in METRICS[source.kind] if name != "exact_match")
     metrics = fitting_metrics(source.kind, config.task.metric, reported, METRICS[source.kind])
     tokenizer = with_chat_template(load_tokenizer(config.model), config.task.chat_template)
@@ -212,10 +223,14 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         if label not in table.column_names or is_unlabelled(table.column(label).to_pylist()):
             del splits["test"]
     parts = _parts({name: np.zeros(split.table.num_rows) for name, split in splits.items()}, False, config)
-    samples = {
-        name: language_samples(source.kind, tokenizer, splits[part.split], part, config.task, source.columns)
-        for name, part in parts.items()
-    }
+
+    def made(part: Part, task: TaskConfig) -> Dataset:
+        return language_samples(source.kind, tokenizer, splits[part.split], part, task, source.columns)
+
+    def made_of_train(rows: np.ndarray, task: TaskConfig) -> Dataset:
+        return made(Part(parts["train"].split, rows, ""), task)
+
+    samples = {name: accepted(name, part, partial(made, task=config.task), refused) for name, part in parts.items()}
     if "exact_match" in metrics:
         for name in PARTS[1:]:
             _check_prompts(samples[name], splits[parts[name].split].where, source.columns.prompt is not None)
@@ -236,6 +251,7 @@ def _language_task(config: RunConfig, source: Source) -> Task:
         max_new_tokens=config.task.max_new_tokens,
         pool=pool,
         pool_in_words=pool_in_words,
+        cut=cut_texts(source.kind, samples["train"], config.task, made_of_train),
     )
 
 

@@ -27,6 +27,7 @@ def encode(
     max_length: int,
     segments: bool,
     where: str,
+    cut: list[int] | None = None,
 ) -> datasets.Dataset:
     """Tokenise the rows of `part`, truncated to `max_length` tokens, not padded, in memory.
 
@@ -37,6 +38,7 @@ def encode(
         labels: [rows of the source split].
         segments: keep `token_type_ids`.
         where: the source split's file, for messages.
+        cut: gets the rows that are truncated.
 
     Returns:
         Columns `input_ids`, `attention_mask`, `token_type_ids` (if `segments`), `labels`, `row` (of the source split).
@@ -65,6 +67,10 @@ def encode(
         )
         for name, values in columns.items():
             values += batch[name]
+        if cut is not None:
+            for place, (row, tokens) in enumerate(zip(rows, batch["input_ids"], strict=True)):
+                if len(tokens) >= max_length and _is_cut(tokenizer, batch, place, first[row], pair, max_length):
+                    cut.append(int(row))
     for row, tokens in zip(part.rows, columns["input_ids"]):
         if not tokens:
             raise InputError("found a text without tokens", "some text", "task.columns.text", f"{where}, row {row}")
@@ -72,6 +78,16 @@ def encode(
     arrays = {name: pa.array(values, pa.list_(kinds[name])) for name, values in columns.items()}
     table = pa.table({**arrays, "labels": pa.array(labels[part.rows]), "row": pa.array(part.rows)})
     return datasets.Dataset(table)
+
+
+def _is_cut(
+    tokenizer: PreTrainedTokenizerBase, batch: Any, place: int, text: str, pair: list[str] | None, max_length: int
+) -> bool:
+    """Whether a text of a batch was truncated, which its length alone does not tell."""
+    if batch.encodings:
+        return bool(batch.encodings[place].overflowing)
+    whole = tokenizer(text, None if pair is None else pair[place], verbose=False)
+    return len(whole["input_ids"]) > max_length
 
 
 def labelled(tokens: list[int], prompt: int) -> list[int]:

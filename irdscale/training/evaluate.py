@@ -14,6 +14,7 @@ from irdscale.distributed.zero3 import device_of, gathering, to_gpu
 from irdscale.fisher.capture import frozen
 from irdscale.models.batches import LateRows, shared_batches
 from irdscale.models.checks import padding_known_to_matter, warn_once
+from irdscale.tasks.outputs import Outputs
 from irdscale.training.evaluate_language import evaluate_language
 
 if TYPE_CHECKING:
@@ -32,31 +33,37 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
 
 
 def evaluate_with_errors(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """`evaluate_model`, and the standard error of each metric over draws of the split's samples.
+
+    Args:
+        outputs: gets what the metrics are computed from.
 
     Raises:
         TrainingError: as `evaluate_model`.
     """
-    return _evaluated(model, task, split, batch_size, errors=True)
+    return _evaluated(model, task, split, batch_size, errors=True, outputs=outputs)
 
 
 def _evaluated(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int, errors: bool
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, errors: bool, outputs: Outputs | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     to_gpu(model)
     with watched():
         if task.is_language:
-            return evaluate_language(model, task, split, batch_size)
-        logits = _logits(model, task, split, batch_size).numpy()
+            return evaluate_language(model, task, split, batch_size, outputs)
+        logits_NC = sample_logits(model, task, split, batch_size)
+        if outputs is not None:
+            outputs.logits = logits_NC
+        logits = logits_NC.numpy()
         with failing_together():
             labels = np.asarray(split.with_format("numpy")["labels"])
             return task.compute_metrics(logits, labels), task.standard_errors(logits, labels) if errors else {}
 
 
-def _logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:
-    """Logits [N, C] of every sample, as float64, on every rank."""
+def sample_logits(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:
+    """Logits [N, C] of every sample, as float64, on every rank. Collective."""
     lengths = [len(ids) for ids in split["input_ids"]]
     device, logits_NC = device_of(model), torch.zeros(len(lengths), task.num_labels, dtype=torch.float64)
     found = LateRows(logits_NC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from irdscale.models.chunked_losses import (
 )
 from irdscale.tasks.answers import AnswerEnds, same_answer
 from irdscale.tasks.metrics.errors import of_ratio, of_share
+from irdscale.tasks.outputs import Outputs
 from irdscale.tasks.tokens import labelled, pad_batch
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ COLUMNS = 3
 
 
 def evaluate_language(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric of the task on a split, and its standard error, as `evaluate_with_errors` returns them.
 
@@ -51,16 +52,20 @@ def evaluate_language(
       ends of sequences are taken from the model's `generation_config`.
     - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum or the mean of its
       tokens' log likelihoods.
+
+    Args:
+        outputs: gets the measured choices, or the generated answers.
     """
     with own_forward(model):
-        return _metrics(model, task, split, batch_size)
+        return _metrics(model, task, split, batch_size, outputs or Outputs())
 
 
 def _metrics(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs
 ) -> tuple[dict[str, float], dict[str, float]]:
     if task.kind == "multiple-choice":
-        return _choice_accuracies(model, task, split, batch_size)
+        outputs.choices = measure_choices(model, task, split, batch_size)
+        return _choice_accuracies(task, split, outputs.choices)
     table_NC = _text_table(model, task, list(zip(split["input_ids"], split["labels"], strict=True)), batch_size)
     loss_N, tokens_N, right_N = table_NC.unbind(1)
     loss, tokens, right = table_NC.sum(0).tolist()
@@ -72,19 +77,26 @@ def _metrics(
         "token_accuracy": of_ratio(right_N, tokens_N),
     }
     if "exact_match" in task.metrics:
-        metrics["exact_match"] = _exact_match(model, task, split, batch_size)
+        metrics["exact_match"] = _exact_match(model, task, split, batch_size, outputs)
         errors["exact_match"] = of_share(metrics["exact_match"], len(split))
     return {name: metrics[name] for name in task.metrics}, {name: errors[name] for name in task.metrics}
 
 
-def _choice_accuracies(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int
-) -> tuple[dict[str, float], dict[str, float]]:
+def measure_choices(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:
+    """Loss, tokens and right tokens of each choice [all choices, 3], sample by sample, as float64, on every rank.
+
+    Raises:
+        TrainingError: a choice's loss is NaN or infinite.
+    """
     texts: list[tuple[list[int], list[int]]] = []
-    choices = list(split["choices"])
-    for sample, prompts in zip(choices, split["choice_prompts"], strict=True):
+    for sample, prompts in zip(split["choices"], split["choice_prompts"], strict=True):
         texts += [(ids, labelled(ids, prompt)) for ids, prompt in zip(sample, prompts, strict=True)]
-    table_NC = _text_table(model, task, texts, batch_size)
+    with own_forward(model):
+        return _text_table(model, task, texts, batch_size)
+
+
+def _choice_accuracies(task: Task, split: Dataset, table_NC: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    choices = list(split["choices"])
     right = {"accuracy": 0, "accuracy_norm": 0}
     start = 0
     for sample, answer in zip(choices, split["answer"], strict=True):
@@ -151,34 +163,68 @@ def _measured(
     return found
 
 
-def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int) -> float:
-    tokenizer, device = task.tokenizer, device_of(model)
-    ids, prompts, answers = list(split["input_ids"]), list(split["prompt_length"]), list(split["answer"])
-    right_N = torch.zeros(len(answers), dtype=torch.float64)
-    rows = [{"input_ids": tokens[:prompt]} for tokens, prompt in zip(ids, prompts, strict=True)]
-    ends = AnswerEnds(tokenizer, split, model.generation_config.eos_token_id)
+def _exact_match(model: Any, task: Task, split: Dataset, batch_size: int, outputs: Outputs) -> float:
+    answers = list(split["answer"])
+    ends = AnswerEnds(task.tokenizer, split, model.generation_config.eos_token_id)
+    prompts = [ids[:prompt] for ids, prompt in zip(split["input_ids"], split["prompt_length"], strict=True)]
+    outputs.generated = generate_greedily(model, task, prompts, ends.tokens, batch_size)
+    found = [ends.answer(place, tokens) for place, tokens in enumerate(outputs.generated)]
+    return sum(map(same_answer, found, answers)) / len(answers)
+
+
+def generate_greedily(
+    model: Any,
+    task: Task,
+    prompts: Sequence[list[int]],
+    ends: list[int],
+    batch_size: int,
+    advance: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, with a cache, in batches of prompts of like lengths. Collective.
+
+    Prompts of unlike lengths are padded on the left, unless that changes what the model generates.
+
+    Args:
+        prompts: tokens of each, at least one.
+        ends: tokens that end an answer.
+        advance: is told how many prompts of this rank are answered.
+
+    Returns:
+        Generated tokens of each prompt on every rank: at most `task.max_new_tokens`, up to and with one of `ends`.
+    """
+    pad, device = task.tokenizer.pad_token_id, device_of(model)
+    rows = [{"input_ids": tokens} for tokens in prompts]
+    # 0 stands for no token, so that the sum over the ranks is what each of them generated.
+    table_NT = torch.zeros(len(prompts), task.max_new_tokens, dtype=torch.int64)
 
     def answer(places: list[int]) -> None:
-        batch = pad_batch([rows[i] for i in places or [0]], tokenizer.pad_token_id, side="left")
+        batch = pad_batch([rows[i] for i in places or [0]], pad, side="left")
         generated_BT = model.generate(
             **{k: v.to(device) for k, v in batch.items()},
             # Ranks that gather partitions together must all continue until the last one is done.
             synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
         )
-        new = generated_BT[:, batch["input_ids"].shape[1] :].tolist()
-        for place, tokens in zip(places, new, strict=False):
-            right_N[place] = same_answer(ends.answer(place, tokens), answers[place])
+        if places:
+            new_BT = generated_BT[:, batch["input_ids"].shape[1] :]
+            table_NT[places, : new_BT.shape[1]] = new_BT.cpu() + 1
+            if advance is not None:
+                advance(len(places))
 
-    with _greedy(model, task, ends.tokens), gathering(model), frozen(model), torch.no_grad():
-        equal = batch_size > 1 and _left_padding_matters(model, tokenizer, rows)
+    with own_forward(model), _greedy(model, task, ends), gathering(model), frozen(model), torch.no_grad():
+        equal = batch_size > 1 and _left_padding_matters(model, task.tokenizer, rows)
         if equal:
             warn_once(
                 f"train.eval_batch_size: what {type(model).__name__} generates depends on how far its batch is padded; "
                 f"batches hold prompts of equal length"
             )
-        shared_batches(model, prompts, batch_size, answer, equal=equal)
-    all_reduce_sum([right_N])
-    return float(right_N.mean())
+        shared_batches(model, [len(tokens) for tokens in prompts], batch_size, answer, equal=equal)
+    all_reduce_sum([table_NT])
+    return [_ended([token - 1 for token in row if token], ends) for row in table_NT.tolist()]
+
+
+def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first one that ends an answer."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> bool:

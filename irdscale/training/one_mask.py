@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from irdscale.adapters import adapter_head, export_shira, load_adapter, push_adapter, save_adapter
-from irdscale.adapters.hub import find_adapter
+from irdscale.adapters import adapter_head, export_shira, push_adapter, save_adapter
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import failing_together, rank_and_world, same_on_every_rank
 from irdscale.errors import InputError
 from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
-from irdscale.models.build import build_model
 from irdscale.runs.folder import held, mask_part, training_part
 from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
+from irdscale.tasks.outputs import Outputs
+from irdscale.training.adapted import adapted_model
 from irdscale.training.checkpoint import remove_training
 from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.loss_trend import said_of_rise
 from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask
+from irdscale.training.predict import check_target, predictions_of_test, write_predictions
 from irdscale.training.trainable import sparse_model
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
@@ -192,42 +193,37 @@ def _made_by(config: RunConfig) -> str:
     return digest(mask_part(config))
 
 
-def _adapted(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
-    """The model with an adapter, and the names of the parameters that the base checkpoint does not hold.
-
-    A new head that the adapter does not contain is initialised by the seed of the adapter's training.
-    """
-    folder = find_adapter(adapter)
-    meta = read_json(folder / "adapter.json", "adapter")
-    made_with = meta.get("config") if isinstance(meta, dict) else None
-    seed = made_with.get("seed") if isinstance(made_with, dict) else None
-    seed = seed if isinstance(seed, int) else config.search.seeds[0]
-    model, new = build_model(config, task, seed)
-    return load_adapter(model, folder), new
-
-
-def run_evaluate(config: RunConfig, adapter: str, progress: bool = True) -> dict[str, Any]:
+def run_evaluate(config: RunConfig, adapter: str, progress: bool = True, to: str | None = None) -> dict[str, Any]:
     """Metrics of an adapter on the selection and the test split. Collective where torch.distributed is initialised.
+
+    Args:
+        to: a JSONL file to write the predictions for the test split to, as `irdscale.training.predict.run_predict`.
 
     Returns:
         {"adapter", "params", "head", "selection", "test", "test_error"}: metrics by split, and their standard errors
-        on test.
+        on test; with `to`, "predictions", the file.
 
     Raises:
         InputError: the adapter is missing or damaged, or belongs to another base, other classes or another kind of
-            task.
+            task; or `to` holds something else.
+        RunError: `to` cannot be written.
     """
     with failing_together():
+        check_target(to)
         task = load_task(config, adapter_head(adapter))
-        model, _ = _adapted(config, task, adapter)
+        model, _ = adapted_model(config, task, adapter)
     state = sparse_state(model)
     result: dict[str, Any] = {"adapter": adapter, "params": state.k, "head": state.dense_parameters}
+    outputs = None if to is None else Outputs()
     with bar("Evaluating", 2, enabled=progress and rank_and_world()[0] == 0) as advance:
         result["selection"] = evaluate_model(model, task, task.selection, config.train.eval_batch_size)
         advance()
-        found = evaluate_with_errors(model, task, task.test, config.train.eval_batch_size)
+        found = evaluate_with_errors(model, task, task.test, config.train.eval_batch_size, outputs)
         result["test"], result["test_error"] = found
         advance()
+    if to is not None and outputs is not None:
+        write_predictions(to, predictions_of_test(config, model, task, outputs))
+        result["predictions"] = to
     return result
 
 
@@ -262,7 +258,7 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
     # One process merges the full model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config, adapter_head(adapter))
-    model, new = _adapted(config, task, adapter)
+    model, new = adapted_model(config, task, adapter)
     params = sparse_state(model).k
     if format == "shira":
         return {"peft": to, "adapter": adapter, "params": params, **export_shira(model, target, also=new)}

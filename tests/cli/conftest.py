@@ -47,6 +47,8 @@ def called(monkeypatch):
         "irdscale.search.run": ["run_search"],
         "irdscale.compare.run": ["run_compare"],
         "irdscale.training.one_mask": ["run_fisher", "run_train", "run_evaluate", "run_export"],
+        "irdscale.training.predict": ["run_predict"],
+        "irdscale.tasks.preview": ["run_data"],
         "irdscale.cli.doctor": ["diagnose"],
         "irdscale.bench": ["run_bench"],
     }.items():

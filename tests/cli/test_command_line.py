@@ -13,7 +13,20 @@ from irdscale.cli import command_line
 pytestmark = pytest.mark.usefixtures("process_restored")
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "ray", "matplotlib", "scipy", "sklearn", "pandas", "peft")
-VERBS = ["search", "compare", "fisher", "train", "evaluate", "export", "report", "doctor", "plan", "bench"]
+VERBS = [
+    "search",
+    "compare",
+    "fisher",
+    "train",
+    "evaluate",
+    "export",
+    "report",
+    "doctor",
+    "plan",
+    "bench",
+    "data",
+    "predict",
+]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +66,7 @@ def test_help_has_an_example_that_fits_a_line(capsys, verb):
 
 
 def test_the_example_in_the_help_is_understood(called, capsys, tmp_path, monkeypatch):
-    called.result = {"ok": True, "failed": []}
+    called.result = {"ok": True, "failed": [], "refused": {"rows": 0}}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "studies").mkdir(parents=True)
     for name in ("quickstart", "studies/lm_mixed"):

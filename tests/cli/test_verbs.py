@@ -85,6 +85,16 @@ def test_json_is_all_there_is_on_stdout(config, called, capsys):
         (["train", "CONFIG"], "run_train", {"mask": None, "progress": True, "overwrite": False}),
         (["train", "CONFIG", "mask=a/b=c"], "run_train", {"mask": "a/b=c", "progress": True, "overwrite": False}),
         (["evaluate", "CONFIG", "adapter=a"], "run_evaluate", {"adapter": "a", "progress": True}),
+        (
+            ["evaluate", "CONFIG", "adapter=a", "to=TMP/x"],
+            "run_evaluate",
+            {"adapter": "a", "to": "TMP/x", "progress": True},
+        ),
+        (
+            ["predict", "CONFIG", "adapter=a", "input=b.csv", "to=TMP/x"],
+            "run_predict",
+            {"adapter": "a", "input": "b.csv", "to": "TMP/x", "progress": True},
+        ),
         (["export", "CONFIG", "to=TMP/x", "adapter=a"], "run_export", {"adapter": "a", "to": "TMP/x"}),
         (
             ["export", "CONFIG", "adapter=a", "to=TMP/x", "format=shira"],

@@ -1,0 +1,195 @@
+"""What a configuration's data would teach a model, found without its weights: the verb `data`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from irdscale.config.schema import RunConfig
+from irdscale.models.chunked_losses import IGNORED
+from irdscale.tasks.cut import NO_LIMIT, sample_lengths, what_is_done
+from irdscale.tasks.refused import Refused
+from irdscale.tasks.splits import PARTS
+from irdscale.tasks.task import Task, load_task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# Samples of each split that are shown, and refused rows that are named.
+SHOWN = 3
+NAMED = 20
+# How a part of a character is written, and how many tokens a character has at most.
+PART, MOST_PARTS = "\N{REPLACEMENT CHARACTER}", 4
+
+
+def run_data(config: RunConfig) -> dict[str, Any]:
+    """What would be learned of the data of a configuration, and how long its samples are.
+
+    Lengths are those before `task.max_length` cuts. Reads the model's configuration and tokenizer, and no weights.
+
+    Returns:
+        {"task", "kind", "max_length", "longer_are", "splits", "refused"}. `longer_are` says what is done with samples
+        of more than `max_length` tokens. `refused` has "rows", "at_least" (whether there may be more) and "first", each
+        with "split", "row" and "why". Each split has
+
+        - "origin", "samples", and "classes" (name -> samples), "values" (regression) or "right_choices" (place ->
+          samples);
+        - "tokens": "median", "p95", "longest", "cut" (longer samples), "cut_share", and of language models
+          "learned_share";
+        - "blocks", of packed texts;
+        - "shown": samples with "row", "tokens" (as text), "learned" (whether each token is), and "label" if they have
+          one.
+
+    Raises:
+        InputError: as `load_task`, but for rows that are refused alone.
+    """
+    packing, limit = config.task.packing, config.task.max_length
+    plain = config.task.model_copy(update={"pool": None, "packing": False})
+    fisher = config.fisher.model_copy(update={"samples": 1})
+    config = config.model_copy(update={"task": plain, "fisher": fisher})
+    refused = Refused()
+    whole = load_task(_limited(config, NO_LIMIT), refused=refused)
+    longer_are = what_is_done(whole.kind, config.task)
+    lengths = {name: sample_lengths(whole.kind, getattr(whole, name)) for name in PARTS}
+    shown, first = whole, list(refused.rows)
+    if longer_are == "refused":
+        first += _too_long(whole, lengths, limit)
+    elif any((each > limit).any() for each in lengths.values()):
+        # Samples are shown as they are learned; cut from the left, other rows may be refused.
+        refused = Refused()
+        with _silent():
+            shown = load_task(config, refused=refused)
+        first = list(refused.rows)
+    return {
+        "task": whole.name,
+        "kind": whole.kind,
+        "max_length": limit,
+        "longer_are": longer_are,
+        "splits": {
+            name: {
+                "origin": whole.origin[name],
+                "samples": len(getattr(whole, name)),
+                **_labels(whole, getattr(whole, name)),
+                "tokens": _lengths(whole, getattr(whole, name), lengths[name], limit),
+                **({"blocks": int(lengths[name].sum()) // limit} if packing and name == "train" else {}),
+                "shown": _shown(shown, getattr(shown, name), limit),
+            }
+            for name in PARTS
+        },
+        "refused": {
+            "rows": len(first),
+            "at_least": refused.is_part,
+            "first": [{"split": split, "row": row, "why": why} for split, row, why in first[:NAMED]],
+        },
+    }
+
+
+def _limited(config: RunConfig, max_length: int) -> RunConfig:
+    return config.model_copy(update={"task": config.task.model_copy(update={"max_length": max_length})})
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warnings of a load, which the one before gave."""
+    logger = logging.getLogger("irdscale.tasks")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _too_long(task: Task, lengths: dict[str, np.ndarray], limit: int) -> list[tuple[str, int, str]]:
+    """The rows that `task.max_length` refuses: split, row and why."""
+    return [
+        (
+            name,
+            row,
+            f"task.max_length: {task.name}: {task.origin[name]}, row {row}: found {tokens} tokens; expected at most "
+            f"{limit}, or task.truncate=left",
+        )
+        for name in PARTS
+        for row, tokens in zip(getattr(task, name)["row"], lengths[name].tolist(), strict=True)
+        if tokens > limit
+    ]
+
+
+def _labels(task: Task, samples: Dataset) -> dict[str, Any]:
+    """How often each class, number or right choice is there."""
+    if task.kind == "multiple-choice":
+        places, counts = np.unique(np.asarray(samples["answer"]), return_counts=True)
+        return {"right_choices": {str(place): int(count) for place, count in zip(places, counts, strict=True)}}
+    if task.is_language:
+        return {}
+    labels_N = np.asarray(samples.with_format("numpy")["labels"])
+    if task.kind == "regression":
+        values = {"smallest": labels_N.min(), "median": np.median(labels_N), "largest": labels_N.max()}
+        return {"values": {name: round(float(value), 6) for name, value in values.items()}}
+    counts = np.bincount(labels_N, minlength=len(task.label_names))
+    order = task.class_order or range(len(task.label_names))
+    return {"classes": {task.label_names[number]: int(counts[number]) for number in order}}
+
+
+def _lengths(task: Task, samples: Dataset, lengths_N: np.ndarray, limit: int) -> dict[str, Any]:
+    cut = int((lengths_N > limit).sum())
+    found = {
+        "median": int(np.median(lengths_N)),
+        "p95": int(np.percentile(lengths_N, 95)),
+        "longest": int(lengths_N.max()),
+        "cut": cut,
+        "cut_share": cut / len(lengths_N),
+    }
+    if task.is_language:
+        learned = sum(label != IGNORED for labels in samples["labels"] for label in labels)
+        found["learned_share"] = learned / sum(map(len, samples["labels"]))
+    return found
+
+
+def _shown(task: Task, samples: Dataset, limit: int) -> list[dict[str, Any]]:
+    """The first, the middle and the last sample that fit `limit` tokens."""
+    places = np.flatnonzero(sample_lengths(task.kind, samples) <= limit)
+    chosen = sorted({int(places[(len(places) - 1) * i // (SHOWN - 1)]) for i in range(SHOWN)}) if places.size else []
+    return [_sample(task, samples[place]) for place in chosen]
+
+
+def _sample(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
+    ids = list(sample["input_ids"])
+    found: dict[str, Any] = {"row": int(sample["row"]), "tokens": token_texts(task.tokenizer, ids)}
+    if task.is_language:
+        found["learned"] = [label != IGNORED for label in sample["labels"]]
+        if task.kind == "multiple-choice":
+            found["label"] = int(sample["answer"])
+    else:
+        found["learned"] = [False] * len(ids)
+        found["label"] = task.label_names[sample["labels"]] if task.label_names else float(sample["labels"])
+    return found
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """What each token adds to the text, spaces and special tokens with it.
+
+    The last of several tokens of a character has that character, and the others a replacement character.
+    """
+
+    def decoded(start: int, stop: int) -> str:
+        tokens = ids[start:stop]
+        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    found = []
+    # What a token adds depends on the one before it; whole characters end at `read`.
+    before, read = 0, 0
+    for place, token in enumerate(ids):
+        known, text = decoded(before, read), decoded(before, place + 1)
+        if text.endswith(PART) and place - read < MOST_PARTS:
+            found.append(PART)
+            continue
+        adds = text.startswith(known) and len(text) > len(known)
+        found.append(text[len(known) :] if adds else str(tokenizer.convert_ids_to_tokens(token)))
+        before, read = read, place + 1
+    return found

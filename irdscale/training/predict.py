@@ -1,0 +1,258 @@
+"""Predictions of a model: classes, numbers, choices and completions, one JSON line a sample."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from irdscale.adapters import adapter_head
+from irdscale.config.schema import RunConfig
+from irdscale.distributed.ranks import failing_together, rank_and_world
+from irdscale.distributed.watchdog import watched
+from irdscale.distributed.zero3 import to_gpu
+from irdscale.errors import InputError, TrainingError
+from irdscale.models.build import build_model
+from irdscale.tasks import load_task
+from irdscale.tasks.answers import AnswerEnds
+from irdscale.tasks.inputs import file_samples, prompts_of, text_samples
+from irdscale.tasks.outputs import Outputs
+from irdscale.training.adapted import adapted_model
+from irdscale.training.evaluate import sample_logits
+from irdscale.training.evaluate_language import generate_greedily, measure_choices
+from irdscale.utils.files import write_atomic
+from irdscale.utils.progress import bar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+
+    from irdscale.tasks import Task
+
+log = logging.getLogger(__name__)
+# The keys of a prediction, by which a file of predictions is known.
+PREDICTED = ("class", "value", "choice", "completion")
+
+Prediction = dict[str, Any]
+
+
+def run_predict(
+    config: RunConfig,
+    adapter: str | None = None,
+    input: str | None = None,
+    to: str | None = None,
+    text: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Predictions of an adapter, or of the base model, for a file, one text, or the task's test split.
+
+    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes.
+
+    Args:
+        adapter: a folder, or OWNER/NAME on the Hugging Face hub; the base model predicts if None.
+        input: a file with the columns of the task; labels and answers may be left out.
+        to: a JSONL file to write the predictions to; one of predictions is replaced.
+        text: the one text to predict.
+
+    Returns:
+        {"adapter", "kind", "samples", "to"}, without `to` {"adapter", "kind", "samples", "predictions"}; for a
+        prediction see `predictions`.
+
+    Raises:
+        InputError: `input` or `text` does not fit the task; `to` holds something else; there is no adapter, and the
+            model's head is new; or as `run_evaluate`.
+        RunError: `to` cannot be written.
+    """
+    with failing_together():
+        if input is not None and text is not None:
+            raise InputError("found text= beside input=", "one of them", "text")
+        if input is not None and to is not None and Path(input).resolve() == Path(to).resolve():
+            raise InputError(f"found {to}, which is input=", "another file", "to")
+        check_target(to)
+        task = load_task(config, None if adapter is None else adapter_head(adapter))
+        samples = _samples(config, task, input, text)
+        model = _model(config, task, adapter)
+    rank = rank_and_world()[0]
+    with bar("Predicting", len(samples), enabled=progress and rank == 0) as advance:
+        found = predictions(config, model, task, samples, advance=advance)
+    known = input is None and text is None
+    rows = list(_with_expected(task, samples, found)) if known else found
+    result: dict[str, Any] = {"adapter": adapter, "kind": task.kind, "samples": len(rows)}
+    if to is None:
+        return {**result, "predictions": rows}
+    write_predictions(to, rows)
+    return {**result, "to": to}
+
+
+def write_predictions(to: str, rows: list[Prediction]) -> None:
+    """Write predictions as JSON lines, atomically, on rank 0.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            write_atomic(to, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def predictions_of_test(config: RunConfig, model: Any, task: Task, outputs: Outputs) -> list[Prediction]:
+    """Predictions for the task's test split, with what is `expected`; see `predictions`."""
+    samples = prompts_of(task, task.test, config.task.max_length)
+    return list(_with_expected(task, samples, predictions(config, model, task, samples, outputs)))
+
+
+def check_target(to: str | None) -> None:
+    """Check that a file to write predictions to is new, empty, or holds predictions.
+
+    Raises:
+        InputError: it holds something else, or is a folder.
+    """
+    if to is None or not Path(to).exists():
+        return
+    expected = "a new file, or one of predictions"
+    if not Path(to).is_file():
+        raise InputError(f"{to} is a folder", expected, "to")
+    try:
+        with Path(to).open("rb") as stream:
+            line = stream.readline()
+        first = json.loads(line) if line else {"row": 0, PREDICTED[0]: ""}
+    except (OSError, ValueError):
+        first = None
+    if not isinstance(first, dict) or "row" not in first or not any(key in first for key in PREDICTED):
+        raise InputError(f"{to} exists, and holds no predictions", expected, "to")
+
+
+def _samples(config: RunConfig, task: Task, input: str | None, text: str | None) -> Dataset:
+    if text is not None:
+        return text_samples(config, task, text)
+    if input is not None:
+        return file_samples(config, task, input)
+    return prompts_of(task, task.test, config.task.max_length)
+
+
+def _model(config: RunConfig, task: Task, adapter: str | None) -> Any:
+    if adapter is not None:
+        return adapted_model(config, task, adapter)[0]
+    model, new = build_model(config, task, config.search.seeds[0])
+    if new:
+        fault = f"missing, and {config.model.path} has no head for this task: a new one knows nothing"
+        raise InputError(fault, "adapter=DIR among the arguments", "adapter")
+    log.info("without adapter=, the base model predicts")
+    return model
+
+
+def predictions(
+    config: RunConfig,
+    model: Any,
+    task: Task,
+    samples: Dataset,
+    outputs: Outputs | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> list[Prediction]:
+    """One prediction for each sample, in the order of the samples, on every rank. Collective.
+
+    - sequence-classification: `class`, the likeliest one, and `probabilities` of all, by name.
+    - regression: `value`.
+    - multiple-choice: `choice`, from 0, its `text`, and `scores` of all: the sum of each one's log likelihoods, or
+      with the metric `accuracy_norm` their mean over its tokens. The largest is chosen.
+    - sft, causal-lm: `completion`, at most `task.max_new_tokens` likeliest tokens, and `ended`: whether the last one is
+      an end token. That of causal-lm continues the text.
+
+    Args:
+        samples: as `file_samples` or `prompts_of` returns them.
+        outputs: what an evaluation found for the same samples; it is not computed again.
+        advance: is told how many completions this rank has.
+
+    Returns:
+        For each sample `row` and what is named above.
+
+    Raises:
+        InputError: a prompt and its completion do not fit the model's positions.
+        TrainingError: a prediction is NaN or infinite.
+    """
+    outputs, size = outputs or Outputs(), config.train.eval_batch_size
+    to_gpu(model)
+    with watched():
+        if not task.is_language:
+            if outputs.logits is None:
+                outputs.logits = sample_logits(model, task, samples, size)
+            found = _labels(task, samples, outputs.logits)
+        elif task.kind == "multiple-choice":
+            if outputs.choices is None:
+                outputs.choices = measure_choices(model, task, samples, size)
+            found = _choices(task, samples, outputs.choices)
+        else:
+            found = _completions(model, task, samples, size, outputs, advance)
+        return [{"row": row, **each} for row, each in zip(samples["row"], found, strict=True)]
+
+
+def _labels(task: Task, samples: Dataset, logits_NC: Tensor) -> Iterator[Prediction]:
+    broken = (~logits_NC.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise TrainingError(f"a logit of row {samples[broken[0]]['row']} is not finite ({len(broken)} rows in all)")
+    if task.kind == "regression":
+        yield from ({"value": value} for value in logits_NC[:, 0].tolist())
+        return
+    for best, shares in zip(logits_NC.argmax(1).tolist(), logits_NC.softmax(1).tolist(), strict=True):
+        yield {"class": task.label_names[best], "probabilities": dict(zip(task.label_names, shares, strict=True))}
+
+
+def _choices(task: Task, samples: Dataset, table_NC: Tensor) -> Iterator[Prediction]:
+    scores_N = -table_NC[:, 0] / (table_NC[:, 1] if task.metric == "accuracy_norm" else 1)
+    scores, start = scores_N.tolist(), 0
+    for choices, prompts in zip(samples["choices"], samples["choice_prompts"], strict=True):
+        own = scores[start : start + len(choices)]
+        start += len(choices)
+        best = max(range(len(own)), key=own.__getitem__)
+        text = str(task.tokenizer.decode(choices[best][prompts[best] :], skip_special_tokens=True)).strip()
+        yield {"choice": best, "text": text, "scores": own}
+
+
+def _completions(
+    model: Any,
+    task: Task,
+    samples: Dataset,
+    batch_size: int,
+    outputs: Outputs,
+    advance: Callable[[int], object] | None,
+) -> Iterator[Prediction]:
+    own = model.generation_config.eos_token_id
+    answers = AnswerEnds(task.tokenizer, samples, own) if task.kind == "sft" else None
+    ends = _text_ends(task, own) if answers is None else answers.tokens
+    if outputs.generated is None:
+        prompts = [ids[:count] for ids, count in zip(samples["input_ids"], samples["prompt_length"], strict=True)]
+        _check_positions(model, task, prompts, samples["row"])
+        outputs.generated = generate_greedily(model, task, prompts, ends, batch_size, advance)
+    for place, tokens in enumerate(outputs.generated):
+        ended = bool(tokens) and tokens[-1] in ends
+        if answers is None:
+            completion = str(task.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True))
+        else:
+            completion = answers.answer(place, tokens)
+        yield {"completion": completion, "ended": ended}
+
+
+def _text_ends(task: Task, own: int | list[int] | None) -> list[int]:
+    """The tokens by which texts end: the tokenizer's, and those of the model's generation settings."""
+    ends = {own} if isinstance(own, int) else set(own or ())
+    return sorted(ends | {end for end in [task.tokenizer.eos_token_id] if end is not None})
+
+
+def _check_positions(model: Any, task: Task, prompts: list[list[int]], rows: list[int]) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda place: len(prompts[place]))
+    size = len(prompts[longest])
+    if limit is not None and 0 < limit < size + task.max_new_tokens:
+        fault = f"found {task.max_new_tokens} after a prompt of {size} tokens (row {rows[longest]})"
+        raise InputError(fault, f"at most {limit} tokens in all, the model's positions", "task.max_new_tokens")
+
+
+def _with_expected(task: Task, samples: Dataset, found: list[Prediction]) -> Iterator[Prediction]:
+    """Predictions, with what the data says where it says something."""
+    if task.kind == "causal-lm":
+        yield from found
+        return
+    for each, expected in zip(found, samples["answer" if task.is_language else "labels"], strict=True):
+        yield {**each, "expected": task.label_names[expected] if task.label_names else expected}
