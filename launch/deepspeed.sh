@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a verb of irdscale on several ranks of this machine with DeepSpeed's launcher: one rank a GPU, or RANKS of them.
 #   RANKS=2 bash launch/deepspeed.sh train configs/quickstart.yaml output=runs/two train.deepspeed=configs/deepspeed/zero3.json
-# Needs what launch/install.sh needs, and a C++ compiler. Interrupted, the same command goes on.
+# Needs what launch/install.sh needs. Interrupted, the same command goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository root, with irdscale and all it needs at the versions of launch/constraints.txt.
 #   bash launch/install.sh        what irdscale and its benchmark need to run, and the model of the quickstart
-#   bash launch/install.sh deepspeed   DeepSpeed too, which needs a C++ compiler to run without GPUs
+#   bash launch/install.sh deepspeed   DeepSpeed too, for train.deepspeed
 #   bash launch/install.sh ray    Ray too, for search.runner=ray; several go together: deepspeed ray
 #   bash launch/install.sh gguf   what reads GGUF files
 #   bash launch/install.sh smollm2   that, and SmolLM2-135M-Instruct (93 MB), for configs/smollm2_gsm8k.yaml

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a verb of irdscale on several ranks of this machine with torchrun: one rank a GPU, or RANKS of them.
 #   RANKS=2 bash launch/torchrun.sh train configs/quickstart.yaml output=runs/two train.deepspeed=configs/deepspeed/zero2.json
-# Needs what launch/install.sh needs; train.deepspeed needs a C++ compiler too. Interrupted, the same command goes on.
+# Needs what launch/install.sh needs (deepspeed for train.deepspeed). Interrupted, the same command goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -4,8 +4,8 @@
 # HEAD is the first machine's name or address as the others reach it, or HOST:PORT (29500 unless given). One rank a GPU,
 # or RANKS of them, on each. Set NODE_RANK, 0 on the first, where a machine cannot tell by HEAD whether it is the first,
 # or several run on one; WAIT=1800 if they are to wait half an hour for each other.
-# Needs what launch/install.sh needs on each, and models, data and an output folder that all share; train.deepspeed needs
-# a C++ compiler too. The result is printed where rank 0 is, which may be any of them. Interrupted, or ended by a lost
+# Needs what launch/install.sh needs on each, and models, data and an output folder that all share.
+# The result is printed where rank 0 is, which may be any of them. Interrupted, or ended by a lost
 # machine, the same command on all goes on.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

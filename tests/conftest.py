@@ -49,8 +49,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ranks_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What DeepSpeed wants on CPUs: ninja, to build its communication, and a port, which names its shared memory."""
-    # ninja is beside this Python where its environment is not active.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    """The address of a store, which DeepSpeed takes from the environment."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port("127.0.0.1")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,7 @@ def test_the_shipped_hostfile_names_hosts_to_change(checkout: Path, tools: Path)
     assert {line.split(" cannot be reached")[0] for line in said.splitlines()} == {"run.sh: node1:", "run.sh: node2:"}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
-    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
-)
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_deepspeed_trains_on_two_hosts(checkout: Path, tools: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def bench_search(advance: Callable[..., None]) -> list[dict[str, Any]]:
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise InputError("bench search: found no ray", "it installed (pip install 'irdscale[ray]')") from None
+        raise InputError("bench search: found no ray", "it installed (pip install 'ray[tune]' tensorboardX)") from None
     with tempfile.TemporaryDirectory(prefix="irdscale-bench-") as folder:
         rows = [_overhead(Path(folder))]
         advance()

@@ -133,7 +133,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("bench train: found no peft", "it installed (pip install 'irdscale[bench]')") from None
+        raise InputError("bench train: found no peft", "it installed (pip install peft)") from None
     return peft
 
 

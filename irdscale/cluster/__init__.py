@@ -12,5 +12,5 @@ def require_ray() -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        expected = "pip install 'irdscale[ray]', or runner: local"
+        expected = "pip install 'ray[tune]' tensorboardX, or runner: local"
         raise InputError("found ray, but Ray is not installed", expected, key="search.runner") from None

@@ -45,7 +45,7 @@ def zero_settings(config: RunConfig, world: int | None = None) -> dict[str, Any]
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             f"found {config.train.deepspeed}, but deepspeed is not installed",
-            "it: pip install --no-build-isolation 'irdscale[deepspeed]'",
+            "it: pip install --no-build-isolation deepspeed",
             key="train.deepspeed",
         )
     # The optimizer is always torch's AdamW: for k parameters DeepSpeed's own is no faster.

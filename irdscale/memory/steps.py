@@ -68,7 +68,7 @@ def _with_lora(model: Any, matrices: list[str], rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise InputError(f"needs the package peft (pip install irdscale[compare]): {error}", key="lora") from error
+        raise InputError(f"needs the package peft (pip install peft): {error}", key="lora") from error
     return get_peft_model(model, LoraConfig(r=rank, target_modules=matrices))
 
 

@@ -221,9 +221,7 @@ def _drop_tokens(folder: Path, rows: int) -> None:
 def _checked(path: str, file: Path) -> GgufHeader:
     """The header of a file that is whole."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            f"{path}: found a GGUF file, but gguf is not installed", "pip install 'irdscale[gguf]'", key="model.path"
-        )
+        raise InputError(f"{path}: found a GGUF file, but gguf is not installed", "pip install gguf", key="model.path")
     return read_header(file, path)
 
 

@@ -28,7 +28,7 @@ def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"needs the package peft (pip install '.[compare]'): {error}", key="lora") from error
+        raise InputError(f"needs the package peft (pip install peft): {error}", key="lora") from error
     if is_partitioned(model):
         raise InputError("found a model in ZeRO-3 partitions", "ZeRO 0-2, or none", "lora")
     head = cast(Any, model).get_output_embeddings()

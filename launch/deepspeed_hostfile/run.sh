@@ -4,7 +4,7 @@
 # The hostfile, the one beside this script unless HOSTFILE names another, has one line a machine: HOST slots=N. The ranks
 # meet at the first (at its first address unless MASTER_ADDR names another; port MASTER_PORT, or 29500).
 # Needs pdsh here; ssh without a password to each, whose shell is bash; the checkout at the same place on all (a shared
-# folder, or the same path with launch/install.sh deepspeed run on each), a C++ compiler, and models, data and an output
+# folder, or the same path with launch/install.sh deepspeed run on each), and models, data and an output
 # folder that all share. Of the environment, NCCL_*, UCX_* and PYTHON* are passed on, and what a file .deepspeed_env says.
 # Before any work each machine is asked whether it is there. Interrupted, or ended by a lost machine, the same command
 # goes on.

@@ -18,7 +18,7 @@ from irdscale.errors import InputError
 from irdscale.sparse import entries_of
 from tests.tiny_models import collate, samples, tiny
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 
 FAMILIES = ("bert", "roberta", "distilbert", "llama", "albert")
 TYPES = (torch.float32, torch.bfloat16, torch.float64)

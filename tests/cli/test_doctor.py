@@ -67,13 +67,12 @@ def test_without_the_minilm_package_only_the_quickstart_is_out(monkeypatch):
 
 
 def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda tool: None)
     monkeypatch.setattr(doctor, "_packages", lambda problems: {"torch": {"found": None}})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19")
     result = doctor.diagnose()
     assert result["ok"]
     assert result["deepspeed"] == "0.19"
-    assert [p["why"] for p in result["problems"]][-1] == "without GPUs, deepspeed needs a C++ compiler (g++)"
+    assert not any("deepspeed" in problem["why"] for problem in result["problems"])
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -82,7 +81,7 @@ def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
     result = doctor.diagnose()
     assert result["deepspeed"] is None
     assert "deepspeed is missing; run: pip install" in result["problems"][-2]["why"]
-    assert result["problems"][-1]["why"] == "ray is missing; run: pip install 'irdscale[ray]'"
+    assert result["problems"][-1]["why"] == "ray is missing; run: pip install 'ray[tune]' tensorboardX"
     assert result["ray"] == {"version": None, "cluster": None}
 
 

@@ -127,8 +127,6 @@ def ranks(rank: int, world: int, folder: str) -> None:
 def test_checks_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    if shutil.which("g++") is None:
-        pytest.skip("DeepSpeed needs a compiler on CPUs")
     run_ranks(ranks, 2, str(tmp_path))
     lines = [(tmp_path / f"lines-{rank}").read_text().splitlines() for rank in (0, 1)]
     names = ["Fisher diagonal, replicated", "Fisher diagonal, sharded", "fine_tune, DDP"]

