@@ -30,4 +30,4 @@ class RunError(RuntimeError):
 
 
 class TrainingError(RunError):
-    """One training came to numbers that are none; others may do better."""
+    """Training diverged (NaN or Inf). Other candidates may still succeed."""

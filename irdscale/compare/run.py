@@ -39,7 +39,7 @@ from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.tasks import load_task, tell_classes
-from irdscale.training.loss_trend import said_of_rises
+from irdscale.training.loss_trend import rise_warnings
 from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
@@ -155,7 +155,7 @@ def _compared(study: Study) -> dict[str, Any]:
         "seeds": study.seeds,
         "learning_rates": study.grid,
         "methods": methods,
-        "warnings": said_of_rises(
+        "warnings": rise_warnings(
             {f"{one['label']}, seed {seed['seed']}": seed["loss"] for one in methods for seed in one["seeds"]}
         ),
         "base": base,

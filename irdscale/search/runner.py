@@ -11,7 +11,7 @@ from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate, candidate_adapter, remove_folder
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import Ledger
-from irdscale.training.loss_trend import said_of_rises
+from irdscale.training.loss_trend import rise_warnings
 
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ class Runner:
     def rises(self) -> list[str]:
         """One line on the requested evaluations whose training loss rose; empty if none did."""
         records = [self._ledger.finished[key] for key in self.asked if key in self._ledger.finished]
-        return said_of_rises({_named(record): record.get("loss") for record in records})
+        return rise_warnings({_named(record): record.get("loss") for record in records})
 
     def training_steps(self, steps: int) -> int:
         """Optimizer steps of the requested evaluations: `steps` each, fewer where stopped early."""

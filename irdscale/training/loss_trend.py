@@ -33,12 +33,12 @@ def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
     return {"began": began, "ended": ended, "rose": ended - began > error}
 
 
-def said_of_rise(trend: Mapping[str, Any]) -> str:
+def rise_warning(trend: Mapping[str, Any]) -> str:
     """Warning about a loss that rose."""
     return f"The loss rose from {trend['began']:.4g} to {trend['ended']:.4g}: {_ADVICE}"
 
 
-def said_of_rises(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+def rise_warnings(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     """Warning about the trainings whose loss rose, in a list that is empty if none rose.
 
     Args:

@@ -24,7 +24,7 @@ from irdscale.training.adapted import adapted_model
 from irdscale.training.checkpoint import remove_training
 from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
-from irdscale.training.loss_trend import said_of_rise
+from irdscale.training.loss_trend import rise_warning
 from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask
 from irdscale.training.predict import check_target, predictions_of_test, write_predictions
 from irdscale.training.trainable import sparse_model
@@ -129,7 +129,7 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
         control = Control(advance, resumed=partial(advance, earlier=True))
         trend = fine_tune(model, task, config, seed, control, output / "training")
-    warnings = [said_of_rise(trend)] if trend is not None and trend["rose"] else []
+    warnings = [rise_warning(trend)] if trend is not None and trend["rose"] else []
     for text in warnings if rank_and_world()[0] == 0 else ():
         log.warning(text)
     save_adapter(model, output / "adapter", adapter_config(config, task, seed), adapter_dtype(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from irdscale.training.loss_trend import loss_trend, said_of_rise, said_of_rises
+from irdscale.training.loss_trend import loss_trend, rise_warning, rise_warnings
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_one_step_has_no_trend() -> None:
 def test_what_is_said() -> None:
     trends = {"a": loss_trend([1.0, 3.0]), "b": loss_trend([1.0, 9.0]), "c": loss_trend([2.0, 1.0]), "d": None}
     assert trends["a"] is not None
-    assert said_of_rise(trends["a"]).startswith("The loss rose from 1 to 3: train.learning_rate may")
-    (said,) = said_of_rises(trends)
+    assert rise_warning(trends["a"]).startswith("The loss rose from 1 to 3: train.learning_rate may")
+    (said,) = rise_warnings(trends)
     assert said.startswith("The loss rose in 2 of 3 trainings, most in b: from 1 to 9; ")
-    assert said_of_rises({"c": trends["c"], "d": None}) == []
+    assert rise_warnings({"c": trends["c"], "d": None}) == []
