@@ -1,9 +1,9 @@
-"""Where the answers of a chat stand in the text that its template writes, and in the tokens of that text.
+"""Positions of a chat's answers in the text that its template writes, and in the tokens of that text.
 
-A template appends where it writes the chat up to an answer, and up to what asks for it, as prefixes of the whole chat:
-these texts then tell where an answer begins and ends. Other templates write parts of a chat in another way when it goes
-on: Qwen 3's drops thoughts, Mistral's moves the system prompt. There, answers are found by what is written behind the
-contents of messages; two renderings with other contents show where these are put.
+Most templates append: the chat up to an answer, and the prompt for that answer, are prefixes of the full chat. Their
+lengths give the end and the begin of the answer. Other templates write earlier messages differently when the
+chat goes on: Qwen 3's drops thoughts, Mistral's moves the system prompt. For these, the text after each message's
+content locates the answers. Two renderings with different contents show where a content is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from irdscale.tasks.chat_templates import CONTENTS, ChatWriter, Message, shared,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Characters of a template's text that an error shows.
+# Most characters of a template's text in an error message.
 _SHOWN = 30
 LAST_ONLY = "task.train_on: last"
 
@@ -33,7 +33,7 @@ class Text:
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """Where each token begins and ends in the text, with the white space before it, which some tokenizers trim."""
+        """Begin and end of each token in the text, with the white space before it that some tokenizers trim."""
         found = self.tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans, reached = [], 0
         for start, stop in found["offset_mapping"]:
@@ -44,9 +44,9 @@ class Text:
         return spans
 
     def complete(self, begin: int, end: int) -> int:
-        """Where the last whole end of a message lies between two places: an added token, or any token if there is none.
+        """End of the last complete token between two characters, with the white space after it.
 
-        White space behind it counts.
+        Added tokens end messages, so only they count if there are any.
         """
         added = added_tokens(self.tokenizer)
         inside = [
@@ -59,13 +59,13 @@ class Text:
         return end - len(self.text[place:end].lstrip())
 
     def places(self, begin: int, end: int, where: str) -> tuple[int, int]:
-        """The first token of an answer, and the first one behind it.
+        """Tokens of an answer, as a half-open range.
 
-        A token belongs to an answer if it reaches into it, though it begins with white space of what stands before.
+        A token that overlaps the answer belongs to it, even if it begins with white space before the answer.
 
         Args:
-            begin, end: of the answer, in characters.
-            where: names the message, for errors.
+            begin, end: first character of the answer, and the one after its last.
+            where: name of the message, for errors.
 
         Raises:
             InputError: one token joins the answer with other text, or the answer has no token.
@@ -91,36 +91,36 @@ class Text:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The text's tokens, without those that a tokenizer adds to every text: templates write their own."""
+    """Tokens of a text, without the special tokens that a tokenizer adds: chat templates write their own."""
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that are no pieces of texts: special tokens and those that were added to the vocabulary."""
+    """Special tokens, and other tokens that were added to the vocabulary."""
     return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 @dataclass(frozen=True)
 class Place:
-    """An answer in a chat: its first token, the first one behind it, and where it begins in the text."""
+    """An answer in a chat: its tokens [first, stop), and the character at which it begins."""
 
     first: int
     stop: int
     begin: int
 
 
-def answer_place(writer: ChatWriter, whole: Text, messages: Sequence[Message], number: int) -> Place:
-    """Where the answer that message `number` is stands in the whole chat.
+def answer_place(writer: ChatWriter, chat: Text, messages: Sequence[Message], number: int) -> Place:
+    """Position of message `number`, an answer, in the chat.
 
     Raises:
-        InputError: the template refuses a part of the chat, writes the answer in another way when the chat goes on or
-            when it is asked for, or one token joins the answer with other text; names the message.
+        InputError: the template refuses a part of the chat, or writes the answer differently when the chat goes on or
+            after a generation prompt; or one token joins the answer with other text. The error names the message.
     """
     try:
-        return place_by_prefixes(writer, whole, messages, number)
+        return place_by_prefixes(writer, chat, messages, number)
     except InputError as error:
-        place = place_by_contents(writer, whole, messages, number)
+        place = place_by_contents(writer, chat, messages, number)
         if place is not None:
             return place
         if number + 1 == len(messages):
@@ -129,17 +129,17 @@ def answer_place(writer: ChatWriter, whole: Text, messages: Sequence[Message], n
         raise InputError(error.found, expected, error.key, error.where) from error
 
 
-def place_by_prefixes(writer: ChatWriter, whole: Text, messages: Sequence[Message], number: int) -> Place:
-    """Where an answer stands, told from the chat up to it and up to what asks for it.
+def place_by_prefixes(writer: ChatWriter, chat: Text, messages: Sequence[Message], number: int) -> Place:
+    """Position of an answer, from the lengths of the prompt and of the chat up to the answer.
 
     Raises:
-        InputError: these texts are no prefixes of the chat; or as `Text.places`.
+        InputError: these texts are not prefixes of the chat; or as `Text.places`.
     """
     where = f"{writer.where}: message {number}"
-    until = whole.text if number + 1 == len(messages) else writer.write(messages[: number + 1])
+    until = chat.text if number + 1 == len(messages) else writer.write(messages[: number + 1])
     before = text_before(writer, messages[:number], until)
-    tokens, first = whole.tokens, tokens_of(whole.tokenizer, before)
-    last = tokens if until == whole.text else tokens_of(whole.tokenizer, until)
+    tokens, first = chat.tokens, tokens_of(chat.tokenizer, before)
+    last = tokens if until == chat.text else tokens_of(chat.tokenizer, until)
     if tokens[: len(last)] == last and last[: len(first)] == first and len(first) < len(last):
         return Place(len(first), len(last), len(before))
     if until == before:
@@ -152,23 +152,23 @@ def place_by_prefixes(writer: ChatWriter, whole: Text, messages: Sequence[Messag
             "a template whose answers follow its prompt",
             where=where,
         )
-    if not whole.text.startswith(until):
+    if not chat.text.startswith(until):
         raise InputError(
             "the chat template renders it in another way when the chat goes on", "a template that appends", where=where
         )
-    return Place(*whole.places(len(before), len(until), where), len(before))
+    return Place(*chat.places(len(before), len(until), where), len(before))
 
 
 def text_before(writer: ChatWriter, messages: Sequence[Message], text: str) -> str:
-    """What a template writes before an answer to `messages`: what asks for it, or the beginning of `text`.
+    """Text before an answer to `messages`: the generation prompt, or the beginning of `text` if there is none.
 
     Args:
         text: the chat with the answer.
 
     Raises:
-        InputError: the template neither asks for answers nor writes the content of one.
+        InputError: the template writes neither a generation prompt nor the content of an answer.
     """
-    # Templates refuse to ask for an answer to nothing, and some to a system prompt alone.
+    # Templates refuse a generation prompt after no messages, and some refuse it after a system prompt alone.
     asked = writer.tried(messages, asking=True) if messages else None
     if asked is not None:
         return asked
@@ -183,7 +183,7 @@ def text_before(writer: ChatWriter, messages: Sequence[Message], text: str) -> s
     question = [{"role": "user", "content": CONTENTS[0]}]
     asked, plain = (writer.tried(question, asking) for asking in (True, False))
     if asked is not None and plain is not None and asked.startswith(plain):
-        # Where templates write more than the header before a content, such as an empty thought, that is learnt.
+        # Text between the header and the content, such as an empty thought, belongs to the answer.
         header = asked[len(plain) :]
         place = before.rfind(header) if header.strip() else -1
         before = before[: place + len(header)] if place >= 0 else before
@@ -191,35 +191,35 @@ def text_before(writer: ChatWriter, messages: Sequence[Message], text: str) -> s
 
 
 def around(writer: ChatWriter, messages: Sequence[Message]) -> tuple[str, str] | None:
-    """What a template writes before and behind the content of an answer to `messages`; None where it is not found."""
+    """Text before and after the content of an answer to `messages`; None if the template does not write the content."""
     answered = [*messages, {"role": "assistant", "content": ""}]
     both = writer.varied(answered, len(messages)).get("content")
     return None if both is None else (both[0][: shared(*both)], shared_end(*both))
 
 
-def place_by_contents(writer: ChatWriter, whole: Text, messages: Sequence[Message], number: int) -> Place | None:
-    """Where an answer stands, told from what is written behind the contents of messages; None where that is not found.
+def place_by_contents(writer: ChatWriter, chat: Text, messages: Sequence[Message], number: int) -> Place | None:
+    """Position of an answer, from the text after the contents of messages; None if that text is not found.
 
     Raises:
         InputError: as `Text.places`.
     """
-    begin, end = _begin(writer, whole, messages, number), _end(writer, whole, messages, number)
+    begin, end = _first_character(writer, chat, messages, number), _end_character(writer, chat, messages, number)
     if begin is None or end is None or begin >= end:
         return None
-    return Place(*whole.places(begin, end, f"{writer.where}: message {number}"), begin)
+    return Place(*chat.places(begin, end, f"{writer.where}: message {number}"), begin)
 
 
-def _begin(writer: ChatWriter, whole: Text, messages: Sequence[Message], number: int) -> int | None:
-    """Where an answer begins, in characters: what follows the content before it, when it is asked for, ends there."""
-    text = whole.text
+def _first_character(writer: ChatWriter, chat: Text, messages: Sequence[Message], number: int) -> int | None:
+    """First character of an answer: where the generation prompt after the message before it ends."""
+    text = chat.text
     asked = writer.tried(messages[:number], asking=True) if number else None
     if asked is None:
         found = around(writer, messages[:number])
-        # Nothing stands before the first answer that could be written in another way.
+        # Before the first answer there is no text that the template could write differently.
         if found is None or (number and not text.startswith(found[0])):
             return None
         return len(text_before(writer, messages[:number], text))
-    found = _both_behind(writer, (messages, text, False), (messages[:number], asked, True), number - 1)
+    found = _texts_after(writer, (messages, text, False), (messages[:number], asked, True), number - 1)
     if found is None:
         return None
     here, there = found
@@ -228,8 +228,8 @@ def _begin(writer: ChatWriter, whole: Text, messages: Sequence[Message], number:
         return content + alike
     if number + 1 == len(messages):
         return None
-    # A template may ask for more than it writes for an answer that others follow, such as a thought: then its content
-    # follows what both have in common.
+    # A generation prompt may contain text, such as a thought, that the template drops from earlier answers. The
+    # content then follows the text that both have in common.
     for first, second in writer.varied(messages, number).values():
         place = shared(first, second)
         if text.startswith(first[:place]) and content < place <= content + alike:
@@ -237,29 +237,29 @@ def _begin(writer: ChatWriter, whole: Text, messages: Sequence[Message], number:
     return None
 
 
-def _end(writer: ChatWriter, whole: Text, messages: Sequence[Message], number: int) -> int | None:
-    """Where an answer ends, in characters: behind what follows its content both here and at the end of a chat."""
-    text = whole.text
+def _end_character(writer: ChatWriter, chat: Text, messages: Sequence[Message], number: int) -> int | None:
+    """Character after an answer: after the text that follows its content both here and at the end of a chat."""
+    text = chat.text
     if number + 1 == len(messages):
         return len(text)
     until = writer.tried(messages[: number + 1])
     if until is None:
         return None
-    found = _both_behind(writer, (messages, text, False), (messages[: number + 1], until, False), number)
+    found = _texts_after(writer, (messages, text, False), (messages[: number + 1], until, False), number)
     if found is None:
         return None
     here, there = found
     alike, content = shared(here, there), len(text) - len(here)
-    # Templates may end a chat in another way than a message of it: what both have in common ends the message.
-    return content + alike if alike == len(there) else whole.complete(content, content + alike)
+    # Templates may end a chat differently from a message inside it. The text that both have in common ends the message.
+    return content + alike if alike == len(there) else chat.complete(content, content + alike)
 
 
-# A chat, the text of it, and whether it ends with what asks for an answer.
-_Written = tuple[Sequence[Message], str, bool]
+# A chat, its text, and whether the text ends with a generation prompt.
+_Rendered = tuple[Sequence[Message], str, bool]
 
 
-def _both_behind(writer: ChatWriter, one: _Written, other: _Written, number: int) -> tuple[str, str] | None:
-    """What a template writes behind what message `number` says, in both chats; None where that is not found."""
+def _texts_after(writer: ChatWriter, one: _Rendered, other: _Rendered, number: int) -> tuple[str, str] | None:
+    """Text after the content or call of message `number`, in both chats; None if it is not found."""
     texts = [
         {said: shared_end(*both) for said, both in writer.varied(m, number, a).items()} for m, _, a in (one, other)
     ]

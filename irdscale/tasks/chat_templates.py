@@ -1,4 +1,4 @@
-"""Chat templates: a tokenizer's own or `task.chat_template`, what they write, and what they mark as generated."""
+"""Chat templates: the tokenizer's own or `task.chat_template`, rendered as text with the generated parts marked."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-# Two contents that differ in every character: what a template writes around a content is what both renderings share.
+# Two contents that differ in every character. The text around a content is the same in both renderings.
 CONTENTS = ("0", "1")
-# What Llama's templates write where nothing tells the date: the same chat has the same tokens on every day of a run.
+# The default date of Llama's templates. A fixed date gives a chat the same tokens on every day.
 _DATE = "26 Jul 2024"
-# Around what a model generates, where a template's author marked it.
+# The mark around generated text, in templates that have it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _JINJA = re.compile(r"\{[{%]")
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the template that `task.chat_template` gives, as text or as a file, if any.
+    """Give the tokenizer the template of `task.chat_template`, a file or its text, if set; returns the tokenizer.
 
     Raises:
-        InputError: there is no such file, or it is no text.
+        InputError: the file does not exist or is not text.
     """
     if given is not None:
         tokenizer.chat_template = given if _JINJA.search(given) else _read(given)
@@ -45,13 +45,13 @@ def _read(given: str) -> str:
 
 
 def check_syntax(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
-    """Refuse a template that is no Jinja.
+    """Check that a tokenizer's template is valid Jinja.
 
     Args:
-        given: `task.chat_template`; the template is the model's own if unset.
+        given: `task.chat_template`; None for the model's own template.
 
     Raises:
-        InputError: names its file, if it is one, and the line.
+        InputError: it is not; names the file, if there is one, and the line.
     """
     from jinja2 import TemplateSyntaxError
 
@@ -64,16 +64,16 @@ def check_syntax(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
         else:
             key, where = "task.chat_template", "" if _JINJA.search(given) else given
         raise InputError(found, "a Jinja template, as transformers reads it", key=key, where=where) from error
-    except Exception:  # templates may refuse this chat, and raise what they like
+    except Exception:  # templates may refuse this chat, with any type of error
         return
 
 
 class ChatWriter:
-    """Writes chats as a tokenizer's template does.
+    """Renders chats by a tokenizer's template.
 
     Args:
-        where: names the row, for messages.
-        tools: descriptions of the functions that the assistant may call, for the template.
+        where: name of the row, for errors.
+        tools: JSON schemas of the functions that the assistant may call.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ChatWriter:
         """The chat as text.
 
         Args:
-            asking: end with what asks for an answer.
+            asking: end with the generation prompt.
 
         Raises:
             InputError: the template refuses the chat.
@@ -96,21 +96,21 @@ class ChatWriter:
                 list(messages), tools=self._tools, add_generation_prompt=asking, tokenize=False, date_string=_DATE
             )
             return str(text)
-        except Exception as error:  # templates raise what they like, by jinja2's classes
+        except Exception as error:  # templates raise any type of error
             raise InputError(f"the chat template refuses it: {one_line(error)}", where=self.where) from error
 
     def tried(self, messages: Sequence[Message], asking: bool = False) -> str | None:
-        """A chat that is not the user's, as `write` gives it; None where the template refuses it."""
+        """`write` for a chat that the user did not give; None if the template refuses it."""
         try:
             return self.write(messages, asking)
         except InputError:
             return None
 
     def varied(self, messages: Sequence[Message], number: int, asking: bool = False) -> dict[str, tuple[str, str]]:
-        """The chat, twice, with two values of what a message says: its content, or a function that it calls.
+        """Render the chat twice, with two values of one message's content, and of the function that it calls.
 
         Returns:
-            What was varied -> both texts, where the template writes it.
+            `content` or `call` -> both texts, for each that changes the text.
         """
         found = {}
         for said, change in (("content", _with_content), ("call", _with_call)):
@@ -124,21 +124,21 @@ class ChatWriter:
         return found
 
     def marked(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
-        """Where the text begins and ends, in characters, that the template marks as generated by the assistant.
+        """Character ranges that the template marks as generated by the assistant.
 
         Args:
-            text: the chat as `write` gives it.
+            text: the chat, from `write`.
 
         Returns:
-            None where the template marks nothing (it has no `{% generation %}`).
+            None if the template has no `{% generation %}`.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(tools=self._tools)
         if not _MARK.search(template):
             return None
-        # What the tokenizer makes of these marks, a mask of tokens, runs on to the end of the chat where an answer
-        # ends in white space that offsets leave out.
+        # The tokenizer's own mask of tokens extends to the end of the chat if an answer ends in white space that its
+        # offsets leave out.
         settings: dict[str, Any] = {**self.tokenizer.special_tokens_map, "date_string": _DATE}
         rendered: Any = render_jinja_template(
             conversations=[list(messages)],
@@ -156,7 +156,7 @@ def _with_content(message: Message, value: str) -> Message:
 
 
 def _with_call(message: Message, value: str) -> Message | None:
-    """The message with another name of the last function that it calls; None where it calls none."""
+    """The message with another name for the last function that it calls; None if it calls none."""
     *calls, last = message.get("tool_calls") or [None]
     if not isinstance(last, dict):
         return None
@@ -166,10 +166,10 @@ def _with_call(message: Message, value: str) -> Message | None:
 
 
 def shared(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Number of characters that two texts have in common at the beginning."""
     return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def shared_end(first: str, second: str) -> str:
-    """The text with which both texts end."""
+    """The longest common ending of two texts."""
     return first[len(first) - shared(first[::-1], second[::-1]) :]

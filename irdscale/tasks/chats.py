@@ -1,4 +1,4 @@
-"""Chats as a tokenizer's template writes them: the tokens of the answers, and what stands around the last one."""
+"""Samples from chats: their tokens by the tokenizer's template, with those of the answers as labels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat's tokens, and those of the assistant's messages as labels.
+    """A chat's tokens and labels.
 
-    `prompt_length` counts the tokens before the last answer. `opening` is what the template writes between that prompt
-    and the answer's content; `ends` are the texts by which it ends the answer. `as_asked` says whether that prompt is
-    what the template writes when it asks for the answer.
+    Attributes:
+        input_ids: tokens.
+        labels: tokens of the answers; `IGNORED` elsewhere.
+        prompt_length: tokens before the last answer.
+        answer: text of the last answer.
+        opening: text that the template writes between the prompt and the content of the last answer.
+        ends: texts that end the last answer.
+        as_asked: whether the chat begins with the template's generation prompt for the last answer.
     """
 
     input_ids: list[int]
@@ -40,45 +45,44 @@ def chat_sample(
     tools: Sequence[dict[str, Any]] | None = None,
     last_only: bool = False,
 ) -> Chat:
-    """The tokens of a chat that ends with a message of the assistant.
+    """The sample of a chat that ends with a message of the assistant.
 
-    What the template marks as generated is learnt (`{% generation %}`); where it marks nothing, each answer is, with
-    what the template writes behind it until the next message. A token that reaches into an answer is learnt with it,
-    though it begins with white space of what stands before.
+    Labels are the text that the template marks by `{% generation %}`. Without marks they are each answer, with the text
+    that ends its turn. A token that overlaps an answer is a label, even if it begins with white space before it.
 
     Args:
-        where: names the row, for messages.
-        tools: descriptions of the functions that the assistant may call, for the template.
-        last_only: learn the last answer alone.
+        where: name of the row, for errors.
+        tools: JSON schemas of the functions that the assistant may call.
+        last_only: learn only the last answer.
 
     Raises:
-        InputError: the template refuses the chat, it does not show where an answer is, or one token joins an answer
-            with other text; names the message.
+        InputError: the template refuses the chat, an answer is not found in its text, or one token joins an answer with
+            other text. The error names the message.
     """
     messages = list(messages)
     writer = ChatWriter(tokenizer, where, tools)
-    whole = Text(tokenizer, writer.write(messages))
-    marked, last = writer.marked(messages, whole.text), len(messages) - 1
+    chat = Text(tokenizer, writer.write(messages))
+    marked, last = writer.marked(messages, chat.text), len(messages) - 1
     if marked is None:
         numbers = [last] if last_only else [i for i, each in enumerate(messages) if each["role"] == "assistant"]
-        places = [answer_place(writer, whole, messages, number) for number in numbers]
+        places = [answer_place(writer, chat, messages, number) for number in numbers]
         learnt, prompt, begin = [(place.first, place.stop) for place in places], places[-1].first, places[-1].begin
     else:
-        learnt, prompt, begin = _marked_places(writer, whole, messages, marked, last_only)
-    labels = [IGNORED] * len(whole.tokens)
+        learnt, prompt, begin = _marked_ranges(writer, chat, messages, marked, last_only)
+    labels = [IGNORED] * len(chat.tokens)
     for first, stop in learnt:
-        labels[first:stop] = whole.tokens[first:stop]
+        labels[first:stop] = chat.tokens[first:stop]
     asked = writer.tried(messages[:-1], asking=True) if last else None
-    answer = _last_answer(writer, whole, messages, whole.text[:begin])
-    return Chat(whole.tokens, labels, prompt, *answer, as_asked=asked is None or whole.text.startswith(asked))
+    answer = _last_answer(writer, chat, messages, chat.text[:begin])
+    return Chat(chat.tokens, labels, prompt, *answer, as_asked=asked is None or chat.text.startswith(asked))
 
 
-def _marked_places(
-    writer: ChatWriter, whole: Text, messages: list[Message], marked: list[tuple[int, int]], last_only: bool
+def _marked_ranges(
+    writer: ChatWriter, chat: Text, messages: list[Message], marked: list[tuple[int, int]], last_only: bool
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """First token and first one behind of each marked text; where the last answer begins, as a token and in the text.
+    """Token range of each marked text, and begin of the last answer, as a token and as a character.
 
-    Marks may begin within what asks for an answer; a prompt goes on to the end of that.
+    A mark may begin inside the generation prompt. The prompt still extends to the end of the generation prompt.
     """
     if not marked:
         raise InputError(
@@ -86,9 +90,9 @@ def _marked_places(
             "{% generation %} around the messages of the assistant",
             where=writer.where,
         )
-    learnt = [whole.places(*span, writer.where) for span in marked]
+    learnt = [chat.places(*span, writer.where) for span in marked]
     try:
-        place = answer_place(writer, whole, messages, len(messages) - 1)
+        place = answer_place(writer, chat, messages, len(messages) - 1)
         prompt, begin = place.first, place.begin
     except InputError:
         prompt, begin = learnt[-1][0], marked[-1][0]
@@ -97,27 +101,27 @@ def _marked_places(
     return learnt, prompt, begin
 
 
-def _last_answer(writer: ChatWriter, whole: Text, messages: list[Message], before: str) -> tuple[str, str, list[str]]:
-    """The last answer as text, what the template writes before its content, and the texts by which it ends."""
-    tokenizer, text, message = whole.tokenizer, whole.text, messages[-1]
+def _last_answer(writer: ChatWriter, chat: Text, messages: list[Message], before: str) -> tuple[str, str, list[str]]:
+    """Text of the last answer, text that the template writes before its content, and texts that end the answer."""
+    tokenizer, text, message = chat.tokenizer, chat.text, messages[-1]
     content = message.get("content", "")
     head, tail = around(writer, messages[:-1]) or (before, "")
     opening = head[len(before) :] if head.startswith(before) else ""
     if not text.endswith(tail):
-        # Calls of tools end in another way than texts: by the last special token.
+        # Calls of tools end differently from texts: the last special token ends them.
         written = text.rstrip()
         special = (str(tokenizer.convert_ids_to_tokens(token)) for token in added_tokens(tokenizer))
         tail = max((t for t in special if written.endswith(t)), key=len, default="") + text[len(written) :]
     ends = [tail] if tail else []
     if not tail.strip():
-        # The next turn begins behind the answer, where nothing else does.
+        # Without an ending of its own, an answer ends where the next turn begins.
         first, second = (writer.tried([*messages, {"role": "user", "content": each}]) or "" for each in CONTENTS)
         header = first[len(text) : shared(first, second)]
         if first.startswith(text) and header.strip():
             ends.append(tail + header)
-    close, written = _last_added(tokenizer, opening), text[len(before) : len(text) - len(tail)]
+    close, written = _closing_token(tokenizer, opening), text[len(before) : len(text) - len(tail)]
     if close and close in written and (close in content or not text.startswith(head)):
-        # A thought of the answer's own stands where a template writes an empty one: what is behind it is the answer.
+        # The answer has a thought in the place of the template's empty one. The text after the thought is the answer.
         said = written.rpartition(close)[2].strip()
         if said and not message.get("tool_calls"):
             return said, opening, ends
@@ -129,7 +133,7 @@ def _last_answer(writer: ChatWriter, whole: Text, messages: list[Message], befor
     return content, opening, ends
 
 
-def _last_added(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The token that a text ends with, white space aside, where that is an added one; else nothing."""
+def _closing_token(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The last token of a text, without white space, if it is an added token; else the empty text."""
     tokens = tokens_of(tokenizer, text.rstrip()) if text.strip() else []
     return str(tokenizer.convert_ids_to_tokens(tokens[-1])) if tokens and tokens[-1] in added_tokens(tokenizer) else ""

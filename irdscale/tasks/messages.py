@@ -1,4 +1,4 @@
-"""The chats of a data set as lists of messages: of role and content, ShareGPT's, Alpaca's, or of texts."""
+"""Chats of a data set as lists of messages, from {role, content}, ShareGPT, Alpaca or columns of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from irdscale.errors import InputError, kind_of
 from irdscale.tasks.chat_templates import Message
 from irdscale.tasks.data import Rows
 
-# The names that ShareGPT's data sets have for roles.
+# Names of roles in ShareGPT data sets.
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
@@ -25,9 +25,12 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's chat, which ends with a message of the assistant, and the functions that the assistant may call.
+    """A row's chat, which ends with a message of the assistant.
 
-    `where` names the row and its column, for messages.
+    Attributes:
+        where: name of the row and its column, for errors.
+        messages: role, content and other fields of each message.
+        tools: JSON schemas of the functions that the assistant may call.
     """
 
     where: str
@@ -36,7 +39,7 @@ class Conversation:
 
 
 def conversations(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Conversation]:
-    """What reads a row's chat. It raises InputError where the row is none; names the row.
+    """Return a function that reads a row's chat; it raises InputError if the row holds none, and names the row.
 
     Raises:
         InputError: a column is missing or of the wrong type.
@@ -58,7 +61,7 @@ def conversations(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Convers
 
 
 def _pairs(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Conversation]:
-    """Chats of one question, from texts: Alpaca's, or a system prompt, a prompt and a completion."""
+    """Chats of one question and one answer: Alpaca's columns, or a system prompt, a prompt and a completion."""
     asks, answers = ("instruction", "output") if columns.instruction is not None else ("prompt", "completion")
     named = {key: names[0] for key, names in columns.named().items()}
     texts = {key: rows.texts(named[key], key) for key in (asks, answers)}
@@ -79,22 +82,22 @@ def _pairs(rows: Rows, columns: ColumnsConfig) -> Callable[[int], Conversation]:
 
 
 def _texts_or_none(rows: Rows, name: str, key: str) -> list[str]:
-    """A column of texts, empty where a row holds nothing."""
+    """A column of texts; null becomes the empty text."""
     column = rows.column(name, key)
     if not pa.types.is_null(column.type):
-        # Their type is checked where there are some.
+        # The type of the values that are not null is checked.
         Rows(rows.where, pa.table({name: column.drop_null()})).texts(name, key)
     return [value or "" for value in column.to_pylist()]
 
 
 def chat_messages(column: pa.ChunkedArray, row: int, where: str) -> list[Message]:
-    """A row's chat, up to its last message of the assistant, without the fields that hold nothing.
+    """A row's chat, up to its last message of the assistant.
 
-    Messages have a role and a content; those of ShareGPT (from, value) get them. Tables give every struct the fields of
-    all of them, and null where a row has no such field.
+    Messages of ShareGPT (from, value) get a role and a content. Null fields are removed: a table gives every struct the
+    fields of all structs.
 
     Raises:
-        InputError: it is no list of messages, or none of them is the assistant's.
+        InputError: the value is not a list of messages, or none of them is the assistant's.
     """
     value = _without_nulls(column[row].as_py(), column.type)
     if not isinstance(value, list) or not value:
@@ -118,12 +121,12 @@ def _message(value: Any, where: str) -> Message:
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
-    # A message that calls tools may say nothing.
+    # A message that calls tools may have no content.
     return isinstance(value.get("content"), str) or ("content" not in value and bool(value.get("tool_calls")))
 
 
 def _sharegpt(value: dict[str, Any], where: str) -> Message:
-    """A message of ShareGPT's names, with those of chat templates; `function_call` is a call of a tool, as JSON."""
+    """Convert a message of ShareGPT to role and content; a `function_call`, whose value is JSON, becomes tool calls."""
     said, rest = value["from"], {key: each for key, each in value.items() if key not in ("from", "value")}
     if said not in _ROLES:
         raise InputError(f"found from {said!r}", f"one of {', '.join(_ROLES)}", where=where)
@@ -138,10 +141,10 @@ def _sharegpt(value: dict[str, Any], where: str) -> Message:
 
 
 def chat_tools(column: pa.ChunkedArray, row: int, where: str) -> list[dict[str, Any]]:
-    """A row's functions that the assistant may call, as JSON schemas: a list of them, or its text; none where null.
+    """JSON schemas of the functions that a row's assistant may call, from a list or its JSON text; null gives none.
 
     Raises:
-        InputError: it is something else.
+        InputError: the value is something else.
     """
     value = _without_nulls(column[row].as_py(), column.type)
     key = "task.columns.tools"
@@ -162,7 +165,7 @@ def _json(text: str, where: str, key: str = "") -> Any:
 
 
 def _without_nulls(value: Any, kind: pa.DataType | None = None) -> Any:
-    """The value without the fields that are null, at every depth; elements of lists stay. Reads JSON and map types."""
+    """Remove null fields at every depth, but no elements of lists; JSON and map types become Python values."""
     inner = getattr(kind, "value_type", None)
     if isinstance(value, str) and isinstance(kind, getattr(pa, "JsonType", ())):
         return _without_nulls(json.loads(value))
