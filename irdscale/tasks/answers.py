@@ -1,4 +1,4 @@
-"""Generated answers: the end of an answer, and the agreement of two answers."""
+"""Generated answers: their ends, and their agreement with expected answers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MARK = "####"
 
 
 class AnswerEnds:
-    """Where the answers end that a model generates to the prompts of a split: at the end of a turn, or of the sequence.
+    """The ends of answers that a model generates to the prompts of a split.
 
-    `tokens` are those that end an answer: the end-of-sequence token, the special tokens by which the chat template ends
-    an answer, and the model's own ends of sequences as far as they are special tokens. Where the template ends answers
-    by text, that text does, unless an expected answer holds it.
+    `tokens` end an answer: the end-of-sequence token, the special tokens that end a turn in the chat template, and the
+    special tokens among the model's own end-of-sequence tokens. Text by which the template ends a turn also ends an
+    answer, unless an expected answer contains it.
 
     Args:
         split: samples of sft.
-        own: the end-of-sequence tokens of the model's generation settings.
+        own: end-of-sequence tokens of the model's generation settings.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, split: Dataset, own: int | list[int] | None) -> None:
@@ -42,34 +42,34 @@ class AnswerEnds:
                 texts.add(text)
         others = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
         settings = {own} if isinstance(own, int) else set(own or ())
-        # A token of texts is no end, but where there is no other.
+        # Tokens of ordinary text end answers only if there are no others.
         others |= settings & self._added if turns or others else settings
-        self.tokens: list[int] = sorted(turns | (others - _within(split, turns or others)))
+        self.tokens: list[int] = sorted(turns | (others - _tokens_of_answers(split, turns or others)))
         self._ends = set(self.tokens)
         self._texts = sorted(text for text in texts if not any(text in answer.strip() for answer in self._answers))
 
     def _parts(self, end: str) -> tuple[int | None, str]:
-        """The first special token of an end, if any, and the text before it: of white space, only what breaks lines."""
+        """The first special token of an end, if any, and the text before it; white space counts if it breaks a line."""
         tokens = self.tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]
-        token = next((each for each in tokens if each in self._added and self._shows(each)), None)
+        token = next((each for each in tokens if each in self._added and self._is_text(each)), None)
         if token is None:
             return None, end.strip() or ("\n" if "\n" in end else "")
         return token, end.partition(str(self.tokenizer.convert_ids_to_tokens(token)))[0].strip()
 
-    def _shows(self, token: int) -> bool:
-        """Whether an added token is more than white space, and a token of its own."""
+    def _is_text(self, token: int) -> bool:
+        """Whether an added token is neither white space nor the unknown token."""
         return token != self.tokenizer.unk_token_id and bool(str(self.tokenizer.decode([token])).strip())
 
     def answer(self, place: int, tokens: list[int]) -> str:
-        """The answer of the generated tokens to the prompt of the sample at `place`."""
+        """Text of the answer in the tokens generated for the sample at `place`."""
         tokens = tokens[: next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))]
         expected, opening = self._answers[place], self._openings[place]
-        # Special tokens are no part of an answer, but where the expected one holds some.
+        # Special tokens belong to an answer only if the expected answer contains some.
         skip = not any(special in expected for special in self._specials)
         if opening.strip():
             head = self.tokenizer(opening.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
             if head and head[-1] in self._added and head[-1] in tokens:
-                # What stands before the answer, such as a thought, may be longer than the template's own.
+                # The text before the answer, such as a thought, may be longer than the template's.
                 tokens = tokens[len(tokens) - tokens[::-1].index(head[-1]) :]
             else:
                 start = str(self.tokenizer.decode(head, skip_special_tokens=skip)).strip()
@@ -83,8 +83,8 @@ class AnswerEnds:
         return text
 
 
-def _within(split: Dataset, turns: set[int]) -> set[int]:
-    """The tokens that stand within the answers of a split."""
+def _tokens_of_answers(split: Dataset, turns: set[int]) -> set[int]:
+    """All tokens inside the answers of a split."""
     found: set[int] = set()
     for tokens, prompt in zip(split["input_ids"], split["prompt_length"], strict=True):
         stop = next((i for i in range(prompt, len(tokens)) if tokens[i] in turns), len(tokens))
@@ -92,19 +92,19 @@ def _within(split: Dataset, turns: set[int]) -> set[int]:
     return found
 
 
-# Thousands' commas, or none.
+# Digits, with or without commas between thousands.
 _DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)"
 _EXPONENT = r"(?:[eE][-+]?\d{1,3})?"
-# A fraction, with an integer before it or not; or a decimal number.
+# A fraction, with or without an integer before it; or a decimal number.
 _PLAIN = re.compile(rf"(?:({_DIGITS}) )?(\d+/\d+)|((?:{_DIGITS}(?:\.\d+)?|\.\d+){_EXPONENT})")
 _CURRENCY = "$€£¥₹"
-# Whatever looks like a number, from its first digit to the last that is joined with it: 3/4, 4:30, 1.5e3, 3x4, 10-3;
-# with sign and currency before it, and a percent sign behind. Digits within a word (H2O, GPT-3) are none.
+# Text that looks like a number, from its first digit to its last: 3/4, 4:30, 1.5e3, 3x4, 10-3; with a sign and a
+# currency before it, and a percent sign after it. Digits inside a word (H2O, GPT-3) do not match.
 _RUN = re.compile(
     rf"(?<![\w.])(?<!\w[-–])(?P<sign>[-+]?)(?P<unit>[{_CURRENCY}]?)(?P<inner>[-+]?)"
     r"(?P<digits>(?:\d+ (?=\d+/\d))?\.?\d(?:[\w.,/:^*×+–-]*[\d¹²³¼-¾⅐-⅞])?)(?P<percent> ?%)?"
 )
-# What may stand beside a number that is all of an answer.
+# Characters allowed around a number that is the full answer.
 _BESIDE = re.compile(rf"[\s.*`'\"{_CURRENCY}]*")
 
 # A number and its unit: a currency, a percent sign, or none.
@@ -112,16 +112,15 @@ _Number = tuple[Fraction, str]
 
 
 def same_answer(found: str, expected: str) -> bool:
-    """Whether two answers agree: as numbers if the expected one is a number, else in their words.
+    """Whether two answers agree: as numbers if the expected one is a number, else word by word.
 
-    The answer is what stands behind `####`, as GSM8K writes it, if anything does, or else all of the text. A number may
-    have thousands' commas, an exponent, a sign, a currency or a percent sign, or be a fraction. What was found may hold
-    other words: of a text without `####` the last number counts. Units differ if both answers have one. The first line
-    break after a `####` answer ends it: a model that goes on and on is judged by its first answer.
+    An answer is the text after `####`, as in GSM8K, up to the line break, or the full text without `####`. A number may
+    have commas between thousands, an exponent, a sign, a currency or a percent sign, or be a fraction. The found text
+    may contain other words: without `####`, its last number counts. Units are compared if both answers have one.
     """
     if found.split() == expected.split():
         return True
-    # Where lines follow the last `####`, it is a heading; so are those before it.
+    # If lines follow the last `####`, it marks a heading, as do those before it.
     *headings, behind = expected.split(MARK)
     wanted = _first_line(behind) if headings else expected
     number = _sole_number(wanted)
@@ -142,7 +141,7 @@ def _first_line(text: str) -> str:
 
 
 def _sole_number(text: str) -> _Number | None:
-    """The number that a text is, if it is one."""
+    """The value of a text that is one number, else None."""
     text = _with_minus(text)
     runs = list(_RUN.finditer(text))
     if len(runs) != 1 or not _BESIDE.fullmatch(text[: runs[0].start()] + text[runs[0].end() :]):
@@ -151,7 +150,7 @@ def _sole_number(text: str) -> _Number | None:
 
 
 def _numbers(text: str) -> Iterator[_Number | None]:
-    """The numbers of a text; None for what looks like one and is none, such as a time."""
+    """The numbers of a text; None for text that only looks like a number, such as a time."""
     return map(_value, _RUN.finditer(_with_minus(text)))
 
 
@@ -163,10 +162,10 @@ def _value(run: re.Match[str]) -> _Number | None:
     parts = _PLAIN.fullmatch(run["digits"])
     if parts is None or (run["sign"] and run["inner"]):
         return None
-    whole, fraction, decimal = parts.groups()
+    integer, fraction, decimal = parts.groups()
     try:
-        value = Fraction(fraction or decimal.replace(",", "")) + (int(whole.replace(",", "")) if whole else 0)
+        value = Fraction(fraction or decimal.replace(",", "")) + (int(integer.replace(",", "")) if integer else 0)
     except (ValueError, ZeroDivisionError):
-        # A fraction of zero, or more digits than Python reads.
+        # The denominator is zero, or Python refuses so many digits.
         return None
     return -value if "-" in run["sign"] + run["inner"] else value, run["unit"] or (run["percent"] or "").strip()

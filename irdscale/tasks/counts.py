@@ -1,4 +1,4 @@
-"""Report how many train samples each class has, before anything is trained."""
+"""Report the number of train samples of each class, before training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from irdscale.tasks.task import Task
 
 log = logging.getLogger(__name__)
-# A class with fewer samples, or a smaller share of them, is hardly learnt.
+# A class is rare with fewer samples, or with a smaller share of them.
 FEW, SMALL_SHARE = 2, 0.001
 
 
 def tell_classes(task: Task, show: bool) -> None:
-    """Print the classes of the train split and their numbers of samples on stderr, and warn of rare classes.
+    """Print the train split's number of samples per class on stderr, and warn of rare classes.
 
-    Says first how many samples are longer than `task.max_length`, of every kind of task.
+    For every kind of task, the number of samples longer than `task.max_length` is printed first.
 
     Args:
-        show: print the classes; warnings are logged in any case.
+        show: whether to print; warnings are always logged.
     """
     if show:
         tell_cut(task)

@@ -1,4 +1,4 @@
-"""How many samples `task.max_length` cuts."""
+"""Count the samples that `task.max_length` cuts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ NO_LIMIT = 2**30
 
 @dataclass(frozen=True)
 class Cut:
-    """Samples of the train split that are longer than `max_length` tokens: `count` of `size`, and what is done."""
+    """Samples of the train split that are cut.
+
+    Attributes:
+        count: samples longer than `max_length` tokens.
+        size: all samples.
+        how: how the longer samples are treated, as text.
+    """
 
     count: int
     size: int
@@ -31,7 +37,7 @@ class Cut:
 
 
 def what_is_done(kind: Kind, task: TaskConfig) -> str:
-    """What is done with samples that are longer than `task.max_length`."""
+    """How samples longer than `task.max_length` are treated, as text."""
     if kind == "causal-lm":
         return "cut in pieces"
     if kind in ("sft", "multiple-choice"):
@@ -40,17 +46,17 @@ def what_is_done(kind: Kind, task: TaskConfig) -> str:
 
 
 def sample_lengths(kind: Kind, samples: Dataset) -> np.ndarray:
-    """Tokens of each sample [N]; of multiple choice those with the longest choice."""
+    """Tokens of each sample [N]; for multiple choice, with the longest choice."""
     if kind == "multiple-choice":
         return np.asarray([max(map(len, choices)) for choices in samples["choices"]], dtype=np.int64)
     return np.asarray([len(tokens) for tokens in samples["input_ids"]], dtype=np.int64)
 
 
 def cut_texts(kind: Kind, samples: Dataset, task: TaskConfig, make: Callable[[np.ndarray, TaskConfig], Dataset]) -> Cut:
-    """The samples of a language model that are cut.
+    """Count the samples of a language model that are cut.
 
     Args:
-        make: samples of these rows with these settings.
+        make: makes the samples of rows with settings.
     """
     how = what_is_done(kind, task)
     rows, pieces = np.unique(np.asarray(samples["row"]), return_counts=True)
@@ -60,8 +66,8 @@ def cut_texts(kind: Kind, samples: Dataset, task: TaskConfig, make: Callable[[np
     if task.truncate is not None:
         full = np.asarray(samples["row"])[sample_lengths(kind, samples) >= task.max_length]
         if full.size:
-            whole = make(full, task.model_copy(update={"max_length": NO_LIMIT}))
-            count = int((sample_lengths(kind, whole) > task.max_length).sum())
+            uncut = make(full, task.model_copy(update={"max_length": NO_LIMIT}))
+            count = int((sample_lengths(kind, uncut) > task.max_length).sum())
     return Cut(count, len(rows), task.max_length, how)
 
 

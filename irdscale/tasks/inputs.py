@@ -1,4 +1,4 @@
-"""Samples to predict, from a file with the columns of a task, or from one text. They need no labels and no answers."""
+"""Samples to predict, from a file with the columns of a task, or from one text. Labels and answers are not needed."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from irdscale.tasks.tokens import encode
 if TYPE_CHECKING:
     from irdscale.tasks.task import Task
 
-# Samples are made as for training, with this answer in the place of the one that is asked for.
+# Samples are made as for training, with this text as the answer.
 _STAND_IN = "0"
-# The keys of columns of answers, and the columns of what is asked with them.
+# Keys of the columns of answers, and of questions.
 _ANSWERS = ("completion", "output")
 _QUESTIONS = ("prompt", "instruction")
 _KEY = "input"
 
 
 def file_samples(config: RunConfig, task: Task, file: str) -> datasets.Dataset:
-    """The samples of a file, in its order: one for each row, `row` from 0.
+    """One sample for each row of a file, in its order; `row` counts from 0.
 
     Args:
-        file: parquet, JSONL or CSV, with the columns of `task.columns`; labels and answers may be left out.
+        file: parquet, JSONL or CSV, with the columns of `task.columns`; labels and answers may be missing.
 
     Returns:
-        Columns as those of `task.test`; of causal-lm and sft as `prompts_of` returns them.
+        The columns of `task.test`; for causal-lm and sft those of `prompts_of`.
 
     Raises:
-        InputError: there is no such file, or it cannot be read; a column is missing or of the wrong type; a row has
-            no prompt, or does not fit `task.max_length`.
+        InputError: the file is missing or cannot be read; a column is missing or of the wrong type; or a row has no
+            prompt, or does not fit `task.max_length`.
     """
     path, source = Path(file).expanduser(), find_source(config.task)
     if not path.is_file():
@@ -58,10 +58,13 @@ def file_samples(config: RunConfig, task: Task, file: str) -> datasets.Dataset:
 
 
 def text_samples(config: RunConfig, task: Task, text: str) -> datasets.Dataset:
-    """One text as `file_samples` returns it: as text, prompt, or the user's message.
+    """One sample from one text: the text to classify or continue, the prompt, or the user's message.
+
+    Returns:
+        As `file_samples`.
 
     Raises:
-        InputError: a sample of this task is more than one text.
+        InputError: a sample of this task has several texts.
     """
     source = find_source(config.task)
     columns = source.columns
@@ -108,13 +111,13 @@ def _samples(config: RunConfig, task: Task, source: Source, rows: Rows) -> datas
 
 
 def prompts_of(task: Task, samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
-    """What a model answers, of a split: samples of sft as they are; of causal-lm each text whole, as a prompt.
+    """The prompts of a split: its samples, or for causal-lm one prompt for each text.
 
     Args:
-        max_length: tokens of a text that are kept, those at its end.
+        max_length: most tokens of a text; the last ones are kept.
 
     Returns:
-        Columns `row`, `input_ids` and `prompt_length` at least.
+        At least columns `row`, `input_ids` and `prompt_length`.
     """
     if task.kind != "causal-lm":
         return samples
@@ -134,7 +137,7 @@ def _text_prompts(task: Task, rows: Rows, column: str, max_length: int) -> datas
 
 
 def _as_prompts(task: Task, texts: dict[int, list[int]], max_length: int) -> datasets.Dataset:
-    """Texts without the end-of-sequence token, cut from the left to `max_length` tokens."""
+    """Prompts from texts: without the end-of-sequence token, cut from the left to `max_length` tokens."""
     end, begin = task.tokenizer.eos_token_id, task.tokenizer.bos_token_id
     prompts = []
     for tokens in texts.values():
@@ -151,30 +154,32 @@ def _as_prompts(task: Task, texts: dict[int, list[int]], max_length: int) -> dat
 
 
 def _with_first_choices(rows: Rows, columns: ColumnsConfig) -> tuple[Rows, ColumnsConfig]:
-    """The rows with the first choice as the right one, and the columns that say so."""
+    """The rows with the first choice as the right one, and the columns to read them by."""
     assert columns.prompt is not None
     choices = choice_texts(rows, columns.choices or [])
     values = {"prompt": rows.column(columns.prompt, "prompt"), "choices": pa.array(choices, pa.list_(pa.string()))}
     table = pa.table({**values, "label": pa.array([0] * len(choices))})
-    # A message about the prompt names the user's column.
-    table = table.rename_columns([columns.prompt, *(_unlike(columns.prompt, name) for name in ("choices", "label"))])
+    # Errors about the prompt name the user's column.
+    table = table.rename_columns(
+        [columns.prompt, *(_other_name(columns.prompt, name) for name in ("choices", "label"))]
+    )
     names = table.column_names
     return Rows(rows.where, table), ColumnsConfig(prompt=names[0], choices=[names[1]], label=names[2])
 
 
-def _unlike(taken: str, name: str) -> str:
+def _other_name(taken: str, name: str) -> str:
     return name if name != taken else f"{name}_"
 
 
 def _with_stand_ins(rows: Rows, columns: ColumnsConfig) -> Rows:
-    """The rows with a stand-in for every answer that is asked for, as a completion or as a chat's last message."""
+    """The rows with `_STAND_IN` as every completion, and as the last message of every chat."""
     named = columns.named()
     for key in _ANSWERS:
         if key in named:
             rows = _with_column(rows, named[key][0], pa.array([_STAND_IN] * rows.table.num_rows))
     if columns.messages is not None:
         column = rows.column(columns.messages, "messages")
-        rows = _with_column(rows, columns.messages, _asking(column))
+        rows = _with_column(rows, columns.messages, _with_last_answer(column))
     return rows
 
 
@@ -185,8 +190,8 @@ def _with_column(rows: Rows, name: str, values: pa.Array | pa.ChunkedArray) -> R
     return Rows(rows.where, table.append_column(name, values))
 
 
-def _asking(column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Chats that end with a stand-in as the assistant's message, in the place of the last one if that is the end."""
+def _with_last_answer(column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Chats with `_STAND_IN` as the last message; it replaces the last message if that is the assistant's."""
     if not _holds_structs(column.type):
         return column
     fields = [column.type.value_type.field(i).name for i in range(column.type.value_type.num_fields)]
@@ -196,7 +201,7 @@ def _asking(column: pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         return column
     for chat in chats:
         if isinstance(chat, list):
-            _end_with(chat, {role: own, content: _STAND_IN}, role)
+            _set_last_answer(chat, {role: own, content: _STAND_IN}, role)
     return pa.array(chats, column.type)
 
 
@@ -204,7 +209,7 @@ def _holds_structs(kind: pa.DataType) -> bool:
     return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
 
 
-def _end_with(chat: list[Any], answer: dict[str, str], role: str) -> None:
+def _set_last_answer(chat: list[Any], answer: dict[str, str], role: str) -> None:
     answered: Sequence[str] = ("assistant", "gpt")
     if chat and isinstance(chat[-1], dict) and chat[-1].get(role) in answered:
         chat.pop()

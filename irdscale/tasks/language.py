@@ -1,6 +1,6 @@
 """Samples for language models: texts, prompts with completions, chats, and prompts with choices.
 
-A sample is its tokens and its labels: -100 where the loss does not look, as at the first token, which nothing predicts.
+A sample has tokens and labels. A label is -100 where the loss leaves it out, as at the first token.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BATCH = 1000
 _TOKENS = pa.list_(pa.int32())
-# What a prompt and what follows it are joined by, where the prompt does not end in space of its own.
+# Separators between a prompt and the text after it, unless the prompt ends in white space.
 _JOINTS = {"sft": "\n", "multiple-choice": " "}
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample's tokens, how many of them are its prompt, and by kind the expected answer and every choice alike.
+    """A sample's row, tokens and labels.
 
-    Of chats, what the template writes before the answer's content, and by which texts it ends the answer.
+    Attributes:
+        prompt_length: tokens before the last answer.
+        answer: the expected answer, or the number of the right choice.
+        choices: tokens and prompt length of each choice.
+        opening: text that a chat template writes before the answer's content.
+        ends: texts that end the answer in a chat.
     """
 
     row: int
@@ -55,23 +60,23 @@ class _Sample:
 def language_samples(
     kind: Kind, tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
 ) -> datasets.Dataset:
-    """Tokenise the rows of `part`, not padded, in memory.
+    """Tokenise the rows of `part` in memory, without padding.
 
-    - causal-lm: a text, with the tokenizer's own special tokens and the end-of-sequence token; a text longer than
-      `task.max_length` gives several samples, cut after every so many tokens. Rows without text are left out.
-    - sft: a prompt, a line break and a completion with the end-of-sequence token, whose tokens are the labels; or a
-      chat by the tokenizer's template, with those of the assistant's messages, or of the last one (`task.train_on`).
-    - multiple-choice: a prompt, a space and the right choice, whose tokens are the labels.
+    - causal-lm: a text, with the tokenizer's special tokens and the end-of-sequence token. A text longer than
+      `task.max_length` is cut into several samples. Rows without text are left out.
+    - sft: a prompt, a line break, and a completion with the end-of-sequence token, which are the labels; or a chat by
+      the tokenizer's template, whose labels are all answers, or the last one (`task.train_on`).
+    - multiple-choice: a prompt, a space and the right choice, which is the label.
 
     Returns:
-        Columns `input_ids`, `labels`, `row` (of the source split); of sft `prompt_length` (tokens before the last
-        completion) and `answer` (its text), `opening` (what a chat template writes before that text) and `ends` (the
-        texts by which it ends it); of multiple-choice `prompt_length`, `answer` (the right choice's number)
-        and `choices` (each one's tokens, the prompt's with it) with their `choice_prompts`.
+        Columns `input_ids`, `labels` and `row` (of the source split). sft adds `prompt_length` (tokens before the last
+        answer), `answer` (its text), `opening` (text that a chat template writes before its content) and `ends` (texts
+        that end it). multiple-choice adds `prompt_length`, `answer` (number of the right choice), `choices` (tokens of
+        the prompt and each choice) and `choice_prompts` (their prompt lengths).
 
     Raises:
-        InputError: a column is missing or of the wrong type, or a row has nothing to learn, does not fit
-            `task.max_length`, or is refused by the chat template; names the row.
+        InputError: a column is missing or of the wrong type; or a row has nothing to learn, does not fit
+            `task.max_length`, or is refused by the chat template. The error names the row.
     """
     if not tokenizer.is_fast:
         raise InputError(
@@ -114,10 +119,10 @@ def language_samples(
 
 
 def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
-    """The texts of `samples` joined, and cut after every `max_length` tokens; what is left at the end is left out.
+    """Join the texts of `samples` and cut them into blocks of `max_length` tokens; a shorter rest is left out.
 
     Raises:
-        InputError: they are shorter than one such block.
+        InputError: the texts are shorter than one block.
     """
     joined = [token for ids in samples["input_ids"] for token in ids]
     blocks = [joined[i : i + max_length] for i in range(0, len(joined) - max_length + 1, max_length)]
@@ -130,7 +135,7 @@ def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end-of-sequence token, where there is one."""
+    """The end-of-sequence token, if the tokenizer has one."""
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
@@ -147,7 +152,7 @@ def _texts(
             tokens = tokens if tokens[-1:] == end else [*tokens, *end]
             for place in range(0, len(tokens), max_length):
                 piece = tokens[place : place + max_length]
-                # A last piece of one token has nothing that predicts it.
+                # No token predicts the only token of a last piece.
                 if len(piece) > 1:
                     yield _Sample(row, piece, [IGNORED, *piece[1:]])
     if empty:
@@ -186,19 +191,19 @@ def _completions(
 def _joined(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], joint: str, end: list[int]
 ) -> list[tuple[list[int], int]]:
-    """Each pair's tokens, of both texts together, and how many of them begin before the second text."""
+    """Tokens of each pair, tokenised as one text, and the number of tokens that begin before the second text."""
     firsts = [first if first[-1:].isspace() or not first else first + joint for first, _ in pairs]
     texts = [first + second for first, (_, second) in zip(firsts, pairs, strict=True)]
     encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     found = []
     for first, tokens, offsets in zip(firsts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token counts where it begins, but for spaces before it, and for white space that it joins with what follows;
-        # special tokens begin nowhere (0, 0).
-        begins, blank, whole = len(first.rstrip(" ")), len(first.rstrip()), len(first)
+        # A token belongs to the text in which it begins. It may begin with spaces before the second text, or join white
+        # space with the second text. Special tokens have offsets (0, 0).
+        begins, blank, joined = len(first.rstrip(" ")), len(first.rstrip()), len(first)
         behind = (
             place
             for place, (start, stop) in enumerate(offsets)
-            if begins <= start < stop or blank <= start < whole < stop
+            if begins <= start < stop or blank <= start < joined < stop
         )
         prompt = next(behind, len(tokens))
         found.append((tokens if tokens[-1:] == end else [*tokens, *end], prompt))
@@ -208,7 +213,7 @@ def _joined(
 def _fitting(
     tokenizer: PreTrainedTokenizerBase, tokens: list[int], prompt: int, task: TaskConfig, where: str
 ) -> tuple[list[int], int]:
-    """Tokens and prompt length of a sample that fits `task.max_length`, cut from the left where that is asked for."""
+    """Tokens and prompt length of a sample, cut from the left to `task.max_length` with `task.truncate=left`."""
     over = len(tokens) - task.max_length
     if over <= 0:
         return tokens, prompt
@@ -248,7 +253,7 @@ def _choices(
             for tokens, prompt in _joined(tokenizer, pairs, _JOINTS["multiple-choice"], [])
         ]
         if not all(prompt for _, prompt in encoded):
-            # What the first token of a choice is worth would not count, and nothing would of a choice of one token.
+            # Without a prompt, no token predicts the first token of a choice.
             raise InputError(
                 f"{where}: found a prompt without tokens", "some text before the choices", key="task.columns.prompt"
             )

@@ -1,4 +1,4 @@
-"""A model's outputs for the samples of a split, kept for predictions beside metrics."""
+"""A model's outputs for the samples of a split, to get metrics and predictions from the same pass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outputs:
-    """What an evaluation found, by kind of task; each is None until it was computed.
+    """A model's outputs, by kind of task; None until they are computed.
 
     Attributes:
-        logits: [N, C], float64, of classification and regression.
-        choices: loss, tokens and right tokens of each choice [all choices, 3], float64, sample by sample.
-        generated: tokens that were generated for each sample, up to and with the one that ended the answer.
+        logits: logits of classification and regression [N, C], float64.
+        choices: loss, tokens and right tokens of each choice [all choices, 3], float64, in the order of the samples.
+        generated: tokens generated for each sample, including the one that ends the answer.
     """
 
     logits: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What a configuration's data would teach a model, found without its weights: the verb `data`."""
+"""Show what a model would learn from a configuration's data, without its weights: the verb `data`."""
 
 from __future__ import annotations
 
@@ -20,62 +20,62 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# Samples of each split that are shown, and refused rows that are named.
+# Most samples shown of each split, and most refused rows named.
 SHOWN = 3
 NAMED = 20
-# How a part of a character is written, and how many tokens a character has at most.
+# Text for a part of a character, and most tokens of one character.
 PART, MOST_PARTS = "\N{REPLACEMENT CHARACTER}", 4
 
 
 def run_data(config: RunConfig) -> dict[str, Any]:
-    """What would be learned of the data of a configuration, and how long its samples are.
+    """Samples, learned tokens and lengths of a configuration's data.
 
-    Lengths are those before `task.max_length` cuts. Reads the model's configuration and tokenizer, and no weights.
+    Reads the model's configuration and tokenizer, but no weights. Lengths are from before `task.max_length` cuts.
 
     Returns:
-        {"task", "kind", "max_length", "longer_are", "splits", "refused"}. `longer_are` says what is done with samples
-        of more than `max_length` tokens. `refused` has "rows", "at_least" (whether there may be more) and "first", each
+        {"task", "kind", "max_length", "longer_are", "splits", "refused"}. `longer_are` says how samples of more than
+        `max_length` tokens are treated. `refused` has "rows", "at_least" (whether there may be more) and "first", each
         with "split", "row" and "why". Each split has
 
-        - "origin", "samples", and "classes" (name -> samples), "values" (regression) or "right_choices" (place ->
+        - "origin", "samples", and "classes" (name -> samples), "values" (regression) or "right_choices" (number ->
           samples);
-        - "tokens": "median", "p95", "longest", "cut" (longer samples), "cut_share", and of language models
+        - "tokens": "median", "p95", "longest", "cut" (longer samples), "cut_share", and for language models
           "learned_share";
-        - "blocks", of packed texts;
-        - "shown": samples with "row", "tokens" (as text), "learned" (whether each token is), and "label" if they have
+        - "blocks", for packed texts;
+        - "shown": samples with "row", "tokens" (as text), "learned" (one bool for each token), and "label" if they have
           one.
 
     Raises:
-        InputError: as `load_task`, but for rows that are refused alone.
+        InputError: as `load_task`, except that single refused rows are returned.
     """
     packing, limit = config.task.packing, config.task.max_length
     plain = config.task.model_copy(update={"pool": None, "packing": False})
     fisher = config.fisher.model_copy(update={"samples": 1})
     config = config.model_copy(update={"task": plain, "fisher": fisher})
     refused = Refused()
-    whole = load_task(_limited(config, NO_LIMIT), refused=refused)
-    longer_are = what_is_done(whole.kind, config.task)
-    lengths = {name: sample_lengths(whole.kind, getattr(whole, name)) for name in PARTS}
-    shown, first = whole, list(refused.rows)
+    uncut = load_task(_limited(config, NO_LIMIT), refused=refused)
+    longer_are = what_is_done(uncut.kind, config.task)
+    lengths = {name: sample_lengths(uncut.kind, getattr(uncut, name)) for name in PARTS}
+    shown, first = uncut, list(refused.rows)
     if longer_are == "refused":
-        first += _too_long(whole, lengths, limit)
+        first += _too_long(uncut, lengths, limit)
     elif any((each > limit).any() for each in lengths.values()):
-        # Samples are shown as they are learned; cut from the left, other rows may be refused.
+        # Shown samples are cut as in training. Other rows may be refused when they are cut from the left.
         refused = Refused()
-        with _silent():
+        with _without_warnings():
             shown = load_task(config, refused=refused)
         first = list(refused.rows)
     return {
-        "task": whole.name,
-        "kind": whole.kind,
+        "task": uncut.name,
+        "kind": uncut.kind,
         "max_length": limit,
         "longer_are": longer_are,
         "splits": {
             name: {
-                "origin": whole.origin[name],
-                "samples": len(getattr(whole, name)),
-                **_labels(whole, getattr(whole, name)),
-                "tokens": _lengths(whole, getattr(whole, name), lengths[name], limit),
+                "origin": uncut.origin[name],
+                "samples": len(getattr(uncut, name)),
+                **_labels(uncut, getattr(uncut, name)),
+                "tokens": _lengths(uncut, getattr(uncut, name), lengths[name], limit),
                 **({"blocks": int(lengths[name].sum()) // limit} if packing and name == "train" else {}),
                 "shown": _shown(shown, getattr(shown, name), limit),
             }
@@ -94,8 +94,8 @@ def _limited(config: RunConfig, max_length: int) -> RunConfig:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without the warnings of a load, which the one before gave."""
+def _without_warnings() -> Iterator[None]:
+    """Log no warnings in the body; the earlier load has logged them."""
     logger = logging.getLogger("irdscale.tasks")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,7 +106,7 @@ def _silent() -> Iterator[None]:
 
 
 def _too_long(task: Task, lengths: dict[str, np.ndarray], limit: int) -> list[tuple[str, int, str]]:
-    """The rows that `task.max_length` refuses: split, row and why."""
+    """Split, row and reason of each row that `task.max_length` refuses."""
     return [
         (
             name,
@@ -121,7 +121,7 @@ def _too_long(task: Task, lengths: dict[str, np.ndarray], limit: int) -> list[tu
 
 
 def _labels(task: Task, samples: Dataset) -> dict[str, Any]:
-    """How often each class, number or right choice is there."""
+    """Number of samples for each class or right choice; the range of values for regression."""
     if task.kind == "multiple-choice":
         places, counts = np.unique(np.asarray(samples["answer"]), return_counts=True)
         return {"right_choices": {str(place): int(count) for place, count in zip(places, counts, strict=True)}}
@@ -172,9 +172,9 @@ def _sample(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """What each token adds to the text, spaces and special tokens with it.
+    """The text that each token adds, including spaces and special tokens.
 
-    The last of several tokens of a character has that character, and the others a replacement character.
+    If several tokens make one character, the last one gets it and the others get a replacement character.
     """
 
     def decoded(start: int, stop: int) -> str:
@@ -182,7 +182,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     found = []
-    # What a token adds depends on the one before it; whole characters end at `read`.
+    # The text of a token depends on the token before it. Complete characters end at `read`.
     before, read = 0, 0
     for place, token in enumerate(ids):
         known, text = decoded(before, read), decoded(before, place + 1)

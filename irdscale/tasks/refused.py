@@ -1,4 +1,4 @@
-"""Rows that make no samples, found without an end at the first one."""
+"""Find all rows that make no samples, not only the first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from irdscale.errors import InputError
 from irdscale.tasks.splits import Part
 
-# Rows of a split that are looked for: each takes some ten readings of the split.
+# Most refused rows searched for in a split; each takes about ten passes over the split.
 MOST = 20
 
 
 @dataclass
 class Refused:
-    """Rows that were refused: the split of each, its row, and why. `is_part` says that there may be more."""
+    """Refused rows, each with split, row and reason. `is_part` says whether there may be more."""
 
     rows: list[tuple[str, int, str]] = field(default_factory=list)
     is_part: bool = False
@@ -26,16 +26,17 @@ class Refused:
 def accepted(
     name: str, part: Part, make: Callable[[Part], datasets.Dataset], refused: Refused | None
 ) -> datasets.Dataset:
-    """The samples that `make` makes of a part; with `refused`, those of its rows that are not refused.
+    """The samples of a part; with `refused`, of its accepted rows only.
 
-    A part with refused rows is halved until they stand alone.
+    A part with refused rows is halved until each of them is found.
 
     Args:
-        name: of the split, for `refused`.
-        refused: gets the refused rows.
+        name: name of the split, for `refused`.
+        make: makes the samples of a part.
+        refused: receives the refused rows.
 
     Raises:
-        InputError: as `make`; with `refused`, if no row is accepted, or all are refused for the same reason.
+        InputError: as `make`; with `refused`, only if no row is accepted, or the error is not about single rows.
     """
     try:
         return make(part)
@@ -52,7 +53,7 @@ def accepted(
             found.append(make(Part(part.split, rows, part.origin)))
         except InputError as error:
             if not left:
-                # Some of these rows may be good, but they are not looked for.
+                # Some of these rows may be acceptable; the search for them stops here.
                 refused.is_part = True
             elif len(rows) == 1:
                 refused.rows.append((name, int(rows[0]), str(error)))
@@ -65,7 +66,7 @@ def accepted(
 
 
 def _is_about_rows(part: Part, make: Callable[[Part], datasets.Dataset]) -> bool:
-    """Whether what is wrong is not the same for the first and the last row, as a missing column is."""
+    """Whether the error is about single rows: a missing column gives the first and the last row the same error."""
     said = set()
     for rows in (part.rows[:1], part.rows[-1:]):
         try:
