@@ -1,4 +1,4 @@
-"""The pretrained model of a run, with a head that fits the task, and its tokenizer."""
+"""Load a run's pretrained model, with a head for the task, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
     from irdscale.tasks.task import Task
 
-# Of the longer of two texts that a model is tried on, on the processor.
+# Most tokens of the texts on which the effect of padding is tried.
 TRIED_TOKENS = 16
 T = TypeVar("T")
 
 
-def _place(model: ModelConfig, weights: bool = False) -> str:
-    """The folder to load a model from, or its hub id; of a GGUF file what it was dequantised into.
+def _source(model: ModelConfig, weights: bool = False) -> str:
+    """The folder or hub id to load a model from; for a GGUF file its cached checkpoint.
 
     Args:
-        weights: whether more is loaded than configuration and tokenizer.
+        weights: whether weights are loaded, not only configuration and tokenizer.
 
     Raises:
         InputError: `model.path` names no model, or a GGUF file that cannot be read.
@@ -48,11 +48,11 @@ def _place(model: ModelConfig, weights: bool = False) -> str:
 
 
 def _load(path: str, place: str, what: str, load: Callable[..., T], kind: str = "model", **options: Any) -> T:
-    """Call a `from_pretrained`, turning whatever it raises into one line.
+    """Call a `from_pretrained`, and turn its errors into one line.
 
     Args:
-        path: `model.path`, for messages.
-        place: result of `_place`.
+        path: `model.path`, for errors.
+        place: result of `_source`.
     """
     remote = not Path(place).is_dir()
     try:
@@ -80,11 +80,11 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    return _load(model.path, _place(model), "model", AutoConfig.from_pretrained, **options)
+    return _load(model.path, _source(model), "model", AutoConfig.from_pretrained, **options)
 
 
 def trained_head(model: ModelConfig, config: PretrainedConfig) -> HeadClasses | None:
-    """What the head of a checkpoint tells apart; None where the head would be a new one. Reads no weights.
+    """Classes of a checkpoint's head; None if the task would need a new head. Reads no weights.
 
     Args:
         config: the model's own configuration.
@@ -102,20 +102,20 @@ def trained_head(model: ModelConfig, config: PretrainedConfig) -> HeadClasses | 
 
 
 def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> bool:
-    """Whether a checkpoint holds every parameter that `build_model` would put on top of the pretrained ones.
+    """Whether a checkpoint holds every parameter of the head that `build_model` would make.
 
     Args:
-        otherwise: the answer where its files, or its code, do not tell.
+        otherwise: result if neither its files nor its code tell.
     """
     from transformers import AutoModelForSequenceClassification
 
-    held = _held_parameters(_place(model))
+    held = _held_parameters(_source(model))
     if held is None:
         return otherwise
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet():
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=model.trust_remote_code)
-    except Exception:  # a model's own code may refuse anything that is not loading, which tells what is wrong
+    except Exception:  # remote code may refuse this; loading the model gives the error
         return otherwise
     base = empty.base_model_prefix + "."
     head = {name for name, _ in empty.named_parameters() if not name.startswith(base)}
@@ -123,7 +123,7 @@ def _has_head(model: ModelConfig, config: PretrainedConfig, otherwise: bool) -> 
 
 
 def _held_parameters(place: str) -> set[str] | None:
-    """Names of the parameters in a checkpoint; None where its files are of another format."""
+    """Names of the parameters in a checkpoint; None if its files have an unknown format."""
     from safetensors import safe_open
 
     try:
@@ -137,7 +137,7 @@ def _held_parameters(place: str) -> set[str] | None:
                 with safe_open(file, framework="pt") as held:
                     return set(held.keys())
             return set(torch.load(file, map_location="meta", weights_only=True))
-    except Exception:  # a damaged file is refused where the model is loaded
+    except Exception:  # loading the model refuses a damaged file
         return None
     return None
 
@@ -157,16 +157,16 @@ def _checkpoint_file(place: str, name: str) -> str | None:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right; one without a pad token pads with its end-of-sequence token.
+    """The model's tokenizer, with padding on the right, by the end-of-sequence token if it has no pad token.
 
     Raises:
-        InputError: there is no tokenizer, or it has neither of these tokens.
+        InputError: there is no tokenizer, or it has neither token.
     """
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    tokenizer = _load(model.path, _place(model), "tokenizer", AutoTokenizer.from_pretrained, **options)
-    # Without tokenizer files, transformers makes up a tokenizer of special tokens only.
+    tokenizer = _load(model.path, _source(model), "tokenizer", AutoTokenizer.from_pretrained, **options)
+    # Without tokenizer files, transformers makes a tokenizer of special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise InputError(f"{model.path}: found no tokenizer beside the model", "its files there", key="model.path")
     if tokenizer.pad_token_id is None:
@@ -184,27 +184,27 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedModel, list[str]]:
     """Load `config.model` for `task`: with a head for its classes or values, or as a causal language model.
 
-    Where the tokenizer came with padding on the left and the model needs it there (XLNet), the task's pads there.
+    With ZeRO-3 in `train.deepspeed`, weights are loaded directly into partitions, and the call is collective. The
+    task's tokenizer pads on the left if that is its default and the model needs it (XLNet).
 
     Args:
-        seed: of the head's initial weights; equal seeds give equal heads. The global random state is left alone. With
-            ZeRO-3 in `train.deepspeed` the weights are loaded straight into partitions, and the call is collective.
+        seed: seed of the head's initial weights; the global random state does not change.
 
     Returns:
-        The model, in eval mode on the CPU (a language model on the GPU, where there is one), and the names of the
-        parameters that the checkpoint does not hold.
+        The model, in evaluation mode on the CPU (a language model on the GPU, if there is one), and the names of the
+        parameters that are not in the checkpoint.
 
     Raises:
-        InputError: the checkpoint is missing or damaged or does not fit the task, or `task.max_length` or the
-            tokenizer does not fit the model.
+        InputError: the checkpoint is missing, damaged or for another task; or `task.max_length` or the tokenizer does
+            not fit the model.
         RunError: the weights of a GGUF file cannot be written to the cache.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     language = task.kind in LANGUAGE_KINDS
     loader: Any = AutoModelForCausalLM if language else AutoModelForSequenceClassification
-    # A GGUF file is dequantised whole, so not into partitions.
-    place = _place(config.model, weights=True)
+    # A GGUF file is dequantised before weights are partitioned.
+    place = _source(config.model, weights=True)
     with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
@@ -215,13 +215,13 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             "causal language model" if language else "sequence classification",
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
-            # Refused below, with the names and shapes that transformers leaves out of its error.
+            # `_check_checkpoint` refuses them, and names them with their shapes.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_straight_to_gpu(config) if language else _head_options(task)),
         )
     if is_gguf(config.model.path):
-        # Adapters and cards name what the user gave, not the cache.
+        # Adapters and model cards name the user's path, not the cache.
         model.config.name_or_path = model.name_or_path = config.model.path
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
@@ -240,7 +240,7 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
 
 
 def _keep_padding_side(model: PreTrainedModel, task: Task) -> None:
-    """Have a classifier's texts padded on the tokenizer's own side where what it makes of them depends on it."""
+    """Keep a tokenizer's default padding on the left if a classifier's results depend on the side."""
     tokenizer: Any = task.tokenizer
     if tokenizer.init_kwargs.get("padding_side", type(tokenizer).padding_side) != "left":
         return
@@ -254,9 +254,10 @@ def _keep_padding_side(model: PreTrainedModel, task: Task) -> None:
 
 
 def _straight_to_gpu(config: RunConfig) -> dict[str, Any]:
-    """Have a checkpoint read onto this rank's GPU, where there is one, instead of main memory first.
+    """Options to read a checkpoint directly onto this rank's GPU, if there is one.
 
-    Not with a new head, which would be drawn by the GPU's random numbers. ZeRO-3 loads into partitions.
+    They would draw a new head from the GPU's random numbers, so models with heads load on the CPU. ZeRO-3 loads into
+    partitions.
     """
     if not torch.cuda.is_available() or zero_stage(config) == 3:
         return {}
@@ -274,16 +275,16 @@ def _head_options(task: Task) -> dict[str, Any]:
 
 
 def decoder_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the matrices in a language model's decoder blocks: all its linear layers but the head, no embedding.
+    """Names of the matrices in a language model's decoder blocks: no head, no embedding.
 
     Raises:
-        InputError: its blocks are not found.
+        InputError: the blocks are not found.
     """
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     blocks = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == layers and not _inside(name, "experts")
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layers and not _has_part(name, "experts")
     ]
     names = [
         name
@@ -299,11 +300,11 @@ def decoder_linears(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _inside(name: str, part: str) -> bool:
+def _has_part(name: str, part: str) -> bool:
     return part in name.split(".")
 
 
-def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], whole: bool) -> None:
+def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], language: bool) -> None:
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise InputError(
             f"{path}: {name} has shape {list(found)} in the checkpoint",
@@ -312,11 +313,11 @@ def _check_checkpoint(path: str, model: PreTrainedModel, info: dict[str, Any], w
         )
     parameters = dict(model.named_parameters())
     base = model.base_model_prefix + "."
-    # A pooler is legitimately absent from masked-language checkpoints; anything else would be random.
+    # Masked language models have no pooler. Other missing parameters would be random.
     absent = [
         name
         for name in sorted(info["missing_keys"])
-        if name in parameters and (whole or (name.startswith(base) and ".pooler." not in name))
+        if name in parameters and (language or (name.startswith(base) and ".pooler." not in name))
     ]
     if absent:
         raise InputError(

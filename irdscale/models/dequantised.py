@@ -1,11 +1,11 @@
-"""GGUF files as base models: each is dequantised once for a data type, and kept on disk as a plain checkpoint.
+"""GGUF files as base models: a file is dequantised once per data type and cached as a plain checkpoint.
 
-Features: candidates, ranks, Ray workers and later runs read the checkpoint; a plan reads the model's configuration
-alone, which is kept by itself. Both lie in the cache of the Hugging Face hub for what libraries make (HF_ASSETS_CACHE),
-named by the file's hash. One process writes, and others that want the same wait for it. What is damaged is made anew.
+Candidates, ranks, Ray workers and later runs read the checkpoint. A plan reads only the model's configuration, which
+has a folder of its own. Both folders are in the Hugging Face hub's cache for libraries (HF_ASSETS_CACHE), named by the
+file's hash. One process writes a folder; the others wait. A damaged folder is written again.
 
-Constraints: transformers reads the file, so its architectures and its dequantised weights are the ones that count. A
-folder is taken for whole where each file has the size and the time that were recorded.
+transformers reads the file, so only its architectures work, and its dequantised weights are used. A folder is complete
+if each file has its recorded size and time.
 """
 
 from __future__ import annotations
@@ -37,53 +37,55 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RECORD = "irdscale.json"
 VERSION = 1
-# Hexadecimal digits of the file's SHA-256 that name a folder.
+# Hexadecimal digits of the file's SHA-256 in a folder's name.
 NAMED_BY = 32
-# Rotary positions that llama.cpp scales by a tensor, as those of Llama 3.1.
+# The tensor by which llama.cpp scales rotary positions, for example in Llama 3.1.
 ROPE = "rope_freqs.weight"
 Fill = Callable[[Path], None]
 
 
 def cache_folder() -> Path:
-    """Where the checkpoints lie; not made by this call."""
+    """The folder of the cached checkpoints; it may not exist."""
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "irdscale" / "gguf"
 
 
 def settings_folder(path: str) -> Path:
-    """A folder with the configuration and the tokenizer of a GGUF file, and no weights.
+    """Return a folder with the configuration and tokenizer of a GGUF file, without weights; write it if needed.
 
     Args:
-        path: GGUF file as `model.path` names it.
+        path: GGUF file, as in `model.path`.
 
     Raises:
-        InputError: there is no such file, it is damaged, or transformers cannot read it; or gguf is not installed.
+        InputError: the file is missing or damaged, transformers cannot read it, or gguf is not installed.
         RunError: the folder cannot be written.
     """
-    file = _file_of(path)
+    file = _gguf_file(path)
     made_of = {"sha256": file_hash(file)}
-    return _kept(f"{made_of['sha256'][:NAMED_BY]}-settings", made_of, lambda: _settings(path, file))
+    return _cached_folder(f"{made_of['sha256'][:NAMED_BY]}-settings", made_of, lambda: _fill_settings(path, file))
 
 
 def checkpoint_folder(path: str, dtype: str) -> Path:
-    """A folder with a GGUF file's model as a plain checkpoint, with its tokenizer.
+    """Return a folder with a GGUF file's model and tokenizer as a plain checkpoint; write it if needed.
 
     Args:
-        path: GGUF file as `model.path` names it.
-        dtype: data type of the weights: the dequantised float32 values, rounded to it.
+        path: GGUF file, as in `model.path`.
+        dtype: data type of the weights, to which the dequantised float32 values are rounded.
 
     Raises:
         InputError: as `settings_folder`.
         RunError: the folder cannot be written.
     """
-    file = _file_of(path)
+    file = _gguf_file(path)
     made_of = {"sha256": file_hash(file), "dtype": dtype}
-    return _kept(f"{made_of['sha256'][:NAMED_BY]}-{dtype}", made_of, lambda: _checkpoint(path, file, dtype))
+    return _cached_folder(
+        f"{made_of['sha256'][:NAMED_BY]}-{dtype}", made_of, lambda: _fill_checkpoint(path, file, dtype)
+    )
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; kept beside the checkpoints while its size and times are the same."""
+    """SHA-256 of a file, 64 hexadecimal digits; cached until the file's size, times or inode change."""
     file = file.resolve()
     while True:
         stamp = _stamp(file)
@@ -106,29 +108,30 @@ def _hash_of(file: Path, stamp: tuple[int, ...]) -> str:
             return str(known["sha256"])
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    # A cache that cannot be written costs the time of the next hash.
+    # If the cache cannot be written, the next call hashes the file again.
     with suppress(RunError):
         write_json(record, {"file": str(file), "stamp": stamp, "sha256": found})
     return found
 
 
-def _file_of(path: str) -> Path:
+def _gguf_file(path: str) -> Path:
     file = find_gguf(path)
     assert file is not None
     return file
 
 
-def _kept(name: str, made_of: dict[str, str], make: Callable[[], Fill]) -> Path:
-    """A folder of the cache; made where it is not there or not whole.
+def _cached_folder(name: str, made_of: dict[str, str], make: Callable[[], Fill]) -> Path:
+    """Return a complete cache folder; write it first if it is missing or incomplete.
 
     Args:
-        make: reads what is to be written, and returns what writes it into a folder.
+        made_of: fields of the folder's record.
+        make: reads the GGUF file, and returns a function that writes the folder.
     """
     folder = cache_folder() / name
-    if _is_whole(folder, made_of):
+    if _is_complete(folder, made_of):
         return folder
     with _locked(folder.with_name(f"{name}.lock")):
-        if _is_whole(folder, made_of):
+        if _is_complete(folder, made_of):
             return folder
         fill = make()
         remove_temporaries(folder.parent, name)
@@ -145,7 +148,7 @@ def _kept(name: str, made_of: dict[str, str], make: Callable[[], Fill]) -> Path:
     return folder
 
 
-def _is_whole(folder: Path, made_of: dict[str, str]) -> bool:
+def _is_complete(folder: Path, made_of: dict[str, str]) -> bool:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         if {key: record.get(key) for key in ("version", *made_of)} != {"version": VERSION, **made_of}:
@@ -162,7 +165,7 @@ def _size_and_time(file: Path) -> list[int]:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that other processes, on this host and on those that share the folder, wait for."""
+    """Hold a lock against other processes, on this host and on hosts that share the folder."""
     from huggingface_hub.utils import WeakFileLock
 
     with ExitStack() as held:
@@ -173,22 +176,22 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[dict[str, Any]]:
-    """What `from_pretrained` is told to read a GGUF file: it takes settings of other models beside it, if there are."""
+def _gguf_arguments(file: Path) -> Iterator[dict[str, Any]]:
+    """Arguments of `from_pretrained` to read a GGUF file, from a folder without other models' files."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(file.resolve())
         with hub_access(needed=False), quiet():
             yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
 
-def _settings(path: str, file: Path) -> Fill:
+def _fill_settings(path: str, file: Path) -> Fill:
     from transformers import AutoConfig, AutoTokenizer
 
-    header = _checked(path, file)
+    header = _checked_header(path, file)
     try:
-        with _alone(file) as read:
+        with _gguf_arguments(file) as read:
             config, tokenizer = AutoConfig.from_pretrained(**read), AutoTokenizer.from_pretrained(**read)
-    except Exception as error:  # of an architecture, a key or a tokenizer that transformers does not know
+    except Exception as error:  # an architecture, key or tokenizer that transformers does not know
         raise _unreadable(path, header, error) from error
 
     def fill(folder: Path) -> None:
@@ -202,7 +205,7 @@ def _settings(path: str, file: Path) -> Fill:
 def _drop_tokens(folder: Path, rows: int) -> None:
     """Remove the tokens of a saved tokenizer that have no row in the embedding.
 
-    Transformers adds `<|endoftext|>` to every vocabulary of byte pairs that lacks it, such as that of Llama 3.
+    transformers adds `<|endoftext|>` to every byte-pair vocabulary that lacks it, for example Llama 3's.
     """
     file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     saved = json.loads(file.read_bytes())
@@ -218,8 +221,8 @@ def _drop_tokens(folder: Path, rows: int) -> None:
     write_json(settings, {k: v for k, v in kept.items() if not isinstance(v, str) or v not in dropped})
 
 
-def _checked(path: str, file: Path) -> GgufHeader:
-    """The header of a file that is whole."""
+def _checked_header(path: str, file: Path) -> GgufHeader:
+    """Read the header of a GGUF file, and check that the file is complete."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path}: found a GGUF file, but gguf is not installed", "pip install gguf", key="model.path")
     return read_header(file, path)
@@ -232,16 +235,16 @@ def _unreadable(path: str, header: GgufHeader, error: Exception) -> InputError:
     return InputError(f"{found} read from a GGUF file ({one_line(error)})", "another one", key="model.path")
 
 
-def _checkpoint(path: str, file: Path, dtype: str) -> Fill:
+def _fill_checkpoint(path: str, file: Path, dtype: str) -> Fill:
     from transformers import AutoConfig
 
-    header, settings = _checked(path, file), settings_folder(path)
+    header, settings = _checked_header(path, file), settings_folder(path)
     log.info("%s: dequantising %s weights into %s, once", path, f"{header.parameters:,}", dtype)
     if ROPE in header.shapes:
         log.warning("%s: transformers leaves out %s, which scales positions: far tokens are off", path, ROPE)
     with hub_access(needed=False), quiet():
         config = AutoConfig.from_pretrained(settings)
-    model = _plain(config, _dequantised(path, file, config, dtype, header))
+    model = _saveable_model(config, _dequantised(path, file, config, dtype, header))
 
     def fill(folder: Path) -> None:
         shutil.copytree(settings, folder, ignore=shutil.ignore_patterns(RECORD), dirs_exist_ok=True)
@@ -254,19 +257,19 @@ def _checkpoint(path: str, file: Path, dtype: str) -> Fill:
 def _dequantised(
     path: str, file: Path, config: PretrainedConfig, dtype: str, header: GgufHeader
 ) -> dict[str, torch.Tensor]:
-    """The weights, by the names of the model's parameters."""
+    """Name of a parameter -> its weights."""
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "config": config, "output_loading_info": True}
-    # Later versions keep the weights in their blocks unless they are told not to.
+    # Later versions keep weights quantised by default.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # gguf's bar is no part of transformers' own, which are off.
-        with torch.random.fork_rng(devices=[]), redirect_stderr(StringIO()), _alone(file) as read:
+        # `quiet` turns off the progress bars of transformers, but not gguf's.
+        with torch.random.fork_rng(devices=[]), redirect_stderr(StringIO()), _gguf_arguments(file) as read:
             model, info = loader.from_pretrained(**read, **options)
-    except Exception as error:  # transformers and gguf raise what they like
+    except Exception as error:  # transformers and gguf raise any type of error
         raise _unreadable(path, header, error) from error
     absent = sorted(info["missing_keys"])
     if absent:
@@ -274,8 +277,8 @@ def _dequantised(
     return model.state_dict()
 
 
-def _plain(config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A model of these weights that transformers saves; one that it read from a GGUF file it refuses to."""
+def _saveable_model(config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A model with these weights; transformers refuses to save the model that it read from a GGUF file."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what the file holds, and whether it is whole. Reads no weights.
+"""Read a GGUF file's header and check that the file is complete; weights are not read.
 
 Source: the GGUF specification of the ggml project, versions 2 and 3, little-endian.
 """
@@ -16,7 +16,7 @@ from irdscale.errors import InputError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-# The specification's numbers of value types.
+# Value types of the specification -> their layouts.
 _FIXED = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
@@ -24,12 +24,12 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself.
+    """A GGUF file's header.
 
     Attributes:
-        values: keys and their values, without the arrays
-        shapes: shape of each tensor, in torch's order
-        size: bytes of the whole file
+        values: key -> value, without arrays.
+        shapes: shape of each tensor, in torch's order.
+        size: bytes of the complete file.
     """
 
     values: dict[str, Any]
@@ -48,13 +48,13 @@ class GgufHeader:
 
 
 def read_header(file: Path, path: str) -> GgufHeader:
-    """Read a GGUF file's header, and check the file's size by it.
+    """Read a GGUF file's header, and check that the file is complete.
 
     Args:
-        path: name of the file in messages.
+        path: name of the file, for errors.
 
     Raises:
-        InputError: the file is none that can be read, is truncated, or holds a part of a model.
+        InputError: the file is not a readable GGUF file, is truncated, or holds only a part of a model.
     """
 
     def refused(found: str, expected: str) -> InputError:
@@ -88,7 +88,7 @@ def read_header(file: Path, path: str) -> GgufHeader:
 
 
 class _Cursor:
-    """Reads one value after the other."""
+    """Reads values in order."""
 
     def __init__(self, data: mmap.mmap, place: int) -> None:
         self.data, self.place = data, place
@@ -110,7 +110,7 @@ class _Cursor:
         return self.data[begin : self.place].decode(errors="replace")
 
     def value(self, kind: int) -> Any:
-        """A value of a type; None for an array, which is skipped."""
+        """Read a value of a type; an array is skipped and gives None."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -128,7 +128,7 @@ class _Cursor:
 
 
 def _read(cursor: _Cursor) -> GgufHeader:
-    """What stands behind the version.
+    """Read the header after the version.
 
     Raises:
         struct.error, EOFError: the file ends before the header does.

@@ -13,11 +13,11 @@ from irdscale.errors import InputError
 
 
 def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) -> list[str]:
-    """Add LoRA matrices to every linear layer except the heads, in place; alpha is twice the rank, without dropout.
+    """Add LoRA matrices to every linear layer except the heads, in place; alpha is twice the rank; no dropout.
 
     Args:
-        seed: seed of their initial weights; the global random state does not change
-        dense: names of the parameters that are trained densely; their layers get no matrices
+        seed: seed of their initial weights; the global random state does not change.
+        dense: names of the parameters trained densely; their layers get no matrices.
 
     Returns:
         Names of the matrices.

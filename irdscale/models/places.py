@@ -1,4 +1,4 @@
-"""What `model.path` names: a folder, a GGUF file, a part of an installed package, or a model on the hub."""
+"""Find the model of `model.path`: a folder, a GGUF file, a part of an installed package, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ GGUF = ".gguf"
 
 
 def is_gguf(path: str) -> bool:
-    """Whether a path names a GGUF file, by its ending; a folder may have the same."""
+    """Whether a path ends in `.gguf` and is not a folder."""
     return path.lower().endswith(GGUF) and not Path(path).expanduser().is_dir()
 
 
 def resolve_model_path(path: str) -> str:
-    """The folder or the GGUF file that `model.path` names, or `path` itself where it is on the hub.
+    """The folder or GGUF file of `model.path`; a path on the hub is returned as it is.
 
-    `package:NAME/FOLDER` and `package:NAME/FILE.gguf` lie inside an installed Python package, found without importing
-    it. `OWNER/NAME/FILE.gguf` is a file of a hub id.
+    `package:NAME/FOLDER` and `package:NAME/FILE.gguf` are inside an installed Python package, which is not imported.
+    `OWNER/NAME/FILE.gguf` is a file of the hub id `OWNER/NAME`.
 
     Raises:
-        InputError: no such package, folder or file, or the folder holds no model.
+        InputError: there is no such package, folder or file, or the folder holds no model.
     """
     if path.startswith(PACKAGE):
         return str(_in_package(path))
@@ -44,7 +44,7 @@ def resolve_model_path(path: str) -> str:
             )
         return str(place)
     if is_gguf(path):
-        if _on_hub(path) is None:
+        if _hub_file(path) is None:
             raise InputError(f"{path}: no such file", key="model.path")
         return path
     if not is_hub_id(path):
@@ -53,20 +53,20 @@ def resolve_model_path(path: str) -> str:
 
 
 def find_gguf(path: str, download: bool = True) -> Path | None:
-    """The GGUF file that `model.path` names; one on the hub is downloaded into the hub's cache.
+    """The GGUF file of `model.path`; a file on the hub is downloaded into the hub's cache.
 
     Args:
-        download: False for a hub file only where it is in the cache; else None.
+        download: False to return None for a hub file that is not in the cache.
 
     Raises:
-        InputError: as `resolve_model_path`, or the hub has no such file, or cannot be reached.
+        InputError: as `resolve_model_path`; or the hub has no such file, or cannot be reached.
     """
     resolved = resolve_model_path(path)
     if Path(resolved).is_file():
         return Path(resolved)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    repository, file = _on_hub(resolved) or ("", "")
+    repository, file = _hub_file(resolved) or ("", "")
     if not download:
         found = try_to_load_from_cache(repository, file)
         return Path(found) if isinstance(found, str) else None
@@ -79,8 +79,8 @@ def find_gguf(path: str, download: bool = True) -> Path | None:
         ) from error
 
 
-def _on_hub(path: str) -> tuple[str, str] | None:
-    """Hub id and file of `OWNER/NAME/FILE.gguf`; None where a path cannot be that."""
+def _hub_file(path: str) -> tuple[str, str] | None:
+    """Hub id and file of `OWNER/NAME/FILE.gguf`; None for other paths."""
     owner, _, rest = path.partition("/")
     name, _, file = rest.partition("/")
     return (f"{owner}/{name}", file) if file and is_hub_id(f"{owner}/{name}") else None

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def adapted_model(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
-    """The model with an adapter, and the names of the parameters that the base checkpoint does not hold.
+    """The model with an adapter, and the names of the parameters that are not in the base checkpoint.
 
-    A new head that the adapter does not contain is initialised by the seed of the adapter's training.
+    A new head that is not in the adapter is initialised by the seed of the adapter's training.
 
     Raises:
         InputError: as `build_model` and `load_adapter`.

@@ -1,12 +1,12 @@
-"""Checkpoints of a training: a killed one resumes, with any number of ranks and ZeRO stage.
+"""Checkpoints of a training, from which it resumes with any number of ranks and any ZeRO stage.
 
-    FOLDER/state.json            step, and hash of what the training depends on
+    FOLDER/state.json            step, and hash of the settings that the training depends on
     FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, gathered;
                                  rng/RANK; losses, one per step
 
-The frozen base is not stored: 12 bytes per trained parameter. Tensors are gathered from all ranks, so the files do not
-depend on the number of ranks or DeepSpeed's partitions. DeepSpeed's own checkpoints, which are pickled, are neither
-written nor read.
+A checkpoint takes 12 bytes per trained parameter; frozen parameters are not stored. Tensors are gathered from all
+ranks, so the files do not depend on the number of ranks or DeepSpeed's partitions. DeepSpeed's own checkpoints, which
+are pickled, are not used.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 def save_training(
     folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any], losses: list[float]
 ) -> None:
-    """Replace the saved state by the one after `step` optimizer steps; collective, rank 0 writes.
+    """Replace the saved state by the state after `step` optimizer steps. Collective; rank 0 writes.
 
     Args:
         optimizer: AdamW, or DeepSpeed's wrapper of it.
-        made_by: what the training depends on, by name.
+        made_by: settings that the training depends on, by name.
         losses: loss of each step made.
 
     Raises:
-        RunError: the disk refuses the write; the earlier state stays.
+        RunError: the state cannot be written; the earlier state stays.
     """
     from safetensors.torch import save_file
 
@@ -78,7 +78,7 @@ def saved_losses(folder: Path) -> list[float]:
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Any = None, step: int = 0) -> None:
-    """Load the saved values, and with an `optimizer`, which is after `step`, its moments; collective.
+    """Load the saved values, and into `optimizer`, if given, the moments after `step` steps. Collective.
 
     Raises:
         InputError: the files are damaged.
@@ -112,7 +112,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ..
 
 
 def remove_training(folder: Path) -> None:
-    """Delete the saved state of a finished training; rank 0 does."""
+    """Delete the saved state of a finished training, on rank 0."""
     if rank_and_world()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -122,7 +122,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _generators() -> dict[str, Tensor]:
-    """Every rank's states of its random generators."""
+    """States of every rank's random generators."""
     world = rank_and_world()[1]
     states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
     own = torch.cat(states)
@@ -130,12 +130,12 @@ def _generators() -> dict[str, Tensor]:
 
 
 def load_generators(folder: Path, step: int) -> None:
-    """Restore this rank's random generators; called last, because the start of a training draws from them."""
+    """Restore this rank's random generators; call it last, because the start of a training draws from them."""
     rank = rank_and_world()[0]
     own = read_tensors(folder / "numbers.safetensors", WHAT).get(f"rng/{rank}")
     cpu = len(torch.get_rng_state())
     if own is None:
-        # There are more ranks than before.
+        # The saved training had fewer ranks.
         torch.manual_seed(digest_seed(rank, step))
         return
     torch.set_rng_state(own[:cpu])
@@ -149,7 +149,7 @@ def digest_seed(rank: int, step: int) -> int:
 
 
 def _gathered(parameters: dict[str, nn.Parameter], optimizer: Any, key: str) -> dict[str, Tensor]:
-    """AdamW's values of the trained parameters, or one of their moments, gathered on the CPU; collective."""
+    """AdamW's values of the trained parameters, or one of their moments, gathered on the CPU. Collective."""
     first = next(iter(parameters.values()))
     divided = hasattr(first, "ds_id") or hasattr(first, "_hp_mapping")
     dtype = torch.float32 if divided else first.dtype
@@ -203,7 +203,7 @@ def _zero(optimizer: Any) -> Any:
 
 
 def _make_moments(parameters: dict[str, nn.Parameter], optimizer: Any, step: int) -> None:
-    """Create moments of zero, which AdamW creates only at its first step."""
+    """Create zero moments; AdamW creates them only at its first step."""
     first = next(iter(parameters.values()))
     if hasattr(first, "ds_id"):
         held = _zero(optimizer).fp32_partitioned_groups_flat

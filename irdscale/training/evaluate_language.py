@@ -44,17 +44,17 @@ COLUMNS = 3
 def evaluate_language(
     model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Every metric of the task on a split, and its standard error, as `evaluate_with_errors` returns them.
+    """Every metric of the task on a split, and its standard error; see `evaluate_with_errors`.
 
     - perplexity: exp of the mean loss of the split's target tokens.
-    - token_accuracy: share of the target tokens that the model predicts as the likeliest.
-    - exact_match: share of the samples whose greedily decoded answer is the expected one (see `same_answer`). Only the
-      ends of sequences are taken from the model's `generation_config`.
+    - token_accuracy: share of the target tokens that are the model's likeliest.
+    - exact_match: share of the samples whose greedily decoded answer is the expected one (see `same_answer`). The
+      model's `generation_config` gives only end-of-sequence tokens.
     - accuracy, accuracy_norm: share of the samples whose right choice is the likeliest, by the sum or the mean of its
       tokens' log likelihoods.
 
     Args:
-        outputs: gets the measured choices, or the generated answers.
+        outputs: receives the measured choices or the generated answers.
     """
     with own_forward(model):
         return _metrics(model, task, split, batch_size, outputs or Outputs())
@@ -70,7 +70,7 @@ def _metrics(
     loss_N, tokens_N, right_N = table_NC.unbind(1)
     loss, tokens, right = table_NC.sum(0).tolist()
     mean = loss / tokens
-    # A perplexity that overflows is infinite: such a candidate is never the best.
+    # A perplexity that overflows is infinite, so its candidate is never the best.
     metrics = {"perplexity": math.exp(mean) if mean < 700 else math.inf, "token_accuracy": right / tokens}
     errors = {
         "perplexity": metrics["perplexity"] * of_ratio(loss_N, tokens_N),
@@ -83,7 +83,7 @@ def _metrics(
 
 
 def measure_choices(model: nn.Module, task: Task, split: Dataset, batch_size: int) -> Tensor:
-    """Loss, tokens and right tokens of each choice [all choices, 3], sample by sample, as float64, on every rank.
+    """Loss, tokens and right tokens of each choice [all choices, 3], in order of the samples, float64, on every rank.
 
     Raises:
         TrainingError: a choice's loss is NaN or infinite.
@@ -109,7 +109,7 @@ def _choice_accuracies(task: Task, split: Dataset, table_NC: Tensor) -> tuple[di
 
 
 def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:
-    """Loss, target tokens and right predictions of each text [N, 3], as float64, on every rank.
+    """Loss, target tokens and right predictions of each text [N, 3], float64, on every rank.
 
     Raises:
         TrainingError: a text's loss is NaN or infinite.
@@ -146,7 +146,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
 def _measured(
     model: nn.Module, parts: Headless | None, inputs: dict[str, Any], targets_BT: Tensor, places_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each target [B, T], and whether the model predicts it.
+    """Loss of each target [B, T], and whether it is the model's likeliest token [B, T].
 
     Args:
         places_K: flat positions of the targets.
@@ -180,28 +180,28 @@ def generate_greedily(
     batch_size: int,
     advance: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
-    """The likeliest tokens after each prompt, with a cache, in batches of prompts of like lengths. Collective.
+    """Generate the likeliest tokens after each prompt, in batches of prompts of similar lengths. Collective.
 
-    Prompts of unlike lengths are padded on the left, unless that changes what the model generates.
+    Prompts of different lengths are padded on the left, unless that changes the generated tokens.
 
     Args:
-        prompts: tokens of each, at least one.
+        prompts: tokens of each prompt, at least one.
         ends: tokens that end an answer.
-        advance: is told how many prompts of this rank are answered.
+        advance: called with the number of prompts answered on this rank.
 
     Returns:
-        Generated tokens of each prompt on every rank: at most `task.max_new_tokens`, up to and with one of `ends`.
+        Generated tokens of each prompt, on every rank: at most `task.max_new_tokens`, including the first of `ends`.
     """
     pad, device = task.tokenizer.pad_token_id, device_of(model)
     rows = [{"input_ids": tokens} for tokens in prompts]
-    # 0 stands for no token, so that the sum over the ranks is what each of them generated.
+    # Tokens are stored as token + 1. 0 means no token, so the sum over the ranks combines their rows.
     table_NT = torch.zeros(len(prompts), task.max_new_tokens, dtype=torch.int64)
 
     def answer(places: list[int]) -> None:
         batch = pad_batch([rows[i] for i in places or [0]], pad, side="left")
         generated_BT = model.generate(
             **{k: v.to(device) for k, v in batch.items()},
-            # Ranks that gather partitions together must all continue until the last one is done.
+            # Ranks gather partitions together, so all continue until the last one is done.
             synced_gpus=is_partitioned(model) and rank_and_world()[1] > 1,
         )
         if places:
@@ -223,12 +223,12 @@ def generate_greedily(
 
 
 def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to and with the first one that ends an answer."""
+    """The tokens up to the first one that ends an answer, included."""
     return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> bool:
-    """Whether the first generated token depends on how far a prompt is padded; collective; called inside `_greedy`."""
+    """Whether the first generated token depends on a prompt's padding. Collective; call it inside `_greedy`."""
 
     def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
         return pad_batch(some, tokenizer.pad_token_id, side="left")
@@ -241,7 +241,7 @@ def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        except Exception:  # the evaluation itself will raise it
+        except Exception:  # the evaluation raises the same error
             return None
         return found.logits[0]
 
@@ -251,9 +251,9 @@ def _left_padding_matters(model: Any, tokenizer: Any, rows: list[dict[str, Any]]
 
 @contextmanager
 def _greedy(model: Any, task: Task, ends: list[int]) -> Iterator[None]:
-    """In the body, the model generates the likeliest tokens until one of `ends`, whatever its own settings.
+    """Make the model generate the likeliest tokens until one of `ends`, in the body.
 
-    Arguments of `generate` would not turn off penalties, bans and other options of these settings.
+    The model's generation settings are replaced: arguments of `generate` would not turn off their penalties.
     """
     from transformers import GenerationConfig
 
@@ -262,7 +262,7 @@ def _greedy(model: Any, task: Task, ends: list[int]) -> Iterator[None]:
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
         num_beams=1,
-        # `frozen` turns it off for other passes.
+        # `frozen` turns the cache off for other passes.
         use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=task.tokenizer.pad_token_id,

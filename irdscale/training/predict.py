@@ -1,4 +1,4 @@
-"""Predictions of a model: classes, numbers, choices and completions, one JSON line a sample."""
+"""Predictions of a model: classes, numbers, choices and completions, one JSON line per sample."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 log = logging.getLogger(__name__)
-# The keys of a prediction, by which a file of predictions is known.
+# A file of predictions has one of these keys.
 PREDICTED = ("class", "value", "choice", "completion")
 
 Prediction = dict[str, Any]
@@ -46,22 +46,22 @@ def run_predict(
     text: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Predictions of an adapter, or of the base model, for a file, one text, or the task's test split.
+    """Predict by an adapter, or by the base model, for a file, one text, or the task's test split.
 
-    Collective where torch.distributed is initialised: the ranks share the samples, and rank 0 writes.
+    Collective if torch.distributed is initialised: the ranks share the samples, and rank 0 writes.
 
     Args:
-        adapter: a folder, or OWNER/NAME on the Hugging Face hub; the base model predicts if None.
-        input: a file with the columns of the task; labels and answers may be left out.
-        to: a JSONL file to write the predictions to; one of predictions is replaced.
-        text: the one text to predict.
+        adapter: folder, or OWNER/NAME on the Hugging Face hub; None for the base model.
+        input: file with the columns of the task; labels and answers may be missing.
+        to: JSONL file to write; an existing file is replaced only if it holds predictions.
+        text: the only text to predict.
 
     Returns:
-        {"adapter", "kind", "samples", "to"}, without `to` {"adapter", "kind", "samples", "predictions"}; for a
-        prediction see `predictions`.
+        {"adapter", "kind", "samples", "to"}, or without `to` {"adapter", "kind", "samples", "predictions"}; see
+        `predictions`.
 
     Raises:
-        InputError: `input` or `text` does not fit the task; `to` holds something else; there is no adapter, and the
+        InputError: `input` or `text` does not fit the task; `to` holds no predictions; there is no adapter and the
             model's head is new; or as `run_evaluate`.
         RunError: `to` cannot be written.
     """
@@ -72,8 +72,8 @@ def run_predict(
             raise InputError(f"found {to}, which is input=", "another file", "to")
         check_target(to)
         task = load_task(config, None if adapter is None else adapter_head(adapter))
-        samples = _samples(config, task, input, text)
-        model = _model(config, task, adapter)
+        samples = _chosen_samples(config, task, input, text)
+        model = _chosen_model(config, task, adapter)
     rank = rank_and_world()[0]
     with bar("Predicting", len(samples), enabled=progress and rank == 0) as advance:
         found = predictions(config, model, task, samples, advance=advance)
@@ -98,16 +98,16 @@ def write_predictions(to: str, rows: list[Prediction]) -> None:
 
 
 def predictions_of_test(config: RunConfig, model: Any, task: Task, outputs: Outputs) -> list[Prediction]:
-    """Predictions for the task's test split, with what is `expected`; see `predictions`."""
+    """Predictions for the task's test split, with the `expected` values; see `predictions`."""
     samples = prompts_of(task, task.test, config.task.max_length)
     return list(_with_expected(task, samples, predictions(config, model, task, samples, outputs)))
 
 
 def check_target(to: str | None) -> None:
-    """Check that a file to write predictions to is new, empty, or holds predictions.
+    """Check that the file for predictions is new, empty, or holds predictions.
 
     Raises:
-        InputError: it holds something else, or is a folder.
+        InputError: it is a folder, or holds no predictions.
     """
     if to is None or not Path(to).exists():
         return
@@ -124,7 +124,7 @@ def check_target(to: str | None) -> None:
         raise InputError(f"{to} exists, and holds no predictions", expected, "to")
 
 
-def _samples(config: RunConfig, task: Task, input: str | None, text: str | None) -> Dataset:
+def _chosen_samples(config: RunConfig, task: Task, input: str | None, text: str | None) -> Dataset:
     if text is not None:
         return text_samples(config, task, text)
     if input is not None:
@@ -132,7 +132,7 @@ def _samples(config: RunConfig, task: Task, input: str | None, text: str | None)
     return prompts_of(task, task.test, config.task.max_length)
 
 
-def _model(config: RunConfig, task: Task, adapter: str | None) -> Any:
+def _chosen_model(config: RunConfig, task: Task, adapter: str | None) -> Any:
     if adapter is not None:
         return adapted_model(config, task, adapter)[0]
     model, new = build_model(config, task, config.search.seeds[0])
@@ -151,22 +151,22 @@ def predictions(
     outputs: Outputs | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> list[Prediction]:
-    """One prediction for each sample, in the order of the samples, on every rank. Collective.
+    """One prediction for each sample, in order, on every rank. Collective.
 
-    - sequence-classification: `class`, the likeliest one, and `probabilities` of all, by name.
+    - sequence-classification: `class`, the likeliest one, and `probabilities` by class.
     - regression: `value`.
-    - multiple-choice: `choice`, from 0, its `text`, and `scores` of all: the sum of each one's log likelihoods, or
-      with the metric `accuracy_norm` their mean over its tokens. The largest is chosen.
-    - sft, causal-lm: `completion`, at most `task.max_new_tokens` likeliest tokens, and `ended`: whether the last one is
-      an end token. That of causal-lm continues the text.
+    - multiple-choice: `choice`, from 0, its `text`, and the `scores` of all choices: the sum of a choice's log
+      likelihoods, or with the metric `accuracy_norm` their mean over its tokens. The largest score wins.
+    - sft, causal-lm: `completion`, at most `task.max_new_tokens` likeliest tokens, and `ended`: whether the last token
+      is an end token. For causal-lm it continues the text.
 
     Args:
-        samples: as `file_samples` or `prompts_of` returns them.
-        outputs: what an evaluation found for the same samples; it is not computed again.
-        advance: is told how many completions this rank has.
+        samples: samples from `file_samples` or `prompts_of`.
+        outputs: an evaluation's outputs for the same samples, to be used again.
+        advance: called with the number of new completions on this rank.
 
     Returns:
-        For each sample `row` and what is named above.
+        `row` and the keys above, for each sample.
 
     Raises:
         InputError: a prompt and its completion do not fit the model's positions.
@@ -235,7 +235,7 @@ def _completions(
 
 
 def _text_ends(task: Task, own: int | list[int] | None) -> list[int]:
-    """The tokens by which texts end: the tokenizer's, and those of the model's generation settings."""
+    """End-of-sequence tokens of the tokenizer and of the model's generation settings."""
     ends = {own} if isinstance(own, int) else set(own or ())
     return sorted(ends | {end for end in [task.tokenizer.eos_token_id] if end is not None})
 
@@ -250,7 +250,7 @@ def _check_positions(model: Any, task: Task, prompts: list[list[int]], rows: lis
 
 
 def _with_expected(task: Task, samples: Dataset, found: list[Prediction]) -> Iterator[Prediction]:
-    """Predictions, with what the data says where it says something."""
+    """Predictions, with the label or answer of the data as `expected`; causal-lm has none."""
     if task.kind == "causal-lm":
         yield from found
         return
