@@ -1,4 +1,4 @@
-"""The arguments that verbs share: a configuration's file, `key=value` changes, and switches."""
+"""Arguments that verbs share: the configuration file, `key=value` changes, and options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 
 
-# What arguments that name no folder need instead, and how they are given.
+# Argument that names no folder -> what its value is, and how to give it.
 _VALUES = {
     "format": ("value", "format=merged or format=shira"),
     "input": ("file", "input=FILE"),
@@ -37,12 +37,12 @@ def load_arguments(
     needs: tuple[str, ...] = (),
     files: tuple[str, ...] = (),
 ) -> tuple[RunConfig, dict[str, str]]:
-    """Read the configuration, and those `key=value` arguments that are not part of it.
+    """Read the configuration and the verb's own `key=value` arguments.
 
     Args:
         takes: keys of the verb's own arguments.
-        needs: those of `takes` that must be given.
-        files: those of `takes` that name a file for this verb, not a folder.
+        needs: keys of `takes` that are required.
+        files: keys of `takes` that name a file, not a folder.
 
     Raises:
         InputError: an argument is missing, empty or given twice; or as `irdscale.config.loader.load_config`.

@@ -1,4 +1,4 @@
-"""The results of verbs at a terminal."""
+"""Print the results of verbs to a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from irdscale.cli.ranks import rank_of_this_process
 
 
 def show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | None = None) -> None:
-    """Print a verb's result on the first rank: as JSON, by `summary`, or a line for each value."""
+    """Print a verb's result on rank 0: as JSON, by `summary`, or one line per value."""
     if rank_of_this_process()[0] > 0:
         return
     if as_json:
@@ -99,7 +99,7 @@ def print_bench(result: dict[str, Any]) -> None:
 
 
 def print_doctor(result: dict[str, Any]) -> None:
-    """Print what this machine has, and what it can run."""
+    """Print this machine's packages and devices, and what it can run."""
     from rich.console import Console
 
     from irdscale.config.loader import leaves
@@ -124,7 +124,7 @@ def print_doctor(result: dict[str, Any]) -> None:
 
 
 def cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
-    """The Ray cluster that was found, in lines."""
+    """Lines about the Ray cluster, if one was found."""
     if ray["version"] is None:
         return
     found = ray["cluster"]
@@ -140,7 +140,7 @@ def cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
 
 
 def search_lines(search: dict[str, Any] | None) -> Iterator[str]:
-    """The estimate of a search, in lines."""
+    """Lines about the estimated time of a search."""
     from irdscale.utils.progress import duration
 
     if search is None:

@@ -1,4 +1,4 @@
-"""Samples and predictions at a terminal."""
+"""Print samples and predictions to a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from irdscale.cli.console import readable
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Tokens of a sample that are shown: so many of its beginning and of its end.
+# Tokens shown of a sample's beginning, and of its end.
 SHOWN = 48
 LEARNED = "bold green"
 
@@ -24,7 +24,7 @@ def print_predictions(rows: list[dict[str, Any]]) -> None:
 
 
 def print_prediction(found: dict[str, Any]) -> None:
-    """Print one prediction: the completion or the number alone, or the classes, the likeliest first."""
+    """Print one prediction: the completion, the number, or the classes with the likeliest first."""
     if "probabilities" in found:
         order = sorted(found["probabilities"].items(), key=lambda each: -each[1])
         width = max(len(name) for name, _ in order)
@@ -35,7 +35,7 @@ def print_prediction(found: dict[str, Any]) -> None:
 
 
 def print_data(result: dict[str, Any]) -> None:
-    """Print for each split its size, classes, token lengths and some samples; then the rows that are refused."""
+    """Print each split's size, classes, token lengths and some samples, then the refused rows."""
     from rich.console import Console
 
     console = Console()
@@ -51,10 +51,10 @@ def print_data(result: dict[str, Any]) -> None:
     for name, split in result["splits"].items():
         origin = "" if split["origin"] == name else f" ({split['origin']})"
         line(f"\n{name}{origin}: {split['samples']:,} samples", "bold")
-        for text in _facts(result, split):
+        for text in _summary_lines(result, split):
             line(f"  {text}")
         for sample in split["shown"]:
-            line(_sample(sample, coloured))
+            line(_marked_tokens(sample, coloured))
     refused = result["refused"]
     if refused["rows"]:
         line(f"\nrefused: {readable(refused['rows'])} row(s)", "bold")
@@ -64,7 +64,7 @@ def print_data(result: dict[str, Any]) -> None:
             line(f"  and {readable(refused['rows'] - len(refused['first']))} more")
 
 
-def _facts(result: dict[str, Any], split: dict[str, Any]) -> Iterator[str]:
+def _summary_lines(result: dict[str, Any], split: dict[str, Any]) -> Iterator[str]:
     if "classes" in split:
         yield "classes: " + ", ".join(f"{name} {count:,}" for name, count in split["classes"].items())
     if "values" in split:
@@ -84,8 +84,8 @@ def _facts(result: dict[str, Any], split: dict[str, Any]) -> Iterator[str]:
         yield f"packed: {split['blocks']:,} blocks of {result['max_length']:,} tokens"
 
 
-def _sample(sample: dict[str, Any], coloured: bool) -> Text:
-    """A sample's tokens, separated by bars, with those that are learned marked."""
+def _marked_tokens(sample: dict[str, Any], coloured: bool) -> Text:
+    """A sample's tokens, separated by bars, with the learned ones marked."""
     from rich.text import Text
 
     label = f", {readable(sample['label'])}" if "label" in sample else ""
@@ -106,5 +106,5 @@ def _sample(sample: dict[str, Any], coloured: bool) -> Text:
 
 
 def _printable(text: str) -> str:
-    """The text with line breaks and whatever a terminal may act on as escapes."""
+    """The text, with line breaks and control characters as escapes."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

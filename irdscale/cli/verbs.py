@@ -1,6 +1,6 @@
-"""The verbs. Each is thin: it reads its arguments and calls one function that Python users can call.
+"""The verbs. Each reads its arguments and calls one function, which Python users can call too.
 
-Heavy packages are imported after the arguments are checked, so that mistakes and `--help` get a quick answer.
+Heavy packages are imported after the arguments are checked, so that errors and `--help` come quickly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _saving(
     takes: tuple[str, ...] = (),
     resumes: str = "the same command goes on from there",
 ) -> Iterator[tuple[RunConfig, dict[str, str]]]:
-    """Run the body of a verb that saves its state in the output folder; yields what `load_arguments` returns."""
+    """Run the body of a verb that saves its state in the output folder; yields the result of `load_arguments`."""
     with ending(resumes):
         settings, given = load_arguments(config, overrides, takes)
         check_writable(settings.output, "output")

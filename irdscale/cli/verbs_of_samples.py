@@ -1,4 +1,4 @@
-"""The verbs that show samples: `data` before a training, `predict` after it. Each calls one function, as all verbs."""
+"""The verbs that show samples: `data` before training, `predict` after it. Each calls one function."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from irdscale.utils.files import check_writable
 
 @verb("irdscale data configs/quickstart.yaml")
 def data(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what will be learned: samples of each split as tokens, classes, token lengths, and rows that are refused.
+    """Show the learned tokens: samples of each split, classes, token lengths, and refused rows.
 
-    The tokens that are learned are coloured on a terminal, and in brackets elsewhere. Loads no weights. With refused
-    rows the exit code is 2.
+    Learned tokens are coloured on a terminal, and in brackets elsewhere. Loads no weights. With refused rows, the exit
+    code is 2.
     """
     with ending():
         alone("data")
@@ -39,9 +39,9 @@ def data(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
 def predict(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Predict classes, numbers, choices or completions with an adapter: adapter=DIR.
 
-    For the test split of the task; for a file with the same columns, with or without labels: input=FILE; or for one
-    text: text="...". Writes JSON lines in the order of the rows to stdout, or to=FILE. Without adapter=, the base model
-    predicts, unless its head would be a new one. Under torchrun, all ranks share the samples.
+    The samples are the task's test split, a file with the same columns, with or without labels (input=FILE), or one
+    text (text="..."). Writes JSON lines in the order of the rows to stdout, or to=FILE. Without adapter=, the base
+    model predicts, unless its head is new. Under torchrun, all ranks share the samples.
     """
     takes = ("adapter", "input", "text", "to")
     with ending():

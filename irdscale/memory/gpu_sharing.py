@@ -1,4 +1,4 @@
-"""Trials that share a GPU: whether their memory fits, checked before any of them starts."""
+"""Check whether the memory of trials that share a GPU fits, before any trial starts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from irdscale.memory.workload import workload_of
 
 # Relative error of an estimate; only trials that exceed their share by more are refused.
 ESTIMATE_ERROR = 0.1
-# Bytes of a GPU whose trials are estimated. They only limit how many tokens' logits are formed at once.
+# Bytes of the GPU in an estimate. They only limit how many tokens' logits are formed at once.
 GPU_MEMORY = 80 * GIB
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How trials share the GPUs of a cluster; plain numbers and texts, ready for JSON.
+    """How trials share the GPUs of a cluster, as plain numbers and texts for JSON.
 
     Attributes:
         share: share of a GPU per trial.
@@ -50,7 +50,7 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
 
     Args:
         share: share of a GPU per trial.
-        cards: GPUs from `irdscale.cluster.share.cards`; if empty, nothing is checked.
+        cards: GPUs from `irdscale.cluster.share.cards`; without GPUs, nothing is checked.
         tokens: length of the longest sample; `task.max_length` if None.
 
     Raises:
@@ -63,7 +63,7 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
     room, gpu_gib = tensors_room(share, card.memory), round(card.memory / GIB, 2)
     try:
         phase, needed = trial_peak(config, tokens)
-    except Exception as unknown:  # a model whose memory cannot be estimated can still be searched
+    except Exception as unknown:  # the search can run without this estimate
         why = " ".join(str(unknown).split())
         log.warning("search.ray.gpus_per_rank: whether %d trials fit on a GPU is not known: %s", trials, why)
         return Sharing(share, trials, card.name, gpu_gib, mps)

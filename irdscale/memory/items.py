@@ -1,8 +1,8 @@
-"""Bytes of a rank by item, in each phase of a run and under each ZeRO stage. Plain arithmetic.
+"""Bytes of a rank by item, in each phase of a run and under each ZeRO stage.
 
-A trained parameter takes 16 bytes: a float32 value, its gradient and two moments. Beside these count the allocations of
-torch's DistributedDataParallel and DeepSpeed 0.18-0.19: gradient buckets, the optimizer's copy of a partition's values,
-and the weights that ZeRO-3 has gathered.
+A trained parameter takes 16 bytes: a float32 value, its gradient and two moments. The allocations of torch's
+DistributedDataParallel and DeepSpeed 0.18-0.19 are added: gradient buckets, the optimizer's copy of a partition's
+values, and the weights that ZeRO-3 has gathered.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def weights(shapes: Shapes, zero: Zero, world: int) -> tuple[int, int]:
 
 
 def pass_items(shapes: Shapes, used: PassBytes, zero: Zero, world: int) -> Items:
-    """A pass over samples without sums, such as the one that takes Fisher traces."""
+    """A pass over samples without sums, for example for Fisher traces."""
     held, gathered = weights(shapes, zero, world)
     return Items(weights=held, activations=used.saved, buffers=used.peak - used.saved + gathered)
 

@@ -1,8 +1,8 @@
-"""The bytes that a pass keeps and allocates, counted while its own code runs on the meta device.
+"""Count the bytes that a pass keeps and allocates, by running its code on the meta device.
 
-Nothing is computed there: a tensor has a shape, and its bytes count while it lives. A few layers run, and the rest is
-extrapolated, because equal layers keep equal bytes. What needs values has a stand-in: attention kernels (which keep no
-[T, T] matrix), the sums of an embedding's rows, and a language model's loss.
+Tensors there have shapes but no values; their bytes count until they are freed. A few layers run, and the others are
+extrapolated, because equal layers keep equal bytes. Operations that need values are replaced: attention kernels (which
+keep no [T, T] matrix), the sums of an embedding's rows, and a language model's loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cached_pass_bytes(model: nn.Module, scored: dict[str, nn.Parameter]) -> Call
 
 
 class Live(TorchDispatchMode):
-    """Counts the live bytes of meta tensors that were made inside."""
+    """Counts the bytes of meta tensors that are made inside and not yet freed."""
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            # Models ask whether a batch has no padding and no packing.
+            # Models test whether a batch has no padding and no packing.
             return args[0].dtype == torch.bool
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -78,11 +78,12 @@ class Live(TorchDispatchMode):
 
 
 def pass_bytes_of(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass, setting: PassSetting) -> PassBytes:
-    """Bytes of a pass over one batch; the model is on the meta device and is left unchanged.
+    """Bytes of a pass over one batch.
 
     Args:
+        model: model on the meta device; left unchanged.
         kind: `train` (forward and backward pass of a sparse training step), `masks` (the pass that sums squared
-            gradients), `traces` (the pass that takes each sample's Fisher trace) or `evaluate` (predictions).
+            gradients), `traces` (the pass for each sample's Fisher trace) or `evaluate` (predictions).
     """
     name, layers = layer_stack(model)
     parent, _, local = name.rpartition(".")
@@ -244,7 +245,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head: nn.Module, size: int) -> Tensor:
         losses, gradients = [], []
-        # Chunks from the third on keep the same bytes as the second, so one tensor stands for them.
+        # Chunks from the third on keep as many bytes as the second, so one tensor replaces them.
         for start in range(0, min(2 * size, len(hidden_ND)), size):
             part = hidden_ND[start : start + size].detach().requires_grad_()
             targets = torch.empty(len(part), dtype=torch.int64, device="meta")
@@ -293,7 +294,7 @@ def _add_rows(rows: TableRows) -> None:
 
 
 def _know_norms(model: nn.Module) -> None:
-    """Decide each norm's rule by trying it on the CPU with values; norms are small."""
+    """Find each norm's rule by trying it on the CPU with values; norms are small."""
     for module in model.modules():
         held = list(module.parameters(recurse=False))
         if len(held) == 1 and held[0].dim() == 1 and next(module.children(), None) is None:
@@ -311,7 +312,7 @@ def sparse_entries(
 
     Args:
         ratio: trained entries over scored entries.
-        scattered: whether they lie in all rows and columns, or in the share of `columns_held`.
+        scattered: whether they are in all rows and columns, or in the share of `columns_held`.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     required = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""What a rank holds at the peak of each phase of a run."""
+"""Bytes of a rank at the peak of each phase of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from irdscale.memory.items import F32, begin_items, evaluate_items, fisher_items
 from irdscale.memory.sizes import Items, PassBytes, PassSetting
 from irdscale.memory.workload import Layout, Workload
 
-# Phases in which trials may share a GPU; in the others a rank has its GPU alone.
+# Phases in which trials may share a GPU. In the others, each rank has its own GPU.
 TRIAL = ("begin", "train", "evaluate")
 
 

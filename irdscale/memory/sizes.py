@@ -1,4 +1,4 @@
-"""Plain numbers that the parts of a memory estimate share. Imports no torch."""
+"""Data classes and constants of memory estimates. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def columns_held(ratio: float, scattered: bool) -> float:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's sizes, and what of it is scored and trained.
+    """A model's sizes, and its scored and trained parameters.
 
     Attributes:
         parameters: entries of all parameters, tied ones once.
@@ -90,7 +90,7 @@ class PassSetting:
         checkpointing: gradient checkpointing.
         language: whether the loss is a language model's.
         memory: bytes of the GPU; None for a CPU.
-        scattered: whether trained entries lie in all rows and columns.
+        scattered: whether trained entries are in all rows and columns.
     """
 
     batch: int
@@ -103,7 +103,7 @@ class PassSetting:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether GPU kernels are used: they take bfloat16 directly and form no per-sample gradient."""
+        """Whether GPU kernels are used, which read bfloat16 directly and form no per-sample gradient."""
         return self.memory is not None
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of one training step by what it trains, for comparison with measured peaks."""
+"""Peak memory of one training step by kind, for comparison with measured peaks."""
 
 from __future__ import annotations
 

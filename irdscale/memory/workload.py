@@ -1,4 +1,4 @@
-"""What a configuration asks of memory, and one way to lay it out over ranks."""
+"""Quantities of a configuration that determine its memory, and its layout over ranks."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a configuration asks of memory, whatever its layout.
+    """Quantities that determine a configuration's memory, without its layout.
 
     Attributes:
         k: entries of the largest mask.
         tokens: length of the longest sample.
         samples, batch, eval_batch: samples of the Fisher passes, of a training step and of an evaluation batch.
-        traced: whether a pass takes the samples' Fisher traces before the masks.
+        traced: whether a pass computes the samples' Fisher traces before the masks.
         item: bytes per entry of the Fisher sums.
         language: whether the task trains a causal language model.
-        scattered: whether mask entries lie in all rows and columns, as with scope `layerwise`.
+        scattered: whether mask entries are in all rows and columns, as with scope `layerwise`.
         ray_ranks: ranks of one trial on Ray; None with the local runner.
         gpu_memory: bytes of the GPU; None for a CPU.
         pass_bytes: kind of pass and setting -> bytes of one batch.

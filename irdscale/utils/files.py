@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written to a temporary name, fsync'd, renamed."""
+"""Write files and folders atomically: to a temporary name, then fsync, then rename."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise `RunError`, with one line, if `path` cannot be written in the body."""
+    """Turn errors of writing `path` in the body into `RunError`, with one line."""
     try:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     except Exception as error:
-        # safetensors has an error of its own for a full disk; the name avoids importing it.
+        # safetensors has its own error for a full disk. Comparing its name avoids the import.
         if type(error).__name__ != "SafetensorError":
             raise
         raise RunError(f"cannot write {path}: {error}") from error
 
 
 def check_writable(folder: str | Path, key: str) -> None:
-    """Check that `folder`, or the nearest folder above it that exists, can be written; leaves nothing behind.
+    """Check that `folder`, or its nearest existing parent, can be written. No file stays there.
+
+    Args:
+        key: setting that names the folder, for errors.
 
     Raises:
-        InputError: it is a file, read-only, or its disk is full; `key` is the setting that names it.
+        InputError: it is a file or read-only, or its disk is full.
     """
     folder = Path(folder).absolute()
     existing = folder
@@ -65,13 +68,13 @@ def check_writable(folder: str | Path, key: str) -> None:
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
-    """Write `data` to `path` so that a crash leaves the old file or the new one, never a part."""
+    """Write `data` to `path` atomically: after a crash, the file is the old one or the new one."""
     encoded = data.encode() if isinstance(data, str) else data
     write_by(path, lambda temporary: temporary.write_bytes(encoded))
 
 
 def write_by(path: Path | str, fill: Callable[[Path], object]) -> None:
-    """Write a file atomically; `fill` writes its bytes to the path that it gets."""
+    """Write a file atomically; `fill` writes it to a temporary path."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
@@ -94,7 +97,7 @@ def _umask() -> int:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and Inf are refused."""
+    """Write `value` as indented JSON, atomically; NaN and Inf raise ValueError."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -102,7 +105,7 @@ def read_json(path: Path | str, what: str) -> Any:
     """Read JSON from `path`.
 
     Raises:
-        InputError: the file is missing or not JSON; `what` names its content.
+        InputError: the file is missing or not JSON; the error calls it `what`.
     """
     try:
         return json.loads(Path(path).read_bytes())
@@ -155,7 +158,7 @@ def write_folder(folder: Path | str, fill: Callable[[Path], None]) -> None:
             fill(temporary)
             for path in temporary.rglob("*"):
                 if path.is_file():
-                    # safetensors writes files that nobody else may read.
+                    # safetensors writes files that other users cannot read.
                     os.chmod(path, 0o666 & ~_umask())
                     with path.open("rb") as stream:
                         os.fsync(stream.fileno())
@@ -181,7 +184,7 @@ def digest(value: Any) -> str:
 
 
 def remove_temporaries(folder: Path, name: str = "*") -> None:
-    """Delete the temporary files and folders of `name` (by default, of all names) that killed runs left in `folder`."""
+    """Delete temporary files and folders of `name` (default: all names) that killed runs left in `folder`."""
     for path in folder.glob(f".{name}.*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

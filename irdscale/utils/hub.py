@@ -29,14 +29,14 @@ def _answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # whatever the HTTP client of the installed version raises, there is no hub
+    except Exception:  # the type of error depends on the HTTP client
         return False
     return True
 
 
 @contextmanager
 def hub_access(needed: bool = True) -> Iterator[None]:
-    """Use the hub in the body if it answers within 5 seconds, and else only its cache.
+    """In the body, use the hub if it answers within 5 seconds, else only its cache.
 
     Without this, a machine without network waits about 25 s for each file that is not cached.
 

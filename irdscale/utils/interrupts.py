@@ -1,7 +1,7 @@
-"""Interrupts that let work save its state first: Ctrl-C, SIGTERM, or a cluster that needs the resources.
+"""Interrupts after which a run can save its state: Ctrl-C, SIGTERM, or a cluster that takes its resources back.
 
-Inside `deferred`, a signal is noted, and the work calls `wanted` where it can save. Elsewhere, a signal raises
-`KeyboardInterrupt` at once.
+Inside `deferred`, a signal is only recorded, and the run calls `wanted` at points where it can save. Elsewhere, a
+signal raises `KeyboardInterrupt` at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Launchers and the terminal may send one signal several times; only a later one ends the work at once.
+# Seconds in which repeated signals count as one: launchers and terminals may send a signal several times.
 AGAIN_S = 5.0
 
 
@@ -39,7 +39,7 @@ class _State:
 
 
 def wanted() -> bool:
-    """Whether the work should save its state and end."""
+    """Whether the run should save its state and end."""
     return _State.noted is not None or (_State.asked is not None and _State.asked())
 
 
@@ -55,13 +55,12 @@ def asking(asked: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Note signals in the body instead of raising `KeyboardInterrupt`; a later one, `AGAIN_S` after the first, raises.
+    """Record signals in the body instead of raising `KeyboardInterrupt`.
 
-    This holds in the main thread, and for signals that would raise anyway or end the process by default. A signal that
-    the body did not handle raises when it ends.
+    This holds in the main thread, for signals that would raise `KeyboardInterrupt` or end the process by default.
 
     Raises:
-        KeyboardInterrupt: see above.
+        KeyboardInterrupt: at the end of the body, after a signal; or at a second signal, `AGAIN_S` after the first.
     """
     if _State.depth or threading.current_thread() is not threading.main_thread():
         yield

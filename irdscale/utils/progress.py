@@ -1,4 +1,4 @@
-"""Progress on stderr: live bars on a terminal, a plain line every 10 seconds in a log file."""
+"""Progress on stderr: bars on a terminal, a plain line every 10 seconds in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
-# The steps of a search take minutes: with rich's default of 30 seconds, the rate would always be unknown.
+# The steps of a search take minutes. With rich's default of 30 seconds, their rate would stay unknown.
 RATE_SECONDS = 3600.0
 
 console = Console(stderr=True)
@@ -20,10 +20,10 @@ console = Console(stderr=True)
 
 class Advance(Protocol):
     def __call__(self, n: float = 1, note: str = "", earlier: bool = False) -> None:
-        """Add `n` finished items; a `note` is shown after the bar until the next one.
+        """Add `n` finished items; `note` is shown after the bar until the next call.
 
         Args:
-            earlier: an earlier run finished them; they do not count for the rate.
+            earlier: whether an earlier run finished them; they do not count for the rate.
         """
 
 
@@ -57,7 +57,7 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
         total: number of items, or None if unknown.
 
     Yields:
-        `advance(n=1, note="")`, to be called when items are done.
+        `advance(n=1, note="")`, to call when items are finished.
     """
     if _State.listener is not None:
         yield _listened(_State.listener, description, total)
@@ -75,7 +75,7 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
 
 
 class _Bars(Progress):
-    """Bars, with the renderable of `show_below`."""
+    """Bars, with the renderable of `show_below` below them."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -89,13 +89,13 @@ def is_live() -> bool:
 
 
 def show_below(what: RenderableType | None) -> None:
-    """Show something below the bars that are open, until the next call."""
+    """Show `what` below the open bars, until the next call."""
     _State.below = what
 
 
 @contextmanager
 def progress_listener(listener: Listener) -> Iterator[None]:
-    """Replace bars in the body by calls of `listener` with description, items done, total and note."""
+    """In the body, call `listener` with description, finished items, total and note, instead of showing bars."""
     _State.listener = listener
     try:
         yield
@@ -207,5 +207,5 @@ def duration(seconds: float) -> str:
 
 
 def say(message: str) -> None:
-    """Print one line on stderr, above any bar that is open."""
+    """Print one line on stderr, above the open bars."""
     console.print(message, soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Checks of whether Triton's kernels can run. The module can be imported without Triton."""
+"""Check whether Triton's kernels can run. This module can be imported without Triton."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def why_not_on(device: torch.device) -> str | None:
 def comes_out_right(what: str, device: torch.device, example: Callable[[], tuple[Tensor, Tensor]]) -> bool:
     """Whether a small example of a kernel gives the right result; a failure is logged.
 
-    Triton may lack, for example, a C compiler or a driver of a suitable version.
+    For example, Triton may find no C compiler, or an unsuitable driver.
 
     Args:
-        what: name of the kernel's work, for the log.
+        what: name of the kernel's results, for the log.
         example: runs the kernel; returns its result, and the expected one in float64 on the CPU.
     """
     try:
         found, expected = example()
         error = float((found.cpu().double() - expected).abs().max() / expected.abs().max())
-    except Exception as problem:  # whatever a compiler or driver raises, PyTorch can do the work
+    except Exception as problem:  # compilers and drivers raise any type of error; PyTorch is used instead
         log.warning("%s go without their Triton kernel on %s: %s", what, device, problem)
         return False
     if not error < 1e-4:
