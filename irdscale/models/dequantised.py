@@ -232,7 +232,7 @@ def _unreadable(path: str, header: GgufHeader, error: Exception) -> InputError:
     import transformers
 
     found = f"{path}: found architecture {header.architecture!r}, which transformers {transformers.__version__} cannot"
-    return InputError(f"{found} read from a GGUF file ({one_line(error)})", "another one", key="model.path")
+    return InputError(f"{found} read from a GGUF file ({one_line(error)})", "one that it can read", key="model.path")
 
 
 def _fill_checkpoint(path: str, file: Path, dtype: str) -> Fill:
@@ -241,7 +241,9 @@ def _fill_checkpoint(path: str, file: Path, dtype: str) -> Fill:
     header, settings = _checked_header(path, file), settings_folder(path)
     log.info("%s: dequantising %s weights into %s, once", path, f"{header.parameters:,}", dtype)
     if ROPE in header.shapes:
-        log.warning("%s: transformers leaves out %s, which scales positions: far tokens are off", path, ROPE)
+        log.warning(
+            "%s: transformers leaves out %s, which scales rotary positions: long texts give other results", path, ROPE
+        )
     with hub_access(needed=False), quiet():
         config = AutoConfig.from_pretrained(settings)
     model = _saveable_model(config, _dequantised(path, file, config, dtype, header))

@@ -78,15 +78,15 @@ class Text:
             outside = self.text[start : min(stop, begin)] + self.text[max(start, end) : stop]
             if inside.strip() and outside.strip():
                 raise InputError(
-                    f"the tokenizer joins {self.text[start:stop]!r} in one token, of which only {inside!r} is of the "
-                    f"answer",
+                    f"the tokenizer joins {self.text[start:stop]!r} in one token, of which only {inside!r} belongs to "
+                    f"the answer",
                     "a template that ends prompts and answers with special tokens or white space",
                     where=where,
                 )
             if (inside and not outside.strip()) or (start == stop and begin <= start < end):
                 own.append(place)
         if not own:
-            raise InputError("the tokenizer makes no token of it", "some text, to learn from", where=where)
+            raise InputError("found an answer without tokens", "some text, to learn from", where=where)
         return own[0], own[-1] + 1
 
 
@@ -143,7 +143,7 @@ def place_by_prefixes(writer: ChatWriter, chat: Text, messages: Sequence[Message
     if tokens[: len(last)] == last and last[: len(first)] == first and len(first) < len(last):
         return Place(len(first), len(last), len(before))
     if until == before:
-        raise InputError("the chat template writes nothing for it", "some text, to learn from", where=where)
+        raise InputError("the chat template writes no text for this answer", "some text, to learn from", where=where)
     if not until.startswith(before):
         place = shared(before, until)
         raise InputError(

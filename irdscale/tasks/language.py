@@ -95,7 +95,7 @@ def language_samples(
     for sample in samples:
         if all(label == IGNORED for label in sample.labels):
             raise InputError(
-                f"{rows.where}, row {sample.row}: found no token to learn behind the first one, which nothing predicts",
+                f"{rows.where}, row {sample.row}: found no token to learn after the first one, which no token predicts",
                 "a prompt, or a longer text",
                 key="task.dataset",
             )
@@ -156,7 +156,7 @@ def _texts(
                 if len(piece) > 1:
                     yield _Sample(row, piece, [IGNORED, *piece[1:]])
     if empty:
-        log.info("%s: %d of %d rows hold no text and are left out", rows.where, empty, len(part.rows))
+        log.info("%s: %d of %d rows have no text and are left out", rows.where, empty, len(part.rows))
 
 
 def _completions(
@@ -287,7 +287,7 @@ def _chats(
     if other_prompts:
         log.warning(
             "%s: %d of %d chats, such as row %d: the chat template writes another prompt before the last answer than "
-            "when it asks for that answer; the former is learned from, and evaluated on",
+            "when it asks for that answer; training and evaluation use the former",
             rows.where,
             len(other_prompts),
             len(part.rows),

@@ -137,7 +137,7 @@ def _chosen_model(config: RunConfig, task: Task, adapter: str | None) -> Any:
         return adapted_model(config, task, adapter)[0]
     model, new = build_model(config, task, config.search.seeds[0])
     if new:
-        fault = f"missing, and {config.model.path} has no head for this task: a new one knows nothing"
+        fault = f"missing, and {config.model.path} has no head for this task: a new head is random"
         raise InputError(fault, "adapter=DIR among the arguments", "adapter")
     log.info("without adapter=, the base model predicts")
     return model
