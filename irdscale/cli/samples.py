@@ -54,7 +54,7 @@ def print_data(result: dict[str, Any]) -> None:
         for text in _summary_lines(result, split):
             line(f"  {text}")
         for sample in split["shown"]:
-            line(_marked_tokens(sample, coloured))
+            line(_sample(sample, coloured))
     refused = result["refused"]
     if refused["rows"]:
         line(f"\nrefused: {readable(refused['rows'])} row(s)", "bold")
@@ -84,7 +84,7 @@ def _summary_lines(result: dict[str, Any], split: dict[str, Any]) -> Iterator[st
         yield f"packed: {split['blocks']:,} blocks of {result['max_length']:,} tokens"
 
 
-def _marked_tokens(sample: dict[str, Any], coloured: bool) -> Text:
+def _sample(sample: dict[str, Any], coloured: bool) -> Text:
     """A sample's tokens, separated by bars, with the learned ones marked."""
     from rich.text import Text
 

@@ -63,7 +63,7 @@ def settings_folder(path: str) -> Path:
     """
     file = _gguf_file(path)
     made_of = {"sha256": file_hash(file)}
-    return _cached_folder(f"{made_of['sha256'][:NAMED_BY]}-settings", made_of, lambda: _fill_settings(path, file))
+    return _cached_folder(f"{made_of['sha256'][:NAMED_BY]}-settings", made_of, lambda: _settings(path, file))
 
 
 def checkpoint_folder(path: str, dtype: str) -> Path:
@@ -79,9 +79,7 @@ def checkpoint_folder(path: str, dtype: str) -> Path:
     """
     file = _gguf_file(path)
     made_of = {"sha256": file_hash(file), "dtype": dtype}
-    return _cached_folder(
-        f"{made_of['sha256'][:NAMED_BY]}-{dtype}", made_of, lambda: _fill_checkpoint(path, file, dtype)
-    )
+    return _cached_folder(f"{made_of['sha256'][:NAMED_BY]}-{dtype}", made_of, lambda: _checkpoint(path, file, dtype))
 
 
 def file_hash(file: Path) -> str:
@@ -184,7 +182,7 @@ def _gguf_arguments(file: Path) -> Iterator[dict[str, Any]]:
             yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
 
-def _fill_settings(path: str, file: Path) -> Fill:
+def _settings(path: str, file: Path) -> Fill:
     from transformers import AutoConfig, AutoTokenizer
 
     header = _checked_header(path, file)
@@ -235,7 +233,7 @@ def _unreadable(path: str, header: GgufHeader, error: Exception) -> InputError:
     return InputError(f"{found} read from a GGUF file ({one_line(error)})", "one that it can read", key="model.path")
 
 
-def _fill_checkpoint(path: str, file: Path, dtype: str) -> Fill:
+def _checkpoint(path: str, file: Path, dtype: str) -> Fill:
     from transformers import AutoConfig
 
     header, settings = _checked_header(path, file), settings_folder(path)
