@@ -154,6 +154,9 @@ class Supervisor:
     async def arrive(self, name: str, rank: int, where: dict[str, Any], address: str) -> str:
         """Register a started rank; returns the address of rank 0's process group."""
         state = self._state(name)
+        if self._closing and state.arrived is None:
+            # `_run` cancels this rank: its job must not start any more.
+            await asyncio.Event().wait()
         state.where[rank] = where
         state.heard = time.monotonic()
         if rank == 0:

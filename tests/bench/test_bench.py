@@ -25,6 +25,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (fisher, models, train):
         monkeypatch.setattr(module, "make_model", make_model)
+    for module in (fisher, train):
         monkeypatch.setattr(module, "REPEATS", 2)
     monkeypatch.setattr(trainer, "REPEATS", 2)
     monkeypatch.setattr(trainer, "STEPS", 2)

@@ -177,7 +177,7 @@ def test_a_failed_check_counts_and_a_missed_bar_does_not(capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "ok        2.0 s  good: 1.0e-01, at most 1e+00"
     assert lines[1].startswith("MISSED")
-    assert lines[1].endswith("steps a second, 260K x 128 tokens: 3 (3 to 3, asked >= 30.0)")
+    assert lines[1].endswith("steps a second, 260K x 128 tokens: 3 (3 to 3, bar >= 30.0)")
     assert lines[2].startswith("FAILED    2.0 s  bad: nan")
 
 

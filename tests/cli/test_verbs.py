@@ -205,7 +205,7 @@ def test_report_refuses_what_is_not_there_and_changes_to_a_folder(config, called
     assert "expected the folder alone" in capsys.readouterr().err
     (tmp_path / "compare.json").touch()
     assert command_line.run(["report", str(tmp_path), "--samples"]) == 2
-    assert "found a comparison; expected the output of a search" in capsys.readouterr().err
+    assert "a comparison; expected the output of a search" in capsys.readouterr().err
     assert called.list == []
 
 
