@@ -165,7 +165,7 @@ def test_what_stands_around_the_last_answer(
         (
             TEXTUAL.replace("Bot: ", "").replace("\n", ""),
             said("hello", ""),
-            "message 1: the chat template writes nothi",
+            "message 1: the chat template writes no text for this answer",
         ),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", said("US", "ER"), "joins 'USER' in one token, of whi"),
     ],
