@@ -13,6 +13,6 @@ bash launch/install.sh dev
 export HF_HUB_OFFLINE=1
 .venv/bin/python -m ruff format --check irdscale tests
 .venv/bin/python -m ruff check irdscale tests
-.venv/bin/lint-imports
+.venv/bin/lint-imports --config pyproject.toml
 .venv/bin/python -m mypy
 .venv/bin/python -m pytest "$@"
