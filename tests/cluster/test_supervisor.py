@@ -5,6 +5,7 @@ One cluster of two processors, and of one GPU by name.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.cluster import connect, share  # noqa: E402
+from irdscale.cluster import supervisor as supervisor_module  # noqa: E402
 from irdscale.cluster.supervisor import Job  # noqa: E402
 from irdscale.cluster.worker import RankGroup, packed, unpacked  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
@@ -147,6 +149,25 @@ def test_jobs_pause_when_the_search_closes_and_none_begin(supervisor: Any) -> No
         assert end_of(supervisor, "too late") is None
     finally:
         ray.get(supervisor.close.remote(False))
+
+
+def test_a_rank_that_arrives_after_the_close_does_not_start_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, with a future in the place of the rank's Ray task."""
+
+    async def scenario() -> None:
+        # A Ray task gives its resources to the next one before the supervisor looks again.
+        monkeypatch.setattr(supervisor_module, "_submit", lambda job, group: {"rank": asyncio.Future()})
+        monkeypatch.setattr(ray, "cancel", lambda ref, force: None)
+        monkeypatch.setattr(supervisor_module, "END_S", 0.01)
+        mine = supervisor_module.Supervisor()
+        await mine.start(Job("late", packed(works.answer), RankGroup(), silent_s=60.0))
+        await asyncio.sleep(0)
+        await mine.close(True)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(mine.arrive("late", 0, {"node": "", "pid": 0, "host": "here"}, ""), 0.1)
+        assert await asyncio.wait_for(mine.follow("late"), 10) == {"result": None}
+
+    asyncio.run(scenario())
 
 
 def test_six_jobs_of_two_ranks_on_two_processors(supervisor: Any) -> None:
