@@ -1,5 +1,12 @@
 """The two ways a verb ends badly: the user's input is wrong (exit code 2), or the run failed (exit code 1)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def kind_of(value: object) -> str:
     """What an error says was found where a value is of the wrong type."""
@@ -16,9 +23,9 @@ class InputError(ValueError):
         where: file, row, method or host of the fault; empty where the key is enough
     """
 
-    def __init__(self, found: str, expected: str = "", key: str = "", where: str = "") -> None:
-        super().__init__(found, expected, key, where)
-        self.found, self.expected, self.key, self.where = found, expected, key, where
+    def __init__(self, found: str, expected: str = "", key: str = "", where: Path | str = "") -> None:
+        self.found, self.expected, self.key, self.where = found, expected, key, str(where)
+        super().__init__(found, expected, key, self.where)
 
     def __str__(self) -> str:
         line = ": ".join(part for part in (self.where, self.key, self.found) if part)

@@ -92,7 +92,7 @@ def save_adapter(
         RunError: the folder cannot be written.
     """
     if dtype is not None and dtype not in STORED:
-        raise InputError(f"found {dtype}", f"{' or '.join(map(str, STORED))}", key="dtype")
+        raise InputError(f"found {dtype}", " or ".join(map(str, STORED)), key="dtype")
     state = sparse_state(model)
     deltas, dense = trained_numbers(model)
     found_hash = known_hash(model, state.dense) if is_vouched(model) else base_hash(model)
@@ -152,25 +152,23 @@ def read_adapter(folder: Path | str) -> Adapter:
         names = list(dict.fromkeys(meta["dense"]))
         shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     except (KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"damaged adapter: no valid {error}", where=str(folder / "adapter.json")) from error
+        raise InputError(f"damaged adapter: no valid {error}", where=folder / "adapter.json") from error
     if _contents_hash(tensors) != stated["contents_hash"]:
-        raise InputError("damaged adapter: its contents do not match the stored hash", where=str(file))
+        raise InputError("damaged adapter: its contents do not match the stored hash", where=file)
     parts: dict[str, dict[str, Tensor]] = {"index": {}, "values": {}, "dense": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         parts.setdefault(kind, {})[name] = tensor
     mask, values = Mask(parts["index"], shapes), parts["values"]
     if mask.hash != stated["mask_hash"]:
-        raise InputError("damaged adapter: its mask does not match the stored hash", where=str(folder / "adapter.json"))
+        raise InputError("damaged adapter: its mask does not match the stored hash", where=folder / "adapter.json")
     # The hashes detect damage, not malice: anyone may have written an adapter on a hub.
     for name, index in mask.indices.items():
         if name not in values or values[name].shape != index.shape or not values[name].is_floating_point():
             found = f"{values[name].dtype} {tuple(values[name].shape)}" if name in values else "none"
-            raise InputError(f"damaged adapter: {name}: found values {found}", f"{len(index)} numbers", where=str(file))
+            raise InputError(f"damaged adapter: {name}: found values {found}", f"{len(index)} numbers", where=file)
     if set(names) != set(parts["dense"]):
-        raise InputError(
-            "damaged adapter: its densely trained parameters are not those of adapter.json", where=str(file)
-        )
+        raise InputError("damaged adapter: its densely trained parameters are not those of adapter.json", where=file)
     dense = {name: parts["dense"][name] for name in names}
     head = read_head(stated["head"], folder)
     return Adapter(folder, mask, values, dense, str(stated["base_hash"]), str(stated["base_model"]), head)
@@ -190,16 +188,16 @@ def check_fits(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             found = shapes.get(name, "no such parameter")
-            raise InputError(f"adapter for another base: {name}: found {found}", f"{shape}", where=str(adapter.folder))
+            raise InputError(f"adapter for another base: {name}: found {found}", f"{shape}", where=adapter.folder)
     for name in adapter.dense:
         if len(adapter.mask.indices.get(name, ())):
             raise InputError(
-                f"damaged adapter: {name} is trained both densely and by masked entries", where=str(adapter.folder)
+                f"damaged adapter: {name} is trained both densely and by masked entries", where=adapter.folder
             )
     try:
         adapter.mask.check()
     except InputError as error:
-        raise InputError(f"damaged adapter: {error}", where=str(adapter.folder)) from error
+        raise InputError(f"damaged adapter: {error}", where=adapter.folder) from error
 
 
 def check_base(adapter: Adapter, found_hash: str) -> None:
@@ -212,7 +210,7 @@ def check_base(adapter: Adapter, found_hash: str) -> None:
         raise InputError(
             f"adapter for another base: found weights {found_hash[:12]}",
             f"{adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'})",
-            where=str(adapter.folder),
+            where=adapter.folder,
         )
 
 

@@ -57,9 +57,7 @@ def read_head(stored: Any, folder: Path) -> HeadClasses | None:
         return None
     kind, names = (stored.get("kind"), stored.get("classes")) if isinstance(stored, dict) else (0, None)
     if not isinstance(kind, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise InputError(
-            f"damaged adapter: found head {stored!r}", "kind and classes", where=str(folder / "adapter.json")
-        )
+        raise InputError(f"damaged adapter: found head {stored!r}", "kind and classes", where=folder / "adapter.json")
     return HeadClasses(f"the adapter {folder}", kind, tuple(names))
 
 
@@ -95,7 +93,7 @@ def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str,
     if head is None or own is None:
         return
     if own.kind is not None and head.kind is not None and own.kind != head.kind:
-        raise InputError(f"found a model for {own.kind}", f"one for {head.kind}, as {head.where}", where=str(own.where))
+        raise InputError(f"found a model for {own.kind}", f"one for {head.kind}, as {head.where}", where=own.where)
     if own.names and head.names and order_of(own.names, head.names) is None:
         raise other_classes(own.names, head, own.where)
 

@@ -16,7 +16,7 @@ def _is_repository(name: str) -> bool:
 
 def _check_id(repo_id: str) -> None:
     if not _is_repository(repo_id):
-        raise InputError("found no name on the hub", "OWNER/NAME", where=str(repo_id))
+        raise InputError("found no name on the hub", "OWNER/NAME", where=repo_id)
 
 
 def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
@@ -38,7 +38,7 @@ def push_adapter(folder: Path | str, repo_id: str, private: bool = True) -> str:
 
     _check_id(repo_id)
     if not Path(folder).is_dir():
-        raise InputError("no such folder", "an adapter", where=str(folder))
+        raise InputError("no such folder", "an adapter", where=folder)
     read_adapter(folder)
     try:
         with hub_access():
@@ -90,4 +90,4 @@ def find_adapter(place: Path | str) -> Path:
     try:
         return pull_adapter(str(place))
     except InputError as error:
-        raise InputError(f"no such folder here, and {error.found}", where=str(place)) from error
+        raise InputError(f"no such folder here, and {error.found}", where=place) from error

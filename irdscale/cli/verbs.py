@@ -168,7 +168,7 @@ def report(
         else:
             output = Path(config)
         if not output.is_dir():
-            raise InputError("no such folder", "the output of irdscale search or compare", where=str(output))
+            raise InputError("no such folder", "the output of irdscale search or compare", where=output)
         check_writable(output, "output")
         if (output / "compare.json").exists():
             if samples:

@@ -98,7 +98,7 @@ def _read(output: Path, name: str, kind: str, direction: str) -> _Seed:
         found = {one.name: one for one in ranking_relations(traces, direction, kind)[1]}
         return _Seed(traces["row"], found, altered, start, fewest, masks.masks[start], masks.masks[fewest])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not the traces of a search: {type(error).__name__} {error}", where=str(file)) from error
+        raise InputError(f"not the traces of a search: {type(error).__name__} {error}", where=file) from error
 
 
 def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed]) -> Samples:

@@ -68,7 +68,7 @@ def read_study(output: Path) -> dict[str, Any]:
     """
     path = output / FILE
     if not path.exists():
-        raise InputError(f"found no {FILE}", "a finished comparison: run irdscale compare", where=str(output))
+        raise InputError(f"found no {FILE}", "a finished comparison: run irdscale compare", where=output)
     study = read_json(path, "result of a comparison")
     try:
         TypeAdapter(_type(STUDY)).validate_python(study)
@@ -77,9 +77,9 @@ def read_study(output: Path) -> dict[str, Any]:
         key = ".".join(map(str, first["loc"])) or "the file"
         found = "nothing" if first["type"] == "missing" else repr(first["input"])[:80]
         message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InputError(f"not the result of a comparison: {key}: found {found}; {message}", where=str(path)) from error
+        raise InputError(f"not the result of a comparison: {key}: found {found}; {message}", where=path) from error
     names = [method["name"] for method in study["methods"]]
     if study["reference"] not in names:
         expected = f"one of its methods: {', '.join(names) or 'none'}"
-        raise InputError(f"found {study['reference']!r}", expected, key="reference", where=str(path))
+        raise InputError(f"found {study['reference']!r}", expected, key="reference", where=path)
     return dict(study)

@@ -114,10 +114,10 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise InputError(f"cannot read the configuration: {reason}", where=str(path)) from error
+        raise InputError(f"cannot read the configuration: {reason}", where=path) from error
     values, lines = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError("found no sections", ", ".join(RunConfig.model_fields), where=str(path))
+        raise InputError("found no sections", ", ".join(RunConfig.model_fields), where=path)
     _resolve_paths(values, path.parent)
     overridden = {_override(values, override) for override in overrides}
     config = _validate(values, str(path), lines, overridden)

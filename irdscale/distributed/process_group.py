@@ -57,9 +57,7 @@ def alone(verb: str) -> None:
     """
     world = launched()[2]
     if world > 1:
-        raise InputError(
-            f"found {world} ranks (WORLD_SIZE)", "one process: start it without a launcher", where=str(verb)
-        )
+        raise InputError(f"found {world} ranks (WORLD_SIZE)", "one process: start it without a launcher", where=verb)
 
 
 def free_port(host: str = "") -> int:

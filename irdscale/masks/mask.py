@@ -90,9 +90,9 @@ class Mask:
             mask = cls(indices, {name: tuple(shape) for name, shape in meta["shapes"].items()})
             matches = mask.hash == meta["hash"] and mask.k == meta["k"] and set(indices) <= set(mask.shapes)
         except (KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"damaged mask: no valid {error}", where=str(file)) from error
+            raise InputError(f"damaged mask: no valid {error}", where=file) from error
         if not matches:
-            raise InputError("damaged mask: its contents do not match the stored hash", where=str(tensors))
+            raise InputError("damaged mask: its contents do not match the stored hash", where=tensors)
         mask.check()
         return mask
 

@@ -64,7 +64,7 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
         raise InputError(
             f"cannot build a model for task.kind {kind!r} from its config.json: {one_line(error)}",
             key="model.path",
-            where=str(config.model.path),
+            where=config.model.path,
         ) from error
     return cast("PreTrainedModel", model.eval())
 

@@ -70,7 +70,7 @@ def finished(output: Path) -> dict[str, Any]:
         records = read_ledger(output / "ledger.jsonl")
         done = sum(record["status"] == "ok" for record in records)
         found = f"a search with {done} evaluations done" if records else "no search"
-        raise InputError(f"found {found}", "a finished one: run irdscale search", where=str(output))
+        raise InputError(f"found {found}", "a finished one: run irdscale search", where=output)
     result: dict[str, Any] = read_json(output / "result.json", "result of a search")
     return result
 
@@ -102,7 +102,7 @@ def gather(output: Path) -> Facts:
         if isinstance(error, InputError):
             raise
         fault = f"not the output of a search: {type(error).__name__} {error}"
-        raise InputError(fault, where=str(output)) from error
+        raise InputError(fault, where=output) from error
 
 
 def _rounds(

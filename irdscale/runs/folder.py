@@ -274,7 +274,7 @@ def read_record(output: Path) -> dict[str, Any] | None:
         return None
     found = read_json(file, "record of a run")
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-        raise InputError("not the record of a run", DO.removeprefix("the same command, "), where=str(file))
+        raise InputError("not the record of a run", DO.removeprefix("the same command, "), where=file)
     return found
 
 

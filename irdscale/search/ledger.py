@@ -42,7 +42,7 @@ def read_ledger(path: Path | str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"cannot read the ledger: {error.strerror}", where=str(path)) from error
+        raise InputError(f"cannot read the ledger: {error.strerror}", where=path) from error
     records: list[dict[str, Any]] = []
     finished: set[str] = set()
     for row, line in enumerate(data.split(b"\n"), start=1):
@@ -129,7 +129,7 @@ def _locked(path: Path) -> tuple[int, list[dict[str, Any]]]:
         return descriptor, read_ledger(path)
     except BlockingIOError:
         os.close(descriptor)
-        raise InputError("another irdscale is writing it", "one at a time", where=str(path)) from None
+        raise InputError("another irdscale is writing it", "one at a time", where=path) from None
     except InputError:
         os.close(descriptor)
         raise

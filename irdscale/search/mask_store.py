@@ -74,7 +74,7 @@ def read_masks(index: Path) -> tuple[SearchMasks, str]:
         return read, str(stored["made_by"])
     except (KeyError, TypeError, ValueError) as error:
         fault = f"not a list of masks: no valid {error}"
-        raise InputError(fault, "a new folder, or this one deleted", where=str(index)) from error
+        raise InputError(fault, "a new folder, or this one deleted", where=index) from error
 
 
 def load_mask(output: Path, mask_hash: str) -> Mask:
@@ -86,7 +86,7 @@ def load_mask(output: Path, mask_hash: str) -> Mask:
     folder = mask_folder(output, mask_hash)
     mask = Mask.load(folder)
     if mask.hash != mask_hash:
-        raise InputError(f"found a mask with hash {mask.hash}", mask_hash, where=str(folder))
+        raise InputError(f"found a mask with hash {mask.hash}", mask_hash, where=folder)
     return mask
 
 

@@ -153,7 +153,7 @@ def _stored_mask(output: Path, file: Path, make: Callable[[], tuple[Mask, dict[s
     def find() -> dict[str, Any]:
         stored = read_json(file, "record of a mask")
         if not isinstance(stored, dict) or not isinstance(stored.get("mask"), str) or len(stored) < 2:
-            raise InputError("not the record of a mask", "the file deleted, to make it again", where=str(file))
+            raise InputError("not the record of a mask", "the file deleted, to make it again", where=file)
         load_mask(output, stored["mask"])
         return stored
 

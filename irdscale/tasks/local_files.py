@@ -92,11 +92,11 @@ def _read_file(path: Path, source: Source) -> pa.Table:
         )
     except pa.ArrowInvalid as error:
         if path.stat().st_size == 0 or "Empty CSV" in str(error):
-            raise InputError("the file is empty", key=_KEY, where=str(path)) from None
-        raise InputError(f"not a {path.suffix[1:]} file: {one_line(error)}", key=_KEY, where=str(path)) from None
+            raise InputError("the file is empty", key=_KEY, where=path) from None
+        raise InputError(f"not a {path.suffix[1:]} file: {one_line(error)}", key=_KEY, where=path) from None
     except OSError as error:
         fault = f"cannot be read: {error.strerror or one_line(error)}"
-        raise InputError(fault, key=_KEY, where=str(path)) from None
+        raise InputError(fault, key=_KEY, where=path) from None
 
 
 def _of_text(source: Source) -> list[str]:

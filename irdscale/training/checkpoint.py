@@ -107,7 +107,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ..
         for key in keys:
             found = tensors.get(f"{key}/{name}")
             if found is None or tuple(found.shape) != shape_of(parameter):
-                raise InputError(f"damaged {WHAT}: no {key} for {name}", where=str(file))
+                raise InputError(f"damaged {WHAT}: no {key} for {name}", where=file)
     return tensors
 
 

@@ -111,5 +111,5 @@ def kept_earlier(file: Path, find: Callable[[], T | None]) -> T | None:
     with failing_together():
         found = find() if file.exists() else None
     if broadcast_flag(found is not None) and found is None:
-        raise InputError("not found on this rank", "an output folder that all ranks share", where=str(file))
+        raise InputError("not found on this rank", "an output folder that all ranks share", where=file)
     return found

@@ -110,9 +110,9 @@ def read_json(path: Path | str, what: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read the {what}: {error.strerror}", where=str(path)) from error
+        raise InputError(f"cannot read the {what}: {error.strerror}", where=path) from error
     except ValueError as error:
-        raise InputError(f"not a {what}: {error}", where=str(path)) from error
+        raise InputError(f"not a {what}: {error}", where=path) from error
 
 
 def read_versioned(path: Path | str, what: str, format: str, version: int) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def read_versioned(path: Path | str, what: str, format: str, version: int) -> di
     """
     meta = read_json(path, what)
     if not isinstance(meta, dict) or meta.get("format") != format:
-        raise InputError(f"found no {what}", f"format {format!r}", where=str(path))
+        raise InputError(f"found no {what}", f"format {format!r}", where=path)
     if meta.get("version") != version:
-        raise InputError(f"found version {meta.get('version')}", f"{version}", where=str(path))
+        raise InputError(f"found version {meta.get('version')}", str(version), where=path)
     return meta
 
 
@@ -141,9 +141,9 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise InputError(f"cannot read the {what}: {error.strerror or 'no such file'}", where=str(path)) from error
+        raise InputError(f"cannot read the {what}: {error.strerror or 'no such file'}", where=path) from error
     except SafetensorError as error:
-        raise InputError(f"damaged {what}: {error}", where=str(path)) from error
+        raise InputError(f"damaged {what}: {error}", where=path) from error
 
 
 def write_folder(folder: Path | str, fill: Callable[[Path], None]) -> None:
