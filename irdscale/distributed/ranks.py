@@ -6,8 +6,10 @@ Without a process group there is one rank, and these functions do nothing.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -106,6 +108,12 @@ def gather_flat(tensor: Tensor, lengths: Sequence[int]) -> Tensor:
 def _device() -> torch.device:
     """Device of the tensors that the process group communicates."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, if it exists, on rank 0."""
+    if rank_and_world()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def largest_of(numbers: Sequence[int]) -> list[int]:

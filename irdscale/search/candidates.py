@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,14 +15,13 @@ from torch import nn
 
 from irdscale.adapters import load_adapter, save_adapter
 from irdscale.config.schema import RunConfig, TrainConfig, training_steps
-from irdscale.distributed.ranks import broadcast_flag, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, rank_and_world, remove_folder
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import evaluation_key
 from irdscale.search.mask_store import mask_folder
 from irdscale.training.base_model import base_model
-from irdscale.training.checkpoint import remove_training
 from irdscale.training.control import Control, Paused
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.trainable import make_sparse, put_lora
@@ -150,7 +148,7 @@ def run_candidate(
             log.warning("%s failed: %s", candidate, record["error"])
         if model is not None and record["status"] == "ok":
             save_adapter(model, candidate_adapter(output, key), config=adapter_config(config, task, candidate.seed))
-    remove_training(state_folder(output, key))
+    remove_folder(state_folder(output, key))
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -189,7 +187,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
         with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
             fine_tune(trained, task, own, seed, Control(advance), state_folder(output, key))
         save_adapter(trained, folder, config=adapter_config(own, task, seed))
-        remove_training(state_folder(output, key))
+        remove_folder(state_folder(output, key))
         yield trained
 
 
@@ -200,12 +198,6 @@ def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, floa
         selection = evaluate_model(model, task, task.selection, size)
         test, errors = evaluate_with_errors(model, task, task.test, size)
     return selection[task.metric], test[task.metric], errors[task.metric]
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of the search, on rank 0."""
-    if rank_and_world()[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from irdscale.config.schema import RunConfig
-from irdscale.search.candidates import Candidate, candidate_adapter, remove_folder
+from irdscale.distributed.ranks import remove_folder
+from irdscale.search.candidates import Candidate, candidate_adapter
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import Ledger
 from irdscale.training.loss_trend import rise_warnings

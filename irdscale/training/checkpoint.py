@@ -11,7 +11,6 @@ are pickled, are not used.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +108,6 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], keys: tuple[str, ..
             if found is None or tuple(found.shape) != shape_of(parameter):
                 raise InputError(f"damaged {WHAT}: no {key} for {name}", where=file)
     return tensors
-
-
-def remove_training(folder: Path) -> None:
-    """Delete the saved state of a finished training, on rank 0."""
-    if rank_and_world()[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ import torch
 
 from irdscale.adapters import adapter_head, export_shira, push_adapter, save_adapter
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import failing_together, rank_and_world, same_on_every_rank
+from irdscale.distributed.ranks import failing_together, rank_and_world, remove_folder, same_on_every_rank
 from irdscale.errors import InputError
 from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
@@ -21,7 +21,6 @@ from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
 from irdscale.tasks.outputs import Outputs
 from irdscale.training.adapted import adapted_model
-from irdscale.training.checkpoint import remove_training
 from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.loss_trend import rise_warning
@@ -114,7 +113,7 @@ def run_train(
         chosen = chosen if chosen is not None else _own_mask(config, task, progress)
         result = _trained(config, task, chosen, seed, progress)
         folder.keep("training", result)
-        remove_training(output / "training")
+        remove_folder(output / "training")
         return result
 
 
