@@ -83,7 +83,7 @@ def save_adapter(
 
     Args:
         model: from `sparsify` or `load_adapter`.
-        config: how the adapter was made, stored in adapter.json for the reader.
+        config: settings of the training that made the adapter, stored in adapter.json.
         dtype: data type of the stored deltas, float32 or bfloat16 (rounded to nearest); by default the type in which
             they were trained: float32, or float64 for a float64 base.
 

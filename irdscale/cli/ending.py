@@ -24,8 +24,8 @@ def ending(resumes: str = "") -> Iterator[None]:
     A bug still shows its traceback.
 
     Args:
-        resumes: what an interrupted verb says of how to resume, unless it says that nothing was saved; SIGTERM then
-            interrupts it as Ctrl-C does. Empty for verbs that save nothing.
+        resumes: message on how to resume after an interrupt, left out if nothing was saved; SIGTERM then interrupts the
+            verb as Ctrl-C does. Empty for verbs that save nothing.
 
     Raises:
         typer.Exit: the body failed.

@@ -19,7 +19,7 @@ class CapacityError(Exception):
     """The cluster cannot run the trials of a search.
 
     Attributes:
-        what: what cannot run
+        what: work that cannot run
         why: fault and expectation, in one line
     """
 

@@ -25,7 +25,7 @@ def step_peak(model: nn.Module, kind: StepKind, batch: int, tokens: int, ratio: 
 
     Args:
         model: transformers model on the meta device; left unchanged.
-        kind: what the step trains: nothing (`limit`), entries of all linear layers of the stack (`concentrated`,
+        kind: trained parameters of the step: none (`limit`), entries of all linear layers of the stack (`concentrated`,
             `scattered`), float32 LoRA matrices there (`lora`), or all parameters (`full`).
         batch, tokens: samples, and tokens of each.
         ratio: trained entries over all entries of those layers.

@@ -27,7 +27,7 @@ class Cut:
     Attributes:
         count: samples longer than `max_length` tokens.
         size: all samples.
-        how: how the longer samples are treated, as text.
+        how: treatment of the longer samples, as text.
     """
 
     count: int

@@ -28,7 +28,7 @@ class Training:
         steps: optimizer steps of the training.
         done: steps that an earlier run made.
         state: folder of the saved state; None to save none.
-        made_by: what the training depends on, by name; a state of another one is not continued.
+        made_by: inputs of the training, by name; a state made by other inputs is not continued.
         losses: loss of each step that an earlier run made.
     """
 
