@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 MARK = "####"
 
 
+def end_tokens(own: int | list[int] | None) -> set[int]:
+    """End-of-sequence tokens of a model's generation settings, which hold one, several or none."""
+    return {own} if isinstance(own, int) else set(own or ())
+
+
 class AnswerEnds:
     """The ends of answers that a model generates to the prompts of a split.
 
@@ -41,7 +46,7 @@ class AnswerEnds:
             if text:
                 texts.add(text)
         others = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        settings = {own} if isinstance(own, int) else set(own or ())
+        settings = end_tokens(own)
         # Tokens of ordinary text end answers only if there are no others.
         others |= settings & self._added if turns or others else settings
         self.tokens: list[int] = sorted(turns | (others - _tokens_of_answers(split, turns or others)))

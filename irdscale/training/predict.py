@@ -16,7 +16,7 @@ from irdscale.distributed.zero3 import to_gpu
 from irdscale.errors import InputError, TrainingError
 from irdscale.models.build import build_model
 from irdscale.tasks import load_task
-from irdscale.tasks.answers import AnswerEnds
+from irdscale.tasks.answers import AnswerEnds, end_tokens
 from irdscale.tasks.inputs import file_samples, prompts_of, text_samples
 from irdscale.tasks.outputs import Outputs
 from irdscale.training.adapted import adapted_model
@@ -236,8 +236,7 @@ def _completions(
 
 def _text_ends(task: Task, own: int | list[int] | None) -> list[int]:
     """End-of-sequence tokens of the tokenizer and of the model's generation settings."""
-    ends = {own} if isinstance(own, int) else set(own or ())
-    return sorted(ends | {end for end in [task.tokenizer.eos_token_id] if end is not None})
+    return sorted(end_tokens(own) | {end for end in [task.tokenizer.eos_token_id] if end is not None})
 
 
 def _check_positions(model: Any, task: Task, prompts: list[list[int]], rows: list[int]) -> None:
