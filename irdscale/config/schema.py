@@ -56,7 +56,20 @@ class ModelConfig(Section):
         description="Local folder, hub id, or `package:NAME/FOLDER` for a model inside an installed Python package.",
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Data type of the base weights.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Quantised linear layers of the base (bitsandbytes): 4 bits as in QLoRA (nf4), or 8 (int8); "
+        "`dtype` is that of their products.",
+    )
     trust_remote_code: bool = Field(False, description="Permission to run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _quantizes_a_float(self) -> ModelConfig:
+        if self.quantize is not None and self.dtype == "float64":
+            raise ValueError(
+                f"quantize: found {self.quantize!r} with dtype 'float64'; expected dtype 'bfloat16' or 'float32'"
+            )
+        return self
 
 
 class ColumnsConfig(Section):

@@ -20,12 +20,14 @@ from irdscale.fisher.memory_check import check_room
 from irdscale.fisher.passes import Collate, SampleGradients, SizedDataset
 from irdscale.fisher.rules import add_squares
 from irdscale.fisher.sums import Add, ShardedSums, Sums, WholeSums
+from irdscale.models.quantized import adopt
+from irdscale.utils.quantized import is_quantized
 
 
 def scored_parameters(
     model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """The floating-point parameters that match an `include` expression and no `exclude` expression, tied ones once.
+    """The float and quantised parameters that match an `include` and no `exclude` expression, tied ones once.
 
     Raises:
         InputError: an expression is malformed, or no parameter is left.
@@ -34,7 +36,7 @@ def scored_parameters(
     kept = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
+        if (parameter.is_floating_point() or is_quantized(parameter))
         and (wanted is None or any(e.search(name) for e in wanted))
         and not any(e.search(name) for e in unwanted or ())
     }
@@ -79,7 +81,8 @@ def accumulate_fisher(
     answer does not depend on the batch size or the number of ranks beyond float rounding. The model is put in
     evaluation mode for the passes and left as it was found. With torch.distributed initialised this is collective:
     every rank passes the same model and full data set, takes its share of the samples, and gets the whole result, or
-    its slice of it. A model that DeepSpeed ZeRO-3 keeps in partitions stays so.
+    its slice of it. A model that DeepSpeed ZeRO-3 keeps in partitions stays so. Of a weight that bitsandbytes has
+    quantised, it is the Fisher information of the dequantised matrix; the model then multiplies by that.
 
     Args:
         model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model).
@@ -112,6 +115,7 @@ def accumulate_fisher(
     if batch_size < 1:
         raise InputError(f"fisher.batch_size: found {batch_size}; expected at least 1")
     model = unwrapped(model)
+    adopt(model)
     samples = SampleGradients(
         model,
         dataset,

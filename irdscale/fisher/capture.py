@@ -50,7 +50,8 @@ def frozen(model: nn.Module, train_only: dict[str, nn.Parameter] | None = None) 
         if cached:
             config.use_cache = False  # type: ignore[union-attr]
         for p, _ in before:
-            p.requires_grad_(id(p) in wanted)
+            # Of a quantised weight no gradient exists; its modules are listened to.
+            p.requires_grad_(id(p) in wanted and p.is_floating_point())
         yield
     finally:
         if cached:

@@ -29,6 +29,7 @@ from irdscale.fisher.capture import Capture, arrival_order, batch_size, frozen, 
 from irdscale.fisher.checkpoint import PassState, SavedPass
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.losses import Objective, TokenReduction, loss_kind, objective_losses, reduced, sample_losses
+from irdscale.fisher.quantized import QuantizedTerms
 from irdscale.fisher.rules import Buffers, Dense, Term, add_traces
 from irdscale.fisher.sums import Sums
 from irdscale.models.batches import LateRows, shared_batches
@@ -47,6 +48,7 @@ from irdscale.models.chunked_losses import (
 from irdscale.utils.files import digest
 from irdscale.utils.interrupts import deferred, wanted
 from irdscale.utils.progress import Advance, bar
+from irdscale.utils.quantized import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -604,7 +606,10 @@ class SampleGradients:
                 arrive(name, [Dense(gradient.unsqueeze(0))])
 
         with frozen(self.model, self.scored), torch.enable_grad(), ExitStack() as cleaning:
+            quantized = cleaning.enter_context(QuantizedTerms(self.model, self.scored, arrive))
             for name, parameter in self.scored.items():
+                if is_quantized(parameter):
+                    continue
                 cleaning.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = None
                 handle = parameter.register_post_accumulate_grad_hook(partial(deliver, name))
@@ -612,8 +617,10 @@ class SampleGradients:
             losses = self._losses(lambda inputs: self.model(**inputs), batch, [index])
             self._unread.losses += [([index], loss_1.detach()) for loss_1 in losses]
             for i, loss_1 in enumerate(losses):
+                quantized.begin()
                 if loss_1.requires_grad:
                     loss_1.sum().backward(retain_graph=i + 1 < len(losses))
+                quantized.end()
                 end()
 
     def _batch(self, indices: Sequence[int]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.rules import add_gradients, add_squares
 from irdscale.fisher.sums import Add
+from irdscale.utils.quantized import dequantized, is_quantized
 
 
 def summed(score: Score) -> Add | None:
@@ -56,9 +57,10 @@ def entry_scores(
 def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
     """What this rank scores of a parameter."""
     with gathered_parameters([parameter]):
-        held = _held(parameter.detach(), layout)
-        # A partitioned parameter is gone after this.
-        return held.clone() if hasattr(parameter, "ds_tensor") else held
+        held = _held(dequantized(parameter) if is_quantized(parameter) else parameter.detach(), layout)
+        # A partitioned parameter is gone after this, and a slice would hold the whole of a dequantised matrix.
+        own = hasattr(parameter, "ds_tensor") or (is_quantized(parameter) and layout == "sharded")
+        return held.clone() if own else held
 
 
 def _held(tensor: Tensor, layout: Layout) -> Tensor:

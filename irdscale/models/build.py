@@ -16,6 +16,7 @@ from irdscale.distributed.zero3 import gather_by, gathering, is_partitioned, sha
 from irdscale.errors import InputError
 from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
+from irdscale.models.quantize import after_loading, quantizing
 from irdscale.utils.hub import hub_access, is_hub_id, one_line, quiet
 
 if TYPE_CHECKING:
@@ -226,6 +227,8 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
 
     language = task.kind in LANGUAGE_KINDS
     loader: Any = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+    own = None if language or config.model.quantize is None else load_model_config(config.model)
+    quantized = quantizing(config, own, loader)
     with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
@@ -239,7 +242,9 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_straight_to_gpu(config) if language else _head_options(task)),
+            **quantized,
         )
+    after_loading(config, model)
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
     _check_vocabulary(config.model.path, task.tokenizer, model)

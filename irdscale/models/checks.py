@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from irdscale.distributed.ranks import largest_of
 from irdscale.distributed.zero3 import device_of, is_partitioned
 from irdscale.errors import InputError
+from irdscale.utils.quantized import dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +334,7 @@ def unheard(model: nn.Module) -> Iterator[None]:
 
 def _is_half(model: nn.Module, logits: Tensor) -> bool:
     """Whether the logits are as rough as 16 bits."""
-    kinds = {logits.dtype, *(p.dtype for p in model.parameters())}
+    kinds = {logits.dtype, *map(dtype_of, model.parameters())}
     return any(kind.itemsize < 4 for kind in kinds)
 
 

@@ -2,7 +2,8 @@
 
 Each function is told the frozen weight, which already holds base + delta at the mask's entries, and the trainable
 `values` at those entries; it returns gradients for its input and for `values`, never one of the weight's size. A weight
-that DeepSpeed gathers anew for the backward pass comes without the deltas, and is patched again.
+that DeepSpeed gathers anew for the backward pass comes without the deltas, and is patched again. A quantised weight
+comes as a function that makes the matrix, patched, for each of the two products.
 
 Under autocast the matrix products take `lowered` inputs, and a weight of another type is converted for each product:
 such a copy lives as long as the product, and is made anew for the backward pass.
@@ -49,6 +50,15 @@ def needed_input(x: Tensor, side: Side) -> Tensor:
     return side.take(x.reshape(-1, x.shape[-1]))
 
 
+def write_numbers(flat_N: Tensor, index_K: Tensor, numbers_K: Tensor) -> None:
+    """Write numbers into a flat tensor at their places, in the way that is fast where it is."""
+    if flat_N.device.type == "cpu" and flat_N.element_size() == 2:
+        # Of 16-bit numbers `scatter_` takes 20 times as long there.
+        flat_N.index_copy_(0, index_K, numbers_K)
+    else:
+        flat_N.scatter_(0, index_K, numbers_K)
+
+
 class SparseMatmul(torch.autograd.Function):
     """x W^T + b (Linear) or x W + b (Conv1D), with gradients for entries of W and b."""
 
@@ -56,7 +66,7 @@ class SparseMatmul(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Callable[[], Tensor],
         bias: Tensor | None,
         weight_values: Tensor | None,
         bias_values: Tensor | None,
@@ -74,6 +84,8 @@ class SparseMatmul(torch.autograd.Function):
             assert product is not None
             kept = needed_input(x, product.rows if transposed else product.columns)
         ctx.save_for_backward(kept)
+        if not isinstance(weight, Tensor):
+            return F.linear(x, weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
         if not transposed:
             return F.linear(x, weight, bias)
         flat_TI = x.reshape(-1, x.shape[-1])
@@ -96,7 +108,7 @@ class SparseMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.patch_again is not None:
                 ctx.patch_again()
-            weight = ctx.weight.to(dy.dtype)
+            weight = (ctx.weight if isinstance(ctx.weight, Tensor) else ctx.weight()).to(dy.dtype)
             dx = dy @ (weight.t() if ctx.transposed else weight)
         return dx, None, None, weight_grad, bias_grad, None, None, None, None, None
 

@@ -27,8 +27,11 @@ from torch import Tensor, nn
 
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
-from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered
+from irdscale.models.quantized import dequantizes
+from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered, unlowered, write_numbers
 from irdscale.sparse.products import Product, prepare
+from irdscale.sparse.quantized import at_each_use
+from irdscale.utils.quantized import dequantized, dtype_of, is_quantized
 
 # Has `torch.compile` leave a function out of its graphs, which know neither what is written through `.data` nor which
 # pass patched what, and would go on with stale weights. This one imports the compiler late.
@@ -73,9 +76,14 @@ class Entries:
         """Whether the parameter is gathered anew for each pass, without what was patched into it."""
         return hasattr(self.parameter, "ds_tensor")
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the parameter holds codes, into which nothing is patched: its matrix is made for each use."""
+        return is_quantized(self.parameter)
+
     def follow(self) -> None:
         """Follow the parameter to its device and type, and take what was written into it since it was lent."""
-        device, dtype = self.parameter.device, self.parameter.dtype
+        device, dtype = self.parameter.device, dtype_of(self.parameter)
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
             self._product = None
@@ -114,7 +122,8 @@ class Entries:
     def restore(self) -> None:
         """Write the base numbers back into the parameter, which must be whole."""
         self.follow()
-        _write(self.parameter, self.index.long(), self.base)
+        if not self.quantized:
+            _write(self.parameter, self.index.long(), self.base)
 
     def convert(self, parameter: nn.Parameter, values: Tensor, weights: Tensor) -> None:
         """Follow the parameter, which a module has converted or replaced.
@@ -125,7 +134,7 @@ class Entries:
             weights: the effective weights before, [k].
         """
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        changed = parameter.dtype != self.base.dtype
+        changed = dtype_of(parameter) != self.base.dtype
         kept = values if values.dtype == dtype else self.values.detach().to(values.device, dtype)
         if parameter is self.parameter:
             self.values.data = kept
@@ -161,6 +170,8 @@ def patch_all(entries: Sequence[Entries]) -> None:
     alike: dict[tuple[Any, ...], list[Entries]] = {}
     for one in entries:
         one.follow()
+        if one.quantized:
+            continue
         key = (one.parameter.dtype, one.parameter.device, one.index.dtype, one.values.dtype, one.absolute)
         alike.setdefault(key, []).append(one)
     for group in alike.values():
@@ -194,12 +205,7 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 def _write(parameter: nn.Parameter, index: Tensor, numbers: Tensor) -> None:
     # Through .data, for autograd must not count this as a change between forward and backward.
-    flat = parameter.data.view(-1)
-    if flat.device.type == "cpu" and flat.element_size() == 2:
-        # Of 16-bit numbers `scatter_` takes 20 times as long there.
-        flat.index_copy_(0, index, numbers)
-    else:
-        flat.scatter_(0, index, numbers)
+    write_numbers(parameter.data.view(-1), index, numbers)
 
 
 def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
@@ -212,7 +218,8 @@ def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
         index = index.to(parameter.device)
-        base = parameter.detach().view(-1).index_select(0, index)
+        whole = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
+        base = whole.view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=index.device))
     return Entries(name, parameter, values, index, base, shape)
@@ -277,6 +284,8 @@ class SparseModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """The effective weights of this moment; where they are in partitions, what DeepSpeed's checkpoints need."""
+        if any(entries.quantized for entries in self._sparse.values()):
+            raise _refused("state_dict of a quantised base", "use save_adapter, or merge it first")
         if not self._partitioned():
             patch_all(list(self._sparse.values()))
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -301,6 +310,8 @@ class SparseModule(nn.Module):
         if self._partitioned():
             super()._load_from_state_dict(*others)
             return
+        if any(entries.quantized for entries in self._sparse.values()):
+            raise _refused("load_state_dict of a quantised base", "use load_adapter")
         given = {}
         for local_name, entries in self._sparse.items():
             weight = state_dict.get(prefix + local_name)
@@ -323,7 +334,7 @@ class SparseModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self._partitioned():
             return super()._apply(fn, recurse)
-        before = {name: one.effective().to(one.parameter.dtype) for name, one in self._sparse.items()}
+        before = {name: one.effective().to(dtype_of(one.parameter)) for name, one in self._sparse.items()}
         patch_all(list(self._sparse.values()))
         # Values are converted apart: `Module.half()` would round them.
         values = {name: self._parameters.pop(name) for name in self._values()}
@@ -389,12 +400,13 @@ def _effective(module: SparseModule, local_name: str) -> Tensor:
 @outside_graphs
 def _matmul_forward(module: Any, x: Tensor) -> Tensor:
     weight, bias = module._sparse.get("weight"), module._sparse.get("bias")
+    held = module._parameters["weight"]
     for entries in (weight, bias):
         if entries is not None:
             entries.ready()
     return SparseMatmul.apply(
         lowered(x),
-        module._parameters["weight"],
+        at_each_use(held, weight) if is_quantized(held) else held,
         module._parameters.get("bias"),
         weight.values if weight else None,
         bias.values if bias else None,
@@ -423,9 +435,11 @@ def _subclass(original: type[nn.Module], local_names: tuple[str, ...]) -> type[n
     def reader(local_name: str) -> property:
         return property(lambda module: _effective(module, local_name))
 
-    body: dict[str, Any] = {name: reader(name) for name in local_names}
+    # Codes are read as they are.
+    read = [name for name in local_names if name != "weight" or not dequantizes(original)]
+    body: dict[str, Any] = {name: reader(name) for name in read}
     body |= {"_original": original, "__module__": original.__module__}
-    if original.forward in (nn.Linear.forward, Conv1D.forward):
+    if original.forward in (nn.Linear.forward, Conv1D.forward) or dequantizes(original):
         body["forward"] = _matmul_forward
     elif original.forward is nn.Embedding.forward:
 
