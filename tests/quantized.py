@@ -44,3 +44,40 @@ def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32, head: st
 def dense(folder: Path, kind: str, dtype: torch.dtype = torch.float32, head: str = "lm") -> Any:
     """The plain model of the dequantised weights, trainable."""
     return make_plain(loaded(folder, kind, dtype, head)).requires_grad_(True)
+
+
+def random_entries(config: Any, task: Any) -> Any:
+    """A random mask of every parameter of a configuration's model, in its shapes before it is quantised."""
+    from tests.training_oracle import mask_of
+
+    return mask_of(config.model_copy(update={"model": config.model.model_copy(update={"quantize": None})}), task)
+
+
+def on_ranks(rank: int, world: int, folder: str, stages: list[int | None]) -> None:
+    """Train and score a toy's quantised model on ranks; rank 0 writes what came out, by stage."""
+    from irdscale import accumulate_fisher
+    from irdscale.models.build import build_model
+    from irdscale.sparse import base_hash, trained_numbers
+    from irdscale.tasks import load_task
+    from irdscale.training.trainer import fine_tune, sparse_model
+    from tests.training_oracle import changed, load
+    from tests.training_ranks import Losses, group, settings_file
+
+    with group(rank, world, folder):
+        config = load(Path(folder) / "llama" / "toy.yaml", "model.quantize=nf4")
+        task = load_task(config)
+        found: dict[str, Any] = {}
+        for layout in ("replicated", "sharded"):
+            fisher = accumulate_fisher(
+                build_model(config, task, 0)[0], task.train.select(range(7)), collate_fn=task.collate, layout=layout
+            )
+            found[layout] = {name: part.clone() for name, part in fisher.gather().items()}, fisher.sample_trace
+        for stage in stages:
+            other = config if stage is None else changed(config, deepspeed=settings_file(Path(folder), stage))
+            model = sparse_model(other, task, random_entries(config, task), 3)
+            losses = Losses(model)
+            fine_tune(model, task, other, 3)
+            of_steps = losses.of_steps(1, task.is_language)
+            found[f"stage {stage}"] = of_steps, trained_numbers(model)[0], base_hash(model)
+        if rank == 0:
+            torch.save(found, Path(folder) / f"found-{world}.pt")

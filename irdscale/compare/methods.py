@@ -82,14 +82,17 @@ def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
         InputError: one that was asked for has none, or lacks what it is compared with.
     """
     methods = asked_methods(config)
-    lacking = {"linear_probe": not facts.head, "bitfit": not facts.biases}
+    lacking = {
+        "linear_probe": "" if facts.head else "the model has no new head",
+        "bitfit": "" if facts.biases else "the model has no biases",
+        "full": "quantised weights are not trained whole" if config.model.quantize else "",
+    }
     if config.compare.methods is None:
         methods = [method for method in methods if not lacking.get(method.kind)]
     names = [method.name for method in methods]
     for method in methods:
         if lacking.get(method.kind):
-            there = "no new head" if method.kind == "linear_probe" else "no biases"
-            raise InputError(f"compare.methods: found {method.name}, but the model has {there}; expected others")
+            raise InputError(f"compare.methods: found {method.name}, but {lacking[method.kind]}; expected others")
         if method.kind == "fish_best" and "ird" not in names:
             raise InputError(
                 f"compare.methods: found {method.name} without ird; expected both: it draws as often as ird evaluates"
