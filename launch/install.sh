@@ -3,7 +3,8 @@
 #   bash launch/install.sh        what irdscale and its benchmark need to run, and the model of the quickstart
 #   bash launch/install.sh deepspeed   DeepSpeed too, which needs a C++ compiler to run without GPUs
 #   bash launch/install.sh ray    Ray too, for search.runner=ray; several go together: deepspeed ray
-#   bash launch/install.sh dev    both, and the tools of launch/test.sh
+#   bash launch/install.sh quantize   bitsandbytes, for model.quantize
+#   bash launch/install.sh dev    all of them, and the tools of launch/test.sh
 # Needs Python 3.11 or newer, a package index that pip can reach, and 2 GB of disk (more where torch comes with CUDA).
 # Run again, it does nothing; interrupted, it starts over; after a change of the versions it updates. What was asked for
 # before stays.
@@ -11,8 +12,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for extra in "$@"; do
-  if [[ ! "$extra" =~ ^(deepspeed|ray|dev)$ ]]; then
-    echo "install.sh: found '$extra'; expected any of deepspeed, ray and dev" >&2
+  if [[ ! "$extra" =~ ^(deepspeed|ray|quantize|dev)$ ]]; then
+    echo "install.sh: found '$extra'; expected any of deepspeed, ray, quantize and dev" >&2
     exit 2
   fi
 done
@@ -23,7 +24,7 @@ wanted="$(cat launch/constraints.txt pyproject.toml launch/install.sh | cksum)"
 # Both files end with the extras that they stand for.
 asked=" $(cat "$finished" "$started" 2>/dev/null || true) $* "
 extras=""
-for extra in deepspeed ray; do
+for extra in deepspeed ray quantize; do
   [[ "$asked" != *[[:space:]]"$extra"[[:space:]]* ]] || extras+=",$extra"
 done
 [[ "$asked" != *[[:space:]]dev[[:space:]]* ]] || extras=",dev"

@@ -96,7 +96,7 @@ def test_one_load_serves_many(toy: tuple[RunConfig, Task]) -> None:
     config, task = toy
     kept, found = KeptBase(), []
     for _ in range(3):
-        with kept.lend(config, task, 0) as (model, new):
+        with kept.lend(config, task, 0) as (model, _):
             model = irdscale.sparsify(model, random_entries(config, task))
             fine_tune(model, task, changed(config, steps=2), 0)
             found.append((base_hash(model), trained_numbers(model)[0]))
