@@ -56,9 +56,9 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         "free_memory_gib": _free_memory(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "minilm": _minilm(problems),
+        "bitsandbytes": _bitsandbytes(problems),
         "deepspeed": _deepspeed(problems),
         "ray": {"version": _ray(problems), "cluster": None},
-        "bitsandbytes": _bitsandbytes(problems),
         "search": None,
         "problems": problems,
     }

@@ -31,12 +31,7 @@ def quantizing(config: RunConfig, model_config: PretrainedConfig | None, auto: A
     kind = config.model.quantize
     if kind is None:
         return {}
-    if zero_stage(config) == 3:
-        raise InputError(
-            f"found {kind} with ZeRO-3 ({config.train.deepspeed}), which makes partitions of float weights alone",
-            "ZeRO 0-2, or none: a quantised base takes a quarter to half of the memory of bfloat16",
-            key="model.quantize",
-        )
+    refuse_zero3(config, zero_stage(config))
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -66,6 +61,23 @@ def quantizing(config: RunConfig, model_config: PretrainedConfig | None, auto: A
     return options
 
 
+def refuse_zero3(config: RunConfig, stage: int | None) -> None:
+    """Refuse a quantised base in partitions.
+
+    Args:
+        stage: ZeRO stage of the configuration's DeepSpeed file; None without one.
+
+    Raises:
+        InputError: there would be one.
+    """
+    if config.model.quantize is not None and stage == 3:
+        raise InputError(
+            f"found {config.model.quantize} with ZeRO-3 ({config.train.deepspeed}), which takes float weights alone",
+            "ZeRO 0-2, or none: each rank holds the whole quantised base",
+            key="model.quantize",
+        )
+
+
 def _outside(model_config: PretrainedConfig, auto: Any, trusted: bool) -> list[str]:
     """Names of the linear layers that a checkpoint of the base need not hold."""
     try:
@@ -73,8 +85,13 @@ def _outside(model_config: PretrainedConfig, auto: Any, trusted: bool) -> list[s
             empty = auto.from_config(model_config, trust_remote_code=trusted)
     except Exception:  # loading tells what is wrong
         return []
-    base = f"{empty.base_model_prefix}."
-    names = [name for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)]
+    return linears_outside(empty)
+
+
+def linears_outside(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that are not quantised: heads, and a pooler."""
+    base = f"{model.base_model_prefix}."
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return [name for name in names if not name.startswith(base) or ".pooler." in name]
 
 

@@ -13,6 +13,7 @@ from irdscale.config.schema import LANGUAGE_KINDS, RunConfig, training_steps
 from irdscale.distributed.deepspeed import micro_batch as checked_micro_batch
 from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError
+from irdscale.models.quantize import refuse_zero3
 from irdscale.plan.hardware import find_gpu
 from irdscale.plan.layout import TRIAL, Job, Layout, cost, job_of, main_memory, micro_batch, phases
 from irdscale.plan.memory import zero_from
@@ -56,7 +57,8 @@ def run_plan(
     job, layout = _prepared(config, nodes, gpus_per_node, gpu, tokens, train_samples)
     found, (phase, items), price = phases(job, layout), peak(job, layout), cost(job, layout)
     layouts = []
-    for stage in STAGES if layout.world > 1 else (layout.zero.stage,):
+    stages = [stage for stage in STAGES if stage != 3 or job.shapes.quantized is None]
+    for stage in stages if layout.world > 1 else (layout.zero.stage,):
         for sharded in (False, True) if layout.world > 1 else (layout.sharded,):
             other = with_stage(replace(layout, sharded=sharded), stage)
             taken = phases(job, other)
@@ -139,6 +141,7 @@ def _prepared(
         raise InputError(f"search.ray.ranks: found {world}; expected at most {nodes * gpus_per_node}, the GPUs")
     checked_micro_batch(config, world)
     settings = zero_file(config, world)
+    refuse_zero3(config, None if settings is None else settings["zero_optimization"]["stage"])
     steps = _steps(config, train_samples)
 
     from irdscale.fisher.pool import mask_size

@@ -38,7 +38,9 @@ def cheapest(job: Job, layout: Layout, offload: bool = True) -> Layout | None:
     """
     smaller = replace(layout, fisher_batch=1, accumulation=_accumulated(job, layout))
     for options in (_options(layout), _options(smaller), *([_offloading(smaller)] if offload else [])):
-        fitting = [option for option in options if fits(job, option)]
+        # ZeRO-3 partitions float weights alone.
+        possible = [option for option in options if job.shapes.quantized is None or option.zero.stage != 3]
+        fitting = [option for option in possible if fits(job, option)]
         if fitting:
             return min(fitting, key=lambda option: cost(job, option).seconds["search"])
     return None
@@ -86,7 +88,7 @@ def fewest(job: Job, layout: Layout) -> Layout | None:
 
 def _least(job: Job) -> int:
     """Bytes of the weights and the sums, which no layout on GPUs alone does without."""
-    return job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
+    return job.shapes.base + job.item * sum(job.shapes.scored_sizes)
 
 
 def changes(old: Layout, new: Layout) -> str:
@@ -122,6 +124,9 @@ def advice(job: Job, layout: Layout) -> list[str]:
     said = f"{items.total / GIB:.1f} GiB a rank at the peak, in {PHASES[phase]}"
     fitting = fits(job, layout)
     lines = [f"Fits: {said}; {room} can be used." if fitting else f"Does not fit: {said}; {room} can be used."]
+    beside = main_memory(job, layout)
+    if beside:
+        lines.append(f"Main memory: {beside / GIB:.1f} GiB a node, for what is offloaded.")
     if job.share < 1:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""

@@ -87,7 +87,7 @@ def zero_from(settings: dict[str, Any] | None, hidden: int) -> Zero:
 def weights(shapes: Shapes, zero: Zero, world: int) -> tuple[int, int]:
     """Bytes of the weights that a rank holds, and of those that are whole only while they are used."""
     if not zero.partitioned:
-        return shapes.parameters * shapes.item, 0
+        return shapes.base, 0
     own = -(-shapes.parameters // world) * shapes.item
     # What is gathered comes in buffers of their own, of a layer and of what is gathered ahead.
     arriving = min(zero.prefetch, shapes.parameters) + max(shapes.largest, shapes.layer)
@@ -143,7 +143,7 @@ def begin_items(shapes: Shapes, zero: Zero, world: int, k: int) -> Items:
     """The moment in which DistributedDataParallel makes all ranks' weights equal, by buckets of copies; or nothing."""
     if zero.stage is not None or world == 1:
         return Items()
-    numbers, base = k + shapes.dense, shapes.parameters * shapes.item
+    numbers, base = k + shapes.dense, shapes.base
     buffers = min(base, 2 * BROADCAST) + k * (INDEX + shapes.item) + F32 * numbers
     return Items(weights=base, values_and_moments=F32 * numbers, buffers=buffers)
 

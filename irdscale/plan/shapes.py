@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from irdscale.config.schema import LANGUAGE_KINDS, Kind, RunConfig
+from irdscale.distributed.zero3 import numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.fisher import pool
 from irdscale.models.build import load_model_config
+from irdscale.plan.quantized import base_bytes, quantize_on_meta
 from irdscale.plan.sizes import Shapes
 from irdscale.sparse import matching_parameters
 from irdscale.tasks.glue import GLUE
@@ -64,6 +66,8 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
             f"model.path: {config.model.path}: cannot build a model for task.kind {kind!r} from its config.json: "
             f"{one_line(error)}"
         ) from error
+    if config.model.quantize is not None:
+        quantize_on_meta(model, config.model.quantize)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -77,7 +81,7 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise InputError(f"{type(model).__name__}: found no list of layers; expected a model of layers")
     # Of equals the first: the decoder's own, not that of something inside a layer.
-    return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), len(item[1])))
+    return max(lists, key=lambda item: (sum(map(numel_of, item[1].parameters())), len(item[1])))
 
 
 def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
@@ -116,21 +120,22 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
         InputError: as `scored_of` and `layer_stack`.
     """
     parameters = dict(model.named_parameters())
-    products = [tuple(cast(nn.Parameter, m.weight).shape) for m in model.modules() if _is_product(m)]
+    products = [shape_of(cast(nn.Parameter, m.weight)) for m in model.modules() if _is_product(m)]
     text = model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", 0) or 0, getattr(text, "hidden_size", 0) or 0
     width = getattr(text, "head_dim", None) or hidden // max(1, heads)
     return Shapes(
-        parameters=sum(p.numel() for p in parameters.values()),
+        parameters=sum(map(numel_of, parameters.values())),
         item=getattr(torch, config.model.dtype).itemsize,
-        scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
-        dense=sum(parameters[name].numel() for name in trained_outside(config, model)),
+        scored={name: shape_of(p) for name, p in scored_of(config, model).items()},
+        dense=sum(numel_of(parameters[name]) for name in trained_outside(config, model)),
         products=[(out, inside) for out, inside in products],
-        largest=max(p.numel() for p in parameters.values()),
-        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
+        largest=max(map(numel_of, parameters.values())),
+        layer=max(sum(map(numel_of, layer.parameters())) for layer in layer_stack(model)[1]),
         hidden=hidden,
         layers=len(layer_stack(model)[1]),
         attention=heads * width,
         causal=any(getattr(module, "is_causal", False) for module in model.modules()),
         positions=getattr(text, "max_position_embeddings", None),
+        quantized=None if config.model.quantize is None else base_bytes(model),
     )

@@ -25,6 +25,7 @@ class Shapes:
         attention: heads x width of a head; 0 where there is none.
         causal: whether a token attends to those before it only.
         positions: tokens that the model takes; None for any number.
+        quantized: bytes of all parameters where some are quantised; None where all are of `item` bytes an entry.
     """
 
     parameters: int
@@ -39,6 +40,12 @@ class Shapes:
     attention: int
     causal: bool
     positions: int | None
+    quantized: int | None = None
+
+    @property
+    def base(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.item if self.quantized is None else self.quantized
 
     @property
     def scored_sizes(self) -> list[int]:

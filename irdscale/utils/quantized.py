@@ -57,11 +57,15 @@ def set_dtype(parameter: Tensor, dtype: torch.dtype) -> None:
 
 def dequantized(parameter: Tensor) -> Tensor:
     """The matrix that a quantised weight stands for, [O, I], as a new tensor of `dtype_of(parameter)`."""
-    import bitsandbytes.functional as quantization
-
     data, state = parameter.data, getattr(parameter, "quant_state", None)
+    if data.is_meta and state is not None:
+        # As many bytes as are made elsewhere: of the scales, and of the matrix.
+        scales = torch.empty(len(state.absmax), dtype=torch.float32, device="meta")
+        return torch.empty(state.shape, dtype=state.dtype, device=scales.device)
     with torch.no_grad():
         if state is not None:
+            import bitsandbytes.functional as quantization
+
             if state.absmax.device != data.device:
                 state.to(data.device)
             matrix = quantization.dequantize_4bit(data, state)
