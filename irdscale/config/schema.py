@@ -288,6 +288,11 @@ class FisherConfig(Section):
         "replicated", description="Storage of the sums: all on every rank, or 1 / world size on each (sharded)."
     )
     offload: bool = Field(False, description="Storage of the sums in main memory, while the model is on a GPU.")
+    passes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Passes over the samples for the masks, each with the sums of some layers alone; as few as memory "
+        "has room for with `auto`. Masks are the same.",
+    )
     token_reduction: Literal["mean", "sum"] = Field(
         "mean", description="Reduction of a text's loss: mean or sum over its target tokens."
     )

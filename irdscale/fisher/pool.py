@@ -16,8 +16,10 @@ from irdscale.distributed.zero3 import numel_of, to_gpu
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.checkpoint import SavedPass
+from irdscale.fisher.groups import groups_for, ranked_by_groups
 from irdscale.fisher.nested import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
+from irdscale.fisher.scores import summed
 from irdscale.masks.mask import Ranking
 from irdscale.models.build import decoder_linears
 from irdscale.models.chunked_losses import IGNORED
@@ -139,6 +141,23 @@ def ranked_entries(
     progress: bool = False,
 ) -> dict[int, Ranking]:
     """`ranked_entries_by_prefix` as a configuration says; `name` is that of the state that is kept of the pass."""
+    options = pass_options(config)
+    if config.fisher.passes != 1 and summed(config.fisher.score) is not None:
+        # Checks that all ranks were given the same work, and how batches are taken, come before memory is asked for.
+        samples.prepare(order)
+        groups = groups_for(samples, config.fisher.passes, options["dtype"], options["layout"], options["offload"])
+        if len(groups) > 1:
+            return ranked_by_groups(
+                samples,
+                order,
+                sizes,
+                k,
+                groups,
+                traces=traces,
+                progress=progress,
+                saved=lambda place: saved_pass(config, f"{name}-part-{place}"),
+                **options,
+            )
     return ranked_entries_by_prefix(
         samples,
         order,
@@ -147,7 +166,7 @@ def ranked_entries(
         traces=traces,
         progress=progress,
         saved=saved_pass(config, name),
-        **pass_options(config),
+        **options,
     )
 
 
