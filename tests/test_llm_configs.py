@@ -74,6 +74,15 @@ def test_8b_on_a_card_of_24_gb_leaves_a_tenth_in_each_phase():
     assert plan["main_memory_gib"] == pytest.approx((sums + 8 * 14336 * 4096) / 2**30, abs=0.01)
     assert f"Main memory: {plan['main_memory_gib']:.1f} GiB a node, for what is offloaded." in plan["advice"]
     assert f"{math.ceil(plan['main_memory_gib'])} GiB of main memory" in path.read_text()
+    again = load_config(path, [f"model.path={MODELS / 'llama31_8b'}", "fisher.offload=false", "fisher.passes=auto"])
+    grouped = run_plan(again, 1, 1, "rtx4090-24gb")
+    assert grouped["fisher_passes"] == 2
+    assert plan["fisher_passes"] == 1
+    assert grouped["fits"]
+    assert grouped["main_memory_gib"] == 0
+    assert grouped["phases"]["fisher"]["fisher"] == pytest.approx(sums / 2**30 / 2, rel=0.02)
+    assert grouped["hours"]["fisher"] > 1.4 * plan["hours"]["fisher"]
+    assert any(line.startswith("Masks take 2 passes over the samples") for line in grouped["advice"])
     # NF4 with double quantisation: 4 bits, and 8 for the scale of 64 entries, and 32 for that of 256 scales.
     layers = sums // 4 * (0.5 + 1 / 64 + 4 / (64 * 256))
     assert plan["phases"]["train"]["weights"] == pytest.approx((layers + 2 * 2 * 128_256 * 4096) / 2**30, rel=1e-3)

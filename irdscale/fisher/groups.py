@@ -24,23 +24,13 @@ from irdscale.fisher.memory_check import bytes_needed, free_main_memory
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.scores import entry_scores, summed
 from irdscale.masks.mask import Ranking
-from irdscale.masks.parts import Candidates, candidates_of, ranking_of
+from irdscale.masks.parts import Candidates, candidates_of, divided, ranking_of
 from irdscale.masks.topk import Chosen
 
 Passes = int | Literal["auto"]
 # Share of the free memory that the sums of a group may take.
 USED = 0.9
 log = logging.getLogger(__name__)
-
-
-def divided(shapes: Shapes, passes: int) -> list[list[str]]:
-    """The names in at most so many runs of about as many entries."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    total, before, groups = sum(sizes.values()), 0, [list[str]() for _ in range(passes)]
-    for name, size in sizes.items():
-        groups[min(passes - 1, (2 * before + size) * passes // (2 * max(1, total)))].append(name)
-        before += size
-    return [group for group in groups if group]
 
 
 def fewest(shapes: Shapes, fits: Callable[[Shapes], bool]) -> int:

@@ -77,6 +77,8 @@ def check_room(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: torch
         ways.append(f"layout 'sharded' over {ranks} ranks or more with as much memory each")
     if on_device and needed <= free_main_memory() / beside:
         ways.append("fisher.offload")
+    if len(shapes) > 1:
+        ways.append("fisher.passes=auto")
     ways.append("fewer parameters (fisher.include, fisher.exclude)")
     raise InputError(
         f"fisher.layout: found sums of {needed / GIB:.1f} GiB a rank with layout '{layout}' and {least / GIB:.1f} GiB "

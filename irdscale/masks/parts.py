@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
+def divided(shapes: Shapes, passes: int) -> list[list[str]]:
+    """The names in at most so many runs of about as many entries."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    total, before, groups = sum(sizes.values()), 0, [list[str]() for _ in range(passes)]
+    for name, size in sizes.items():
+        groups[min(passes - 1, (2 * before + size) * passes // (2 * max(1, total)))].append(name)
+        before += size
+    return [group for group in groups if group]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Entries of one group that may be among the k first of all.

@@ -15,7 +15,7 @@ from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError
 from irdscale.models.quantize import refuse_zero3
 from irdscale.plan.hardware import find_gpu
-from irdscale.plan.layout import TRIAL, Job, Layout, cost, job_of, main_memory, micro_batch, phases
+from irdscale.plan.layout import TRIAL, Job, Layout, cost, fisher_passes, job_of, main_memory, micro_batch, phases
 from irdscale.plan.memory import zero_from
 from irdscale.plan.sizes import GIB
 from irdscale.search.ird import Pair
@@ -41,10 +41,10 @@ def run_plan(
         {"parameters", "k", "memory_gib": GiB a rank by item at the peak of the phase that takes the most,
         "traffic_gib": what a rank sends, "flops": of all ranks, "hours", "fits", "advice"}, and what they rest on:
         "phase", "phases" (the items of every phase), "samples_per_second", "layouts" (each ZeRO stage and layout of
-        the sums), "main_memory_gib" (a node's, for what is offloaded), "room_gib", "trials_a_gpu"
-        (that share its memory and its speed), "trial_room_gib", "gpu", "nodes", "gpus_per_node", "stage",
-        "evaluations", "micro_batch", "tokens", "rates" ({"device": whose measured shares of the peak the hours rest
-        on, "own": whether that is this GPU}).
+        the sums), "fisher_passes" (over the samples, for masks), "main_memory_gib" (a node's, for what is offloaded),
+        "room_gib", "trials_a_gpu" (that share its memory and its speed), "trial_room_gib", "gpu", "nodes",
+        "gpus_per_node", "stage", "evaluations", "micro_batch", "tokens", "rates" ({"device": whose measured shares of
+        the peak the hours rest on, "own": whether that is this GPU}).
 
     Raises:
         InputError: no such GPU or model, or the configuration does not fit the model or so many ranks.
@@ -93,6 +93,7 @@ def run_plan(
             "train": _rounded(job.batch / price.seconds["step"]),
         },
         "layouts": layouts,
+        "fisher_passes": fisher_passes(job, layout),
         "main_memory_gib": round(main_memory(job, layout) / GIB, 2),
         "room_gib": round(job.gpu.room / GIB, 2),
         "trials_a_gpu": job.trials_a_gpu,
@@ -167,6 +168,7 @@ def _prepared(
         checkpointing=config.train.gradient_checkpointing,
         fisher_batch=config.fisher.batch_size,
         accumulation=config.train.gradient_accumulation,
+        passes=None if config.fisher.passes == "auto" else config.fisher.passes,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
     )

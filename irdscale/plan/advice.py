@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from irdscale.cluster.share import share_of
-from irdscale.plan.layout import Job, Layout, cost, main_memory, phases
+from irdscale.plan.layout import Job, Layout, cost, fisher_passes, main_memory, phases
 from irdscale.plan.memory import Zero, shipped
 from irdscale.plan.sizes import GIB, Items
 
@@ -124,9 +124,12 @@ def advice(job: Job, layout: Layout) -> list[str]:
     said = f"{items.total / GIB:.1f} GiB a rank at the peak, in {PHASES[phase]}"
     fitting = fits(job, layout)
     lines = [f"Fits: {said}; {room} can be used." if fitting else f"Does not fit: {said}; {room} can be used."]
-    beside = main_memory(job, layout)
-    if beside:
-        lines.append(f"Main memory: {beside / GIB:.1f} GiB a node, for what is offloaded.")
+    passes = fisher_passes(job, layout)
+    if passes > 1:
+        lines.append(f"Masks take {passes} passes over the samples (fisher.passes), each with the sums of some layers.")
+    offloaded = main_memory(job, layout)
+    if offloaded:
+        lines.append(f"Main memory: {offloaded / GIB:.1f} GiB a node, for what is offloaded.")
     if job.share < 1:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""

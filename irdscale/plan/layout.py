@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, prod
 
 from irdscale.cluster.share import counted, jobs_a_gpu, share_of, shared_turns
 from irdscale.config.schema import RunConfig
+from irdscale.masks.parts import divided
 from irdscale.plan.hardware import Gpu
 from irdscale.plan.memory import F32, Zero, begin_items, evaluate_items, fisher_items, pass_items, train_items
 from irdscale.plan.rates import columns_held
@@ -34,6 +35,7 @@ class Layout:
         fisher_batch: samples a batch of a Fisher pass, at most.
         accumulation: passes of a step, whose gradients are added up.
         nodes, gpus_per_node: one rank a GPU.
+        passes: over the samples for masks, each with the sums of some parameters; as few as fit if None.
     """
 
     zero: Zero
@@ -44,6 +46,7 @@ class Layout:
     accumulation: int
     nodes: int
     gpus_per_node: int
+    passes: int | None = 1
 
     @property
     def world(self) -> int:
@@ -173,17 +176,12 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
     shapes, train = job.shapes, _training(job, layout)
 
     def traced(kind: str, batch: int) -> Traced:
-        memory = None if job.gpu.name == "cpu" else int(job.gpu.memory)
-        setting = Setting(
-            batch, job.tokens, _ratio(job), layout.checkpointing, job.language, memory, scattered=job.scattered
-        )
-        return job.trace(kind, setting)
+        return _traced(job, layout, kind, batch)
 
     # Ranks share the samples, of which one may have fewer than a batch.
     batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
     zero = layout.zero
-    masks = fisher_items(shapes, traced("masks", batch), zero, layout.world, job.item, layout.sharded, layout.offload)
-    found = {"fisher": masks}
+    found = {"fisher": _masks(job, layout, traced("masks", batch), fisher_passes(job, layout))}
     if job.traced:
         found["traces"] = pass_items(shapes, traced("traces", batch), zero, layout.world)
     begin = begin_items(shapes, train.zero, train.world, job.k)
@@ -192,6 +190,37 @@ def phases(job: Job, layout: Layout) -> dict[str, Items]:
     found["train"] = train_items(shapes, traced("train", micro_batch(job, layout)), train.zero, train.world, job.k)
     found["evaluate"] = evaluate_items(shapes, traced("evaluate", job.eval_batch), train.zero, train.world, job.k)
     return found
+
+
+def fisher_passes(job: Job, layout: Layout) -> int:
+    """Passes over the samples for masks: as configured, or as few as the GPU has room for.
+
+    Sums in main memory are taken to fit there: how much a node has is not known.
+    """
+    most = len(job.shapes.scored)
+    if layout.passes is not None:
+        return min(layout.passes, most)
+    batch = min(layout.fisher_batch, ceil(job.samples / layout.world))
+    traced = _traced(job, layout, "masks", batch)
+    fitting = (n for n in range(1, most) if _masks(job, layout, traced, n).total <= job.room("fisher"))
+    return next(fitting, most)
+
+
+def _masks(job: Job, layout: Layout, traced: Traced, passes: int) -> Items:
+    """The pass that makes masks, of the group of parameters with the most entries."""
+    held = job.shapes.scored
+    groups = [{name: held[name] for name in group} for group in divided(held, passes)]
+    largest = max(groups, key=lambda group: sum(prod(shape) for shape in group.values()))
+    shapes = replace(job.shapes, scored=largest)
+    return fisher_items(shapes, traced, layout.zero, layout.world, job.item, layout.sharded, layout.offload)
+
+
+def _traced(job: Job, layout: Layout, kind: str, batch: int) -> Traced:
+    memory = None if job.gpu.name == "cpu" else int(job.gpu.memory)
+    setting = Setting(
+        batch, job.tokens, _ratio(job), layout.checkpointing, job.language, memory, scattered=job.scattered
+    )
+    return job.trace(kind, setting)
 
 
 def _ratio(job: Job) -> float:
@@ -205,7 +234,8 @@ def main_memory(job: Job, layout: Layout) -> int:
     a_rank = 0
     if layout.offload:
         parts = world if layout.sharded else 1
-        held = [-(-n // parts) for n in shapes.scored_sizes]
+        groups = [[prod(shapes.scored[name]) for name in group] for group in divided(shapes.scored, layout.passes or 1)]
+        held = [-(-n // parts) for n in max(groups, key=sum)]
         # The largest is on its way twice.
         a_rank += job.item * (sum(held) + 2 * max(held))
     if zero.offload_weights:
@@ -238,7 +268,8 @@ def cost(job: Job, layout: Layout) -> Cost:
     passed = limit + again
     # The passes that rank samples, make masks, and make the mask of as many random samples to compare with.
     ranking = job.traced * job.samples * (passed + one.traces)
-    masks = job.samples * (passed + one.weights)
+    groups = fisher_passes(job, layout)
+    masks = job.samples * (groups * passed + one.weights)
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
     all_steps = job.head_steps + job.evaluations * job.steps
@@ -247,7 +278,7 @@ def cost(job: Job, layout: Layout) -> Cost:
     batches = ceil(job.samples / layout.world / layout.fisher_batch)
     gathered = batches * weight_traffic(shapes, layout.zero, layout.world)
     sums = sums_traffic(shapes, layout.sharded, job.item, layout.world, batches, job.sizes)
-    passes = job.traced + 1
+    passes = job.traced + groups
     micro = layout.accumulation * weight_traffic(shapes, train.zero, train.world)
     gradients = gradient_traffic(job.k + shapes.dense, train.zero, train.world)
     traffic = {
@@ -265,12 +296,12 @@ def cost(job: Job, layout: Layout) -> Cost:
     turns = shared_turns(job.evaluations, at_once, beside)
     # Steps one after another; a head's is taken for a whole one, which takes more.
     steps = job.head_steps + rounds * job.steps
-    traffic["search"] = traffic["fisher"] + sums + gathered + steps * (gradients + micro)
+    traffic["search"] = traffic["fisher"] + sums + groups * gathered + steps * (gradients + micro)
 
     item, speed = shapes.item, gpu.pass_flops(shapes.item)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
     squaring, tracing_one = one.weights / gpu.square_flops(item), one.traces / gpu.gradient_flops(4)
-    passing = job.samples * (passed / speed + squaring) / layout.world + (sums + gathered) / band
+    passing = job.samples * (groups * passed / speed + squaring) / layout.world + (sums + groups * gathered) / band
     tracing = job.samples * (passed / speed + tracing_one) / layout.world + gathered / band
     # Over the limit is what was measured without layers that are run again.
     over = gpu.step_over_limit("scattered" if job.scattered else "concentrated")
