@@ -59,7 +59,8 @@ def on_ranks(rank: int, world: int, folder: str, stages: list[int | None]) -> No
     from irdscale.models.build import build_model
     from irdscale.sparse import base_hash, trained_numbers
     from irdscale.tasks import load_task
-    from irdscale.training.trainer import fine_tune, sparse_model
+    from irdscale.training.trainable import sparse_model
+    from irdscale.training.trainer import fine_tune
     from tests.training_oracle import changed, load
     from tests.training_ranks import Losses, group, settings_file
 

@@ -21,7 +21,8 @@ from irdscale.training.base_model import KeptBase
 from irdscale.training.evaluate import evaluate_model
 from irdscale.training.head_warmup import model_to_score
 from irdscale.training.one_mask import run_evaluate, run_export, run_train
-from irdscale.training.trainer import fine_tune, sparse_model
+from irdscale.training.trainable import sparse_model
+from irdscale.training.trainer import fine_tune
 from tests import training_oracle
 from tests.helpers import tiny_model
 from tests.quantized import KINDS, needs_bitsandbytes, on_ranks, random_entries
