@@ -24,8 +24,9 @@ from irdscale.fisher.memory_check import bytes_needed, free_main_memory
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.scores import entry_scores, summed
 from irdscale.masks.mask import Ranking
-from irdscale.masks.parts import Candidates, candidates_of, divided, ranking_of
+from irdscale.masks.parts import Candidates, candidates_of, ranking_of
 from irdscale.masks.topk import Chosen
+from irdscale.utils.groups import divided
 
 Passes = int | Literal["auto"]
 # Largest share of the free memory that the sums of a group may take.

@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def divided(shapes: Shapes, passes: int) -> list[list[str]]:
-    """The names in order, in at most `passes` groups with similar numbers of entries."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    total, before, groups = sum(sizes.values()), 0, [list[str]() for _ in range(passes)]
-    for name, size in sizes.items():
-        groups[min(passes - 1, (2 * before + size) * passes // (2 * max(1, total)))].append(name)
-        before += size
-    return [group for group in groups if group]
-
-
 @dataclass(frozen=True)
 class Candidates:
     """Entries of one group that may be among the first k of all groups.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil, prod
 
-from irdscale.masks.parts import divided
 from irdscale.memory.items import F32, begin_items, evaluate_items, fisher_items, pass_items, train_items
 from irdscale.memory.sizes import Items, PassBytes, PassSetting
 from irdscale.memory.workload import Layout, Workload
+from irdscale.utils.groups import divided
 
 # Phases in which trials may share a GPU; in the others a rank has its GPU alone.
 TRIAL = ("begin", "train", "evaluate")

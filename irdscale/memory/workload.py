@@ -13,7 +13,6 @@ from irdscale.distributed.deepspeed import zero_file
 from irdscale.errors import InputError
 from irdscale.memory.items import Zero, zero_from
 from irdscale.memory.sizes import PassBytes, PassSetting, Shapes
-from irdscale.models.quantize import refuse_zero3
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,13 @@ def workload_of(
         raise InputError(f"found {ray}", f"at most {gpus}, the GPUs", key="search.ray.ranks")
     checked_micro_batch(config, ray or gpus)
     settings = zero_file(config, ray or gpus)
-    refuse_zero3(config, None if settings is None else settings["zero_optimization"]["stage"])
 
     from irdscale.fisher.pool import mask_size
     from irdscale.memory.pass_bytes import cached_pass_bytes
     from irdscale.memory.shapes import meta_model, scored_of, shapes_of, task_kind
+    from irdscale.models.quantize import refuse_zero3
 
+    refuse_zero3(config, None if settings is None else settings["zero_optimization"]["stage"])
     model = meta_model(config)
     shapes = shapes_of(config, model)
     longest = config.task.max_length if tokens is None else tokens

@@ -13,7 +13,7 @@ from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.groups import fewest, groups_for, ranked_by_groups
 from irdscale.fisher.memory_check import bytes_needed
 from irdscale.fisher.nested import ranked_entries_by_prefix
-from irdscale.masks.parts import divided
+from irdscale.utils.groups import divided
 from tests.tiny_models import collate, samples, tiny
 
 SIZES, K = [8, 4, 2], 500
