@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from irdscale.config.schema import RunConfig
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.groups import fewest, groups_for, ranked_by_groups
 from irdscale.fisher.memory_check import bytes_needed
 from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.pool import ranked_entries
 from irdscale.utils.groups import divided
 from tests.tiny_models import collate, samples, tiny
 
@@ -70,3 +72,20 @@ def test_as_few_passes_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("irdscale.fisher.groups.free_main_memory", lambda free=free: free)
         assert len(groups_for(gradients, "auto", torch.float32, "replicated", False)) == passes
     assert len(groups_for(gradients, 4, torch.float32, "replicated", False)) == 4
+
+
+def test_the_passes_of_a_configuration(tmp_path: Path) -> None:
+    found = {}
+    for passes in (1, 3):
+        sections: dict[str, Any] = {
+            "model": {"path": "x"},
+            "task": {"dataset": "x", "kind": "causal-lm"},
+            "fisher": {"samples": 8, "passes": passes},
+            "output": str(tmp_path),
+        }
+        gradients = _gradients("llama")
+        rankings = ranked_entries(RunConfig.model_validate(sections), gradients, range(8), SIZES, K, "masks")
+        found[passes] = [rankings[size].prefix(K).hash for size in SIZES]
+        assert gradients.taken == 8 * passes
+    assert found[3] == found[1]
+    assert not list((tmp_path / "fisher").glob("state-masks-part-*"))
