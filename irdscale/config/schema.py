@@ -33,7 +33,19 @@ class ModelConfig(Section):
         "a GGUF file: local, `OWNER/NAME/FILE.gguf` of a hub id, or `package:NAME/FILE.gguf`.",
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="Data type of the base weights.")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Quantisation of the base's linear layers by bitsandbytes: 4 bits as in QLoRA (nf4), or 8 bits "
+        "(int8); none if unset. `dtype` is then that of the dequantised weights.",
+    )
     trust_remote_code: bool = Field(False, description="Permission to run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _dtype_fits_quantize(self) -> ModelConfig:
+        if self.quantize is not None and self.dtype == "float64":
+            fault = f"found {self.quantize!r} with dtype 'float64'"
+            raise InputError(fault, "dtype 'bfloat16' or 'float32'", "quantize")
+        return self
 
 
 class FisherConfig(Section):
@@ -62,6 +74,11 @@ class FisherConfig(Section):
         "replicated", description="Storage of the sums: all on every rank, or 1 / world size on each (sharded)."
     )
     offload: bool = Field(False, description="Storage of the sums in main memory, while the model is on a GPU.")
+    passes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Passes over the samples for the masks, each with the sums of some layers; `auto` takes the fewest "
+        "that fit in memory. The masks are the same.",
+    )
     token_reduction: Literal["mean", "sum"] = Field(
         "mean", description="Reduction of a text's loss: mean or sum over its target tokens."
     )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from irdscale.utils.quantized import quantized_shape
+
 # Attribute of a model with DeepSpeed's options for gathering it.
 _OPTIONS = "_irdscale_gathering"
 
@@ -30,13 +32,14 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the full parameter."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of the full parameter; of a quantised weight, that of its dequantised matrix."""
+    return quantized_shape(parameter) or tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def numel_of(parameter: Tensor) -> int:
-    """Entries of the full parameter."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Entries of the full parameter; of a quantised weight, those of its dequantised matrix."""
+    shape = quantized_shape(parameter)
+    return torch.Size(shape).numel() if shape else int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def device_of(model: nn.Module) -> torch.device:

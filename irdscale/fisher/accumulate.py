@@ -21,12 +21,14 @@ from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.squares import add_squares
 from irdscale.fisher.sums import Add, ReplicatedSums, ShardedSums, Sums
 from irdscale.models.batches import Collate, SizedDataset
+from irdscale.models.quantized import adopt
+from irdscale.utils.quantized import is_quantized
 
 
 def scored_parameters(
     model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """The floating-point parameters that match an `include` expression and no `exclude` expression, tied ones once.
+    """The floating-point and quantised parameters that match `include` and not `exclude`, tied ones once.
 
     Raises:
         InputError: an expression is malformed, or no parameter matches.
@@ -35,7 +37,7 @@ def scored_parameters(
     kept = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
+        if (parameter.is_floating_point() or is_quantized(parameter))
         and (wanted is None or any(e.search(name) for e in wanted))
         and not any(e.search(name) for e in unwanted or ())
     }
@@ -79,6 +81,7 @@ def accumulate_fisher(
     result does not depend on batch size, layout or world size beyond rounding. The model runs in evaluation mode and is
     restored. With torch.distributed initialised the call is collective: every rank passes the same model and full data
     set, takes its shard of the samples, and gets the full result or its slice. A ZeRO-3 model stays partitioned.
+    A model quantised by bitsandbytes computes with its dequantised weights from then on, and the diagonal is theirs.
 
     Args:
         model: returns logits [B, C] (classification, regression) or [B, T, V] (causal language model)
@@ -101,7 +104,7 @@ def accumulate_fisher(
         RunError: a rank died (named).
     """
     _check_options(len(dataset), batch_size, objective=objective, layout=layout, token_reduction=token_reduction)
-    model = unwrapped(model)
+    model = adopt(unwrapped(model))
     scored = scored_parameters(model, include, exclude)
     samples = SampleGradients(model, dataset, collate_fn, scored, batch_size, objective, token_reduction, seed)
     order = range(len(dataset))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from irdscale.fisher.quantized import QuantizedTerms
 from irdscale.fisher.rules import ModuleCall, Rule, rule_for
 from irdscale.fisher.terms import Dense, Term
+from irdscale.utils.quantized import is_quantized
 
 Arrived = Callable[[str, list[Term]], None]
 
@@ -37,7 +39,8 @@ def frozen(model: nn.Module, train_only: dict[str, nn.Parameter] | None = None) 
         if cached:
             config.use_cache = False  # type: ignore[union-attr]
         for p, _ in before:
-            p.requires_grad_(id(p) in wanted)
+            # Autograd computes no gradient of a quantised weight.
+            p.requires_grad_(id(p) in wanted and p.is_floating_point())
         yield
     finally:
         if cached:
@@ -162,14 +165,21 @@ class Capture:
 
 
 class SampleCapture:
-    """Gradients of one sample at a time by autograd, delivered like those of `Capture`; exact for any model."""
+    """Gradients of one sample at a time by autograd, delivered like those of `Capture`; exact for any model.
+
+    Those of quantised weights come from `QuantizedTerms`.
+    """
 
     def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter]) -> None:
-        self._model, self._scored = model, scored
+        quantized = {name: p for name, p in scored.items() if is_quantized(p)}
+        self._model = model
+        self._scored = {name: p for name, p in scored.items() if name not in quantized}
+        self._quantized = QuantizedTerms(holders(model, quantized), lambda name, terms: self._arrived(name, terms))
         self._arrived: Arrived = lambda name, terms: None
         self._cleaning = ExitStack()
 
     def __enter__(self) -> SampleCapture:
+        self._cleaning.enter_context(self._quantized)
         for name, parameter in self._scored.items():
             self._cleaning.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
@@ -182,13 +192,16 @@ class SampleCapture:
 
     def forward(self, inputs: dict[str, Any], size: int) -> Any:
         """Run the model on one sample."""
+        self._quantized.begin_forward()
         return self._model(**inputs)
 
     def backward(self, loss_1: Tensor, arrived: Arrived, *, retain_graph: bool = False) -> None:
         """Back-propagate the sample's loss and deliver every parameter's gradient as soon as it is complete."""
         self._arrived = arrived
+        self._quantized.begin_backward()
         if loss_1.requires_grad:
             loss_1.sum().backward(retain_graph=retain_graph)
+        self._quantized.end_backward()
 
     def _deliver(self, name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

@@ -69,6 +69,8 @@ def check_memory(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: tor
         ways.append(f"layout 'sharded' over {ranks} or more such ranks")
     if on_device and needed <= free_main_memory() / beside:
         ways.append("fisher.offload")
+    if len(shapes) > 1:
+        ways.append("fisher.passes=auto")
     ways.append("fewer parameters (fisher.include, fisher.exclude)")
     found = (
         f"found sums of {needed / GIB:.1f} GiB per rank with layout '{layout}' and {least / GIB:.1f} GiB of memory free"

@@ -19,6 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from irdscale.distributed.zero3 import gathered_parameters
 from irdscale.fisher.affine import is_affine, slope, without_hooks
 from irdscale.fisher.terms import Dense, Outer, TableRows, Term
+from irdscale.models.quantized import dequantizes
 
 
 @dataclass
@@ -126,7 +127,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     from transformers.pytorch_utils import Conv1D
 
     forward = type(module).forward
-    if forward is nn.Linear.forward:
+    if forward is nn.Linear.forward or dequantizes(type(module)):
         return _linear
     if forward is Conv1D.forward:
         return _conv1d

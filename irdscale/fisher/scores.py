@@ -20,6 +20,7 @@ from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.squares import add_gradients, add_squares
 from irdscale.fisher.sums import Add
+from irdscale.utils.quantized import dequantized, is_quantized
 
 
 def summed(score: Score) -> Add | None:
@@ -54,9 +55,10 @@ def entry_scores(
 def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
     """This rank's part of a parameter's weights."""
     with gathered_parameters([parameter]):
-        held = _held(parameter.detach(), layout)
-        # The gathered weights of a partitioned parameter are released at the end of this block.
-        return held.clone() if hasattr(parameter, "ds_tensor") else held
+        held = _held(dequantized(parameter) if is_quantized(parameter) else parameter.detach(), layout)
+        # Gathered weights are released at the end of this block, and a slice would keep a dequantised matrix alive.
+        own = hasattr(parameter, "ds_tensor") or (is_quantized(parameter) and layout == "sharded")
+        return held.clone() if own else held
 
 
 def _held(tensor: Tensor, layout: Layout) -> Tensor:

@@ -184,7 +184,7 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
         keys = [entries.scores for entries in chosen.values()]
     else:
         chosen = _largest_of_each(fisher, k)
-        keys = [-_positions(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
+        keys = [-positions_of(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
     if not chosen:
         none = torch.zeros(0, dtype=torch.int64)
         return Ranking(none, none, shapes)
@@ -196,31 +196,37 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
 
 def _largest_of_each(fisher: Fisher, k: int) -> dict[str, Chosen]:
     """The largest entries of every parameter, as many as the first k by position can contain."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in fisher.shapes.items()}
-    # Of n entries, floor(n x + 1/2) have positions up to x: more than k of all parameters together at this x.
-    last = (k + len(sizes)) / max(1, sum(sizes.values()))
+    counts = counts_within(k, fisher.shapes)
     shared, pieces = fisher.layout == "sharded", fisher.slices()
     check_scores(pieces, shared)
-    floor = ROUNDING * _largest_score(pieces, shared)
+    floor = ROUNDING * largest_score(pieces, shared)
     real_P = read([(piece.scores >= floor).sum() for piece in pieces.values()], torch.int64)
     if shared:
         all_reduce_sum([real_P])
     chosen: dict[str, Chosen] = {}
     for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
-        count = min(sizes[name], int(sizes[name] * last + 0.5))
         # The scores are copied only if rounding errors would be among the largest.
-        if real < count:
+        if real < counts[name]:
             piece = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0))
-        chosen |= largest_of_checked({name: piece}, count, shared)
+        chosen |= largest_of_checked({name: piece}, counts[name], shared)
     return chosen
 
 
-def _largest_score(pieces: dict[str, Slice], shared: bool) -> float:
+def counts_within(k: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """name -> most entries of that parameter among the first k by position."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    # Of n entries, floor(n x + 1/2) have positions up to x: more than k of all parameters together at this x.
+    last = (k + len(sizes)) / max(1, sum(sizes.values()))
+    return {name: min(size, int(size * last + 0.5)) for name, size in sizes.items()}
+
+
+def largest_score(pieces: dict[str, Slice], shared: bool) -> float:
+    """The largest score of all slices, 0 if there is none; collective with `shared`."""
     own = max(read([p.scores.max() for p in pieces.values() if p.scores.numel()], torch.float64).tolist(), default=0.0)
     return max(map(float, gather_texts(repr(own)))) if shared else own
 
 
-def _positions(scores: Tensor, numel: int) -> Tensor:
+def positions_of(scores: Tensor, numel: int) -> Tensor:
     """(2 r - 1) / 2n for the r-th largest of a parameter's n entries, of which these are the largest."""
     order = scores.sort(descending=True, stable=True).indices
     positions = torch.empty(len(scores), dtype=torch.float64)

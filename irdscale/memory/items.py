@@ -87,7 +87,7 @@ def zero_from(settings: dict[str, Any] | None, hidden: int) -> Zero:
 def weights(shapes: Shapes, zero: Zero, world: int) -> tuple[int, int]:
     """Bytes of the weights that a rank always holds, and of those that ZeRO-3 has gathered."""
     if not zero.partitioned:
-        return shapes.parameters * shapes.item, 0
+        return shapes.base, 0
     own = -(-shapes.parameters // world) * shapes.item
     # Gathers in transfer have their own buffers: a layer, and the entries gathered ahead.
     arriving = min(zero.prefetch, shapes.parameters) + max(shapes.largest, shapes.layer)
@@ -143,7 +143,7 @@ def begin_items(shapes: Shapes, zero: Zero, world: int, k: int) -> Items:
     """The start of DistributedDataParallel, which broadcasts the weights in buckets; empty without it."""
     if zero.stage is not None or world == 1:
         return Items()
-    trained, base = k + shapes.dense, shapes.parameters * shapes.item
+    trained, base = k + shapes.dense, shapes.base
     buffers = min(base, 2 * BROADCAST) + k * (INDEX + shapes.item) + F32 * trained
     return Items(weights=base, values_and_moments=F32 * trained, buffers=buffers)
 

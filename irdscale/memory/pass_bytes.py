@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from irdscale.distributed.zero3 import numel_of, shape_of
 from irdscale.fisher import affine
 from irdscale.fisher.capture import Capture, frozen
 from irdscale.fisher.squares import Buffers, add_squares, add_traces
@@ -106,7 +107,7 @@ def pass_bytes_of(model: nn.Module, scored: dict[str, nn.Parameter], kind: Pass,
 
 
 def _fisher(model: Any, scored: dict[str, nn.Parameter], kind: Pass, setting: PassSetting) -> PassBytes:
-    totals = {name: torch.empty(p.shape, dtype=torch.float32, device="meta") for name, p in scored.items()}
+    totals = {name: torch.empty(shape_of(p), dtype=torch.float32, device="meta") for name, p in scored.items()}
     traces_B = torch.empty(setting.batch, dtype=torch.float64, device="meta")
     buffers = Buffers()
 
@@ -326,11 +327,12 @@ def sparse_entries(
 
 
 def _entries(name: str, parameter: nn.Parameter, ratio: float, held: float) -> Entries:
-    count, numel = max(1, round(ratio * parameter.numel())), parameter.numel()
+    shape, numel = shape_of(parameter), numel_of(parameter)
+    count = max(1, round(ratio * numel))
     made = make_entries(name, parameter, torch.empty(count, dtype=index_dtype(numel), device="meta"))
-    if parameter.dim() == 2:
-        rows, columns = (_side(size, held) for size in parameter.shape)
-        made._product = Product("dense", (parameter.shape[0], parameter.shape[1]), rows, columns)
+    if len(shape) == 2:
+        rows, columns = (_side(size, held) for size in shape)
+        made._product = Product("dense", (shape[0], shape[1]), rows, columns)
     made.patched = True
     return made
 

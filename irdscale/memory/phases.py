@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil
+from dataclasses import replace
+from math import ceil, prod
 
 from irdscale.memory.items import F32, begin_items, evaluate_items, fisher_items, pass_items, train_items
 from irdscale.memory.sizes import Items, PassBytes, PassSetting
 from irdscale.memory.workload import Layout, Workload
+from irdscale.utils.groups import divided
 
 # Phases in which trials may share a GPU. In the others, each rank has its own GPU.
 TRIAL = ("begin", "train", "evaluate")
@@ -14,14 +16,39 @@ TRIAL = ("begin", "train", "evaluate")
 
 def phases(work: Workload, layout: Layout) -> dict[str, Items]:
     """Phase -> bytes of a rank at its peak, by item."""
-    # A rank may have fewer samples than a batch.
-    batch = min(layout.fisher_batch, ceil(work.samples / layout.world))
-    shapes, zero, world = work.shapes, layout.zero, layout.world
-    masks = _bytes_of(work, layout, "masks", batch)
-    found = {"fisher": fisher_items(shapes, masks, zero, world, work.item, layout.sharded, layout.offload)}
+    found = {"fisher": _masks(work, layout, fisher_passes(work, layout))}
     if work.traced:
-        found["traces"] = pass_items(shapes, _bytes_of(work, layout, "traces", batch), zero, world)
+        traces = _bytes_of(work, layout, "traces", _fisher_batch(work, layout))
+        found["traces"] = pass_items(work.shapes, traces, layout.zero, layout.world)
     return found | trial_phases(work, layout)
+
+
+def fisher_passes(work: Workload, layout: Layout) -> int:
+    """Passes over the samples for masks: those of the layout, or the fewest whose sums fit.
+
+    Sums in main memory are assumed to fit there.
+    """
+    most = len(work.shapes.scored)
+    if layout.passes is not None:
+        return min(layout.passes, most)
+    room = work.fisher_room
+    if room is None:
+        return 1
+    return next((n for n in range(1, most) if _masks(work, layout, n).total <= room), most)
+
+
+def _masks(work: Workload, layout: Layout, passes: int) -> Items:
+    """The pass for masks over the group of parameters with the most entries."""
+    sizes, zero, world = work.shapes.scored, layout.zero, layout.world
+    largest = max(divided(sizes, passes), key=lambda group: sum(prod(sizes[name]) for name in group))
+    shapes = replace(work.shapes, scored={name: sizes[name] for name in largest})
+    masks = _bytes_of(work, layout, "masks", _fisher_batch(work, layout))
+    return fisher_items(shapes, masks, zero, world, work.item, layout.sharded, layout.offload)
+
+
+def _fisher_batch(work: Workload, layout: Layout) -> int:
+    # A rank may have fewer samples than a batch.
+    return min(layout.fisher_batch, ceil(work.samples / layout.world))
 
 
 def trial_phases(work: Workload, layout: Layout) -> dict[str, Items]:
@@ -50,7 +77,8 @@ def main_memory(work: Workload, layout: Layout) -> int:
     per_rank = 0
     if layout.offload:
         parts = world if layout.sharded else 1
-        held = [-(-n // parts) for n in shapes.scored_sizes]
+        groups = [[prod(shapes.scored[name]) for name in group] for group in divided(shapes.scored, layout.passes or 1)]
+        held = [-(-n // parts) for n in max(groups, key=sum)]
         # Two buffers of the largest parameter's sums are in transfer.
         per_rank += work.item * (sum(held) + 2 * max(held))
     if zero.offload_weights:

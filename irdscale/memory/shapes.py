@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from irdscale.config.kinds import LANGUAGE_KINDS, Kind
 from irdscale.config.schema import RunConfig
+from irdscale.distributed.zero3 import numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.fisher import pool
+from irdscale.memory.quantized import base_bytes, quantize_on_meta
 from irdscale.memory.sizes import Shapes
 from irdscale.models.build import load_model_config
 from irdscale.sparse import matching_parameters
@@ -66,6 +68,8 @@ def meta_model(config: RunConfig) -> PreTrainedModel:
             key="model.path",
             where=config.model.path,
         ) from error
+    if config.model.quantize is not None:
+        quantize_on_meta(model, config.model.quantize)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -79,7 +83,7 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise InputError("found no list of layers", "a model of layers", where=type(model).__name__)
     # Among equals the first: the decoder's own list, not one inside a layer.
-    return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), len(item[1])))
+    return max(lists, key=lambda item: (sum(map(numel_of, item[1].parameters())), len(item[1])))
 
 
 def trained_outside(config: RunConfig, model: PreTrainedModel) -> list[str]:
@@ -114,21 +118,22 @@ def shapes_of(config: RunConfig, model: PreTrainedModel) -> Shapes:
     from transformers.pytorch_utils import Conv1D
 
     parameters = dict(model.named_parameters())
-    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    products = [shape_of(cast(Tensor, m.weight)) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
     text = model.config.get_text_config()
     heads, hidden = getattr(text, "num_attention_heads", 0) or 0, getattr(text, "hidden_size", 0) or 0
     width = getattr(text, "head_dim", None) or hidden // max(1, heads)
     return Shapes(
-        parameters=sum(p.numel() for p in parameters.values()),
+        parameters=sum(map(numel_of, parameters.values())),
         item=getattr(torch, config.model.dtype).itemsize,
-        scored={name: tuple(p.shape) for name, p in scored_of(config, model).items()},
-        dense=sum(parameters[name].numel() for name in trained_outside(config, model)),
-        products=[(module.weight.shape[0], module.weight.shape[1]) for module in linear],
-        largest=max(p.numel() for p in parameters.values()),
-        layer=max(sum(p.numel() for p in layer.parameters()) for layer in layer_stack(model)[1]),
+        scored={name: shape_of(p) for name, p in scored_of(config, model).items()},
+        dense=sum(numel_of(parameters[name]) for name in trained_outside(config, model)),
+        products=[(out, inside) for out, inside in products],
+        largest=max(map(numel_of, parameters.values())),
+        layer=max(sum(map(numel_of, layer.parameters())) for layer in layer_stack(model)[1]),
         hidden=hidden,
         layers=len(layer_stack(model)[1]),
         attention=heads * width,
         causal=any(getattr(module, "is_causal", False) for module in model.modules()),
         positions=getattr(text, "max_position_embeddings", None),
+        quantized=None if config.model.quantize is None else base_bytes(model),
     )

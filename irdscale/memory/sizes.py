@@ -37,6 +37,7 @@ class Shapes:
         attention: heads x width of a head; 0 without attention.
         causal: whether attention is causal.
         positions: largest number of tokens; None for no limit.
+        quantized: bytes of all parameters if some are quantised; None if all have `item` bytes per entry.
     """
 
     parameters: int
@@ -51,6 +52,12 @@ class Shapes:
     attention: int
     causal: bool
     positions: int | None
+    quantized: int | None = None
+
+    @property
+    def base(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.item if self.quantized is None else self.quantized
 
     @property
     def scored_sizes(self) -> list[int]:

@@ -24,6 +24,7 @@ class Layout:
         sharded, offload: layout of the Fisher sums.
         checkpointing: gradient checkpointing, in Fisher passes too.
         fisher_batch: largest batch of a Fisher pass, in samples.
+        passes: passes over the samples for masks, each with the sums of some parameters; None for the fewest that fit.
         accumulation: gradient accumulation steps of a training step.
     """
 
@@ -32,6 +33,7 @@ class Layout:
     offload: bool
     checkpointing: bool
     fisher_batch: int
+    passes: int | None
     accumulation: int
     nodes: int
     gpus_per_node: int
@@ -56,6 +58,7 @@ class Workload:
         scattered: whether mask entries are in all rows and columns, as with scope `layerwise`.
         ray_ranks: ranks of one trial on Ray; None with the local runner.
         gpu_memory: bytes of the GPU; None for a CPU.
+        fisher_room: bytes for a rank's tensors in a Fisher pass; None if unknown.
         pass_bytes: kind of pass and setting -> bytes of one batch.
     """
 
@@ -71,6 +74,7 @@ class Workload:
     scattered: bool
     ray_ranks: int | None
     gpu_memory: int | None
+    fisher_room: float | None
     pass_bytes: Callable[[str, PassSetting], PassBytes] = field(repr=False)
 
     @property
@@ -111,7 +115,9 @@ def workload_of(
     from irdscale.fisher.pool import mask_size
     from irdscale.memory.pass_bytes import cached_pass_bytes
     from irdscale.memory.shapes import meta_model, scored_of, shapes_of, task_kind
+    from irdscale.models.quantize import refuse_zero3
 
+    refuse_zero3(config, None if settings is None else settings["zero_optimization"]["stage"])
     model = meta_model(config)
     shapes = shapes_of(config, model)
     longest = config.task.max_length if tokens is None else tokens
@@ -132,6 +138,7 @@ def workload_of(
         scattered=config.scope == "layerwise",
         ray_ranks=ray,
         gpu_memory=gpu_memory,
+        fisher_room=None,
         pass_bytes=cached_pass_bytes(model, scored_of(config, model)),
     )
     layout = Layout(
@@ -140,6 +147,7 @@ def workload_of(
         offload=config.fisher.offload,
         checkpointing=config.train.gradient_checkpointing,
         fisher_batch=config.fisher.batch_size,
+        passes=None if config.fisher.passes == "auto" else config.fisher.passes,
         accumulation=config.train.gradient_accumulation,
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -18,6 +18,7 @@ from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
 from irdscale.models.dequantised import checkpoint_folder, settings_folder
 from irdscale.models.places import is_gguf, resolve_model_path
+from irdscale.models.quantize import after_loading, quantizing
 from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.hub import hub_access, one_line, quiet
 
@@ -205,6 +206,8 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
     loader: Any = AutoModelForCausalLM if language else AutoModelForSequenceClassification
     # A GGUF file is dequantised before weights are partitioned.
     place = _source(config.model, weights=True)
+    own = None if language or config.model.quantize is None else load_model_config(config.model)
+    quantized = quantizing(config, own, loader)
     with torch.random.fork_rng(devices=[]), loading(config):
         torch.manual_seed(seed)
         model, info = _load(
@@ -219,10 +222,12 @@ def build_model(config: RunConfig, task: Task, seed: int) -> tuple[PreTrainedMod
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_straight_to_gpu(config) if language else _head_options(task)),
+            **quantized,
         )
     if is_gguf(config.model.path):
         # Adapters and model cards name the user's path, not the cache.
         model.config.name_or_path = model.name_or_path = config.model.path
+    after_loading(config, model)
     _check_checkpoint(config.model.path, model, info, language)
     _check_positions(config.task.max_length, model)
     _check_vocabulary(config.model.path, task.tokenizer, model)

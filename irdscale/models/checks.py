@@ -22,6 +22,7 @@ from irdscale.distributed.ranks import largest_of
 from irdscale.distributed.zero3 import device_of, is_partitioned
 from irdscale.errors import InputError
 from irdscale.models.batches import FIRST, Collate, SizedDataset, by_token, moved, rows_of
+from irdscale.utils.quantized import dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +307,7 @@ def unheard(model: nn.Module) -> Iterator[None]:
 
 def _is_half(model: nn.Module, logits: Tensor) -> bool:
     """Whether the logits have the precision of 16 bits, by their own data type or a parameter's."""
-    kinds = {logits.dtype, *(p.dtype for p in model.parameters())}
+    kinds = {logits.dtype, *map(dtype_of, model.parameters())}
     return any(kind.itemsize < 4 for kind in kinds)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from irdscale.distributed.zero3 import is_partitioned
 from irdscale.errors import InputError
+from irdscale.models.quantized import dequantizes
 
 
 def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) -> list[str]:
@@ -35,7 +36,7 @@ def insert_lora(model: nn.Module, rank: int, seed: int, dense: Collection[str]) 
     targets = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D")
+        if (type(module).__name__ in ("Linear", "Conv1D") or dequantizes(type(module)))
         and module is not head
         and not any(f"{name}.{own}" in dense for own, _ in module.named_parameters(recurse=False))
     ]

@@ -28,7 +28,7 @@ class NewHead:
         """
         self._names = list(names)
         empty: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+            id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=False)
             for name, p in model.named_parameters()
             if name not in names
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError
-from irdscale.memory.phases import main_memory, phases
+from irdscale.memory.phases import fisher_passes, main_memory, phases
 from irdscale.memory.sizes import GIB
 from irdscale.memory.workload import Layout, workload_of
 from irdscale.plan.advice import STAGES, advise, fits, peak, with_stage
@@ -34,10 +34,10 @@ def run_plan(
     Returns:
         {"parameters", "k", "memory_gib": GiB per rank by item, in the phase with the least room, "traffic_gib": sent
         per rank, "flops": of all ranks, "hours", "fits", "advice"}; and their details: "phase", "phases" (items of
-        every phase), "samples_per_second", "layouts" (every ZeRO stage and layout of the Fisher sums),
-        "main_memory_gib" (per node, for offloaded tensors), "room_gib", "trials_a_gpu" (which share its memory and
-        speed), "trial_room_gib", "gpu", "nodes", "gpus_per_node", "stage", "evaluations", "micro_batch", "tokens",
-        "rates" ({"device": GPU on which the rates behind "hours" were measured, "own": whether it is this GPU}).
+        every phase), "samples_per_second", "layouts" (every ZeRO stage and layout of the Fisher sums), "fisher_passes"
+        (over the samples, for masks), "main_memory_gib" (per node, for offloaded tensors), "room_gib", "trials_a_gpu"
+        (which share its memory and speed), "trial_room_gib", "gpu", "nodes", "gpus_per_node", "stage", "evaluations",
+        "micro_batch", "tokens", "rates" ({"device": GPU that gave the rates behind "hours", "own": if it is this}).
 
     Raises:
         InputError: there is no such GPU or model, or the configuration does not fit the model or so many ranks.
@@ -61,6 +61,7 @@ def run_plan(
         "phase": phase,
         "phases": {name: held.gib() for name, held in phases(job, layout).items()},
         "layouts": _layouts(job, layout),
+        "fisher_passes": fisher_passes(job, layout),
         "main_memory_gib": round(main_memory(job, layout) / GIB, 2),
         "room_gib": round(job.gpu.room / GIB, 2),
         "trials_a_gpu": job.trials_a_gpu,
@@ -92,7 +93,9 @@ def _costs(job: Job, price: Cost) -> dict[str, Any]:
 def _layouts(job: Job, layout: Layout) -> list[dict[str, Any]]:
     """Memory and hours under every ZeRO stage and layout of the Fisher sums; with one rank, of this layout alone."""
     found = []
-    for stage in STAGES if layout.world > 1 else (layout.zero.stage,):
+    # ZeRO-3 cannot partition quantised weights.
+    stages = [stage for stage in STAGES if stage != 3 or job.shapes.quantized is None]
+    for stage in stages if layout.world > 1 else (layout.zero.stage,):
         for sharded in (False, True) if layout.world > 1 else (layout.sharded,):
             other = with_stage(replace(layout, sharded=sharded), stage)
             found.append(

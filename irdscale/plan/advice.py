@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from irdscale.cluster.share import share_of
 from irdscale.memory.items import Zero, shipped
-from irdscale.memory.phases import main_memory, phases
+from irdscale.memory.phases import fisher_passes, main_memory, phases
 from irdscale.memory.sizes import GIB, Items
 from irdscale.memory.workload import Layout
 from irdscale.plan.costs import Job, cost
@@ -40,7 +40,9 @@ def cheapest(job: Job, layout: Layout, offload: bool = True) -> Layout | None:
     """
     smaller = replace(layout, fisher_batch=1, accumulation=_accumulated(job, layout))
     for options in (_options(layout), _options(smaller), *([_offloading(smaller)] if offload else [])):
-        fitting = [option for option in options if fits(job, option)]
+        # ZeRO-3 cannot partition quantised weights.
+        possible = [option for option in options if job.shapes.quantized is None or option.zero.stage != 3]
+        fitting = [option for option in possible if fits(job, option)]
         if fitting:
             return min(fitting, key=lambda option: cost(job, option).seconds["search"])
     return None
@@ -69,8 +71,8 @@ def _offloading(layout: Layout) -> Iterator[Layout]:
 
 def fewest(job: Job, layout: Layout) -> Layout | None:
     """The fastest layout that fits on the fewest GPUs of the same kind; None if none fits."""
-    # Weights and Fisher sums, which every layout without offloading needs.
-    least = job.shapes.parameters * job.shapes.item + job.item * sum(job.shapes.scored_sizes)
+    # Weights and Fisher sums, which every layout without offloading needs; several passes need fewer sums at a time.
+    least = job.shapes.base + (job.item * sum(job.shapes.scored_sizes) if layout.passes == 1 else 0)
     full = max(8, layout.gpus_per_node)
     inside = [2**i for i in range(full.bit_length()) if 2**i < full] + [full]
     counts = [(1, gpus) for gpus in inside] + [(2**i, full) for i in range(1, MOST_NODES.bit_length())]
@@ -123,6 +125,11 @@ def advise(job: Job, layout: Layout) -> list[str]:
         f"{'Fits' if fitting else 'Does not fit'}: the peak per rank is {items.total / GIB:.1f} GiB, "
         f"in {PHASES[phase]}; {room} can be used."
     ]
+    passes, offloaded = fisher_passes(job, layout), main_memory(job, layout)
+    if passes > 1:
+        lines.append(f"Masks take {passes} passes over the samples (fisher.passes), each with the sums of some layers.")
+    if offloaded:
+        lines.append(f"Main memory per node: {offloaded / GIB:.1f} GiB, for offloaded tensors.")
     if job.share < 1:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""

@@ -7,7 +7,7 @@ from math import ceil
 
 from irdscale.cluster.share import counted, jobs_a_gpu, share_of, shared_turns
 from irdscale.config.schema import RunConfig
-from irdscale.memory.phases import TRIAL
+from irdscale.memory.phases import TRIAL, fisher_passes
 from irdscale.memory.sizes import Items, columns_held
 from irdscale.memory.workload import Layout, Workload
 from irdscale.plan.hardware import Gpu
@@ -65,7 +65,7 @@ def job_of(config: RunConfig, work: Workload, gpu: Gpu, steps: int) -> Job:
     minimum = smallest_pair(config, start, work.shapes.parameters)
     shared = search.runner == "ray" and search.ray.shares_gpus and gpu.name != "cpu"
     return Job(
-        **vars(work),
+        **(vars(work) | {"fisher_room": gpu.room}),
         gpu=gpu,
         steps=steps,
         # Before the pool's passes, and before those of the random samples.
@@ -99,7 +99,8 @@ def cost(job: Job, layout: Layout) -> Cost:
     passed = limit + again
     # Passes: ranking of samples, masks, and the mask of as many random samples for comparison.
     ranking = job.traced * job.samples * (passed + one.traces)
-    masks = job.samples * (passed + one.weights)
+    passes = fisher_passes(job, layout)
+    masks = job.samples * (passes * passed + one.weights)
     step = job.batch * (passed + small)
     flops = {"fisher": ranking + masks, "step": step, "candidate": job.steps * step}
     flops["search"] = ranking + masks + masks + (job.head_steps + job.evaluations * job.steps) * step
@@ -114,19 +115,19 @@ def cost(job: Job, layout: Layout) -> Cost:
         "weights_a_step": micro,
         "sums_a_pass": sums,
         "weights_a_pass": gathered,
-        "fisher": sums + (job.traced + 1) * gathered,
+        "fisher": sums + (job.traced + passes) * gathered,
         "candidate": job.steps * (gradients + micro),
     }
     beside = job.trials_a_gpu
     at_once = max(1, layout.world // train.world) * beside
     # Consecutive steps. A step of head warm-up counts as a full step, which takes longer.
     steps = job.head_steps + ceil(job.evaluations / at_once) * job.steps
-    traffic["search"] = traffic["fisher"] + sums + gathered + steps * (gradients + micro)
+    traffic["search"] = traffic["fisher"] + sums + passes * gathered + steps * (gradients + micro)
 
     item, speed = shapes.item, gpu.pass_flops(shapes.item)
     band, own = gpu.bandwidth(layout.nodes), gpu.bandwidth(train.nodes)
     squaring, tracing_one = one.weights / gpu.square_flops(item), one.traces / gpu.gradient_flops(4)
-    passing = job.samples * (passed / speed + squaring) / layout.world + (sums + gathered) / band
+    passing = job.samples * (passes * passed / speed + squaring) / layout.world + (sums + passes * gathered) / band
     tracing = job.samples * (passed / speed + tracing_one) / layout.world + gathered / band
     # The ratio to the limit was measured without gradient checkpointing.
     over = gpu.step_over_limit("scattered" if job.scattered else "concentrated")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FORMAT, VERSION = "irdscale-run", 1
 DO = "the same command, another folder (output=...), or --overwrite"
 # Keys of `fisher` that change a result by no more than rounding.
-HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload"}
+HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload", "passes"}
 _ADAPTER = ("adapter/adapter.json", "adapter/adapter.safetensors", "adapter/README.md")
 _FIGURES = ("metric", "path", "density", "traces", "overlap", "drift", "cost")
 _COMPARED = ("scores", "parameters", "differences", "rates")

@@ -1,7 +1,8 @@
 """Trainable entries of a parameter: k deltas, and how they are patched into the frozen parameter.
 
 The parameter stays where it is. The k entries are patched into it (base + delta), so no copy of a weight exists; the k
-base values are kept, and restore it bit for bit.
+base values are kept, and restore it bit for bit. A quantised parameter is not patched: its dequantised matrix is, for
+each use (`irdscale.sparse.quantized`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from irdscale.distributed.zero3 import gathered_parameters, shape_of
 from irdscale.sparse.functions import unlowered
 from irdscale.sparse.products import Product, prepare
+from irdscale.utils.quantized import dequantized, dtype_of, is_quantized
 
 
 @dataclass
@@ -55,9 +57,14 @@ class Entries:
         """Whether ZeRO-3 partitions the parameter: each pass gathers a copy that is not patched."""
         return hasattr(self.parameter, "ds_tensor")
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the parameter holds codes, into which nothing is patched."""
+        return is_quantized(self.parameter)
+
     def follow(self) -> None:
         """Follow the parameter to its device and type, and take over what was written into it since it was lent."""
-        device, dtype = self.parameter.device, self.parameter.dtype
+        device, dtype = self.parameter.device, dtype_of(self.parameter)
         if self.index.device != device:
             self.index, self.base = self.index.to(device), self.base.to(device)
             self._product = None
@@ -96,7 +103,8 @@ class Entries:
     def restore(self) -> None:
         """Write the base values back into the parameter, which must be gathered."""
         self.follow()
-        _write(self.parameter, self.index.long(), self.base)
+        if not self.quantized:
+            _write(self.parameter, self.index.long(), self.base)
 
     def convert(self, parameter: nn.Parameter, values: Tensor, weights: Tensor) -> None:
         """Follow the parameter after a module converted or replaced it.
@@ -107,7 +115,7 @@ class Entries:
             weights: the effective weights before the conversion, [k].
         """
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        changed = parameter.dtype != self.base.dtype
+        changed = dtype_of(parameter) != self.base.dtype
         kept = values if values.dtype == dtype else self.values.detach().to(values.device, dtype)
         if parameter is self.parameter:
             self.values.data = kept
@@ -143,6 +151,8 @@ def patch_all(entries: Sequence[Entries]) -> None:
     alike: dict[tuple[Any, ...], list[Entries]] = {}
     for one in entries:
         one.follow()
+        if one.quantized:
+            continue
         key = (one.parameter.dtype, one.parameter.device, one.index.dtype, one.values.dtype, one.absolute)
         alike.setdefault(key, []).append(one)
     for group in alike.values():
@@ -173,12 +183,16 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 
 def _write(parameter: nn.Parameter, index: Tensor, weights: Tensor) -> None:
     # Through .data: autograd must not count this as a change between forward and backward.
-    flat = parameter.data.view(-1)
-    if flat.device.type == "cpu" and flat.element_size() == 2:
+    write_entries(parameter.data.view(-1), index, weights)
+
+
+def write_entries(flat_N: Tensor, index_k: Tensor, weights_k: Tensor) -> None:
+    """Write weights at their indices into a flat tensor."""
+    if flat_N.device.type == "cpu" and flat_N.element_size() == 2:
         # On the CPU `scatter_` of 16-bit values takes 20 times as long.
-        flat.index_copy_(0, index, weights)
+        flat_N.index_copy_(0, index_k, weights_k)
     else:
-        flat.scatter_(0, index, weights)
+        flat_N.scatter_(0, index_k, weights_k)
 
 
 def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
@@ -191,7 +205,8 @@ def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
         index = index.to(parameter.device)
-        base = parameter.detach().view(-1).index_select(0, index)
+        full = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
+        base = full.view(-1).index_select(0, index)
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     values = nn.Parameter(torch.zeros(len(index), dtype=dtype, device=index.device))
     return Entries(name, parameter, values, index, base, shape)

@@ -2,7 +2,8 @@
 
 Each function takes the frozen weight, which already holds base + delta at the mask's entries, and the trainable
 `values` at those entries. It returns gradients of its input and of `values`, never one of the weight's size. A weight
-that DeepSpeed gathers again for the backward pass comes without the deltas, and is patched again.
+that DeepSpeed gathers again for the backward pass comes without the deltas, and is patched again. A quantised weight
+comes as a function that makes its patched matrix, once for each of the two products.
 
 Under autocast the matrix products take `lowered` inputs, and convert a weight of another type for each product; the
 backward pass converts it again.
@@ -53,7 +54,7 @@ class SparseMatmul(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Callable[[], Tensor],
         bias: Tensor | None,
         weight_values: Tensor | None,
         bias_values: Tensor | None,
@@ -71,6 +72,8 @@ class SparseMatmul(torch.autograd.Function):
             assert product is not None
             kept = needed_input(x, product.rows if transposed else product.columns)
         ctx.save_for_backward(kept)
+        if not isinstance(weight, Tensor):
+            return F.linear(x, weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
         if not transposed:
             return F.linear(x, weight, bias)
         flat_TI = x.reshape(-1, x.shape[-1])
@@ -93,7 +96,7 @@ class SparseMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.patch_again is not None:
                 ctx.patch_again()
-            weight = ctx.weight.to(dy.dtype)
+            weight = (ctx.weight if isinstance(ctx.weight, Tensor) else ctx.weight()).to(dy.dtype)
             dx = dy @ (weight.t() if ctx.transposed else weight)
         return dx, None, None, weight_grad, bias_grad, None, None, None, None, None
 

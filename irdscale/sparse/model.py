@@ -16,9 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
+from irdscale.models.quantized import adopt, make_plain, refuse_quantized
 from irdscale.sparse.entries import Entries, make_entries, patch_all
 from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import attach_all, detach_all, outside_graphs
+from irdscale.sparse.quantized import effective_matrix
+from irdscale.utils.quantized import any_quantized, is_quantized, parts_of
 from irdscale.utils.suggestions import nearest
 
 # Attribute of a model with the hashes of its base, from `irdscale.adapters.base.vouch`.
@@ -107,7 +110,8 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
 
     The base weights are frozen; each module that holds masked entries gets a parameter `{name}_values` of the
     float32 deltas, which start at 0. Parameters that match `always_train` are trained densely, outside the mask, with
-    float32 master weights if the model has a lower precision. Collective for a model in ZeRO-3 partitions.
+    float32 master weights if the model has a lower precision. Collective for a model in ZeRO-3 partitions. A base that
+    bitsandbytes has quantised stays quantised: its matrices are dequantised and patched for each product.
 
     Args:
         model: any module; tied and repeatedly used parameters are allowed.
@@ -122,6 +126,8 @@ def sparsify(model: nn.Module, mask: Mask, always_train: Sequence[str] = ()) -> 
     parameters = dict(model.named_parameters())
     mask.check()
     dense = matching_parameters(parameters, always_train)
+    refuse_quantized(model, dense, "train.always_train")
+    adopt(model)
     for name, index in mask.indices.items():
         if name not in parameters:
             raise InputError(f"{name}: the model has no such parameter{nearest(name, parameters)}", key="mask")
@@ -179,16 +185,27 @@ def _strip(model: nn.Module) -> None:
         parameter.grad = None
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, dequantize: bool = True) -> nn.Module:
     """A plain model again, in place, with the deltas added to its weights. Collective for a model in partitions.
 
+    Args:
+        dequantize: whether a quantised base is dequantised, layer by layer; False leaves it quantised, which is
+            possible if no quantised weight has trained entries.
+
     Raises:
-        InputError: the model is not sparse.
+        InputError: the model is not sparse, or its entries cannot be added to quantised weights.
     """
-    for entries in sparse_state(model).patched:
+    patched = sparse_state(model).patched
+    held = {id(entries.parameter): entries for entries in patched if entries.quantized}
+    if held and not dequantize:
+        name = next(iter(held.values())).name
+        raise InputError(f"found trained entries in the quantised weight {name}", "merge(model)", key="dequantize")
+    for entries in patched:
         with gathered_parameters([entries.parameter, entries.values], changed=True):
             entries.patch()
     _strip(model)
+    if dequantize and any_quantized(model):
+        make_plain(model, lambda weight: effective_matrix(weight, held.get(id(weight))))
     return model
 
 
@@ -236,6 +253,10 @@ def base_hash(model: nn.Module, without: Iterable[str] | None = None) -> str:
             continue
         if name in state.dense:
             hash_tensor(sha, name, state.dense[name])
+            continue
+        if is_quantized(parameter):
+            for part, tensor in parts_of(parameter).items():
+                hash_tensor(sha, f"{name}{part}", tensor)
             continue
         with _base_of(parameter, state.entries.get(name)):
             hash_tensor(sha, name, parameter)

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
+from irdscale.models.quantized import dequantizes
 from irdscale.sparse.entries import Entries, patch_all
 from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered
+from irdscale.sparse.quantized import at_each_use
+from irdscale.utils.quantized import dtype_of, is_quantized
 
 # Excludes a function from the graphs of `torch.compile`: they do not see writes through `.data`, and would use stale
 # weights. This private function imports the compiler late.
@@ -91,6 +94,8 @@ class SparseModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the effective weights; of partitioned parameters, what DeepSpeed's checkpoints need."""
+        if any(entries.quantized for entries in self._sparse.values()):
+            raise _refused("state_dict of a quantised base", "use save_adapter, or merge it first")
         if not self._partitioned():
             patch_all(list(self._sparse.values()))
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -115,6 +120,8 @@ class SparseModule(nn.Module):
         if self._partitioned():
             super()._load_from_state_dict(*others)
             return
+        if any(entries.quantized for entries in self._sparse.values()):
+            raise _refused("load_state_dict of a quantised base", "use load_adapter")
         given = {}
         for local_name, entries in self._sparse.items():
             weight = state_dict.get(prefix + local_name)
@@ -137,7 +144,7 @@ class SparseModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self._partitioned():
             return super()._apply(fn, recurse)
-        before = {name: one.effective().to(one.parameter.dtype) for name, one in self._sparse.items()}
+        before = {name: one.effective().to(dtype_of(one.parameter)) for name, one in self._sparse.items()}
         patch_all(list(self._sparse.values()))
         # Values are converted separately: `Module.half()` would round them.
         values = {name: self._parameters.pop(name) for name in self._values()}
@@ -203,12 +210,13 @@ def _effective(module: SparseModule, local_name: str) -> Tensor:
 @outside_graphs
 def _matmul_forward(module: Any, x: Tensor) -> Tensor:
     weight, bias = module._sparse.get("weight"), module._sparse.get("bias")
+    held = module._parameters["weight"]
     for entries in (weight, bias):
         if entries is not None:
             entries.ready()
     return SparseMatmul.apply(
         lowered(x),
-        module._parameters["weight"],
+        at_each_use(held, weight) if is_quantized(held) else held,
         module._parameters.get("bias"),
         weight.values if weight else None,
         bias.values if bias else None,
@@ -237,9 +245,11 @@ def _subclass(original: type[nn.Module], local_names: tuple[str, ...]) -> type[n
     def reader(local_name: str) -> property:
         return property(lambda module: _effective(module, local_name))
 
-    body: dict[str, Any] = {name: reader(name) for name in local_names}
+    # The codes of a quantised weight are read unchanged.
+    read = [name for name in local_names if name != "weight" or not dequantizes(original)]
+    body: dict[str, Any] = {name: reader(name) for name in read}
     body |= {"_original": original, "__module__": original.__module__}
-    if original.forward in (nn.Linear.forward, Conv1D.forward):
+    if original.forward in (nn.Linear.forward, Conv1D.forward) or dequantizes(original):
         body["forward"] = _matmul_forward
     elif original.forward is nn.Embedding.forward:
 

@@ -54,5 +54,5 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
             train = config.train.model_copy(update={"steps": steps, "epochs": None})
             with bar("Head", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
                 fine_tune(model, task, config.model_copy(update={"train": train}), seed, Control(advance))
-            merge(model)
+            merge(model, dequantize=False)
         yield model, dense

@@ -1,1 +1,1 @@
-"""Helpers of any program: files, interrupts, progress bars, the Hugging Face hub, suggestions."""
+"""Helpers of any package: files, interrupts, progress bars, the hub, suggestions, groups, quantised weights."""

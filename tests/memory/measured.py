@@ -25,6 +25,7 @@ from irdscale.models.build import build_model
 from irdscale.tasks import Task, load_task
 from irdscale.training.trainable import sparse_model, trained_densely
 from irdscale.training.trainer import fine_tune
+from irdscale.utils.quantized import is_quantized, parts_of
 from tests.helpers import Family, tiny_model
 from tests.sparse.oracle import random_mask
 
@@ -82,6 +83,7 @@ def make_folder(folder: Path, family: str) -> Path:
 def held(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, of a partitioned one those of its partition."""
     tensors = [getattr(t, "ds_tensor", t) for t in (*model.parameters(), *model.buffers())]
+    tensors += [part for p in model.parameters() if is_quantized(p) for part in parts_of(p).values()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -141,7 +143,12 @@ def train_peak(config: RunConfig, task: Task, mask: Mask) -> int:
 
 def mask_for(config: RunConfig, task: Task) -> Mask:
     """A mask of the search's size, spread over all matrices."""
-    plain = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
+    plain = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"quantize": None}),
+            "train": config.train.model_copy(update={"deepspeed": None}),
+        }
+    )
     model, new = build_model(plain, task, 0)
     return random_mask(model, config.search.ratio, leave=tuple(new))
 

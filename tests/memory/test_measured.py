@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from irdscale.config.loader import load_config
 from irdscale.plan import run_plan
 from tests.memory.measured import make_folder, on_rank
+from tests.quantized import KINDS, needs_bitsandbytes
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 ONE: dict[str, tuple[str, list[str]]] = {
@@ -73,6 +74,15 @@ def check(folder: Path, family: Any, world: int, cases: dict[str, tuple[str, lis
 @pytest.mark.parametrize("family", ["llama", "bert", "text"])
 def test_one_process(tmp_path: Path, family: str) -> None:
     check(tmp_path, family, 1, ONE)
+
+
+@needs_bitsandbytes
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "bert", "text"])
+def test_quantised_base(tmp_path: Path, family: str, kind: str) -> None:
+    more = [f"model.quantize={kind}"]
+    check(tmp_path, family, 1, {name: (what, [*overrides, *more]) for name, (what, overrides) in ONE.items()})
 
 
 @pytest.mark.slow
