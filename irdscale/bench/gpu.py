@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from irdscale.bench.gpu_fisher import fisher_rows
+from irdscale.bench.gpu_language import generation_rows, quantized_rows
 from irdscale.bench.gpu_models import SIZES, free
 from irdscale.bench.gpu_products import compile_rows, squares_rows, way_rows
 from irdscale.bench.gpu_steps import Peaks, plan_rows, step_rows
@@ -39,6 +40,8 @@ def _groups() -> dict[str, Measurements]:
         f"squares kernel, {large}": partial(squares_rows, large),
         f"steps, {large}": partial(step_rows, large, peaks),
         "fine_tune": trainer_rows,
+        f"quantised base, {small}": partial(quantized_rows, small),
+        "generation": generation_rows,
         "compiling": partial(compile_rows, small),
         "peaks against the plan": partial(plan_rows, peaks),
         f"ways of a sparse product, {small}": partial(way_rows, small),

@@ -81,7 +81,7 @@ def step_rows(name: str, peaks: Peaks) -> Iterator[dict[str, Any]]:
         free()
         own = allocated()
         try:
-            step = _step(make(), batch, trains=kind != "limit")
+            step = training_step(make(), batch, trains=kind != "limit")
             step()
             step()
             # The frozen weights count for each kind; full fine-tuning has allocated its own.
@@ -120,7 +120,8 @@ def _makers(model: Any, data: list[dict[str, Any]]) -> dict[str, Callable[[], An
     }
 
 
-def _step(model: Any, batch: dict[str, Tensor], trains: bool) -> Step:
+def training_step(model: Any, batch: dict[str, Tensor], trains: bool = True) -> Step:
+    """A function that makes one step: forward and backward pass, and fused AdamW if the model trains."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trains else None
 

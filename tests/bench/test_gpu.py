@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from irdscale import bench
-from irdscale.bench import gpu, gpu_fisher, gpu_models, gpu_products, gpu_steps, gpu_trainer
+from irdscale.bench import gpu, gpu_fisher, gpu_language, gpu_models, gpu_products, gpu_steps, gpu_trainer
 from irdscale.bench.gpu_models import SIZES, Size
 from irdscale.bench.timing import figure
 from irdscale.errors import InputError, RunError
+from irdscale.models.quantized import quantized_linears
+from irdscale.utils.quantized import dequantized
+from tests.quantized import needs_bitsandbytes
 
 SMALL = Size(hidden=32, mlp=48, layers=2, heads=4, batch=2, key_value_heads=2, vocabulary=64)
 
@@ -43,7 +46,7 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     SIZES.update(small=SMALL, larger=SMALL)
     monkeypatch.setattr(gpu_models, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_models, "TOKENS", 8)
-    for module in (gpu_fisher, gpu_products, gpu_steps, gpu_trainer):
+    for module in (gpu_fisher, gpu_language, gpu_products, gpu_steps, gpu_trainer):
         monkeypatch.setattr(module, "REPEATS", 2)
     monkeypatch.setattr(gpu_products, "CALLS", 2)
     monkeypatch.setattr(gpu_fisher, "SAMPLES", 4)
@@ -131,7 +134,7 @@ def test_steps_share_the_frozen_weights_and_train_what_they_say() -> None:
         made = make()
         shared = {id(p) for p in made.parameters()} & {id(p) for p in model.parameters()}
         assert len(shared) == (0 if kind == "full" else len(base))
-        gpu_steps._step(made, batch, trains=kind != "limit")()
+        gpu_steps.training_step(made, batch, trains=kind != "limit")()
         trained[kind] = sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert trained["limit"] == 0
     assert trained["full"] == sum(p.numel() for p in model.parameters())
@@ -233,6 +236,42 @@ def test_trainer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = gpu_trainer.trainer_rows()
     assert sound([row]) == ["step in fine_tune / bare loop, batch 2"]
     assert row["bar"] == "<= 1.1"
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_quantized_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_language, "RATIO", 0.1)
+    rows = list(gpu_language.quantized_rows("small"))
+    assert sound(rows) == [
+        "sparse step on an NF4 base / on a bfloat16 base, random mask 0.5 %, batch 2",
+        "peak memory of a sparse step on an NF4 base, GiB",
+    ]
+    assert [row["bar"] for row in rows] == ["<= 1.35", ""]
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_the_quantised_decoder_has_the_matrices_of_the_plain_one() -> None:
+    model = gpu_models.make_model(SMALL)
+    made = gpu_language.quantize_decoder(model)
+    plain = dict(model.named_parameters())
+    found = {f"{path}.weight": weight for path, _, weight in quantized_linears(made)}
+    assert found.keys() == {name for name in plain if name.endswith("_proj.weight")}
+    for name, weight in found.items():
+        largest = plain[name].abs().max()
+        # NF4's widest gap is 0.304 of a block's largest weight; double quantisation moves the scale a little.
+        assert (dequantized(weight) - plain[name]).abs().max() <= 0.17 * largest
+    assert {id(p) for p in made.parameters()} > {id(p) for n, p in plain.items() if n not in found}
+
+
+@pytest.mark.usefixtures("_on_the_cpu")
+def test_generation_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SIZE": SMALL, "PROMPTS": 4, "PROMPT_TOKENS": 6, "NEW_TOKENS": 3}.items():
+        monkeypatch.setattr(gpu_language, name, value)
+    (row,) = gpu_language.generation_rows()
+    assert sound([row]) == ["generation of exact match / plain generate, 4 answers of 3 tokens, batch 2"]
+    assert row["bar"] == "<= 1.2"
 
 
 def a_row(what: str) -> dict[str, Any]:
