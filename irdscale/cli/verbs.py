@@ -213,7 +213,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     """Estimate a run: memory per rank, traffic, operations and hours, and which layout fits. Loads no weights.
 
     For nodes=N gpus_per_node=N gpu=NAME: h100-80gb, h200-141gb, b200-180gb, a100-40gb, a100-80gb, l40s-48gb,
-    rtx4090-24gb, or cpu. tokens=N and train_samples=N replace what only the data can tell.
+    rtx4090-24gb, l4-24gb, a10g-24gb, or cpu. tokens=N and train_samples=N replace what only the data can tell.
     """
     with ending():
         alone("plan")
