@@ -45,9 +45,10 @@ def load_arguments(
     """
     given, rest = _own_arguments(verb, overrides or [])
     from irdscale.cli.early_checks import check_early
-    from irdscale.config.loader import load_config
+    from irdscale.config.loader import load_config, refuse_repeated
 
     _refuse_unknown(verb, rest)
+    refuse_repeated(rest, "command line")
     for key in VERB_KEYS[verb]:
         if key.required and key.name not in given:
             raise InputError("missing", f"{key.usage} among the arguments", key.name)

@@ -119,7 +119,6 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(values, dict):
         raise InputError("found no sections", ", ".join(RunConfig.model_fields), where=path)
     _resolve_paths(values, path.parent)
-    _refuse_repeated(overrides, "command line")
     overridden = {_override(values, override) for override in overrides}
     config = _validate(values, str(path), lines, overridden)
     place = "command line" if any(key.startswith("compare.variants") for key in overridden) else str(path)
@@ -135,7 +134,7 @@ def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunCo
         InputError: as `load_config`.
     """
     values = config.model_dump(mode="json")
-    _refuse_repeated(overrides, where)
+    refuse_repeated(overrides, where)
     for override in overrides:
         _override(values, override)
     return _validate(values, where, {}, set())
@@ -148,14 +147,18 @@ def changes_of(overrides: list[str]) -> dict[str, Any]:
         InputError: one of them is not key=value, or replaces an earlier one.
     """
     values: dict[str, Any] = {}
-    _refuse_repeated(overrides, "command line")
+    refuse_repeated(overrides, "command line")
     for override in overrides:
         _override(values, override)
     return values
 
 
-def _refuse_repeated(overrides: Iterable[str], where: str) -> None:
-    """Refuse a change that a later one replaces."""
+def refuse_repeated(overrides: Iterable[str], where: str) -> None:
+    """Check that no `section.key=value` replaces an earlier one.
+
+    Raises:
+        InputError: one does.
+    """
     earlier: list[str] = []
     for override in overrides:
         key = override.partition("=")[0]

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irdscale.config.loader import config_changes, dump_config, load_config, same_search, settings_of_ranks
+from irdscale.config.loader import (
+    changes_of,
+    config_changes,
+    dump_config,
+    load_config,
+    refuse_repeated,
+    same_search,
+    settings_of_ranks,
+)
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 
@@ -138,11 +146,26 @@ def test_one_text_is_a_list_of_one(file: Path, override: str, read: object) -> N
     assert (found.text if key == "columns" else found) == read
 
 
-def test_a_change_that_a_later_one_replaces_is_refused(file: Path) -> None:
-    assert message(file, "search.ratio=0.1", "search.ratio=0.1") == "command line: search.ratio: given twice"
-    found = message(file, "search.ratio=0.1", "search={patience: 3}")
-    assert found == "command line: search: found after search.ratio=, which it replaces; expected search= first"
-    assert load_config(file, ["search={patience: 3}", "search.ratio=0.1"]).search.patience == 3
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["search.ratio=0.1", "search.ratio=0.1"], "command line: search.ratio: given twice"),
+        (
+            ["search.ratio=0.1", "search={patience: 3}"],
+            "command line: search: found after search.ratio=, which it replaces; expected search= first",
+        ),
+    ],
+)
+def test_a_change_that_a_later_one_replaces_is_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        refuse_repeated(overrides, "command line")
+    assert str(caught.value) == line
+    with pytest.raises(InputError):
+        changes_of(overrides)
+    refuse_repeated(["search={patience: 3}", "search.ratio=0.1", "search.ratios=2"], "command line")
+
+
+def test_a_variant_changes_each_key_once(file: Path) -> None:
     twice = message(file, "compare.variants={x: [ird, search.ratio=0.1, search.ratio=0.2]}")
     assert twice == "command line: compare.variants.x: search.ratio: given twice"
 
