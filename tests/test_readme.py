@@ -130,7 +130,7 @@ def test_every_command_of_the_readme_on_a_toy(toy: Path) -> None:
             run_command(words)
             ran.add(words[1] if words[0] == "irdscale" else words[0])
     verbs = {"search", "report", "fisher", "train", "evaluate", "export", "doctor", "plan", "bench", "compare"}
-    assert ran >= {*verbs, "predict", "data", "torchrun"}
+    assert ran >= {*verbs, "predict", "data", "init", "help", "torchrun"}
     assert (toy / "runs/quickstart/report.html").stat().st_size > 10_000
     for folder in ("runs/merged", "runs/answers-merged"):
         assert (toy / folder / "model.safetensors").exists()

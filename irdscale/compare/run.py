@@ -20,14 +20,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.compare.method_specs import DRAWN, FEW, RANKINGS, RESTART, SEARCHES, Method, owner_of, ranking_name, slug
+from irdscale.compare.method_specs import (
+    DRAWN,
+    FEW,
+    RANKINGS,
+    RESTART,
+    SEARCHES,
+    Method,
+    check_comparison,
+    owner_of,
+    ranking_name,
+    slug,
+)
 from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
 from irdscale.compare.results import fewest_samples, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
-from irdscale.errors import InputError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
@@ -67,9 +77,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
         RunError: masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
-    if config.search.runner == "ray" and config.search.ray.early_stopping:
-        expected = "false: a comparison evaluates every candidate in full"
-        raise InputError("found true", expected, key="search.ray.early_stopping")
+    check_comparison(config)
     with failing_together():
         if not overwrite:
             refuse_changes(config, output)

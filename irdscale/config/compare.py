@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from irdscale.config.section import Section, check_distinct
 from irdscale.errors import InputError
@@ -52,6 +52,14 @@ class CompareConfig(Section):
         description="Equal number of trainings: the best of as many draws or starts as IRD evaluates counts.",
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA matrices, in every linear layer but the head.")
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _methods_alone(cls, value: Any) -> Any:
+        """Take a method alone for a list of one."""
+        if not isinstance(value, dict):
+            return value
+        return {name: [changed] if isinstance(changed, str) else changed for name, changed in value.items()}
 
     @model_validator(mode="after")
     def _known(self) -> CompareConfig:

@@ -13,7 +13,6 @@ import torch
 from irdscale.adapters import adapter_head, export_shira, push_adapter, save_adapter
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import failing_together, rank_and_world, remove_folder, same_on_every_rank
-from irdscale.errors import InputError
 from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
 from irdscale.runs.folder import held, mask_part, training_part
@@ -25,19 +24,17 @@ from irdscale.training.control import Control
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.loss_trend import rise_warning
 from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask
-from irdscale.training.predict import check_target, predictions_of_test, write_predictions
+from irdscale.training.predict import predictions_of_test, write_predictions
+from irdscale.training.targets import HUB, check_export, check_target
 from irdscale.training.trainable import sparse_model
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar
-from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 log = logging.getLogger(__name__)
-EXPORT_FORMATS = ("merged", "shira")
-HUB = "hub:"
 # Rows of the training data that ranks compare.
 COMPARED_ROWS = 16
 
@@ -243,17 +240,10 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
         InputError: `to` is not empty, the adapter is missing, damaged or of another base, or SHiRA cannot represent it.
         RunError: `to` cannot be written, or the hub refuses the upload.
     """
-    if format is not None and format not in EXPORT_FORMATS:
-        raise InputError(
-            f"found {format!r}{nearest(format, EXPORT_FORMATS)}", f"{' or '.join(EXPORT_FORMATS)}", key="format"
-        )
+    check_export(to, format)
     if to.startswith(HUB):
-        if format is not None:
-            raise InputError(f"found {format!r} with to={to}", "none: the adapter is uploaded unchanged", key="format")
         return {"hub": push_adapter(adapter, to.removeprefix(HUB)), "adapter": adapter}
     target = Path(to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{to} exists", "a new or empty folder", key="to")
     # One process merges the full model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config, adapter_head(adapter))
