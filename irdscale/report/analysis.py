@@ -94,7 +94,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     Raises:
         InputError: a mask is missing or damaged.
     """
-    kind, trace = result["task"]["kind"], traces["trace"]
+    kind = result["task"]["kind"]
     ranked, found = ranking_relations(traces, result["direction"], kind)
     sentences = [headline(found, ranked)] if found else []
     flags = traces.get("altered")
@@ -127,16 +127,15 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     measured = read_json(stored, "list of drivers of a mask") if stored.exists() else {}
     # The file may be of an earlier search in the same folder.
     same = measured.get("mask") == best
-    listed = _sorted_samples(trace, range(len(trace)), traces) if min(trace) < max(trace) else []
-    most = min(TOP, len(listed) // 2)
+    top, lowest = extremes(traces)
     return Analysis(
         sentences,
         ranked,
         found,
         _classes(traces, kind),
         altered,
-        listed[:most],
-        listed[len(listed) - most :],
+        top,
+        lowest,
         sizes,
         overlap,
         layers,
@@ -172,6 +171,16 @@ def _classes(traces: dict[str, Any], kind: str) -> list[tuple[Any, int, float]]:
     pairs = list(zip(traces["label"], traces["trace"], strict=True))
     inside = [(one, [trace for label, trace in pairs if label == one]) for one in found]
     return [(one, len(values), sum(values) / len(values)) for one, values in inside]
+
+
+def extremes(traces: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples with the largest and the smallest traces, as in `Analysis`; none if all traces are equal."""
+    trace = traces["trace"]
+    if min(trace) == max(trace):
+        return [], []
+    listed = _sorted_samples(trace, range(len(trace)), traces)
+    most = min(TOP, len(listed) // 2)
+    return listed[:most], listed[len(listed) - most :]
 
 
 def _sorted_samples(values: Sequence[float], places: Sequence[int], traces: dict[str, Any]) -> list[dict[str, Any]]:

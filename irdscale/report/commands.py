@@ -31,9 +31,10 @@ def use_commands(result: Mapping[str, Any], output: Path) -> list[tuple[str, str
             command("predict", config, adapter, f"to={output.absolute() / 'predictions.jsonl'}"),
         ),
     ]
+    text = "Once upon a time" if result["task"]["kind"] in LANGUAGE_KINDS else "A text of your own"
     columns = result["config"].get("task", {}).get("columns") or {}
     if len(columns.get("text") or ()) < 2 and not columns.get("choices"):
-        found.append(("predict a text of your own", command("predict", config, adapter, "text=Once upon a time")))
+        found.append(("predict a text of your own", command("predict", config, adapter, f"text={text}")))
     merged = f"to={output.absolute() / 'merged'}"
     return [*found, ("write a plain Hugging Face checkpoint", command("export", config, adapter, merged))]
 

@@ -29,6 +29,8 @@ from irdscale.report.numbers import count, plain, seconds
 if TYPE_CHECKING:
     from irdscale.report.facts import Candidate, Facts
 
+# Width of the candidates of one size, in doublings of the parameters.
+ROOM = 0.62
 # Largest number of parameter sizes whose ticks are written horizontally.
 _LEVEL = 6
 # Traces with a larger ratio get a logarithmic axis.
@@ -80,10 +82,10 @@ def metric_by_parameters(facts: Facts) -> Figure | None:
     has_fish = fish["metric"] is not None
     panels = broken([*values, *([fish["metric"]] if has_fish else [])], 9.6, 4.6)
     places = [one.params for one in shown] + [fish["params"]] * has_fish
-    factors = [2**shift for shift in side_by_side(places, 0.8)]
+    factors = [2**shift for shift in side_by_side(places, ROOM)]
     xs = [place * factor for place, factor in zip(places, factors, strict=True)]
     most = max(map(places.count, places))
-    apart = 0.8 / most / (max(map(len, seeds)) + 2)
+    apart = ROOM / most / (max(map(len, seeds)) + 2)
     for axes in panels.parts:
         for number, (one, x, points) in enumerate(zip(shown, xs, seeds, strict=False)):
             beside = [x * 2 ** (apart * (1.4 + i)) for i in range(len(points))]
@@ -211,5 +213,9 @@ _UNITS = ((3600.0, "hours"), (60.0, "minutes"), (0.0, "seconds"))
 def _ticks_in(axes: Any, unit: float) -> None:
     """Ticks at round multiples of a unit of time, in this unit."""
     low, high = axes.get_xlim()
-    shown = [place for place in MaxNLocator(6).tick_values(low / unit, high / unit) if 0 <= place * unit <= high]
+    shown = [
+        place
+        for place in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low / unit, high / unit)
+        if 0 <= place * unit <= high
+    ]
     axes.set_xticks([place * unit for place in shown], [plain(place) for place in shown])

@@ -93,13 +93,12 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
     low, high = (min(found), max(found)) if interval is None else interval[1:]
     if low > 0 and len(found) >= ENOUGH_SEEDS:
         return [f"The winner beats random samples beyond the chance of the seeds{shown}: use it."], []
+    sure = "" if len(found) >= ENOUGH_SEEDS else f", which {_seeds(len(found))} cannot prove"
     if high < 0:
-        text = (
-            f"Random samples give the better mask here{shown}: use one FISH mask of this size, or compare the methods"
-        )
+        text = f"Random samples gave the better mask{shown}{sure}: if a comparison confirms it, use one FISH mask of "
+        text += "this size, which needs no search. Compare the methods"
     elif low > 0:
-        text = "The winner beats random samples for every seed"
-        text += f"{shown}, which {_seeds(len(found))} cannot prove: compare the methods"
+        text = f"The winner beats random samples{shown}{sure}: compare the methods"
     else:
         text = f"The seeds do not tell the winner from random samples{shown}: compare the methods"
     return [f"{text} with {ENOUGH_SEEDS} seeds."], [_compare(result, output)]

@@ -19,6 +19,13 @@ def rounded(value: float, digits: int = 2) -> str:
     return plain(float(f"{value:.{digits}g}"))
 
 
+def sized(value: object) -> str:
+    """A label, length, loss or trace; a dash if unknown."""
+    if value is None:
+        return "–"
+    return count(value) if isinstance(value, int) else rounded(value, 4) if isinstance(value, float) else str(value)
+
+
 def count(value: float) -> str:
     """A whole number with commas: 1,234."""
     return f"{round(value):,}"

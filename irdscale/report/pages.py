@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from irdscale.report.numbers import count, plain, seconds
+from irdscale.report.numbers import count, seconds, sized
 from irdscale.report.terms import as_html, as_markdown
 from irdscale.report.verdict import percent, with_error
 from irdscale.utils.files import write_atomic
@@ -33,7 +33,7 @@ def write_pages(
             irdscale.report.
         values: variables of the templates, besides `figures` in base64 and their `widths` on the page.
         figures: name -> PNG.
-        filters: name -> filter of the templates, besides `score`, `tested`, `percent`, `count`, `plain`, `duration`,
+        filters: name -> filter of the templates, besides `score`, `tested`, `percent`, `count`, `number`, `duration`,
             `cell`, `defined` and `bold`.
 
     Returns:
@@ -47,7 +47,7 @@ def write_pages(
         lstrip_blocks=True,
     )
     environment.filters |= {"score": score, "tested": tested, "percent": percent, "duration": seconds}
-    environment.filters |= {"count": count, "plain": plain, "defined": as_html, "bold": as_markdown}
+    environment.filters |= {"count": count, "number": sized, "defined": as_html, "bold": as_markdown}
     environment.filters |= {"cell": _markdown_cell, **(filters or {})}
     values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}
     values["widths"] = {name: _width(data) for name, data in figures.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.config.loader import check_config
 from irdscale.errors import InputError, RunError
 
@@ -67,6 +68,24 @@ def texts_of(config: RunConfig, traces: Mapping[str, Any], places: Iterable[int]
     tokens = task.population.select([pool[place] for place in places])["input_ids"]
     texts = (task.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens)
     return Texts({place: cut(text) for place, text in zip(places, texts, strict=True)}, task.label_names)
+
+
+def with_texts(listed: Iterable[Mapping[str, Any]], texts: Texts) -> list[dict[str, Any]]:
+    """The samples that a table lists, with their texts (None if unknown) and the names of their classes."""
+    return [
+        {**one, "text": texts.of.get(one["place"]), "label": class_name(texts.label_names, one["label"])}
+        for one in listed
+    ]
+
+
+def class_name(names: Sequence[str], label: object) -> object:
+    """The name of a class by its number; other labels as they are."""
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
+
+
+def label_word(kind: str) -> str:
+    """What the label of a sample is called."""
+    return "target tokens" if kind in LANGUAGE_KINDS else "class" if kind == "sequence-classification" else "label"
 
 
 def cut(text: str) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from irdscale.config.kinds import LANGUAGE_KINDS
 from irdscale.report.commands import use_commands, use_python
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
 from irdscale.report.heat_maps import equal_density
 from irdscale.report.next_steps import next_steps
-from irdscale.report.numbers import rounded
 from irdscale.report.pages import write_pages
 from irdscale.report.relations import by_chance
+from irdscale.report.sample_texts import class_name, label_word, with_texts
 from irdscale.report.terms import RELATIONS, of_search
 from irdscale.report.verdict import percent, verdict, warnings
 
@@ -28,7 +26,7 @@ CAPTIONS = {
     "traces": "Fisher traces of the pool's samples, largest first; blue: samples of the winner's mask.",
     "overlap": "Shared entries of the masks of two sample sets, in per cent. Random masks share {chance}.",
     "drift": "Change of each layer's share of the mask as samples are dropped; orange: smallest set.",
-    "cost": "Seconds by phase.",
+    "cost": "Time by phase.",
 }
 # With more seeds, tables have no column for each.
 MOST_SEEDS = 8
@@ -58,20 +56,11 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         "commands": use_commands(facts.result, output),
         "python": use_python(facts.result, output),
         "equal_density": equal_density(facts),
-        "label": "target tokens" if task["kind"] in LANGUAGE_KINDS else "label",
+        "top": with_texts(facts.analysis.top, facts.texts),
+        "lowest": with_texts(facts.analysis.lowest, facts.texts),
+        "drivers": with_texts(facts.analysis.drivers.top if facts.analysis.drivers else [], facts.texts),
+        "label": label_word(task["kind"]),
         "seeds": seeds if len(seeds) <= MOST_SEEDS else [],
     }
-    filters = {"number": _number, "chance": by_chance, "class_name": partial(_class_name, facts.texts.label_names)}
+    filters = {"chance": by_chance, "class_name": partial(class_name, facts.texts.label_names)}
     return write_pages(output, "irdscale.report", "report", values, draw_all(facts), filters)
-
-
-def _number(value: object) -> str:
-    """A label, length, loss or trace; a dash if unknown."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else rounded(value, 4) if isinstance(value, float) else str(value)
-
-
-def _class_name(names: Sequence[str], label: object) -> str:
-    """The name of a class by its number; other labels as they are."""
-    return names[label] if isinstance(label, int) and 0 <= label < len(names) else _number(label)
