@@ -10,7 +10,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from irdscale.compare.verdict import gain, reference_of, side
-from irdscale.report.axes import BLUE, GREEN, GREY, INK, ORANGE, RED, Panels, broken, plain_ticks, side_by_side
+from irdscale.report.axes import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    Panels,
+    broken,
+    plain_ticks,
+    side_by_side,
+    stacked,
+    without_far,
+)
 from irdscale.report.figures import pngs
 
 _FURTHER = ("#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78350f", "#475569", "#eab308", "#a78bfa", "#111827")
@@ -61,7 +74,7 @@ def scores(study: dict[str, Any]) -> Figure | None:
                     place = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8, "color": RED}
                     axes.text(0.01, y, "failed", **place)
                 continue
-            heights = _heights(values, _TOUCHING * (high - low))
+            heights = stacked(values, _TOUCHING * (high - low))
             dots = axes.scatter(values, [y + 0.24 + 0.11 * height for height in heights], s=9, color=GREY, zorder=2)
             means = _bar(axes, method["test"], y - 0.08, BLUE if method is reference else INK)
         if dots is not None and means is not None:
@@ -118,7 +131,7 @@ def differences(study: dict[str, Any]) -> Figure | None:
         return None
     ends = _known(method["difference"][end] for method in shown for end in ("mean", "low", "high"))
     # Show both sides of zero.
-    room = 0.15 * max(map(abs, ends))
+    room = 0.15 * max(map(abs, without_far(ends)))
     panels = _rows(shown, [*ends, 0.0, *((-room, room) if room else ())])
     for axes in panels.parts:
         axes.axvline(0, color=INK, linewidth=1)
@@ -185,17 +198,6 @@ def _rows(methods: list[dict[str, Any]], values: list[float]) -> Panels:
         if axes is not first:
             axes.tick_params(labelleft=False)
     return panels
-
-
-def _heights(values: list[float], touching: float) -> list[int]:
-    """A height for each dot, so that no two of the same height touch."""
-    placed: list[tuple[float, int]] = []
-    heights = []
-    for value in values:
-        taken = {height for other, height in placed if abs(other - value) < touching}
-        heights.append(next(height for height in range(len(values) + 1) if height not in taken))
-        placed.append((value, heights[-1]))
-    return heights
 
 
 def _bar(axes: Any, found: dict[str, Any], y: float, color: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import Formatter, MaxNLocator, NullFormatter, NullLocator
 
 from irdscale.report.numbers import plain
 
@@ -142,9 +142,23 @@ def ink_on(color: Sequence[float]) -> str:
     return "white" if luminance(color) < 0.55 else INK
 
 
+class _Plain(Formatter):
+    """Plain numbers, without powers and offsets; on a linear axis all with as many decimals."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return plain(x)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        texts = [plain(value) for value in values]
+        if self.axis.get_scale() != "linear":  # type: ignore[union-attr]
+            return texts
+        digits = max((len(text.partition(".")[2]) for text in texts), default=0)
+        return [f"{float(text.replace(',', '')):,.{digits}f}" for text in texts]
+
+
 def plain_axis(axis: Any) -> None:
-    """Write an axis's ticks as plain numbers, without powers and offsets."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    """Write an axis's ticks as plain numbers."""
+    axis.set_major_formatter(_Plain())
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -165,6 +179,15 @@ def side_by_side(groups: Sequence[Any], room: float) -> list[float]:
         for place, i in enumerate(found):
             shifts[i] = (place - (len(found) - 1) / 2) * step
     return shifts
+
+
+def stacked(values: Sequence[float], touching: float) -> list[int]:
+    """A level for each value, so that no two of the same level are closer than `touching`."""
+    placed: list[tuple[float, int]] = []
+    for value in values:
+        taken = {level for other, level in placed if abs(other - value) < touching}
+        placed.append((value, next(level for level in range(len(values) + 1) if level not in taken)))
+    return [level for _, level in placed]
 
 
 def _style(axes: Any) -> None:

@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from irdscale.report.axes import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     ORANGE,
@@ -21,6 +22,7 @@ from irdscale.report.axes import (
     plain_axis,
     plain_ticks,
     side_by_side,
+    stacked,
 )
 from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
 from irdscale.report.mask_overlap import SHOWN
@@ -65,7 +67,7 @@ def png(figure: Figure) -> bytes:
 def metric_by_parameters(facts: Facts) -> Figure | None:
     """Selection metric against trainable parameters: candidates, the best at each p, and the baselines.
 
-    Candidates of one size are beside each other, with their seeds to the right. None for a single candidate.
+    Candidates of one size are beside each other. None for a single candidate.
     """
     result, shown = facts.result, _distinct(facts.rounds)
     lines = {
@@ -85,22 +87,27 @@ def metric_by_parameters(facts: Facts) -> Figure | None:
     factors = [2**shift for shift in side_by_side(places, ROOM)]
     xs = [place * factor for place, factor in zip(places, factors, strict=True)]
     most = max(map(places.count, places))
-    apart = ROOM / most / (max(map(len, seeds)) + 2)
+    apart = min(0.05, ROOM / most / max(map(len, seeds)))
     for axes in panels.parts:
+        low, high = axes.get_ylim()
         for number, (one, x, points) in enumerate(zip(shown, xs, seeds, strict=False)):
-            beside = [x * 2 ** (apart * (1.4 + i)) for i in range(len(points))]
-            axes.scatter(beside, points, s=9, color=GREY, label=None if number else "one seed", zorder=3)
+            # The mean is a dash, which hides no seed; seeds that would touch are beside each other.
+            levels = stacked(points, 0.016 * (high - low))
+            beside = [x * 2 ** (apart * (level - max(levels) / 2)) for level in levels]
+            axes.plot([x] * len(points), points, color=GREY, linewidth=0.8, zorder=2)
             if one.mean is not None:
-                axes.scatter(x, one.mean, s=40, color=BLUE, label=None if number else "candidate, mean", zorder=3)
+                dash = {"s": 190, "marker": "_", "linewidths": 2.4, "color": BLUE, "zorder": 3}
+                axes.scatter(x, one.mean, label=None if number else "candidate, mean", **dash)
+            axes.scatter(beside, points, s=10, color=INK, label=None if number else "one seed", zorder=4)
             if (one.samples, one.params) == (best["samples"], best["params"]):
-                ring = {"s": 150, "facecolors": "none", "edgecolors": ORANGE, "linewidths": 2, "zorder": 4}
+                ring = {"s": 320, "facecolors": "none", "edgecolors": ORANGE, "linewidths": 2, "zorder": 4}
                 axes.scatter(x, best["metric"], label="winner", **ring)
         front = [(xs[shown.index(one)], one.mean) for one in _front(facts, shown)]
         if len(front) > 1:
             axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.1, alpha=0.5, label="best at each size")
         if has_fish:
             label = "random samples (FISH)"
-            axes.scatter(xs[-1], fish["metric"], s=44, marker="D", color=INK, label=label, zorder=3)
+            axes.scatter(xs[-1], fish["metric"], s=44, marker="D", color=GREEN, label=label, zorder=3)
         for label, value in lines.items():
             axes.axhline(value, color=RED, linewidth=1.2, linestyle="--", label=label)
     main, lowest = panels.main, panels.parts[0]

@@ -79,7 +79,8 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
             "The winner kept all samples of the pool" if not fish.get("same_mask_as_best") else "Both masks are equal"
         )
         text += ": train one FISH mask of this size, without a search, or compare the methods to see whether fewer, "
-        return [text + "ranked samples are better for other seeds."], [_compare(result, output)]
+        text += "ranked samples are better for other seeds."
+        return [text], [_one_mask(result, output), _compare(result, output)]
     if fish["test_metric"] is None:
         text = "There is no mask of random samples to compare with. Compare the methods before you rely on the ranking."
         return [text], [_compare(result, output)]
@@ -101,7 +102,16 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
         text = f"The winner beats random samples{shown}{sure}: compare the methods"
     else:
         text = f"The seeds do not tell the winner from random samples{shown}: compare the methods"
-    return [f"{text} with {ENOUGH_SEEDS} seeds."], [_compare(result, output)]
+    alone = [_one_mask(result, output)] if high < 0 else []
+    return [f"{text} with {ENOUGH_SEEDS} seeds."], [*alone, _compare(result, output)]
+
+
+def _one_mask(result: Mapping[str, Any], output: Path) -> str:
+    """The command that trains one FISH mask of the winner's size."""
+    best = result["best"]
+    share = f"search.ratio={best['params'] / result['model']['parameters']:.6g}"
+    folder = f"output={_beside(output, 'fish')}"
+    return command("train", output / "config.yaml", folder, f"fisher.samples={best['samples']}", share)
 
 
 def _compare(result: Mapping[str, Any], output: Path) -> str:

@@ -66,7 +66,9 @@ def texts_of(config: RunConfig, traces: Mapping[str, Any], places: Iterable[int]
         return Texts(missing=_missing(error))
     places = sorted(set(places))
     tokens = task.population.select([pool[place] for place in places])["input_ids"]
-    texts = (task.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens)
+    # Tokens of words have lost the spaces of the text; those of language models have kept them.
+    clean = not task.is_language
+    texts = (task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean) for ids in tokens)
     return Texts({place: cut(text) for place, text in zip(places, texts, strict=True)}, task.label_names)
 
 

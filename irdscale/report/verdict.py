@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from irdscale.report.numbers import rounded
+
 
 def percent(share: float) -> str:
     """0.0041 -> 0.41 %."""
-    return f"{100 * share:.3g} %"
+    return f"{rounded(100 * share, 3)} %"
 
 
 def with_error(value: float | None, error: float | None, absent: str = "-") -> str:

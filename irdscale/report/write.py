@@ -19,7 +19,7 @@ from irdscale.report.verdict import percent, verdict, warnings
 
 CAPTIONS = {
     "metric": "Metric against trainable parameters; {better} is better. Candidates of one size are beside each other, "
-    "most samples first, with their seeds to the right as grey dots. Slanted marks are breaks of the axis.",
+    "most samples first; dots are their seeds. Slanted marks are breaks of the axis.",
     "path": "Path of the search. Each cell is an evaluated candidate, darker if it is better; the path and the winner "
     "are orange.",
     "density": "Share of each module's parameters in the winner's mask, in per cent, by layer.",
