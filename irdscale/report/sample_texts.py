@@ -13,6 +13,7 @@ from irdscale.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from irdscale.config.schema import RunConfig
+    from irdscale.tasks import Task
 
 # Largest number of characters shown of a text.
 CUT = 200
@@ -66,10 +67,17 @@ def texts_of(config: RunConfig, traces: Mapping[str, Any], places: Iterable[int]
         return Texts(missing=_missing(error))
     places = sorted(set(places))
     tokens = task.population.select([pool[place] for place in places])["input_ids"]
+    texts = (_decoded(task, ids) for ids in tokens)
+    return Texts({place: cut(text) for place, text in zip(places, texts, strict=True)}, task.label_names)
+
+
+def _decoded(task: Task, ids: Sequence[int]) -> str:
+    """The text of a sample's tokens, without special tokens other than that of unknown characters."""
+    tokenizer = task.tokenizer
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     # Tokens of words have lost the spaces of the text; those of language models have kept them.
     clean = not task.is_language
-    texts = (task.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean) for ids in tokens)
-    return Texts({place: cut(text) for place, text in zip(places, texts, strict=True)}, task.label_names)
+    return str(tokenizer.decode([i for i in ids if i not in special], clean_up_tokenization_spaces=clean))
 
 
 def with_texts(listed: Iterable[Mapping[str, Any]], texts: Texts) -> list[dict[str, Any]]:
