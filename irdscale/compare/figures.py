@@ -75,6 +75,7 @@ def scores(study: dict[str, Any]) -> Figure | None:
                     axes.text(0.01, y, "failed", **place)
                 continue
             heights = stacked(values, _TOUCHING * (high - low))
+            rise = min(0.11, 0.28 / max(1, *heights))
             dots = axes.scatter(values, [y + 0.24 + 0.11 * height for height in heights], s=9, color=GREY, zorder=2)
             means = _bar(axes, method["test"], y - 0.08, BLUE if method is reference else INK)
         if dots is not None and means is not None:

@@ -139,7 +139,7 @@ def luminance(color: Sequence[float]) -> float:
 
 def ink_on(color: Sequence[float]) -> str:
     """Colour of a text that can be read on a cell of this colour."""
-    return "white" if luminance(color) < 0.55 else INK
+    return "white" if luminance(color) < 0.5 else "black"
 
 
 class _Plain(Formatter):

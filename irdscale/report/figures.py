@@ -119,7 +119,7 @@ def metric_by_parameters(facts: Facts) -> Figure | None:
     lowest.set_xlabel("trainable parameters of the mask")
     main.set_ylabel(f"{result['task']['metric']} on the selection split")
     handles, labels = main.get_legend_handles_labels()
-    panels.figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    panels.figure.legend(handles, labels, frameon=False, fontsize=8, labelspacing=0.9, loc="outside right center")
     return panels.figure
 
 

@@ -24,9 +24,9 @@ def next_steps(result: Mapping[str, Any], output: Path) -> tuple[str, list[str]]
     sentences, commands = _against_floor(result, output)
     if not sentences:
         sentences, commands = _against_fish(result, output)
-    for step in (_more_rounds(result, output), _larger(result, output)):
-        sentences += step[0]
-        commands += step[1]
+        for step in (_more_rounds(result, output), _larger(result, output)):
+            sentences += step[0]
+            commands += step[1]
     return " ".join([*sentences, "The section Use it measures, applies and exports the adapter as it is."]), commands
 
 
