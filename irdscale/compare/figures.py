@@ -76,7 +76,7 @@ def scores(study: dict[str, Any]) -> Figure | None:
                 continue
             heights = stacked(values, _TOUCHING * (high - low))
             rise = min(0.11, 0.28 / max(1, *heights))
-            dots = axes.scatter(values, [y + 0.24 + 0.11 * height for height in heights], s=9, color=GREY, zorder=2)
+            dots = axes.scatter(values, [y + 0.22 + rise * height for height in heights], s=9, color=GREY, zorder=2)
             means = _bar(axes, method["test"], y - 0.08, BLUE if method is reference else INK)
         if dots is not None and means is not None:
             dots.set_label("one seed")

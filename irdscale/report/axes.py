@@ -88,7 +88,12 @@ def value_ranges(values: Iterable[float]) -> list[tuple[float, float, int]]:
     for part in (below, kept, above):
         if part:
             low, high = widened(part[0], part[-1])
-            margin = (high - low) * (_MARGIN if part is kept else 0.4)
+            margin = (high - low) * _MARGIN
+            if part is not kept:
+                # The parts of an axis do not overlap.
+                gap = kept[0] - part[-1] if part is below else part[0] - kept[-1]
+                margin = min(0.4 * (high - low), 0.3 * gap)
+                low, high = max(low, part[0] - 0.1 * gap), min(high, part[-1] + 0.1 * gap)
             found.append((low - margin, high + margin, len(part)))
     return found
 

@@ -7,14 +7,13 @@ import re
 from typing import Any
 
 import pytest
+from matplotlib.collections import PathCollection
 
 from irdscale.compare.figures import differences, score_by_parameters, scores, selection_by_rate
 from tests.compare.fake import ALL, around, everything, study
 
-FAR = {
-    **{name: around(0.72 - 0.01 * i) for i, name in enumerate(("ird", "fish", "reverse", "lora"))},
-    "full": [9.0] * 5,
-}
+CLOSE = {name: around(0.72 - 0.01 * i) for i, name in enumerate(("ird", "fish", "reverse", "lora"))}
+FAR = {**CLOSE, "full": [9.0] * 5}
 
 
 def panel(figure: Any, value: float, axis: str) -> tuple[Any, float, float]:
@@ -35,9 +34,7 @@ def panel(figure: Any, value: float, axis: str) -> tuple[Any, float, float]:
         (selection_by_rate, "y", 0.70, 9.01, 0.05),
     ],
 )
-def test_a_method_far_off_does_not_squash_the_others(
-    draw: Any, axis: str, value: float, far: float, span: float
-) -> None:
+def test_a_far_method_does_not_squash_the_others(draw: Any, axis: str, value: float, far: float, span: float) -> None:
     figure = draw(study(FAR))
     figure.draw_without_rendering()
     main, low, high = panel(figure, value, axis)
@@ -68,7 +65,8 @@ def test_ticks_are_plain_numbers(draw: Any) -> None:
 def test_seeds_of_equal_scores_are_all_seen() -> None:
     figure = scores(study({"ird": [0.7] * 5, "fish": [0.6] * 5}))
     assert figure is not None
-    places = [tuple(place) for found in figure.axes[0].collections for place in found.get_offsets()]
+    dots = [found for found in figure.axes[0].collections if isinstance(found, PathCollection)]
+    places = [tuple(place) for found in dots for place in found.get_offsets()]
     assert len(set(places)) == len(places) == 10
 
 

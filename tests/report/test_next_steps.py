@@ -112,7 +112,7 @@ def test_terms_are_explained_where_they_are_first_used(tmp_path: Path) -> None:
     for term in TERMS:
         places = [place for found, place in page.terms if found.lower() == term.lower()]
         assert places, term
-        first = re.search(rf"\b{re.escape(term)}", page.text[begin:], re.IGNORECASE)
+        first = re.search(rf"\b{re.escape(term)}", page.text[begin:], 0 if term.isupper() else re.IGNORECASE)
         assert first is not None
         assert begin + first.start() == places[0], term
 
