@@ -22,7 +22,6 @@ from irdscale.report.axes import (
     plain_ticks,
     side_by_side,
     stacked,
-    without_far,
 )
 from irdscale.report.figures import pngs
 
@@ -32,7 +31,7 @@ _MARKERS = "osD^vP*X<>hdp"
 # Distance of points with equal parameters, as a share of the axis.
 _APART = 0.025
 # Space between two learning rates that the points of all methods take, as a share.
-_ROOM = 0.6
+_ROOM = 0.4
 # Scores closer than this share of the axis are drawn on different heights.
 _TOUCHING = 0.014
 
@@ -131,9 +130,12 @@ def differences(study: dict[str, Any]) -> Figure | None:
     if not shown:
         return None
     ends = _known(method["difference"][end] for method in shown for end in ("mean", "low", "high"))
-    # Show both sides of zero.
-    room = 0.15 * max(map(abs, without_far(ends)))
-    panels = _rows(shown, [*ends, 0.0, *((-room, room) if room else ())])
+    panels = _rows(shown, [*ends, 0.0])
+    low, high = panels.main.get_xlim()
+    if low <= 0 <= high:
+        # Show both sides of zero.
+        room = 0.15 * max(-low, high)
+        panels.main.set_xlim(min(low, -room), max(high, room))
     for axes in panels.parts:
         axes.axvline(0, color=INK, linewidth=1)
         for y, method in enumerate(shown):

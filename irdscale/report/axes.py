@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import Formatter, MaxNLocator, NullFormatter, NullLocator
 
 from irdscale.report.numbers import plain
@@ -56,14 +57,13 @@ def broken(values: Iterable[float], width: float, height: float, along: str = "y
     limits = value_ranges(values)
     most = max(range(len(limits)), key=lambda i: limits[i][2])
     ratios = [1.0 if i == most else _PART for i in range(len(limits))]
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(hspace=0.02, wspace=0.02))
     if along == "y":
         grid = figure.subplots(len(limits), 1, sharex=True, squeeze=False, height_ratios=ratios[::-1])
         parts = list(grid[::-1, 0])
     else:
         grid = figure.subplots(1, len(limits), sharey=True, squeeze=False, width_ratios=ratios)
         parts = list(grid[0])
-    figure.get_layout_engine().set(hspace=0.02, wspace=0.02)  # type: ignore[union-attr]
     for i, (axes, (low, high, _)) in enumerate(zip(parts, limits, strict=True)):
         _style(axes)
         axis = axes.yaxis if along == "y" else axes.xaxis
@@ -203,7 +203,10 @@ def _style(axes: Any) -> None:
 
 def _open(axes: Any, along: str, first: bool, last: bool) -> None:
     """Hide the frame at a break, and mark it with slanted lines."""
-    slanted = {"marker": [(-1, -0.6), (1, 0.6)] if along == "y" else [(-0.6, -1), (0.6, 1)], "markersize": 7}
+    slanted: dict[str, Any] = {
+        "marker": [(-1, -0.6), (1, 0.6)] if along == "y" else [(-0.6, -1), (0.6, 1)],
+        "markersize": 7,
+    }
     slanted |= {"linestyle": "none", "color": INK, "markeredgewidth": 1, "clip_on": False, "zorder": 9}
     if not last:
         axes.plot([0] if along == "y" else [1], [1] if along == "y" else [0], transform=axes.transAxes, **slanted)

@@ -16,6 +16,7 @@ from irdscale.report.numbers import count, plain, rounded
 if TYPE_CHECKING:
     from irdscale.report.facts import Facts
 
+WHITE = (1.0, 1.0, 1.0, 1.0)
 # Half the width and height of a cell of the path, in units of its place.
 _HALF = 0.37
 # Least ratio of the ends of a logarithmic colour scale: a smaller one would show rounding.
@@ -42,7 +43,7 @@ def path_of_rounds(facts: Facts) -> Figure | None:
     colors, norm = shades([round(mean, digits) for mean in known], task["lower_is_better"])
     for (p, s), mean in means.items():
         x, y = columns[p], rows[s]
-        color = "white" if mean is None else colors(norm(round(mean, digits)))
+        color = WHITE if mean is None else colors(norm(round(mean, digits)))
         text, ink = ("failed", RED) if mean is None else (f"{mean:.{digits}f}", ink_on(color))
         axes.add_patch(_cell(x, y, facecolor=color, edgecolor="#cbd5e1", linewidth=0.6))
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink, zorder=5)
@@ -71,7 +72,14 @@ def _arrow(start: tuple[int, int], end: tuple[int, int]) -> FancyArrowPatch:
     share = (_HALF + 0.03) / max(abs(across), abs(up))
     first = start[0] + share * across, start[1] + share * up
     last = end[0] - share * across, end[1] - share * up
-    style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": ORANGE, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+    style: dict[str, Any] = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 11,
+        "color": ORANGE,
+        "linewidth": 2,
+        "shrinkA": 0,
+        "shrinkB": 0,
+    }
     return FancyArrowPatch(first, last, zorder=4, **style)
 
 

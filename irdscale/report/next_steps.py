@@ -27,7 +27,7 @@ def next_steps(result: Mapping[str, Any], output: Path) -> tuple[str, list[str]]
         for step in (_more_rounds(result, output), _larger(result, output)):
             sentences += step[0]
             commands += step[1]
-    return " ".join([*sentences, "The section Use it measures, applies and exports the adapter as it is."]), commands
+    return " ".join([*sentences, "The section Use it measures, applies and exports the winner as it is."]), commands
 
 
 def seed_interval(differences: Sequence[float]) -> tuple[float, float, float] | None:

@@ -24,7 +24,7 @@ def write_pages(
     name: str,
     values: dict[str, Any],
     figures: dict[str, bytes],
-    filters: dict[str, Callable[[Any], str]] | None = None,
+    filters: dict[str, Callable[[Any], Any]] | None = None,
 ) -> dict[str, Any]:
     """Write figures/*.png, `name`.md and `name`.html into `output`.
 

@@ -24,6 +24,7 @@ _KEPT = {
     "reverse": "the samples with the smaller traces",
     "random": "random samples",
 }
+STANDARD_ERROR = "The [standard error] of a metric is its expected change for another draw of as many samples."
 _TERM = re.compile(r"\[([^\]]+)\]")
 
 
@@ -65,12 +66,13 @@ def of_search(result: Mapping[str, Any], pool: int) -> list[str]:
         sentences.append("The [base model] is the model before training.")
     sentences.append(of_metric(result["task"]))
     if result["best"]["test_error"] is not None:
-        sentences.append("The [standard error] of a metric is its expected change for another draw of as many samples.")
+        sentences.append(STANDARD_ERROR)
     return sentences
 
 
 def of_comparison(study: Mapping[str, Any]) -> list[str]:
     """The terms of a comparison's report."""
+    errors = any(method["test_error"] is not None for method in study["methods"])
     return [
         *of_masks("some training samples"),
         "[FISH] is a mask of random samples; [IRD], iterative range decreasing, is a search among masks of fewer "
@@ -80,6 +82,7 @@ def of_comparison(study: Mapping[str, Any]) -> list[str]:
         "The [reference] is the method that all others are compared with.",
         "A [95 % interval] is the t interval of a mean over the seeds.",
         of_metric(study["task"]),
+        *([STANDARD_ERROR] if errors else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from irdscale.report.numbers import rounded
@@ -54,7 +55,7 @@ def warnings(result: dict[str, Any]) -> list[str]:
     return [f"Warning: {text}" for text in result["warnings"]]
 
 
-def is_fish_mask(result: dict[str, Any]) -> bool:
+def is_fish_mask(result: Mapping[str, Any]) -> bool:
     """Whether the samples of the winner's mask are a random draw: none of the pool was dropped, or by shuffling."""
     return bool(result["direction"] == "random" or result["best"]["samples"] == result["path"][0]["samples"])
 

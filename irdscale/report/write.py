@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,5 +63,8 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         "label": label_word(task["kind"]),
         "seeds": seeds if len(seeds) <= MOST_SEEDS else [],
     }
-    filters = {"chance": by_chance, "class_name": partial(class_name, facts.texts.label_names)}
+    filters: dict[str, Callable[[Any], Any]] = {
+        "chance": by_chance,
+        "class_name": partial(class_name, facts.texts.label_names),
+    }
     return write_pages(output, "irdscale.report", "report", values, draw_all(facts), filters)

@@ -53,6 +53,14 @@ def test_values_far_off_have_their_own_part() -> None:
     assert main[1] < high[0] < 5.0 < high[1]
 
 
+def test_parts_do_not_overlap() -> None:
+    parts = value_ranges([51.1, 51.4, 51.9, 56.6, 57.0, 102.0, 137.0, 182.0, -68.0])
+    assert len(parts) == 3
+    assert parts[0][1] < parts[1][0]
+    assert parts[1][1] < parts[2][0]
+    assert all(any(low <= value <= high for low, high, _ in parts) for value in (51.1, 57.0, 102.0, 182.0, -68.0))
+
+
 @pytest.mark.parametrize("values", [CLOSE, [0.7], [0.7, 0.7], [0.70, 0.71, 0.75, 0.76], [0.5, 0.7000001, 0.7000002]])
 def test_axes_without_values_far_off_are_whole(values: list[float]) -> None:
     found = value_ranges(values)
