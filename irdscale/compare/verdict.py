@@ -37,7 +37,8 @@ def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[s
         return None
     mean, low, high = difference["mean"], difference["low"], difference["high"]
     if study["task"]["lower_is_better"]:
-        mean, low, high = -mean, None if high is None else -high, None if low is None else -low
+        # 0 - 0 is 0, where -(0.0) is -0.
+        mean, low, high = 0 - mean, None if high is None else -high, None if low is None else -low
     return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
 
 

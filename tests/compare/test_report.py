@@ -128,7 +128,7 @@ def test_the_better_side_of_the_differences_is_named() -> None:
         figure = differences(study({"ird": around(0.7), "fish": around(0.6)}, lower))
         assert figure is not None
         axes = figure.axes[0]
-        assert axes.get_xlabel() == label
+        assert figure.get_supxlabel() == label
         assert axes.get_xlim()[0] < 0 < axes.get_xlim()[1]
 
 
@@ -138,7 +138,7 @@ def test_no_two_points_of_one_size_stand_on_each_other() -> None:
     xs = sorted(container.lines[0].get_xdata()[0] for container in figure.axes[0].containers)
     assert len(xs) == len(ALL) - 1
     assert all(right / left > 1.05 for left, right in itertools.pairwise(xs))
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [label for label, _ in ALL.values()]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label for label, _ in ALL.values()]
 
 
 def test_methods_stand_as_they_are_listed_and_the_base_is_a_line() -> None:
