@@ -40,6 +40,7 @@ from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import rise_warnings
+from irdscale.training.trackers import require_trackers
 from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
@@ -71,6 +72,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
         expected = "false: a comparison evaluates every candidate in full"
         raise InputError("found true", expected, key="search.ray.early_stopping")
     with failing_together():
+        require_trackers(config)
         if not overwrite:
             refuse_changes(config, output)
     with held(config, overwrite) as folder:
