@@ -30,7 +30,7 @@ class Training:
         state: folder of the saved state; None to save none.
         made_by: inputs of the training, by name; a state made by other inputs is not continued.
         losses: loss of each step that an earlier run made.
-        name: name of the run for trackers.
+        name: name of the run for trackers; None for a training that is not recorded.
     """
 
     train: TrainConfig
@@ -60,7 +60,8 @@ class SparseTrainer(Trainer):
         return torch.utils.data.SequentialSampler(cast(Any, train_dataset or self.train_dataset))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        mask = inputs.get("attention_mask")
+        # Only a record of the steps has the rate of tokens.
+        mask = None if self.training.name is None else inputs.get("attention_mask")
         loss = super().training_step(model, inputs, *args, **kwargs)
         rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
         self.losses.add(self.step + 1, loss, float(rate), mask)
