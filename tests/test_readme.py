@@ -29,7 +29,7 @@ from tests.search.toy import write_config
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FOLDERS = [
-    *(f"irdscale/{name}" for name in ["search", "fisher", "sparse", "tasks", "plan", "bench"]),
+    *(f"irdscale/{name}" for name in ["search", "fisher", "sparse", "training", "tasks", "plan", "bench"]),
     "configs",
     "configs/studies",
 ]

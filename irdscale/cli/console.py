@@ -20,11 +20,20 @@ def show(result: dict[str, Any], as_json: bool, summary: Callable[[], None] | No
     elif summary is not None:
         summary()
     else:
-        from irdscale.config.loader import leaves
-
-        for key, value in leaves({key: value for key, value in result.items() if value != []}):
-            print(f"{key:24} {readable(value)}")
+        _print_leaves(result)
     sys.stdout.flush()
+
+
+def _print_leaves(result: dict[str, Any]) -> None:
+    from irdscale.config.loader import leaves
+
+    for key, value in leaves({key: value for key, value in result.items() if value != []}):
+        print(f"{key:24} {readable(value)}")
+
+
+def print_train(result: dict[str, Any]) -> None:
+    """Print a training's result without what the configuration says."""
+    _print_leaves({key: value for key, value in result.items() if key not in ("best", "task", "config", "versions")})
 
 
 def readable(value: Any) -> str:

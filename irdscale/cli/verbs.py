@@ -14,7 +14,7 @@ import typer
 
 from irdscale.cli.app import verb
 from irdscale.cli.arguments import Config, Json, Overrides, Overwrite, load_arguments
-from irdscale.cli.console import print_bench, print_doctor, print_search, show
+from irdscale.cli.console import print_bench, print_doctor, print_search, print_train, show
 from irdscale.cli.ending import ending
 from irdscale.cli.keys import FORMAT, MASK, NEEDED_ADAPTER, PLAN_KEYS, TO, TO_FILE
 from irdscale.cli.ranks import candidate_ranks, launched_ranks
@@ -86,7 +86,7 @@ def train(config: Config, overrides: Overrides = None, overwrite: Overwrite = Fa
         from irdscale.training.one_mask import run_train
 
         result = run_train(settings, mask=given.get("mask"), progress=True, overwrite=overwrite)
-    show(result, as_json)
+    show(result, as_json, lambda: print_train(result))
 
 
 @verb("irdscale evaluate configs/quickstart.yaml adapter=runs/quickstart/adapter", NEEDED_ADAPTER, TO_FILE)

@@ -50,10 +50,10 @@ def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
-    """One row per job: round, candidate, step, last metric, time left, host; all waiting jobs share one row."""
+    """One row per job: round, candidate, step, loss, metric, time left, host; all waiting jobs share one row."""
     found = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("round", "running", "step", "metric", "left", "on"):
-        found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
+    for column in ("round", "running", "step", "loss", "metric", "left", "on"):
+        found.add_column(column, justify="left" if column in ("running", "on") else "right")
     for job in summed_up(jobs):
         found.add_row(*cells(job))
     return found
@@ -85,6 +85,7 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
         "" if job.get("round") is None else str(job["round"]),
         str(job.get("what", job["name"])),
         "waiting" if begun is None else "starting" if step is None else f"{step:.0f}/{of or '?'}",
+        f"{job['loss']:.4g}" if "loss" in job else "",
         f"{job['metric']:.4f}" if "metric" in job else "",
         left,
         job["host"] or "",
@@ -93,6 +94,7 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
 
 def line_of(job: dict[str, Any]) -> str:
     """One job, for `line_of_all`."""
-    _, what, step, metric, left, _ = cells(job)
-    parts = [what, step if "/" not in step else f"step {step}", metric and f"metric {metric}", left and f"{left} left"]
+    _, what, step, loss, metric, left, _ = cells(job)
+    parts = [what, step if "/" not in step else f"step {step}", loss and f"loss {loss}"]
+    parts += [metric and f"metric {metric}", left and f"{left} left"]
     return ", ".join(filter(None, parts))

@@ -50,6 +50,7 @@ from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import rise_warnings
+from irdscale.training.trackers import require_trackers
 from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
@@ -79,6 +80,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
     output = Path(config.output)
     check_comparison(config)
     with failing_together():
+        require_trackers(config)
         if not overwrite:
             refuse_changes(config, output)
     with held(config, overwrite) as folder:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from irdscale.config.schema import RunConfig, default_scope
+from irdscale.config.schema import RunConfig, default_scope, result_settings
 from irdscale.config.section import Section
 from irdscale.errors import InputError
 from irdscale.utils.suggestions import nearest
@@ -321,7 +321,7 @@ def same_search(config: dict[str, Any]) -> dict[str, Any]:
     fisher = config["fisher"] | {"scope": config["fisher"]["scope"] or default_scope(config["task"]["kind"])}
     search = {k: v for k, v in config["search"].items() if k not in ("runner", "ray")}
     kept = {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")}
-    return kept | {"fisher": fisher, "search": search}
+    return kept | {"fisher": fisher, "search": search, "train": result_settings(config["train"])}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -75,6 +75,8 @@ def finished(output: Path) -> dict[str, Any]:
         found = f"a search with {done} evaluations done" if records else "no search"
         raise InputError(f"found {found}", "a finished one: run irdscale search", where=output)
     result: dict[str, Any] = read_json(output / "result.json", "result of a search")
+    if isinstance(result, dict) and "kept_step" in result:
+        raise InputError("found a training", "a finished search: run irdscale search", where=output)
     return result
 
 

@@ -152,16 +152,18 @@ def _live(description: str, total: int | None) -> Iterator[Advance]:
 
 @contextmanager
 def _plain(description: str, total: int | None) -> Iterator[Advance]:
-    start = time.monotonic()
-    if _State.depth == 1:
+    start = own = time.monotonic()
+    outermost = _State.depth == 1
+    if outermost:
         _State.printed = start
     done = before = 0.0
     shown = -1.0
     last_note = ""
 
     def line() -> None:
-        nonlocal shown
+        nonlocal shown, own
         shown, _State.printed = done, time.monotonic()
+        own = _State.printed
         console.print(
             _line(description, done, total, _State.printed - start, last_note, before),
             soft_wrap=True,
@@ -172,7 +174,8 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
     def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
         nonlocal done, before, last_note
         done, before, last_note = done + n, before + n * earlier, note
-        if time.monotonic() - _State.printed >= PLAIN_SECONDS:
+        # The lines of inner bars do not keep the outermost one from printing its own.
+        if time.monotonic() - (own if outermost else _State.printed) >= PLAIN_SECONDS:
             line()
 
     yield advance

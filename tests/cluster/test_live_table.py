@@ -21,6 +21,7 @@ TRAINING = {
     "host": "a",
     "step": 20,
     "of": 60,
+    "loss": 0.69314,
     "metric": 0.5,
 }
 WAITING = {"name": "search_masks", "what": "search masks", "begun": None, "host": None}
@@ -28,15 +29,15 @@ PASS = {**WAITING, "begun": 30.0, "host": "b", "progress": ("Fisher traces", 64.
 
 
 def test_cells() -> None:
-    assert cells(TRAINING) == ("2", "8 samples", "20/60", "0.5000", "0:20", "a")
-    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "")
-    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "")
-    assert cells(PASS) == ("", "search masks", "64/256", "", "1:30", "b")
-    assert cells(TRAINING | {"step": 0})[2:5] == ("0/60", "0.5000", "")
+    assert cells(TRAINING) == ("2", "8 samples", "20/60", "0.6931", "0.5000", "0:20", "a")
+    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "", "")
+    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "", "")
+    assert cells(PASS) == ("", "search masks", "64/256", "", "", "1:30", "b")
+    assert cells(TRAINING | {"step": 0})[2:6] == ("0/60", "0.6931", "0.5000", "")
 
 
 def test_lines() -> None:
-    assert line_of(TRAINING) == "8 samples, step 20/60, metric 0.5000, 0:20 left"
+    assert line_of(TRAINING) == "8 samples, step 20/60, loss 0.6931, metric 0.5000, 0:20 left"
     assert line_of(WAITING) == "search masks, waiting"
     assert line_of_all([WAITING, PASS]) == "Running: search masks, step 64/256, 1:30 left; search masks, waiting"
     assert line_of_all([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1:30 left; 9 more, waiting"

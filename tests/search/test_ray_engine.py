@@ -101,7 +101,8 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     del expected_metrics[idle["key"]]
     assert finished(folder / "ray") == expected_metrics
     left = sorted(p.name for p in (folder / "ray").iterdir())
-    assert left == ["adapter", "config.yaml", "fisher", "ledger.jsonl", "masks", "result.json", "tensorboard"]
+    whole = ["adapter", "config.yaml", "fisher", "ledger.jsonl", "masks", "result.json", "tensorboard", "trainings"]
+    assert left == whole
     curves = {p.name for p in (folder / "ray/tensorboard").iterdir()}
     assert f"round0-16samples-{expected['path'][0]['params']}parameters-seed1" in curves
     assert not list((folder / "ray").rglob("*.pkl"))

@@ -78,6 +78,7 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -
         "ledger.jsonl",
         "masks",
         "result.json",
+        "trainings",
     ]
     traces = json.loads((output / "fisher/traces.json").read_text())
     ranked = [traces["trace"][i] for i in traces["order"]]

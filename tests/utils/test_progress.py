@@ -70,6 +70,19 @@ def test_plain_nested_bars_share_the_ten_seconds(capsys, clock):
     assert [line.split(",")[0] for line in lines] == ["train: 2/4 (50 %)", "search: 3/3 (100 %)"]
 
 
+def test_plain_lines_of_inner_bars_do_not_silence_the_outer_one(capsys, clock):
+    with progress.bar("search", 3) as outer:
+        for _ in range(3):
+            with progress.bar("train", 11) as inner:
+                for _ in range(11):
+                    clock.now += 1
+                    inner(note="loss 0.5")
+            outer()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines if line.startswith("search")] == [f"search: {n}/3" for n in (1, 2, 3)]
+    assert sum(line.startswith("train") for line in lines) == 3
+
+
 def test_unknown_total_shows_what_is_done(capsys, clock):
     with progress.bar("read", None) as advance:
         clock.now += 4
