@@ -8,11 +8,8 @@ python are run.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from tests.config_keys import PAGE, key_tables, page_with
 from tests.search.toy import write_config
+from tests.spawned import start_command_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -115,10 +113,11 @@ def run_command(words: list[str]) -> None:
         # The toy machine may lack what doctor asks for; it must only answer.
         assert command_line.run(words[1:]) in ((0, 1) if words[1] == "doctor" else (0,)), words
     elif words[0] == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", *words[1:]]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (words, done.stderr)
+        # tests/distributed has torchrun itself start ranks.
+        assert words[1:5:2] == ["--nproc-per-node", "-m"], words
+        assert words[4] == "irdscale", words
+        ended = [rank.ended() for rank in start_command_on_ranks(words[5:], int(words[2]))]
+        assert {code for code, _, _ in ended} == {0}, (words, ended)
 
 
 def test_every_command_of_the_readme_on_a_toy(toy: Path) -> None:
