@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 NEEDED = [
     "irdscale.cli.command_line",
     "irdscale.search.run",
+    "irdscale.tasks.metrics.scores",
     "irdscale.training.one_mask",
     "transformers.models.auto.modeling_auto",
     "deepspeed",
