@@ -28,7 +28,8 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "llama": {},
 }
-TRAIN = {"steps": 20, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5}
+# An epoch and a half of the toy's samples.
+TRAIN = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5}
 
 
 def toy(folder: Path, family: str, text: bool = False) -> Path:

@@ -20,7 +20,7 @@ from irdscale.tasks.inputs import file_samples, prompts_of, text_samples
 from irdscale.tasks.outputs import Outputs
 from irdscale.training.adapted import adapted_model
 from irdscale.training.evaluate import sample_logits
-from irdscale.training.evaluate_language import generate_greedily, measure_choices
+from irdscale.training.evaluate_language import choice_scores, generate_greedily, measure_choices
 from irdscale.training.targets import check_predict
 from irdscale.utils.files import write_atomic
 from irdscale.utils.progress import bar
@@ -173,12 +173,9 @@ def _labels(task: Task, samples: Dataset, logits_NC: Tensor) -> Iterator[Predict
 
 
 def _choices(task: Task, samples: Dataset, table_NC: Tensor) -> Iterator[Prediction]:
-    scores_N = -table_NC[:, 0] / (table_NC[:, 1] if task.metric == "accuracy_norm" else 1)
-    scores, start = scores_N.tolist(), 0
-    for choices, prompts in zip(samples["choices"], samples["choice_prompts"], strict=True):
-        own = scores[start : start + len(choices)]
-        start += len(choices)
-        best = max(range(len(own)), key=own.__getitem__)
+    scores = choice_scores(samples, table_NC, task.metric)
+    for choices, prompts, own in zip(samples["choices"], samples["choice_prompts"], scores, strict=True):
+        best = own.index(max(own))
         text = str(task.tokenizer.decode(choices[best][prompts[best] :], skip_special_tokens=True)).strip()
         yield {"choice": best, "text": text, "scores": own}
 

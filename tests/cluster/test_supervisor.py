@@ -25,6 +25,7 @@ from irdscale.cluster.supervisor import Job  # noqa: E402
 from irdscale.cluster.worker import RankGroup, packed, unpacked  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from tests.cluster import works  # noqa: E402
+from tests.search import ray_toy  # noqa: E402
 
 TWO = RankGroup(size=2)
 
@@ -32,8 +33,7 @@ TWO = RankGroup(size=2)
 @pytest.fixture(scope="module")
 def supervisor() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
+        ray_toy.set_up(patch)
         patch.setattr(ray, "init", partial(ray.init, num_cpus=2, num_gpus=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         with connect.connected() as cluster:
