@@ -99,18 +99,22 @@ def value_ranges(values: Iterable[float]) -> list[tuple[float, float, int]]:
 
 
 def without_far(values: Iterable[float]) -> list[float]:
-    """The values, ascending, without those far from the majority."""
-    kept = sorted(values)
-    majority = len(kept) / 2
-    while len(kept) > 2:
-        gap, place = max((kept[i + 1] - kept[i], i) for i in range(len(kept) - 1))
-        left, right = kept[: place + 1], kept[place + 1 :]
-        rest = max(left, right, key=len)
-        low, high = widened(rest[0], rest[-1])
-        if len(rest) <= majority or rest[0] == rest[-1] or gap <= FAR * (high - low):
+    """The values, ascending, without those far from the majority; all if the majority is one value."""
+    present = sorted(values)
+    # The narrowest majority, which grows to its neighbours until these are far off.
+    half = len(present) // 2 + 1
+    first = min(range(len(present) - half + 1), key=lambda i: present[i + half - 1] - present[i])
+    last = first + half - 1
+    while True:
+        low, high = widened(present[first], present[last])
+        reach = FAR * (high - low)
+        if last + 1 < len(present) and present[last + 1] - present[last] <= reach:
+            last += 1
+        elif first > 0 and present[first] - present[first - 1] <= reach:
+            first -= 1
+        else:
             break
-        kept = rest
-    return kept
+    return present if present[first] == present[last] else present[first : last + 1]
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
