@@ -46,7 +46,7 @@ def print_search(result: dict[str, Any], output: Path) -> None:
     from rich.table import Table
 
     from irdscale.report.verdict import with_error
-    from irdscale.utils.progress import duration
+    from irdscale.utils.formats import duration
 
     task, best, baseline = result["task"], result["best"], result["baseline"]
     table = Table(
@@ -141,7 +141,7 @@ def cluster_lines(ray: dict[str, Any]) -> Iterator[str]:
 
 def search_lines(search: dict[str, Any] | None) -> Iterator[str]:
     """Lines about the estimated time of a search."""
-    from irdscale.utils.progress import duration
+    from irdscale.utils.formats import duration
 
     if search is None:
         return

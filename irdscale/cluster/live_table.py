@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.table import Table
-
-from irdscale.utils.progress import PLAIN_SECONDS, duration, is_live, say, show_below
+from irdscale.utils.formats import duration
+from irdscale.utils.progress import PLAIN_SECONDS, is_live, say, show_below
+from irdscale.utils.terminal import Column, Table
 
 LOOK_S = 1.0
+COLUMNS = (
+    Column("round", drop=2),
+    Column("running", text=True),
+    Column("step"),
+    Column("metric", drop=1),
+    Column("left"),
+    Column("on", text=True, drop=3),
+)
 
 
 @contextmanager
@@ -43,7 +51,7 @@ def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
         for line in seen["logs"]:
             say(f"irdscale: {line}")
         if enabled and is_live():
-            show_below(table(seen["jobs"]))
+            show_below(table(seen["jobs"]) if seen["jobs"] else None)
         elif enabled and seen["jobs"] and time.monotonic() - printed >= PLAIN_SECONDS:
             say(line_of_all(seen["jobs"]))
             printed = time.monotonic()
@@ -51,12 +59,7 @@ def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
 
 def table(jobs: list[dict[str, Any]]) -> Table:
     """One row per job: round, candidate, step, last metric, time left, host; all waiting jobs share one row."""
-    found = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("round", "running", "step", "metric", "left", "on"):
-        found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
-    for job in summed_up(jobs):
-        found.add_row(*cells(job))
-    return found
+    return Table(COLUMNS, [cells(job) for job in summed_up(jobs)])
 
 
 def line_of_all(jobs: list[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes
-from irdscale.utils.progress import duration
+from irdscale.utils.formats import duration
 
 # Columns that fit in 80 characters: method, test, difference, its interval, wins.
 _SHOWN = (0, 2, 4, 5, 6)

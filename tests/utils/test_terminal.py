@@ -1,0 +1,59 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from irdscale.utils.terminal import Column, Table, print_line, print_table, wrapped
+
+TABLE = Table(
+    [Column("", text=True, wraps=True), Column("samples"), Column("trained"), Column("95 % interval", drop=1)],
+    [["winner", "32", "113,570", "0.51 to 0.55"], ["head only (linear probe)", "-", "0", "-"]],
+    title="glue/sst2: accuracy",
+)
+
+
+def test_words_stay_whole():
+    text = "  cut: 7 of 200 samples are in /a/path/that/is/longer/than/a/line now"
+    assert wrapped(text, 30) == [
+        "  cut: 7 of 200 samples are in",
+        "  /a/path/that/is/longer/than/a/line",
+        "  now",
+    ]
+    assert wrapped(text, None) == [text]
+    assert wrapped("", 10) == [""]
+    # Wide characters take two cells.
+    assert wrapped("评 论 好 坏", 5) == ["评 论", "好 坏"]
+
+
+def test_a_table_fits():
+    assert [line for line, _ in TABLE.lines(80)] == [
+        "glue/sst2: accuracy",
+        "                          samples  trained  95 % interval",
+        "winner                         32  113,570   0.51 to 0.55",
+        "head only (linear probe)        -        0              -",
+    ]
+    for width in (80, 52, 40, 30):
+        assert all(len(line) <= width for line, _ in TABLE.lines(width))
+
+
+def test_cells_wrap_between_words_before_columns_are_left_out():
+    narrow = "\n".join(line for line, _ in TABLE.lines(50))
+    assert "0.51 to 0.55" in narrow
+    assert narrow.splitlines()[-1] == "probe)"
+    narrower = "\n".join(line for line, _ in TABLE.lines(32))
+    assert "interval" not in narrower
+    assert "113,570" in narrower
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_elsewhere_lines_are_plain_and_of_any_length(terminal):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=30, _environ={})
+    print_table(console, TABLE)
+    print_line(console, "[red]" + "word " * 20, style="bold")
+    text = stream.getvalue()
+    assert "[red]word" in text
+    assert ("\x1b" in text) == terminal
+    assert (max(map(len, text.splitlines())) > 99) == (not terminal)
+    if not terminal:
+        assert all(line == line.rstrip() for line in text.splitlines()[:-1])
