@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cli.console import readable
+from irdscale.utils.formats import counted, percent
+from irdscale.utils.terminal import print_line, width_of
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 # Tokens shown of a sample's beginning, and of its end.
 SHOWN = 48
+INDENT = "    "
 LEARNED = "bold green"
 
 
@@ -25,13 +27,17 @@ def print_predictions(rows: list[dict[str, Any]]) -> None:
 
 def print_prediction(found: dict[str, Any]) -> None:
     """Print one prediction: the completion, the number, or the classes with the likeliest first."""
+    from rich.console import Console
+
+    console = Console()
     if "probabilities" in found:
         order = sorted(found["probabilities"].items(), key=lambda each: -each[1])
         width = max(len(name) for name, _ in order)
         for name, share in order:
-            print(f"{name:{width}}  {share:.4f}")
+            print_line(console, f"{name:{width}}  {share:.4f}")
     else:
-        print(found.get("completion", found.get("value")))
+        for text in str(found.get("completion", found.get("value"))).split("\n"):
+            print_line(console, text)
 
 
 def print_data(result: dict[str, Any]) -> None:
@@ -42,7 +48,7 @@ def print_data(result: dict[str, Any]) -> None:
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
 
     def line(text: str | Text, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+        print_line(console, text, style)
 
     marks = "coloured" if coloured else "in brackets"
     line(
@@ -50,14 +56,16 @@ def print_data(result: dict[str, Any]) -> None:
     )
     for name, split in result["splits"].items():
         origin = "" if split["origin"] == name else f" ({split['origin']})"
-        line(f"\n{name}{origin}: {split['samples']:,} samples", "bold")
+        line("")
+        line(f"{name}{origin}: {counted(split['samples'], 'sample')}", "bold")
         for text in _summary_lines(result, split):
             line(f"  {text}")
         for sample in split["shown"]:
-            line(_sample(sample, coloured))
+            line(_sample(sample, coloured, width_of(console)))
     refused = result["refused"]
     if refused["rows"]:
-        line(f"\nrefused: {readable(refused['rows'])} row(s)", "bold")
+        line("")
+        line(f"refused: {counted(refused['rows'], 'row')}", "bold")
         for each in refused["first"]:
             line(f"  {each['why']}")
         if refused["rows"] > len(refused["first"]):
@@ -73,35 +81,51 @@ def _summary_lines(result: dict[str, Any], split: dict[str, Any]) -> Iterator[st
         counts = split["right_choices"].items()
         yield "right choice: " + ", ".join(f"number {number} {count:,} times" for number, count in counts)
     tokens = split["tokens"]
-    cut = f"{tokens['cut']:,} ({100 * tokens['cut_share']:.3g} %) {result['longer_are']} at {result['max_length']:,}"
+    cut = f"{tokens['cut']:,} ({percent(tokens['cut_share'])}) {result['longer_are']} at {result['max_length']:,}"
     yield (
         f"tokens: median {tokens['median']:,}, 95 % {tokens['p95']:,}, longest {tokens['longest']:,}; "
         + (cut if tokens["cut"] else f"none is longer than {result['max_length']:,}")
     )
     if "learned_share" in tokens:
-        yield f"learned: {100 * tokens['learned_share']:.3g} % of the tokens"
+        yield f"learned: {percent(tokens['learned_share'])} of the tokens"
     if "blocks" in split:
         yield f"packed: {split['blocks']:,} blocks of {result['max_length']:,} tokens"
 
 
-def _sample(sample: dict[str, Any], coloured: bool) -> Text:
-    """A sample's tokens, separated by bars, with the learned ones marked."""
+def _sample(sample: dict[str, Any], coloured: bool, width: int | None) -> Text:
+    """A sample's tokens, separated by bars, with the learned ones marked; broken between tokens after `width` cells."""
     from rich.text import Text
 
     label = f", {readable(sample['label'])}" if "label" in sample else ""
     text = Text(f"  row {sample['row']}{label}: ")
-    pairs = list(zip(sample["tokens"], sample["learned"], strict=True))
-    left = len(pairs) - 2 * SHOWN
-    parts = [pairs] if left <= 0 else [pairs[:SHOWN], pairs[-SHOWN:]]
-    for number, part in enumerate(parts):
-        text.append(f" .. {left:,} tokens .. " if number else "")
-        for learned, run in groupby(part, key=lambda pair: pair[1]):
-            joined = "|".join(_printable(token) for token, _ in run)
-            if learned and not coloured:
-                joined = f"[{joined}]"
-            text.append(joined, LEARNED if learned and coloured else None)
-            text.append("|")
-        text.right_crop(1)
+    used, end = text.cell_len, len(sample["tokens"]) - SHOWN
+    for place, (token, learned) in enumerate(zip(sample["tokens"], sample["learned"], strict=True)):
+        if SHOWN <= place < end:
+            if place > SHOWN:
+                continue
+            piece = Text(f" .. {end - SHOWN:,} tokens .. ")
+        else:
+            piece = _token(sample, place, token, learned and not coloured, LEARNED if learned and coloured else None)
+        if width is not None and used + piece.cell_len > width:
+            text.append(f"\n{INDENT}")
+            used = len(INDENT)
+        text.append_text(piece)
+        used += piece.cell_len
+    return text
+
+
+def _token(sample: dict[str, Any], place: int, token: str, brackets: bool, style: str | None) -> Text:
+    """A token and the bar after it; with brackets around each run of learned tokens."""
+    from rich.text import Text
+
+    learned, last = sample["learned"], len(sample["learned"]) - 1
+    cut = (0, len(learned) - SHOWN) if len(learned) > 2 * SHOWN else (0,)
+    ends = (SHOWN - 1, last) if len(learned) > 2 * SHOWN else (last,)
+    begins = brackets and (place in cut or not learned[place - 1])
+    over = brackets and (place in ends or not learned[place + 1])
+    text = Text("[" if begins else "")
+    text.append(_printable(token), style)
+    text.append(("]" if over else "") + ("" if place in ends else "|"))
     return text
 
 

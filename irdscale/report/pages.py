@@ -11,7 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from irdscale.report.verdict import percent, with_error
 from irdscale.utils.files import write_atomic
-from irdscale.utils.formats import duration
+from irdscale.utils.progress import duration
 
 
 def write_pages(

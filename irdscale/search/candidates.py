@@ -85,7 +85,9 @@ class Candidate:
         }
 
     def __str__(self) -> str:
-        return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
+        sizes = [f"{self.pair.samples:,} samples"] if self.pair.samples else []
+        sizes += [f"{self.pair.params:,} trained"] if self.pair.params else []
+        return ", ".join([*(sizes or [self.direction]), f"seed {self.seed}"])
 
 
 def candidate_adapter(output: Path, key: str) -> Path:

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 
 from irdscale.utils.bar_lines import Lines, count_of, fields_of
+from irdscale.utils.formats import duration as duration
 from irdscale.utils.terminal import print_line
 
 PLAIN_SECONDS = 10.0

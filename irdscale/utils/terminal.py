@@ -10,10 +10,12 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 GAP = 2
+# Units that stay on the line of their number.
+UNITS = frozenset(("GiB", "MiB", "KiB", "TFLOP", "GFLOP", "µs", "ms", "s", "min", "h", "d", "%"))
 
 
 def wrapped(text: str, width: int | None) -> list[str]:
-    """The lines of a text, broken between words; a longer word, such as a path, stays whole.
+    """The lines of a text, broken between words, not between a number and its unit; a longer word stays whole.
 
     Lines after the first keep the text's indentation.
 
@@ -24,13 +26,24 @@ def wrapped(text: str, width: int | None) -> list[str]:
         return [text]
     indent = text[: len(text) - len(text.lstrip(" "))]
     lines, line = [], ""
-    for word in text.strip().split(" "):
+    for word in _words(text.strip()):
         longer = f"{line} {word}" if line else indent + word
         if line and cell_len(longer) > width:
             lines.append(line)
             longer = indent + word
         line = longer
     return [*lines, line]
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, each number with its unit."""
+    found: list[str] = []
+    for word in text.split(" "):
+        if found and found[-1][-1:].isdigit() and word.strip("(),.;:") in UNITS:
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
 
 
 def width_of(console: Console) -> int | None:
@@ -41,7 +54,8 @@ def width_of(console: Console) -> int | None:
 def print_line(console: Console, text: str | Text = "", style: str | None = None) -> None:
     """Print a line of text as it is, without markup; on a terminal, wrapped between words."""
     if isinstance(text, str):
-        text = "\n".join(wrapped(text, width_of(console)))
+        # As a `Text`, it is printed as it is: rich replaces words such as :x: in a string.
+        text = Text("\n".join(wrapped(text, width_of(console))))
     console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
 
 

@@ -28,11 +28,11 @@ PASS = {**WAITING, "begun": 30.0, "host": "b", "progress": ("Fisher traces", 64.
 
 
 def test_cells() -> None:
-    assert cells(TRAINING) == ("2", "8 samples", "20/60", "0.5000", "20 s", "a")
-    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "")
-    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "")
-    assert cells(PASS) == ("", "search masks", "64/256", "", "1 min 30 s", "b")
-    assert cells(TRAINING | {"step": 0})[2:5] == ("0/60", "0.5000", "")
+    assert cells(TRAINING) == ("2", "8 samples", "20/60", "", "0.5000", "20 s", "a")
+    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "", "")
+    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "", "")
+    assert cells(PASS) == ("", "search masks", "64/256", "", "", "1 min 30 s", "b")
+    assert cells(TRAINING | {"step": 0, "loss": 0.25})[2:6] == ("0/60", "0.2500", "0.5000", "")
 
 
 def test_lines() -> None:
@@ -76,10 +76,12 @@ def test_the_table_stands_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "8 samples" not in text.getvalue()
 
 
-@pytest.mark.parametrize(("width", "left_out"), [(60, set()), (42, {"on"}), (36, {"on", "round"})])
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(60, set()), (50, {"on"}), (42, {"on", "round"}), (36, {"on", "round", "loss"})]
+)
 def test_a_narrow_terminal_leaves_whole_columns_out(width: int, left_out: set[str]) -> None:
     head, *rows = [line for line, _ in table([TRAINING, WAITING]).lines(width)]
-    assert set(head.split()) == {"round", "running", "step", "metric", "left", "on"} - left_out
+    assert set(head.split()) == {"round", "running", "step", "loss", "metric", "left", "on"} - left_out
     assert all(len(line) <= width for line in (head, *rows))
 
 

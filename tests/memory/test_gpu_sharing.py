@@ -46,7 +46,7 @@ def test_trials_that_fit(takes):
     }
     assert json.loads(json.dumps(asdict(found))) == asdict(found)
     assert describe(found) == (
-        "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial needs an estimated 5.0 "
+        "search.ray.gpus_per_rank=0.25: up to 4 trials may share a GPU by CUDA MPS; a trial needs an estimated 5.00 "
         "GiB, its share of L4 is 5.5 GiB, and 4 trials would fit"
     )
     assert sharing_of(CONFIG, 0.25, [H100]).most == 16
@@ -133,7 +133,7 @@ def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
     assert found["trial_room_gib"] == 0.95 * 20 - 2
     (said,) = [line for line in found["advice"] if "share a GPU" in line]
     assert said.startswith(
-        "4 trial(s) share a GPU (search.ray.gpus_per_rank=0.25), at an assumed 1/4 of its speed each"
+        "4 trials may share a GPU (search.ray.gpus_per_rank=0.25), at an assumed 1/4 of its speed each"
     )
     assert "it has room for " in said
     alone = run_plan(config.model_copy(update={"search": config.search.model_copy(update={"ray": WHOLE})}), tokens=32)

@@ -21,6 +21,7 @@ def test_words_stay_whole():
     ]
     assert wrapped(text, None) == [text]
     assert wrapped("", 10) == [""]
+    assert wrapped("it takes 12.5 GiB, or less", 14) == ["it takes", "12.5 GiB, or", "less"]
     # Wide characters take two cells.
     assert wrapped("评 论 好 坏", 5) == ["评 论", "好 坏"]
 
@@ -50,9 +51,9 @@ def test_elsewhere_lines_are_plain_and_of_any_length(terminal):
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=30, _environ={})
     print_table(console, TABLE)
-    print_line(console, "[red]" + "word " * 20, style="bold")
+    print_line(console, "[red]:x:" + "word " * 20, style="bold")
     text = stream.getvalue()
-    assert "[red]word" in text
+    assert "[red]:x:word" in text
     assert ("\x1b" in text) == terminal
     assert (max(map(len, text.splitlines())) > 99) == (not terminal)
     if not terminal:
