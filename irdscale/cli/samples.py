@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cli.console import readable
@@ -92,41 +93,41 @@ def _summary_lines(result: dict[str, Any], split: dict[str, Any]) -> Iterator[st
         yield f"packed: {split['blocks']:,} blocks of {result['max_length']:,} tokens"
 
 
-def _sample(sample: dict[str, Any], coloured: bool, width: int | None) -> Text:
+def _sample(sample: dict[str, Any], coloured: bool, width: int | None = None) -> Text:
     """A sample's tokens, separated by bars, with the learned ones marked; broken between tokens after `width` cells."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     label = f", {readable(sample['label'])}" if "label" in sample else ""
-    text = Text(f"  row {sample['row']}{label}: ")
-    used, end = text.cell_len, len(sample["tokens"]) - SHOWN
-    for place, (token, learned) in enumerate(zip(sample["tokens"], sample["learned"], strict=True)):
-        if SHOWN <= place < end:
-            if place > SHOWN:
-                continue
-            piece = Text(f" .. {end - SHOWN:,} tokens .. ")
-        else:
-            piece = _token(sample, place, token, learned and not coloured, LEARNED if learned and coloured else None)
-        if width is not None and used + piece.cell_len > width:
-            text.append(f"\n{INDENT}")
+    parts: list[tuple[str, str]] = [(f"  row {sample['row']}{label}: ", "")]
+    used, end = cell_len(parts[0][0]), len(sample["tokens"]) - SHOWN
+    for place in range(len(sample["tokens"])):
+        if SHOWN < place < end:
+            continue
+        left_out = SHOWN <= place < end
+        pieces = [(f" .. {end - SHOWN:,} tokens .. ", "")] if left_out else _token(sample, place, coloured)
+        cells = sum(cell_len(text) for text, _ in pieces)
+        if width is not None and used + cells > width:
+            parts.append((f"\n{INDENT}", ""))
             used = len(INDENT)
-        text.append_text(piece)
-        used += piece.cell_len
-    return text
+        parts += pieces
+        used += cells
+    runs = groupby(parts, key=lambda part: part[1])
+    return Text.assemble(*(("".join(text for text, _ in run), style) for style, run in runs))
 
 
-def _token(sample: dict[str, Any], place: int, token: str, brackets: bool, style: str | None) -> Text:
-    """A token and the bar after it; with brackets around each run of learned tokens."""
-    from rich.text import Text
-
-    learned, last = sample["learned"], len(sample["learned"]) - 1
-    cut = (0, len(learned) - SHOWN) if len(learned) > 2 * SHOWN else (0,)
-    ends = (SHOWN - 1, last) if len(learned) > 2 * SHOWN else (last,)
-    begins = brackets and (place in cut or not learned[place - 1])
-    over = brackets and (place in ends or not learned[place + 1])
-    text = Text("[" if begins else "")
-    text.append(_printable(token), style)
-    text.append(("]" if over else "") + ("" if place in ends else "|"))
-    return text
+def _token(sample: dict[str, Any], place: int, coloured: bool) -> list[tuple[str, str]]:
+    """Texts and styles of a token and the bar after it; without colours, a run of learned tokens is in brackets."""
+    learned, size = sample["learned"], len(sample["learned"])
+    starts, ends = ((0, size - SHOWN), (SHOWN - 1, size - 1)) if size > 2 * SHOWN else ((0,), (size - 1,))
+    begins = place in starts or not learned[place - 1]
+    over = place in ends or not learned[place + 1]
+    bar = "" if place in ends else "|"
+    if not learned[place]:
+        return [(_printable(sample["tokens"][place]) + bar, "")]
+    opening, closing, style = ("", "", LEARNED) if coloured else ("[" * begins, "]" * over, "")
+    # The bar inside a run of learned tokens is part of it.
+    return [(opening + _printable(sample["tokens"][place]) + closing, style), (bar, "" if over else style)]
 
 
 def _printable(text: str) -> str:
