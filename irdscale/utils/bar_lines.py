@@ -45,8 +45,9 @@ FIELDS = (
     Field("elapsed", "{}", 1),
     Field("time", "{}", 6),
     Field("loss", "loss {:.4f}", 5),
-    Field("best", "best {:.4f}", 7),
     Field("method", "{}", 8),
+    # The best metric so far, of the method beside it.
+    Field("best", "best {:.4f}", 7),
     Field("note", "{}", 3),
 )
 DRAWN_BAR = Field("bar", "", 4)
@@ -55,8 +56,8 @@ DRAWN_BAR = Field("bar", "", 4)
 class Lines:
     """The lines of open bars, whose counts stand below each other."""
 
-    def __init__(self, tasks: list[Task]) -> None:
-        self._tasks = [task for task in tasks if task.visible]
+    def __init__(self, tasks: list[Task], over: bool = False) -> None:
+        self._tasks, self._over = [task for task in tasks if task.visible], over
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if not self._tasks:
@@ -67,7 +68,7 @@ class Lines:
         # The numbers are kept, so the description is what may be cut.
         described = max(1, min(longest, width - 1 - max(map(len, counts))))
         counted = max(map(len, counts))
-        fields = [fitting(_fields(task), width - described - 1 - counted) for task in self._tasks]
+        fields = [fitting(_fields(task, self._over), width - described - 1 - counted) for task in self._tasks]
         drawn = min(bar for bar, _ in fields)
         for task, count, (_, texts) in zip(self._tasks, counts, fields, strict=True):
             line = Table.grid(padding=(0, 1))
@@ -96,9 +97,9 @@ def fitting(fields: list[tuple[Field, str]], room: int) -> tuple[int, list[str]]
     return 0, []
 
 
-def _fields(task: Task) -> list[tuple[Field, str]]:
+def _fields(task: Task, over: bool) -> list[tuple[Field, str]]:
     elapsed, pace = task.elapsed or 0.0, task.finished_speed or task.speed or 0.0
-    return fields_of(task.completed, task.total, elapsed, pace, task.fields["shown"])
+    return fields_of(task.completed, task.total, elapsed, pace, task.fields["shown"], over)
 
 
 def count_of(done: float, total: float | None) -> str:
@@ -107,15 +108,16 @@ def count_of(done: float, total: float | None) -> str:
 
 
 def fields_of(
-    done: float, total: float | None, seconds: float, pace: float, shown: dict[str, Any]
+    done: float, total: float | None, seconds: float, pace: float, shown: dict[str, Any], over: bool = False
 ) -> list[tuple[Field, str]]:
     """The fields of a bar and their texts, empty where there is nothing to show.
 
     Args:
         pace: items per second; 0 if unknown.
         shown: values of fields by name.
+        over: whether the work ended, maybe with fewer items than `total`, so that there is no time left.
     """
-    open_ = total is not None and done < total
+    open_ = not over and total is not None and done < total
     left = f"{duration((total - done) / pace)} left" if open_ and total is not None and pace > 0 else ""
     texts = {"rate": speed(pace), "elapsed": duration(seconds) if left else "", "time": left or duration(seconds)}
     values = {name: value for name, value in (texts | shown).items() if value not in (None, "")}

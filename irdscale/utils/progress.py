@@ -79,7 +79,7 @@ class _Bars(Progress):
     over = False
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        yield Lines(self.tasks)
+        yield Lines(self.tasks, self.over)
         if _State.below is not None and not self.over:
             yield _State.below
 
@@ -154,10 +154,10 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
     printed = -1.0
     values: dict[str, Any] = {}
 
-    def line() -> None:
+    def line(over: bool = False) -> None:
         nonlocal printed
         printed, _State.printed = done, time.monotonic()
-        say(_line(description, done, total, _State.printed - start, values, before))
+        say(_line(description, done, total, _State.printed - start, values, before, over))
 
     def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
         nonlocal done, before
@@ -167,16 +167,23 @@ def _plain(description: str, total: int | None) -> Iterator[Advance]:
             line()
 
     yield advance
-    if _State.depth == 1 and printed != done:
-        line()
+    # The total may be an upper bound.
+    if _State.depth == 1 and (printed != done or done < (total or 0)):
+        line(over=True)
 
 
 def _line(
-    description: str, done: float, total: int | None, seconds: float, shown: dict[str, Any], earlier: float
+    description: str,
+    done: float,
+    total: int | None,
+    seconds: float,
+    shown: dict[str, Any],
+    earlier: float,
+    over: bool,
 ) -> str:
     pace = (done - earlier) / seconds if seconds > 0 else 0.0
     share = f" ({100 * done / total:.0f} %)" if total else ""
-    fields = [text for field, text in fields_of(done, total, seconds, pace, shown) if field.name != "elapsed"]
+    fields = [text for field, text in fields_of(done, total, seconds, pace, shown, over) if field.name != "elapsed"]
     return f"{description}: {', '.join([count_of(done, total) + share, *fields])}"
 
 

@@ -66,14 +66,14 @@ class Column:
     Attributes:
         head: heading, which may be broken between words.
         text: whether the cells are text, aligned to the left, rather than numbers.
-        wraps: whether its cells may be broken between words where the table is too wide.
-        drop: rank among the columns left out where the table is still too wide, the largest first; 0 is never left out.
+        drop: rank among the columns left out where the table is too wide, the largest first; 0 is never left out.
+        wraps: whether its cells may be broken between words where the table is still too wide.
     """
 
     head: str
     text: bool = False
-    wraps: bool = False
     drop: int = 0
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,17 @@ class Table:
                 yield line, style
 
     def _fitted(self, width: int | None) -> tuple[list[int], dict[int, int]]:
-        """The places of the shown columns, and place -> width."""
+        """The places of the shown columns, and place -> width.
+
+        Headings are broken first, then columns left out, then cells broken.
+        """
         shown = list(range(len(self.columns)))
         while True:
             widths = {place: self._width(place) for place in shown}
             excess = 0 if width is None else sum(widths.values()) + GAP * (len(shown) - 1) - width
-            spare = {place: widths[place] - self._least(place) for place in shown}
             droppable = [place for place in shown if self.columns[place].drop]
+            least = {place: self._least(place, wraps=not droppable) for place in shown}
+            spare = {place: widths[place] - least[place] for place in shown}
             if excess <= sum(spare.values()) or not droppable:
                 break
             shown.remove(max(droppable, key=lambda place: self.columns[place].drop))
@@ -131,10 +135,10 @@ class Table:
     def _width(self, place: int) -> int:
         return max(cell_len(text) for text in self._texts(place))
 
-    def _least(self, place: int) -> int:
-        """The width of a column with its heading, and its cells if they may be, broken between words."""
+    def _least(self, place: int, wraps: bool) -> int:
+        """The width of a column with its heading, and if `wraps` its cells, broken between words."""
         head, *cells = self._texts(place)
-        longest = _longest_word if self.columns[place].wraps else cell_len
+        longest = _longest_word if wraps and self.columns[place].wraps else cell_len
         return max([_longest_word(head), *map(longest, cells)])
 
     def _texts(self, place: int) -> list[str]:

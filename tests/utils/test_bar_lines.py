@@ -42,7 +42,7 @@ def test_the_fields_stand_below_each_other(monkeypatch):
 
 def test_whole_fields_are_left_out_in_the_stated_order():
     fields = fields_of(6, 12, 60.0, 0.1, SHOWN)
-    assert [field.name for field, _ in fields] == ["rate", "elapsed", "time", "loss", "best", "method", "note"]
+    assert [field.name for field, _ in fields] == ["rate", "elapsed", "time", "loss", "method", "best", "note"]
     left_out, before = [], {field.name for field, _ in fields} | {DRAWN_BAR.name}
     for room in range(200, 0, -1):
         drawn, texts = fitting(fields, room)

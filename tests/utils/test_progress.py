@@ -71,6 +71,18 @@ def test_plain_nested_bars_share_the_ten_seconds(capsys, clock):
     assert [line.split(",")[0] for line in lines] == ["train: 2/4 (50 %)", "search: 3/3 (100 %)"]
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_a_bar_that_is_over_has_no_time_left_although_its_total_was_too_large(capsys, clock, request, live):
+    stream = request.getfixturevalue("terminal") if live else None
+    with progress.bar("Evaluations", 12) as advance:
+        for _ in range(10):
+            clock.now += 1
+            advance()
+    last = (stream.getvalue() if stream else capsys.readouterr().err).rsplit("10/12")[-1]
+    assert "each" in last or "/s" in last
+    assert "left" not in last
+
+
 def test_unknown_total_shows_what_is_done(capsys, clock):
     with progress.bar("read", None) as advance:
         clock.now += 4
@@ -109,7 +121,7 @@ def test_a_field_stays_until_it_is_replaced(terminal):
         advance()
         progress._State.live.refresh()
         shown = terminal.getvalue().splitlines()[-1]
-        assert "best 0.9000  ird" in shown
+        assert "ird  best 0.9000" in shown
         assert "seed 0" not in shown
         advance(best=None)
         terminal.truncate(0)
@@ -154,4 +166,6 @@ def test_what_an_earlier_run_did_is_no_part_of_the_rate(capsys, clock, terminal)
             advance(90, earlier=True)
             clock.now += 10
             advance(5)
-    assert capsys.readouterr().err == "train: 95/100 (95 %), 2.0 s each, 10 s left\n"
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "train: 95/100 (95 %), 2.0 s each, 10 s left"
+    assert last == "train: 95/100 (95 %), 2.0 s each, 10 s"

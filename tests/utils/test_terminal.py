@@ -37,13 +37,14 @@ def test_a_table_fits():
         assert all(len(line) <= width for line, _ in TABLE.lines(width))
 
 
-def test_cells_wrap_between_words_before_columns_are_left_out():
-    narrow = "\n".join(line for line, _ in TABLE.lines(50))
-    assert "0.51 to 0.55" in narrow
-    assert narrow.splitlines()[-1] == "probe)"
-    narrower = "\n".join(line for line, _ in TABLE.lines(32))
-    assert "interval" not in narrower
-    assert "113,570" in narrower
+def test_headings_break_then_columns_are_left_out_then_cells_break():
+    shown = {width: [line for line, _ in TABLE.lines(width)][1:] for width in (57, 56, 46, 42)}
+    assert len(shown[57]) == 3
+    assert "interval" not in "".join(shown[46])
+    assert shown[56][0].endswith("95 %")
+    assert len(shown[46]) == 3
+    assert shown[42][-1] == "probe)"
+    assert all("113,570" in "".join(lines) for lines in shown.values())
 
 
 @pytest.mark.parametrize("terminal", [True, False])
