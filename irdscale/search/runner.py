@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.ranks import remove_folder
-from irdscale.search.candidates import Candidate, candidate_adapter
+from irdscale.search.candidates import Candidate, candidate_adapter, in_words
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import Ledger
 from irdscale.training.loss_trend import rise_warnings
@@ -40,8 +40,8 @@ class WorkItem:
 
 
 def _named(record: dict[str, Any]) -> str:
-    sizes = f"{record['samples']:,} samples, {record['params']:,} trained parameters"
-    return f"{sizes}, seed {record['seed']} ({record['key'][:8]})"
+    words = in_words(record["samples"], record["params"], record["seed"], record["direction"])
+    return f"{words} ({record['key'][:8]})"
 
 
 class Engine(Protocol):
