@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from rich.console import Console
+
+from irdscale.utils import progress
 
 _PIECES = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|(.)", re.DOTALL)
 
@@ -20,7 +23,7 @@ class Screen:
 
     Attributes:
         lines: the lines, without spaces at their ends.
-        frames: the lines at each moment at which the cursor went up, which is when live lines are drawn anew.
+        frames: the lines before each time that some are erased, which is when live lines are drawn anew.
         wrapped: whether any line was longer than the terminal is wide.
     """
 
@@ -28,7 +31,7 @@ class Screen:
         self._width, self._row, self._column = width, 0, 0
         self._cells: list[list[str]] = [[]]
         self.frames: list[list[str]] = []
-        self.wrapped = False
+        self.wrapped = self._drawn = False
 
     @property
     def lines(self) -> list[str]:
@@ -36,8 +39,10 @@ class Screen:
 
     def write(self, text: str) -> None:
         for numbers, command, letter in _PIECES.findall(text):
-            if command == "A":
+            if command in ("A", "K") and self._drawn:
                 self.frames.append(self.lines)
+                self._drawn = False
+            if command == "A":
                 self._row = max(0, self._row - int(numbers or 1))
             elif command == "K":
                 self._cells[self._row] = []
@@ -65,6 +70,7 @@ class Screen:
         cells = self._cells[self._row]
         cells += " " * (self._column + 1 - len(cells))
         cells[self._column] = letter
+        self._drawn = True
         self._column += 1
 
 
@@ -93,6 +99,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> Iterator[Screen]:
     with monkeypatch.context() as patch, open(theirs, "w", encoding="utf-8", buffering=1) as stream:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(sys, "stderr", stream)
+        # A console finds out once whether it is on a terminal.
+        patch.setattr(progress, "console", Console(stderr=True))
         try:
             yield screen
         finally:

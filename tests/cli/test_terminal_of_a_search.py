@@ -43,7 +43,7 @@ def test_a_screen_shows_what_a_terminal_would() -> None:
 def test_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr("irdscale.report.write_report", lambda output: None)
     monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path, search__max_rounds=1)
+    config = write_config(tmp_path, search__max_rounds=1, search__seeds=[0], train__steps=2, fisher__samples=8)
     evaluate = LocalEngine.evaluate
 
     def with_jobs(self, candidates, ended):
