@@ -64,7 +64,7 @@ def _machine(result: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
         card = ""
         if "name" in device:
             card = f"{device['name']}, {gib(device['free_memory_gib'])} of {gib(device['memory_gib'])} free; "
-        yield f"{name}: {card}{', '.join(works) or 'no type'} works", None
+        yield f"{name}: {card}{', '.join(works) or 'no type of number'} can be used", None
     for text in cluster_lines(result["ray"]):
         yield text, None
     if "hub" in result:
