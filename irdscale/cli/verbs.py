@@ -14,10 +14,11 @@ import typer
 
 from irdscale.cli.app import verb
 from irdscale.cli.arguments import Config, Json, Overrides, Overwrite, load_arguments
-from irdscale.cli.console import print_bench, print_doctor, print_search, print_train, show
+from irdscale.cli.console import print_bench, print_search, print_train, show
 from irdscale.cli.ending import ending
 from irdscale.cli.keys import FORMAT, MASK, NEEDED_ADAPTER, PLAN_KEYS, TO, TO_FILE
 from irdscale.cli.ranks import candidate_ranks, launched_ranks
+from irdscale.cli.show_doctor import print_doctor
 from irdscale.distributed.process_group import alone, launched
 from irdscale.errors import InputError
 from irdscale.training.targets import check_export, check_target

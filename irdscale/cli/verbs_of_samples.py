@@ -16,6 +16,7 @@ from irdscale.cli.samples import print_data, print_prediction, print_predictions
 from irdscale.distributed.process_group import alone
 from irdscale.training.targets import check_predict
 from irdscale.utils.files import check_writable
+from irdscale.utils.formats import counted
 
 
 @verb("irdscale data configs/quickstart.yaml")
@@ -34,7 +35,7 @@ def data(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     show(result, as_json, lambda: print_data(result))
     if result["refused"]["rows"]:
         first = result["refused"]["first"][0]
-        raise typer.Exit(complain(f"{result['refused']['rows']} row(s) refused; the first: {first['why']}", 2))
+        raise typer.Exit(complain(f"{counted(result['refused']['rows'], 'row')} refused; the first: {first['why']}", 2))
 
 
 @verb("irdscale predict configs/quickstart.yaml adapter=runs/a/adapter to=out.jsonl", ADAPTER, INPUT, TEXT, TO_FILE)

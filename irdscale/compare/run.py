@@ -105,7 +105,8 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
-                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
+                labels = {method.name: method.label for method in methods}
+                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better, labels)
                 steps = training_steps(config.train, len(task.trained))
                 study = Study(config, task, engine, runner, output, progress, facts, methods, steps)
                 result = _compared(study)

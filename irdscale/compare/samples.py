@@ -18,10 +18,10 @@ from irdscale.report.analysis import extremes
 from irdscale.report.mask_overlap import overlaps
 from irdscale.report.relations import Relation, by_chance, headline, ranking_relations
 from irdscale.report.sample_texts import texts_of, with_texts
-from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import index_file, load_mask, mask_folder, read_masks, traces_file
 from irdscale.utils.files import read_json
+from irdscale.utils.formats import percent
 
 COLUMNS = ["property", "measure", "mean", "over the seeds", "by chance"]
 

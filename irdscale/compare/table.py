@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from irdscale.compare.verdict import reference_of
+from irdscale.utils.formats import count, number
 
 
 def columns(study: dict[str, Any]) -> list[str]:
@@ -20,7 +21,7 @@ def columns(study: dict[str, Any]) -> list[str]:
         "p",
         "selection",
         "learning rate",
-        "parameters",
+        "trained parameters",
         "trainings",
         "cost",
         *(["error of the test set"] if _has_errors(study) else []),
@@ -59,9 +60,9 @@ def _row(method: dict[str, Any]) -> list[str]:
         *apart,
         _or_failed(method["selection"]["mean"]),
         "-" if rate is None else f"{rate:g}",
-        "-" if method["params"] is None else f"{round(method['params']):,}",
-        "-" if method["evaluations"] is None else f"{method['evaluations']:.3g}",
-        "-" if method["fine_tunings"] is None else f"{method['fine_tunings']:.3g}",
+        "-" if method["params"] is None else count(method["params"]),
+        "-" if method["evaluations"] is None else number(method["evaluations"], 3),
+        "-" if method["fine_tunings"] is None else number(method["fine_tunings"], 3),
     ]
 
 

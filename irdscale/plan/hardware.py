@@ -21,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from irdscale.errors import InputError
-from irdscale.memory.sizes import GIB
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
+from irdscale.utils.formats import GIB
 from irdscale.utils.suggestions import nearest
 
 # Assumed share of a link's bandwidth that collectives reach; not measured.

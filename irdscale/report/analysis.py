@@ -23,10 +23,10 @@ from irdscale.report.mask_overlap import (
     scored_parameters,
 )
 from irdscale.report.relations import Relation, headline, ranking_relations, spearman
-from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import load_mask
 from irdscale.utils.files import read_json
+from irdscale.utils.formats import percent
 
 # Largest number of classes whose mean traces are listed.
 CLASSES = 20

@@ -26,7 +26,8 @@ from irdscale.report.axes import (
 )
 from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
 from irdscale.report.mask_overlap import SHOWN
-from irdscale.report.numbers import count, plain, seconds
+from irdscale.report.numbers import plain
+from irdscale.utils.formats import count, duration
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Candidate, Facts
@@ -205,7 +206,7 @@ def cost(facts: Facts) -> Figure | None:
         return None
     figure, axes = canvas(height=0.9 + 0.36 * len(present))
     bars = axes.barh([names[n] for n in present], [spent[n] for n in present], color=BLUE, alpha=0.8)
-    axes.bar_label(bars, labels=[seconds(spent[n]) for n in present], padding=4, fontsize=8)
+    axes.bar_label(bars, labels=[duration(spent[n]) for n in present], padding=4, fontsize=8)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.14)
     unit, name = next((size, name) for size, name in _UNITS if max(spent[n] for n in present) >= 2 * size)

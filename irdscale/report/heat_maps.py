@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from irdscale.report.axes import INK, ORANGE, RED, blues, canvas, ink_on, plain_axis, shades
-from irdscale.report.numbers import count, plain, rounded
+from irdscale.report.numbers import plain, rounded
+from irdscale.utils.formats import count
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Facts

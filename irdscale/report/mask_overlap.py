@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from irdscale.masks.mask import Mask
-from irdscale.report.verdict import percent
+from irdscale.utils.formats import percent
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 OTHER = "other"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from irdscale.utils.progress import duration
+from irdscale.utils.formats import count
 
 
 def plain(value: float) -> str:
@@ -24,13 +24,3 @@ def sized(value: object) -> str:
     if value is None:
         return "–"
     return count(value) if isinstance(value, int) else rounded(value, 4) if isinstance(value, float) else str(value)
-
-
-def count(value: float) -> str:
-    """A whole number with commas: 1,234."""
-    return f"{round(value):,}"
-
-
-def seconds(value: float) -> str:
-    """A duration."""
-    return duration(value)

@@ -9,10 +9,11 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from irdscale.report.numbers import count, seconds, sized
+from irdscale.report.numbers import sized
 from irdscale.report.terms import as_html, as_markdown
-from irdscale.report.verdict import percent, with_error
+from irdscale.report.verdict import with_error
 from irdscale.utils.files import write_atomic
+from irdscale.utils.formats import count, duration, percent
 
 # Pixels of a figure's file for one pixel of the page.
 _SCALE = 1.5
@@ -46,7 +47,7 @@ def write_pages(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": score, "tested": tested, "percent": percent, "duration": seconds}
+    environment.filters |= {"score": score, "tested": tested, "percent": percent, "duration": duration}
     environment.filters |= {"count": count, "number": sized, "defined": as_html, "bold": as_markdown}
     environment.filters |= {"cell": _markdown_cell, **(filters or {})}
     values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from irdscale.report.numbers import rounded
-
-
-def percent(share: float) -> str:
-    """0.0041 -> 0.41 %."""
-    return f"{rounded(100 * share, 3)} %"
+from irdscale.utils.formats import percent
 
 
 def with_error(value: float | None, error: float | None, absent: str = "-") -> str:

@@ -16,7 +16,8 @@ from irdscale.report.pages import write_pages
 from irdscale.report.relations import by_chance
 from irdscale.report.sample_texts import class_name, label_word, with_texts
 from irdscale.report.terms import RELATIONS, of_search
-from irdscale.report.verdict import percent, verdict, warnings
+from irdscale.report.verdict import verdict, warnings
+from irdscale.utils.formats import percent
 
 CAPTIONS = {
     "metric": "Metric against trainable parameters; {better} is better. Candidates of one size are beside each other, "

@@ -98,7 +98,14 @@ class Candidate:
         }
 
     def __str__(self) -> str:
-        return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
+        return in_words(self.pair.samples, self.pair.params, self.seed, self.direction)
+
+
+def in_words(samples: int, params: int, seed: int, direction: str) -> str:
+    """A candidate in bars and messages: `128 samples, 113,570 trained, seed 1`, or its direction instead of sizes."""
+    sizes = [f"{samples:,} samples"] if samples else []
+    sizes += [f"{params:,} trained"] if params else []
+    return ", ".join([*(sizes or [direction]), f"seed {seed}"])
 
 
 def candidate_adapter(output: Path, key: str) -> Path:

@@ -27,6 +27,7 @@ from irdscale.tasks.language import language_samples
 from irdscale.tasks.sources import Source, errors_of_mixed_with, mixed_source
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import encode
+from irdscale.utils.formats import percent
 from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def shaped_pool(
 
 
 def _describe(share: float, of: str, count: int, size: int) -> str:
-    return f"{100 * share:g} % {of} ({count:,} of {size:,} samples)"
+    return f"{percent(share, 4)} {of} ({count:,} of {size:,} samples)"
 
 
 def _most(share: float, first: int, second: int) -> tuple[int, int]:

@@ -66,7 +66,7 @@ def shown(advance: Advance) -> Control:
     smoothed = SmoothedLoss()
 
     def step(n: int = 1) -> None:
-        advance(n, note="" if smoothed.value is None else f"loss {smoothed.value:.4g}")
+        advance(n, loss=smoothed.value)
 
     return Control(
         step,

@@ -83,8 +83,8 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
         (works.failing, {}, RunError, "^ZeroDivisionError: by$"),
         (works.refusing, {}, RunError, "^RunError: the disk is full$"),
         (works.dying, {}, RunError, "a process was killed, or its node is gone .*step 3, on"),
-        (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2 s; last: step 7, on"),
-        (works.slow, {"limit_s": 2.0}, RunError, "not done after 2 s; last: step"),
+        (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2.0 s; last: step 7, on"),
+        (works.slow, {"limit_s": 2.0}, RunError, "not done after 2.0 s; last: step"),
     ],
 )
 def test_what_a_job_dies_of(supervisor: Any, work: Any, options: Any, error: type[Exception], message: str) -> None:

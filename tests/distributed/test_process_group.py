@@ -231,7 +231,7 @@ def test_ranks_with_other_versions_are_refused_on_all(package: str) -> None:
 def test_ranks_that_do_not_come_are_named() -> None:
     (problem,) = meet([versions()], world=3, seconds=0.6)
     assert isinstance(problem, RunError)
-    assert str(problem) == "ranks 1, 2 did not come within 0.01 minutes: ended before, or the node is gone"
+    assert str(problem) == "ranks 1, 2 did not come within 0.60 s: ended before, or the node is gone"
 
 
 def test_a_rank_that_cannot_come_tells_the_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,5 +32,5 @@ def test_each_training_has_a_bar_with_its_loss(monkeypatch: pytest.MonkeyPatch, 
     engine, heard, ended = LocalEngine(config, task, tmp_path, KeptBase(), progress=True), list[Any](), list[Any]()  # type: ignore[arg-type]
     with progress_listener(lambda *facts: heard.append(facts)):
         engine.evaluate([Candidate("m", Pair(4, 4), seed, 0, "ird") for seed in (0, 1)], ended.append)
-    assert heard == 2 * [("Training", 1.0, 2, "loss 0.5"), ("Training", 2.0, 2, "loss 0.5")]
+    assert heard == 2 * [("Training", 1.0, 2, "loss 0.5000"), ("Training", 2.0, 2, "loss 0.5000")]
     assert [record["seed"] for record in ended] == [0, 1]

@@ -107,14 +107,14 @@ def test_the_bar_shows_the_smoothed_loss() -> None:
         smoothed.add(loss)
     assert smoothed.value == pytest.approx((0.9 * 0.1 * 1.0 + 0.1 * 2.0) / (0.9 * 0.1 + 0.1))
     heard: list[tuple[Any, ...]] = []
-    control = shown(lambda n=1, note="", earlier=False: heard.append((n, note, earlier)))
+    control = shown(lambda n=1, loss=None, earlier=False: heard.append((n, loss, earlier)))
     assert control.resumed is not None
     assert control.seen is not None
     control.resumed(5)
     control.advance(1)
     control.seen(7, 0.25, 1e-3)
     control.advance(1)
-    assert heard == [(5, "", True), (1, "", False), (1, "loss 0.25", False)]
+    assert heard == [(5, None, True), (1, None, False), (1, 0.25, False)]
 
 
 def test_a_candidate_has_a_folder_of_its_own(given: tuple[RunConfig, Task], tmp_path: Path) -> None:
