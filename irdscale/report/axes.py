@@ -94,7 +94,9 @@ def value_ranges(values: Iterable[float]) -> list[tuple[float, float, int]]:
                 gap = kept[0] - part[-1] if part is below else part[0] - kept[-1]
                 margin = min(0.4 * (high - low), 0.3 * gap)
                 low, high = max(low, part[0] - 0.1 * gap), min(high, part[-1] + 0.1 * gap)
-            found.append((low - margin, high + margin, len(part)))
+            outward = max(margin, 0.15 * (high - low))
+            ends = outward if part is below else margin, outward if part is above else margin
+            found.append((low - ends[0], high + ends[1], len(part)))
     return found
 
 
