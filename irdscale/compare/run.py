@@ -20,11 +20,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.compare.method_specs import DRAWN, FEW, RANKINGS, RESTART, SEARCHES, Method, owner_of, ranking_name, slug
-from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
-from irdscale.compare.results import fewest_samples, method_entries
+from irdscale.compare.method_specs import (
+    DRAWN,
+    FEW,
+    RANKINGS,
+    RESTART,
+    SEARCHES,
+    Method,
+    owner_of,
+    ranking_name,
+    rates_of,
+    slug,
+)
+from irdscale.compare.methods import ModelFacts, dense_candidate, far_from_budget, fitting_methods, model_facts, trained
+from irdscale.compare.results import fewest_samples, measured_costs, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
+from irdscale.config.compare import spelled_out
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import InputError
@@ -92,6 +104,8 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         facts = engine.call(model_facts, "lora" in _kinds(config))
         with failing_together():
             methods = fitting_methods(config, facts)
+        for line in far_from_budget(methods, facts) if rank_and_world()[0] == 0 else ():
+            log.warning("compare.lora.rank: %s", line)
         with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
@@ -107,17 +121,15 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
 
 
 def _kinds(config: RunConfig) -> list[str]:
-    names = config.compare.methods
-    return ["lora"] if names is None else [config.compare.variants.get(name, [name])[0] for name in names]
+    return [spelled_out(name, config.compare.variants)[0] for name in config.compare.asked]
 
 
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
     """Upper bound of the requested evaluations, for the progress bar."""
-    rates = len(config.compare.learning_rates or [config.train.learning_rate])
     budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
     most = 0
     for method in methods:
-        most += rates
+        most += len(rates_of(config, method.name))
         if method.kind in SEARCHES:
             # A search requests its start again, at the chosen rate.
             most += 1 + _most_searched(method, facts)
@@ -153,11 +165,13 @@ def _compared(study: Study) -> dict[str, Any]:
         **what_was_searched(study.config, study.task, study.facts.model),
         "reference": study.reference,
         "seeds": study.seeds,
-        "learning_rates": study.grid,
+        "learning_rates": list(dict.fromkeys(rate for method in study.methods for rate in study.grid_of(method))),
         "methods": methods,
         "warnings": rise_warnings(
             {f"{one['label']}, seed {seed['seed']}": seed["loss"] for one in methods for seed in one["seeds"]}
         ),
+        "costs": measured_costs(study, chosen),
+        "budget_warnings": far_from_budget(study.methods, study.facts),
         "base": base,
         "fewest": fewest_samples(study),
         "evaluations": len(study.runner.asked),
@@ -220,12 +234,12 @@ def _choose_rates(study: Study) -> None:
     firsts = {
         (method.name, rate): [_first(study, method, seed, rate) for seed in study.seeds]
         for method in study.methods
-        for rate in study.grid
+        for rate in study.grid_of(method)
     }
     study.runner.evaluate([candidate for of_rate in firsts.values() for candidate in of_rate])
     for method in study.methods:
         means = {}
-        for rate in study.grid:
+        for rate in study.grid_of(method):
             found = [study.runner.metric(candidate) for candidate in firsts[method.name, rate]]
             ended = [metric for metric in found if metric is not None]
             study.grids.setdefault(method.name, []).append(
@@ -235,7 +249,7 @@ def _choose_rates(study: Study) -> None:
                 means[rate] = len(ended), study.better(sum(ended) / len(ended))
         # A rate with failed seeds is worse than any without.
         study.rates[method.name] = max(means, key=lambda rate: means[rate]) if means else None
-        kept = study.rates[method.name] or study.grid[0]
+        kept = study.rates[method.name] or study.grid_of(method)[0]
         for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
             study.tried[method.name, seed] = [candidate]
     study.runner.drop_all_but({one.key(study.config) for tried in study.tried.values() for one in tried})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from irdscale.compare.method_specs import Method
+from irdscale.compare.method_specs import Method, rates_of
 from irdscale.compare.methods import ModelFacts
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
@@ -49,9 +49,9 @@ class Study:
     spent: dict[tuple[str, int], int] = field(default_factory=dict)
     gradients: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    @property
-    def grid(self) -> list[float]:
-        return self.config.compare.learning_rates or [self.config.train.learning_rate]
+    def grid_of(self, method: Method) -> list[float]:
+        """The learning rates that a method tries."""
+        return rates_of(self.config, method.name)
 
     @property
     def reference(self) -> str:

@@ -34,6 +34,7 @@ FACTS = ModelFacts(
     ["a.bias"],
     {"lora": 64, "bitfit": 3, "linear_probe": 0, "full": 400},
     {"parameters": 400, "head": 2, "scored": 400, "scored_by": "all"},
+    {"lora": 8},
 )
 
 
@@ -44,7 +45,7 @@ def number(text: str) -> float:
 
 def metric_of(candidate: Candidate) -> float:
     assert candidate.train is not None
-    of = f"{candidate.mask}{candidate.lora_rank}{candidate.train.always_train}{candidate.seed}"
+    of = f"{candidate.mask}{candidate.lora}{candidate.train.always_train}{candidate.seed}"
     # The best learning rate of all is 0.02; on the test split it would be 0.03.
     return round(number(of) / 10 - 40 * abs(candidate.train.learning_rate - 0.02), 6)
 
@@ -85,7 +86,8 @@ class Engine:
             self.asked.append(candidate)
             found = self.metric(candidate)
             ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
-            ended(candidate.record(self.given[0]) | {"seconds": 1.0} | ok)
+            costs = {"seconds": 1.0 + candidate.seed % RESTART, "peak_bytes": 2**30 + candidate.seed % RESTART}
+            ended(candidate.record(self.given[0]) | costs | ok)
 
 
 @pytest.fixture
@@ -178,6 +180,21 @@ def test_all_have_the_same_rates_and_as_many_evaluations(compare: Any) -> None:
     assert all([of["learning_rate"] for of in entry["grid"]] == [0.01, 0.02, 0.03] for entry in result["methods"])
     keys = [candidate.key(engine.given[0]) for candidate in engine.asked]
     assert len(set(keys)) == len(keys) == result["evaluations"], "nothing is trained twice"
+
+
+def test_methods_may_have_rates_of_their_own(compare: Any) -> None:
+    rates = {"default": [0.01, 0.02], "lora": [0.002, 0.03]}
+    result, engine = compare(learning_rates=rates, methods=["ird", "lora", "full"], equal_budget=False)
+    tried = {name: {c.train.learning_rate for c in engine.asked if c.direction == name} for name in entries(result)}
+    assert tried == {"ird": {0.01, 0.02}, "lora": {0.002, 0.03}, "full": {0.01, 0.02}}
+    assert {name: entry["learning_rate"] for name, entry in entries(result).items()} == {
+        "ird": 0.02,
+        "lora": 0.03,
+        "full": 0.02,
+    }
+    assert [one["learning_rate"] for one in entries(result)["lora"]["grid"]] == [0.002, 0.03]
+    assert result["learning_rates"] == [0.01, 0.02, 0.002, 0.03]
+    assert {one["evaluations"] for one in entries(result)["lora"]["seeds"]} == {2}
 
 
 def search_alone(engine: Engine, repetition: int, how: str) -> Outcome:
@@ -302,7 +319,7 @@ def test_killed_it_goes_on_and_more_methods_and_seeds_are_added(compare: Any, tm
 
 
 def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("seconds", "config")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "costs", "config")}
 
 
 def test_the_report_reads_what_was_written(compare: Any, tmp_path: Path) -> None:
@@ -319,6 +336,12 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
     assert found["fish"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
     assert found["fish_small"]["fine_tunings"] == pytest.approx(1 + 4 / 32)
     assert found["full"]["fine_tunings"] == 1
+
+
+def test_measured_costs_are_those_of_the_tested_trainings(compare: Any) -> None:
+    result, _ = compare(methods=["fish", "lora"])
+    expected = {"seconds": 2.0, "adapter_bytes": None, "peak_bytes": 2**30 + 2}
+    assert result["costs"] == {"fish": expected, "lora": expected}
 
 
 @pytest.mark.parametrize(

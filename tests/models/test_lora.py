@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from irdscale.compare.methods import dense_candidate, fitting_methods, model_facts
+from irdscale.compare.methods import dense_candidate, far_from_budget, fitting_methods, model_facts
+from irdscale.config.compare import LoraConfig
 from irdscale.config.loader import load_config
 from irdscale.errors import InputError
 from irdscale.models.build import build_model
-from irdscale.models.lora import insert_lora
+from irdscale.models.lora import insert_lora, lora_layers
 from irdscale.search.candidates import run_candidate, score_on_test
 from irdscale.tasks import load_task
 from irdscale.training.trainable import sparse_model
@@ -21,10 +22,15 @@ from irdscale.utils.progress import progress_listener
 from tests.search.toy import write_config
 
 
-def test_the_trained_model_is_the_base_and_twice_the_product(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "scale"), [(LoraConfig(rank=2), 2.0), (LoraConfig(rank=4, alpha=3.0, rslora=True), 1.5)]
+)
+def test_the_trained_model_is_the_base_and_a_multiple_of_the_product(
+    tmp_path: Path, lora: LoraConfig, scale: float
+) -> None:
     config = load_config(write_config(tmp_path, train__steps=3))
     task = load_task(config)
-    model = sparse_model(config, task, None, 0, lora_rank=2)
+    model = sparse_model(config, task, None, 0, lora=lora)
     fine_tune(model, task, config, 0)
     plain, new = build_model(config, task, 0)
     state, moved = dict(model.named_parameters()), 0
@@ -38,8 +44,8 @@ def test_the_trained_model_is_the_base_and_twice_the_product(tmp_path: Path) -> 
             assert torch.equal(parameter, state[f"{layer}.base_layer.{kind}"])
             if kind == "weight":
                 b, a = (state[f"{layer}.lora_{of}.default.weight"] for of in "BA")
-                assert b.shape[1] == a.shape[0] == 2
-                parameter += 2 * b @ a
+                assert b.shape[1] == a.shape[0] == lora.rank
+                parameter += scale * b @ a
                 moved += bool(b.any())
     assert moved == len({name for name in state if "lora_B" in name}) > 3
     batch = {k: v for k, v in task.collate([task.train[i] for i in range(4)]).items() if k != "labels"}
@@ -58,13 +64,16 @@ def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Pat
     heard: list[tuple[Any, ...]] = []
     for method in fitting_methods(config, facts):
         candidate = dense_candidate(method, facts, 1e-2, 1)
-        model = sparse_model(candidate.config(config), task, None, 1, candidate.lora_rank)
+        model = sparse_model(candidate.config(config), task, None, 1, candidate.lora)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert sum(p.numel() for p in trainable.values()) == facts.sizes[method.kind] + heads, method.name
         if method.kind == "bitfit":
             assert all(name.endswith("bias") or name in facts.head for name in trainable)
         record = run_candidate(config, task, output, candidate)
         assert record["status"] == "ok", record
+        saved = output / "candidates" / candidate.key(config) / "adapter.safetensors"
+        assert record["adapter_bytes"] == saved.stat().st_size
+        assert (record["peak_bytes"] is None) is not torch.cuda.is_available()
         kept = score_on_test(config, task, output, [(candidate, False)])
         (output / "candidates" / candidate.key(config)).rename(tmp_path / method.name)
         # Trained again, it is the same; a cluster hears that it goes on, and does not end it as silent.
@@ -74,13 +83,55 @@ def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Pat
         assert ("Training", 2, 2, "") in heard
 
 
+def test_targets_and_the_nearest_rank(tmp_path: Path) -> None:
+    variants = {
+        "near": ["lora", "compare.lora.rank=auto", "compare.lora.targets=[query, value]"],
+        "far": ["rslora", "compare.lora.rank=auto", "search.ratio=0.001"],
+    }
+    compare = {"variants": variants, "methods": ["near", "far", "lora"]}
+    config = load_config(write_config(tmp_path, compare=compare, search__min_ratio=0.001))
+    task = load_task(config)
+    facts = model_facts(config, task, tmp_path, True)
+    model, new = build_model(config, task, 0)
+    total = sum(p.numel() for p in model.parameters())
+    methods = {method.name: method for method in fitting_methods(config, facts)}
+    for name, method in methods.items():
+        candidate = dense_candidate(method, facts, 1e-3, 0)
+        fresh = build_model(config, task, 0)[0]
+        assert candidate.lora is not None
+        matrices = insert_lora(fresh, candidate.lora, 0, new)
+        assert (
+            sum(fresh.get_parameter(matrix).numel() for matrix in matrices)
+            == facts.sizes[name]
+            == candidate.pair.params
+        )
+        if name == "near":
+            assert {matrix.split(".lora_")[0].rpartition(".")[2] for matrix in matrices} == {"query", "value"}
+    # One rank more or less is further from the mask's 5 %.
+    unit, k = facts.sizes["near"] // facts.ranks["near"], round(0.05 * total)
+    assert abs(facts.sizes["near"] - k) <= unit / 2
+    assert facts.ranks["far"] == 1
+    assert facts.ranks["lora"] == 8
+    warned = far_from_budget(list(methods.values()), facts)
+    assert (
+        [line.split()[0] for line in warned] == ["far"] if abs(facts.sizes["near"] - k) <= 0.05 * k else ["near", "far"]
+    )
+    assert f"a mask {round(0.001 * total):,} (+" in warned[-1]
+    keys = {dense_candidate(method, facts, 1e-3, 0).key(config) for method in methods.values()}
+    assert len(keys) == 3
+    with pytest.raises(
+        InputError, match=r"compare\.lora\.targets: found 'querry' \(did you mean \"query\"\?\), which names"
+    ):
+        lora_layers(model, LoraConfig(targets=["query", "querry"]), new)
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     class Norm(torch.nn.Module):
         def get_output_embeddings(self) -> None:
             return None
 
     with pytest.raises(InputError, match="lora: found no linear layer in Norm"):
-        insert_lora(Norm(), 2, 0, [])
+        insert_lora(Norm(), LoraConfig(), 0, [])
 
 
 def test_methods_that_the_model_has_no_parameters_for(tmp_path: Path) -> None:
