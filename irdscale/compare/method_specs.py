@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from irdscale.config.compare import LoraConfig, spelled_out
+from irdscale.config.compare import SPARSE_LORA, LoraConfig, spelled_out
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import RunConfig
 
@@ -19,6 +19,7 @@ RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
     "fish_small": "random",
     "top_samples": "ird",
     "bottom_samples": "reverse",
+    SPARSE_LORA: "ird",
 }
 SEARCHES = ("ird", "reverse")
 # Methods with one mask, from a search's smallest sample set.
@@ -52,11 +53,12 @@ WORDS = {
         "random mask, layerwise",
         "entries drawn at random from each parameter, in proportion to its size",
     ),
-    "magnitude_layerwise": (
-        "magnitude mask, layerwise",
-        "the largest weights of each parameter, in proportion to its size",
-    ),
+    SPARSE_LORA: ("sparse + LoRA", "half the entries of a FISH mask of all drawn samples, and LoRA matrices (PEFT)"),
+    "supertuning": ("Super-Tuning", "the largest weights of each parameter (arXiv 2607.09287)"),
+    "supertuning_bottom": ("Super-Tuning, bottom", "the smallest weights of each parameter (arXiv 2607.09287)"),
     "rslora": ("rsLoRA", "LoRA matrices (PEFT) with the rank-stabilised scale"),
+    "dora": ("DoRA", "LoRA matrices and norms of each output's weights (PEFT)"),
+    "shira": ("SHiRA", "random entries of each weight (PEFT), as many as LoRA matrices"),
 }
 
 
@@ -86,9 +88,17 @@ class Method:
         """One-line description."""
         changes = self.config.compare.variants[self.name] if self.variant else [self.name]
         words = WORDS[changes[0]][1]
-        if self.kind == "lora":
-            words += _in_words(self.config.compare.lora)
+        if self.lora is not None:
+            words += _in_words(self.lora)
         return "; ".join([words, *([", ".join(changes[1:])] if changes[1:] else [])])
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """Options of its adapter; None without one."""
+        if self.kind == SPARSE_LORA:
+            # The matrices share one budget with the mask, and read no weights, which the mask changes.
+            return self.config.compare.lora.model_copy(update={"rank": "auto", "form": "lora"})
+        return self.config.compare.lora if self.kind == "lora" else None
 
     def of_seed(self, seed: int) -> RunConfig:
         """The configuration of the Fisher passes of one seed."""
@@ -101,7 +111,8 @@ class Method:
 def _in_words(lora: LoraConfig) -> str:
     """The rank and the layers of LoRA matrices."""
     layers = "all linear layers" if lora.targets is None else ", ".join(lora.targets)
-    return f" of rank {lora.rank} in {layers}"
+    rank = "the rank nearest to the mask's parameters" if lora.rank == "auto" else f"rank {lora.rank}"
+    return f" of {rank} in {layers}"
 
 
 def slug(name: str) -> str:

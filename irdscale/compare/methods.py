@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from irdscale.compare.method_specs import Method, asked_methods
+from irdscale.config.compare import SPARSE_LORA, LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.fisher.pool import scored_by, scored_of
-from irdscale.models.lora import lora_layers, lora_size, nearest_rank
+from irdscale.models.lora import lora_layers, lora_rank, lora_size
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.training.base_model import base_model
@@ -77,24 +78,24 @@ def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], l
     }
     ranks: dict[str, int] = {}
     for method in asked_methods(config) if lora else ():
-        if method.kind == "lora":
-            own = method.config.compare.lora
-            layers = lora_layers(model, own, head)
-            rank = nearest_rank(layers, _budget(method, facts)) if own.rank == "auto" else own.rank
-            ranks[method.name], counted[method.name] = rank, lora_size(layers, rank)
+        if method.lora is not None:
+            layers = lora_layers(model, method.lora, head)
+            ranks[method.name] = lora_rank(layers, method.lora, _budget(method, facts))
+            counted[method.name] = lora_size(layers, method.lora, ranks[method.name])
     return ModelFacts(head, biases, counted, facts, ranks)
 
 
 def _budget(method: Method, model: dict[str, Any]) -> int:
-    """Entries of a mask, of which LoRA of rank `auto` has as many."""
-    return max(1, round(method.config.search.ratio * model["parameters"]))
+    """Entries of a mask, which LoRA of rank `auto` has as many parameters as; half of them beside half a mask."""
+    k = max(1, round(method.config.search.ratio * model["parameters"]))
+    return k - k // 2 if method.kind == SPARSE_LORA else k
 
 
 def far_from_budget(methods: Sequence[Method], facts: ModelFacts) -> list[str]:
     """A line on each method of rank `auto` whose trained parameters differ from the mask's by more than 5 %."""
     lines = []
     for method in methods:
-        if method.name in facts.ranks and method.config.compare.lora.rank == "auto":
+        if method.lora is not None and method.lora.rank == "auto":
             size, budget = facts.sizes[method.name], _budget(method, facts.model)
             if abs(size - budget) > FAR * budget:
                 lines.append(
@@ -139,10 +140,20 @@ def dense_candidate(method: Method, facts: ModelFacts, rate: float, seed: int) -
         names = [*facts.head, *facts.biases] if method.kind == "bitfit" else None
         patterns = ["."] if names is None else [f"^{re.escape(name)}$" for name in names]
         train = train.model_copy(update={"always_train": patterns})
-    if method.kind != "lora":
-        return Candidate(None, Pair(0, facts.sizes[method.kind]), seed, None, method.name, train)
-    lora = method.config.compare.lora.model_copy(update={"rank": facts.ranks[method.name]})
-    return Candidate(None, Pair(0, facts.sizes[method.name]), seed, None, method.name, train, lora)
+    lora = ranked(method, facts)
+    size = facts.sizes[method.kind if lora is None else method.name]
+    return Candidate(None, Pair(0, size), seed, None, method.name, train, lora)
+
+
+def with_lora(method: Method, facts: ModelFacts, half: Candidate) -> Candidate:
+    """The candidate that trains LoRA matrices beside a mask."""
+    pair = Pair(half.pair.samples, half.pair.params + facts.sizes[method.name])
+    return replace(half, pair=pair, lora=ranked(method, facts))
+
+
+def ranked(method: Method, facts: ModelFacts) -> LoraConfig | None:
+    """The options of a method's adapter, with its rank; None without an adapter."""
+    return None if method.lora is None else method.lora.model_copy(update={"rank": facts.ranks[method.name]})
 
 
 def trained(method: Method, candidate: Candidate, rate: float) -> Candidate:

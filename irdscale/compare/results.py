@@ -8,6 +8,7 @@ from typing import Any
 from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
+from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.kinds import METRIC_RANGES
 from irdscale.search.candidates import Candidate
 from irdscale.search.limits import reachable_sizes
@@ -109,6 +110,7 @@ def _gradients(study: Study, method: Method, seed: int) -> int:
     if method.kind == "fish_best":
         return masks.start.samples + study.gradients.get((method.name, seed), 0)
     alone = {"fish": masks.start.samples, "fish_small": masks.fewest.samples}
+    alone[SPARSE_LORA] = masks.start.samples
     return alone.get(method.kind, int(masks.facts["sample_gradients"]))
 
 

@@ -27,16 +27,25 @@ from irdscale.compare.method_specs import (
     RESTART,
     SEARCHES,
     Method,
+    asked_methods,
     owner_of,
     ranking_name,
     rates_of,
     slug,
 )
-from irdscale.compare.methods import ModelFacts, dense_candidate, far_from_budget, fitting_methods, model_facts, trained
+from irdscale.compare.methods import (
+    ModelFacts,
+    dense_candidate,
+    far_from_budget,
+    fitting_methods,
+    model_facts,
+    trained,
+    with_lora,
+)
 from irdscale.compare.results import fewest_samples, measured_costs, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
-from irdscale.config.compare import spelled_out
+from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import InputError
@@ -101,7 +110,7 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
 def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
     output = Path(config.output)
     with running(config, task, output, progress) as engine:
-        facts = engine.call(model_facts, "lora" in _kinds(config))
+        facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
         with failing_together():
             methods = fitting_methods(config, facts)
         for line in far_from_budget(methods, facts) if rank_and_world()[0] == 0 else ():
@@ -118,10 +127,6 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
                     write_json(output / FILE, result)
             runner.clear()
     return result
-
-
-def _kinds(config: RunConfig) -> list[str]:
-    return [spelled_out(name, config.compare.variants)[0] for name in config.compare.asked]
 
 
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
@@ -153,7 +158,7 @@ def _compared(study: Study) -> dict[str, Any]:
     _search(study)
     _spend_budgets(study)
     trained = time.perf_counter()
-    chosen = {of: _best(study, tried) for of, tried in study.tried.items()}
+    chosen = {of: study.best(tried) for of, tried in study.tried.items()}
     tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
     base = None
     if not study.facts.head:
@@ -194,8 +199,32 @@ def _make_masks(study: Study) -> None:
     ]
     made: dict[tuple[str, int], SearchMasks] = dict(zip(own, study.engine.call_all(calls), strict=True))
     study.ranking_masks |= {(name, seed): made[owner.name, seed] for (name, seed), owner in owners.items()}
+    _make_halves(study)
     drawn = [method for method in study.methods if method.kind in DRAWN]
     _make_draws(study, [(method, seed, 0) for method in drawn for seed in study.seeds])
+
+
+def _make_halves(study: Study) -> None:
+    """Make the masks of half the entries, which LoRA matrices share a budget with: a search's, if it reaches them."""
+    wanted = [(method, seed) for method in study.methods for seed in study.seeds if method.kind == SPARSE_LORA]
+    calls = {}
+    for method, seed in wanted:
+        masks = study.ranking_masks[method.name, seed]
+        pair = halved(masks.start)
+        if pair in masks.masks:
+            study.halves[method.name, seed] = masks.masks[pair]
+        else:
+            name = f"{slug(method.name)}-{seed}"
+            # `pool` draws the samples that the search draws.
+            item = WorkItem(random_draw_mask, (pair, study.progress, name, "pool"), method.of_seed(seed))
+            calls[method.name, seed] = item
+    made = study.engine.call_all(list(calls.values()))
+    study.halves |= {of: found["mask"] for of, found in zip(calls, made, strict=True)}
+
+
+def halved(pair: Pair) -> Pair:
+    """The pair with half the parameters."""
+    return Pair(pair.samples, max(1, pair.params // 2))
 
 
 def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
@@ -223,6 +252,10 @@ def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
     if method.kind in RANKINGS:
         masks = study.ranking_masks[method.name, seed]
         pair = masks.fewest if method.kind in FEW else masks.start
+        if method.kind == SPARSE_LORA:
+            pair = halved(masks.start)
+            half = Candidate(study.halves[method.name, seed], pair, seed, None, method.name)
+            return trained(method, with_lora(method, study.facts, half), rate)
         return trained(method, Candidate(masks.masks[pair], pair, seed, None, method.name), rate)
     if method.kind in DRAWN:
         return trained(method, _draw(study, method, seed, 0), rate)
@@ -338,16 +371,6 @@ def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
     if method.kind == "random_mask":
         return [_draw(study, method, seed, draw) for draw in again]
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
-
-
-def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
-    """The best candidate on the selection split; ties go to the first."""
-    ended = [
-        (study.better(metric), candidate)
-        for candidate in tried
-        if (metric := study.runner.metric(candidate)) is not None
-    ]
-    return max(ended, key=lambda scored: scored[0])[1] if ended else None
 
 
 def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:

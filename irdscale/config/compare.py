@@ -27,15 +27,20 @@ METHODS = (
     "linear_probe",
     "full",
 )
+# Half the entries of a FISH mask, and LoRA matrices with as many parameters.
+SPARSE_LORA = "sparse_lora"
 # Further methods that are one of these with other options.
 PRESETS = {
     "ird_layerwise": ["ird", "fisher.scope=layerwise"],
     "fish_layerwise": ["fish", "fisher.scope=layerwise"],
     "random_layerwise": ["random_mask", "fisher.scope=layerwise"],
-    "magnitude_layerwise": ["magnitude_mask", "fisher.scope=layerwise"],
+    "supertuning": ["magnitude_mask", "fisher.scope=layerwise"],
+    "supertuning_bottom": ["magnitude_mask", "fisher.scope=layerwise", "fisher.score=small_magnitude"],
     "rslora": ["lora", "compare.lora.rslora=true"],
+    "dora": ["lora", "compare.lora.form=dora"],
+    "shira": ["lora", "compare.lora.form=shira"],
 }
-KNOWN = (*METHODS, *PRESETS)
+KNOWN = (*METHODS, SPARSE_LORA, *PRESETS)
 VARIED_SECTIONS = ("fisher", "search", "compare.lora")
 # The key of `compare.learning_rates` for methods that it does not name.
 DEFAULT = "default"
@@ -48,6 +53,11 @@ def _check_rank(value: Any) -> Any:
 
 
 class LoraConfig(Section):
+    form: Literal["lora", "dora", "shira"] = Field(
+        "lora",
+        description="Form of the adapter: two matrices for each layer (lora), norms of its rows too (dora), or as "
+        "many entries of each weight as the matrices have, drawn at random (shira).",
+    )
     rank: Annotated[int | Literal["auto"], BeforeValidator(_check_rank)] = Field(
         8,
         description="Rank of the LoRA matrices; `auto`: the rank whose trained parameters are nearest to the mask's.",
@@ -184,7 +194,7 @@ class CompareConfig(Section):
 
 
 def spelled_out(name: str, variants: dict[str, list[str]]) -> list[str]:
-    """One of `METHODS` that a method, preset or variant is, and what it changes."""
+    """One of `METHODS`, or sparse_lora, that a method, preset or variant is, and what it changes."""
     method, *changes = variants.get(name, [name])
     kind, *preset = PRESETS.get(method, [method])
     return [kind, *preset, *changes]

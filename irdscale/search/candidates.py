@@ -47,7 +47,7 @@ class Candidate:
         round: round of the search; None for a baseline.
         direction: how the samples were chosen.
         train: training configuration; the run's if None.
-        lora: LoRA matrices trained instead of a mask; the rank is a number.
+        lora: adapter by PEFT that is trained, alone or beside a mask; the rank is a number.
     """
 
     mask: str | None
@@ -64,7 +64,8 @@ class Candidate:
 
     def key(self, config: RunConfig) -> str:
         """The evaluation's key in the ledger."""
-        trained = self.mask or (NO_MASK if self.lora is None else lora_key(self.lora))
+        parts = [self.mask, None if self.lora is None else lora_key(self.lora)]
+        trained = "+".join(part for part in parts if part is not None) or NO_MASK
         train = self.config(config).train.model_dump(mode="json")
         if train["deepspeed"] is not None:
             # The path may change; an output folder belongs to one content of the file.

@@ -56,7 +56,7 @@ def sparse_model(
     """The task's model with the mask's entries trainable (none for no mask), and a head initialised by `seed`.
 
     Args:
-        lora: LoRA matrices to train instead of a mask.
+        lora: adapter by PEFT to train, alone or beside a mask.
 
     Raises:
         InputError: the mask does not fit the model, or there is nothing to train.
@@ -77,7 +77,19 @@ def make_sparse(
         InputError: as `sparse_model`.
     """
     dense = put_lora(config, model, new, seed, lora)
-    mask = mask if mask is not None else Mask({}, {})
+    mask = Mask({}, {}) if mask is None else _by_new_names(mask, model) if lora is not None else mask
     if mask.k == 0 and not dense:
         raise InputError("found no parameter and an empty mask", "something to train", key="train.always_train")
     return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in dense])
+
+
+def _by_new_names(mask: Mask, model: nn.Module) -> Mask:
+    """The mask by the names that parameters have in a model with an adapter by PEFT, which wraps their layers."""
+    names = {name for name, _ in model.named_parameters()}
+
+    def new(name: str) -> str:
+        layer, _, kind = name.rpartition(".")
+        return name if name in names else f"{layer}.base_layer.{kind}"
+
+    indices = {new(name): index for name, index in mask.indices.items()}
+    return Mask(indices, {new(name): shape for name, shape in mask.shapes.items()})

@@ -15,6 +15,7 @@ from irdscale.compare import run
 from irdscale.compare.method_specs import RESTART
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
+from irdscale.config.compare import LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
@@ -32,9 +33,9 @@ DENSE = ["magnitude_mask", "lora", "bitfit", "linear_probe", "full"]
 FACTS = ModelFacts(
     ["head.weight"],
     ["a.bias"],
-    {"lora": 64, "bitfit": 3, "linear_probe": 0, "full": 400},
+    {"lora": 64, "sparse_lora": 24, "bitfit": 3, "linear_probe": 0, "full": 400},
     {"parameters": 400, "head": 2, "scored": 400, "scored_by": "all"},
-    {"lora": 8},
+    {"lora": 8, "sparse_lora": 3},
 )
 
 
@@ -336,6 +337,31 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
     assert found["fish"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
     assert found["fish_small"]["fine_tunings"] == pytest.approx(1 + 4 / 32)
     assert found["full"]["fine_tunings"] == 1
+
+
+def test_half_a_mask_and_matrices_share_a_budget(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, engine = compare(methods=["ird", "sparse_lora", "fish_layerwise", "supertuning_bottom"])
+    (lora,) = {c.lora for c in engine.asked if c.direction == "sparse_lora"}
+    assert lora == LoraConfig(rank=3)
+    # Half of 40 entries of all samples, and 24 parameters of matrices.
+    of_lora = {c.pair for c in engine.asked if c.direction == "sparse_lora"}
+    assert of_lora == {Pair(16, 20 + 24)}
+    assert {c.mask for c in engine.asked if c.direction == "sparse_lora"} == {f"all-{seed}-20" for seed in range(3)}
+    found = entries(result)
+    assert found["sparse_lora"]["fine_tunings"] == found["fish_layerwise"]["fine_tunings"]
+    assert [entry["label"] for entry in result["methods"]] == [
+        "IRD",
+        "sparse + LoRA",
+        "FISH, layerwise",
+        "Super-Tuning, bottom",
+    ]
+    assert {c.mask for c in engine.asked if c.direction == "supertuning_bottom"} == {
+        f"small_magnitude-{seed}" for seed in range(3)
+    }
+    # Where a search does not reach half the entries, a pass makes that mask.
+    monkeypatch.setitem(globals(), "MINIMUM", Pair(4, 30))
+    _, engine = compare(methods=["sparse_lora"])
+    assert {c.mask for c in engine.asked} == {f"pool-{seed}" for seed in range(3)}
 
 
 def test_measured_costs_are_those_of_the_tested_trainings(compare: Any) -> None:
