@@ -12,6 +12,7 @@ def rates_in_words(study: dict[str, Any]) -> str:
     rates, count = ", ".join(f"{rate:g}" for rate in study["learning_rates"]), len(study["methods"][0]["grid"])
     if isinstance(study["config"]["compare"]["learning_rates"], dict):
         own = f"the best mean on the selection split of its own {count}" if count > 1 else "its own"
+        rates = ", ".join(f"{rate:g}" for rate in sorted(study["learning_rates"]))
         return f"Learning rate of each method: {own}; all are {rates}."
     if len(study["learning_rates"]) > 1:
         return f"Learning rate of each method: the best mean on the selection split of {rates}."

@@ -53,7 +53,10 @@ WORDS = {
         "random mask, layerwise",
         "entries drawn at random from each parameter, in proportion to its size",
     ),
-    SPARSE_LORA: ("sparse + LoRA", "half the entries of a FISH mask of all drawn samples, and LoRA matrices (PEFT)"),
+    SPARSE_LORA: (
+        "sparse + LoRA",
+        "half a FISH mask of all drawn samples, and LoRA matrices (PEFT) for the other half",
+    ),
     "supertuning": ("Super-Tuning", "the largest weights of each parameter (arXiv 2607.09287)"),
     "supertuning_bottom": ("Super-Tuning, bottom", "the smallest weights of each parameter (arXiv 2607.09287)"),
     "rslora": ("rsLoRA", "LoRA matrices (PEFT) with the rank-stabilised scale"),
@@ -83,13 +86,12 @@ class Method:
         """Name in tables and text."""
         return self.name if self.variant else WORDS[self.name][0]
 
-    @property
-    def what(self) -> str:
-        """One-line description."""
+    def what(self, rank: int | None = None) -> str:
+        """One-line description; `rank` is that of its adapter."""
         changes = self.config.compare.variants[self.name] if self.variant else [self.name]
         words = WORDS[changes[0]][1]
         if self.lora is not None:
-            words += _in_words(self.lora)
+            words += _in_words(self.lora, rank)
         return "; ".join([words, *([", ".join(changes[1:])] if changes[1:] else [])])
 
     @property
@@ -108,11 +110,10 @@ class Method:
         )
 
 
-def _in_words(lora: LoraConfig) -> str:
-    """The rank and the layers of LoRA matrices."""
+def _in_words(lora: LoraConfig, rank: int | None) -> str:
+    """The rank and the layers of an adapter."""
     layers = "all linear layers" if lora.targets is None else ", ".join(lora.targets)
-    rank = "the rank nearest to the mask's parameters" if lora.rank == "auto" else f"rank {lora.rank}"
-    return f" of {rank} in {layers}"
+    return f", rank {rank or lora.rank}, in {layers}"
 
 
 def slug(name: str) -> str:

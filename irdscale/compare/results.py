@@ -88,7 +88,7 @@ def _entry(
     return {
         "name": method.name,
         "label": method.label,
-        "what": method.what,
+        "what": method.what(study.facts.ranks.get(method.name)),
         "learning_rate": study.rates[method.name],
         "grid": study.grids[method.name],
         "evaluations": _mean([one["evaluations"] for one in seeds]),

@@ -7,6 +7,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685), also with the rank-stabilised scale (rs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ def _peft_config(lora: LoraConfig, targets: list[str], seed: int) -> Any:
     assert isinstance(lora.rank, int)
     options: dict[str, Any] = {"r": lora.rank, "target_modules": targets}
     if lora.form == "shira":
+        # PEFT's forward pass makes torch say so.
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
         return peft.ShiraConfig(random_seed=seed, **options)
     options |= {"lora_alpha": lora.alpha or 2 * lora.rank, "use_rslora": lora.rslora}
     return peft.LoraConfig(use_dora=lora.form == "dora", **options)

@@ -355,6 +355,9 @@ def test_half_a_mask_and_matrices_share_a_budget(compare: Any, monkeypatch: pyte
         "FISH, layerwise",
         "Super-Tuning, bottom",
     ]
+    assert found["sparse_lora"]["what"].endswith(
+        "LoRA matrices (PEFT) for the other half, rank 3, in all linear layers"
+    )
     assert {c.mask for c in engine.asked if c.direction == "supertuning_bottom"} == {
         f"small_magnitude-{seed}" for seed in range(3)
     }

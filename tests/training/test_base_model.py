@@ -338,7 +338,7 @@ def test_a_search_is_the_same_to_the_bit(
 
 def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
-    methods = ["ird", "fish", "random_mask", "lora", "bitfit", "full", "linear_probe"]
+    methods = ["ird", "fish", "random_mask", "lora", "dora", "shira", "sparse_lora", "bitfit", "full", "linear_probe"]
     compare = {"methods": methods, "learning_rates": [0.003], "seeds": [0, 1], "equal_budget": False}
     path = write_config(tmp_path, compare=compare, search__max_rounds=1, train__steps=2)
     progress_listener = []
