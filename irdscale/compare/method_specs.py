@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from irdscale.config.compare import METHODS
+from irdscale.config.compare import SPARSE_LORA, LoraConfig, spelled_out
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
@@ -20,6 +20,7 @@ RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
     "fish_small": "random",
     "top_samples": "ird",
     "bottom_samples": "reverse",
+    SPARSE_LORA: "ird",
 }
 SEARCHES = ("ird", "reverse")
 # Methods with one mask, from a search's smallest sample set.
@@ -43,10 +44,25 @@ WORDS = {
     "bottom_samples": ("smallest traces", "one mask of the fewest samples, those with the smallest traces"),
     "random_mask": ("random mask", "entries drawn at random"),
     "magnitude_mask": ("magnitude mask", "the largest weights"),
-    "lora": ("LoRA", "LoRA matrices (PEFT) in all linear layers"),
+    "lora": ("LoRA", "LoRA matrices (PEFT)"),
     "bitfit": ("BitFit", "all biases"),
     "linear_probe": ("linear probe", "the new head alone"),
     "full": ("full fine-tuning", "all parameters"),
+    "ird_layerwise": ("IRD, layerwise", "the search with layerwise masks"),
+    "fish_layerwise": ("FISH, layerwise", "one layerwise mask of all drawn samples"),
+    "random_layerwise": (
+        "random mask, layerwise",
+        "entries drawn at random from each parameter, in proportion to its size",
+    ),
+    SPARSE_LORA: (
+        "sparse + LoRA",
+        "half a FISH mask of all drawn samples, and LoRA matrices (PEFT) for the other half",
+    ),
+    "supertuning": ("Super-Tuning", "the largest weights of each parameter (arXiv 2607.09287)"),
+    "supertuning_bottom": ("Super-Tuning, bottom", "the smallest weights of each parameter (arXiv 2607.09287)"),
+    "rslora": ("rsLoRA", "LoRA matrices (PEFT) with the rank-stabilised scale"),
+    "dora": ("DoRA", "LoRA matrices and norms of each output's weights (PEFT)"),
+    "shira": ("SHiRA", "random entries of each weight (PEFT), as many as LoRA matrices"),
 }
 
 
@@ -56,9 +72,9 @@ class Method:
 
     Attributes:
         name: name in the configuration.
-        kind: one of `METHODS`.
+        kind: the one of `METHODS` that it is, maybe with other options.
         config: the run's configuration with the variant's changes.
-        variant: whether it comes from `compare.variants`.
+        variant: whether it is of `compare.variants`.
     """
 
     name: str
@@ -69,13 +85,23 @@ class Method:
     @property
     def label(self) -> str:
         """Name in tables and text."""
-        return self.name if self.variant else WORDS[self.kind][0]
+        return self.name if self.variant else WORDS[self.name][0]
+
+    def what(self, rank: int | None = None) -> str:
+        """One-line description; `rank` is that of its adapter."""
+        changes = self.config.compare.variants[self.name] if self.variant else [self.name]
+        words = WORDS[changes[0]][1]
+        if self.lora is not None:
+            words += _in_words(self.lora, rank)
+        return "; ".join([words, *([", ".join(changes[1:])] if changes[1:] else [])])
 
     @property
-    def what(self) -> str:
-        """One-line description."""
-        changes = ", ".join(self.config.compare.variants[self.name][1:]) if self.variant else ""
-        return f"{WORDS[self.kind][1]}; {changes}" if changes else WORDS[self.kind][1]
+    def lora(self) -> LoraConfig | None:
+        """Options of its adapter; None without one."""
+        if self.kind == SPARSE_LORA:
+            # The matrices share one budget with the mask, and read no weights, which the mask changes.
+            return self.config.compare.lora.model_copy(update={"rank": "auto", "form": "lora"})
+        return self.config.compare.lora if self.kind == "lora" else None
 
     def of_seed(self, seed: int) -> RunConfig:
         """The configuration of the Fisher passes of one seed."""
@@ -83,6 +109,12 @@ class Method:
         return self.config.model_copy(
             update={"search": search, "fisher": self.config.fisher.model_copy(update={"seed": seed})}
         )
+
+
+def _in_words(lora: LoraConfig, rank: int | None) -> str:
+    """The rank and the layers of an adapter."""
+    layers = "all linear layers" if lora.targets is None else ", ".join(lora.targets)
+    return f", rank {rank or lora.rank}, in {layers}"
 
 
 def slug(name: str) -> str:
@@ -135,15 +167,20 @@ def asked_methods(config: RunConfig) -> list[Method]:
     Raises:
         InputError: a variant's changes are invalid.
     """
-    names = config.compare.methods or [*METHODS, *config.compare.variants]
-    return [_method(config, name) for name in names]
+    return [_method(config, name) for name in config.compare.asked]
+
+
+def rates_of(config: RunConfig, name: str) -> list[float]:
+    """The learning rates that a method tries."""
+    return config.compare.rates_of(name) or [config.train.learning_rate]
 
 
 def _method(config: RunConfig, name: str) -> Method:
-    kind, *changes = config.compare.variants.get(name, [name])
+    kind, *changes = spelled_out(name, config.compare.variants)
     direction = RANKINGS.get(kind, "ird")
     own = config.model_copy(update={"search": config.search.model_copy(update={"direction": direction})})
     if kind in DRAWN:
         own = own.model_copy(update={"fisher": own.fisher.model_copy(update={"score": DRAWN[kind]})})
     where = f"compare.variants.{name}"
-    return Method(name, kind, changed_config(own, changes, where) if changes else own, name not in METHODS)
+    changed = changed_config(own, changes, where) if changes else own
+    return Method(name, kind, changed, name in config.compare.variants)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from irdscale.compare.method_specs import Method, asked_methods, check_methods
+from irdscale.config.compare import SPARSE_LORA, LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.fisher.pool import scored_by, scored_of
-from irdscale.models.lora import insert_lora
+from irdscale.models.lora import lora_layers, lora_rank, lora_size
 from irdscale.search.candidates import Candidate
 from irdscale.search.ird import Pair
 from irdscale.training.base_model import base_model
@@ -24,20 +26,26 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 
+# Largest difference of equal budgets, as a share of the mask's parameters.
+FAR = 0.05
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """Facts of the model.
 
     Attributes:
         head, biases: names of the new head's parameters, and of all other biases.
-        sizes: dense method -> parameters that it trains beside the head.
+        sizes: dense method -> parameters that it trains beside the head; those of LoRA by name, others by kind.
         model: "parameters", "head", "scored" (entries) and "scored_by" (text).
+        ranks: name of a method with LoRA matrices -> their rank.
     """
 
     head: list[str]
     biases: list[str]
     sizes: dict[str, int]
     model: dict[str, Any]
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def model_facts(config: RunConfig, task: Task, output: Path, lora: bool) -> ModelFacts:
@@ -47,7 +55,7 @@ def model_facts(config: RunConfig, task: Task, output: Path, lora: bool) -> Mode
         lora: whether to count LoRA matrices.
 
     Raises:
-        InputError: as `base_model` and `insert_lora`.
+        InputError: as `base_model` and `irdscale.models.lora.insert_lora`.
     """
     with base_model(config, task, config.compare.seeds[0]) as (model, new):
         return _counted(config, task, model, trained_densely(config, model, new), lora)
@@ -68,11 +76,33 @@ def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], l
         "scored": sum(map(numel_of, scored.values())),
         "scored_by": scored_by(config, task),
     }
-    if lora:
-        matrices = insert_lora(model, config.compare.lora_rank, 0, head)
-        parameters = dict(model.named_parameters())
-        counted["lora"] = sum(numel_of(parameters[name]) for name in matrices)
-    return ModelFacts(head, biases, counted, facts)
+    ranks: dict[str, int] = {}
+    for method in asked_methods(config) if lora else ():
+        if method.lora is not None:
+            layers = lora_layers(model, method.lora, head)
+            ranks[method.name] = lora_rank(layers, method.lora, _budget(method, facts))
+            counted[method.name] = lora_size(layers, method.lora, ranks[method.name])
+    return ModelFacts(head, biases, counted, facts, ranks)
+
+
+def _budget(method: Method, model: dict[str, Any]) -> int:
+    """Entries of a mask, which LoRA of rank `auto` has as many parameters as; half of them beside half a mask."""
+    k = max(1, round(method.config.search.ratio * model["parameters"]))
+    return k - k // 2 if method.kind == SPARSE_LORA else k
+
+
+def far_from_budget(methods: Sequence[Method], facts: ModelFacts) -> list[str]:
+    """A line on each method of rank `auto` whose trained parameters differ from the mask's by more than 5 %."""
+    lines = []
+    for method in methods:
+        if method.lora is not None and method.lora.rank == "auto":
+            size, budget = facts.sizes[method.name], _budget(method, facts.model)
+            if abs(size - budget) > FAR * budget:
+                lines.append(
+                    f"{method.label} trains {size:,} parameters with the nearest rank ({facts.ranks[method.name]}), a "
+                    f"mask {budget:,} ({size / budget - 1:+.0%}); other layers (compare.lora.targets) may come nearer."
+                )
+    return lines
 
 
 def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
@@ -104,8 +134,20 @@ def dense_candidate(method: Method, facts: ModelFacts, rate: float, seed: int) -
         names = [*facts.head, *facts.biases] if method.kind == "bitfit" else None
         patterns = ["."] if names is None else [f"^{re.escape(name)}$" for name in names]
         train = train.model_copy(update={"always_train": patterns})
-    rank = method.config.compare.lora_rank if method.kind == "lora" else None
-    return Candidate(None, Pair(0, facts.sizes[method.kind]), seed, None, method.name, train, rank)
+    lora = ranked(method, facts)
+    size = facts.sizes[method.kind if lora is None else method.name]
+    return Candidate(None, Pair(0, size), seed, None, method.name, train, lora)
+
+
+def with_lora(method: Method, facts: ModelFacts, half: Candidate) -> Candidate:
+    """The candidate that trains LoRA matrices beside a mask."""
+    pair = Pair(half.pair.samples, half.pair.params + facts.sizes[method.name])
+    return replace(half, pair=pair, lora=ranked(method, facts))
+
+
+def ranked(method: Method, facts: ModelFacts) -> LoraConfig | None:
+    """The options of a method's adapter, with its rank; None without an adapter."""
+    return None if method.lora is None else method.lora.model_copy(update={"rank": facts.ranks[method.name]})
 
 
 def trained(method: Method, candidate: Candidate, rate: float) -> Candidate:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
+from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.kinds import METRIC_RANGES
 from irdscale.search.candidates import Candidate
 from irdscale.search.limits import reachable_sizes
@@ -28,6 +29,20 @@ def method_entries(
     for entry in entries:
         entry["difference"] = None if entry is reference else paired_methods(reference, entry, lower, within)
     return entries
+
+
+def measured_costs(study: Study, chosen: dict[tuple[str, int], Candidate | None]) -> dict[str, dict[str, float | None]]:
+    """Method -> "seconds" of a training, "adapter_bytes" and "peak_bytes" of its best candidates.
+
+    Seconds and bytes are means over the seeds, the peak of GPU memory is the largest; None for what is unknown.
+    """
+    found = {}
+    for method in study.methods:
+        best = [chosen[method.name, seed] for seed in study.seeds]
+        costs = [study.runner.costs(candidate) for candidate in best if candidate is not None]
+        known = {name: [cost[name] for cost in costs if cost[name] is not None] for name in COSTS}
+        found[method.name] = {name: COSTS[name](values) if values else None for name, values in known.items()}
+    return found
 
 
 def fewest_samples(study: Study) -> int | None:
@@ -61,7 +76,7 @@ def _entry(
                 "params": None if best is None else best.pair.params,
                 "mask": None if best is None else best.mask,
                 "loss": None if best is None else study.runner.trend(best),
-                "evaluations": len(study.grid) + study.spent.get((method.name, seed), 1) - 1,
+                "evaluations": len(study.grid_of(method)) + study.spent.get((method.name, seed), 1) - 1,
                 "error": study.runner.error(tried[0]) if best is None else None,
             }
         )
@@ -73,7 +88,7 @@ def _entry(
     return {
         "name": method.name,
         "label": method.label,
-        "what": method.what,
+        "what": method.what(study.facts.ranks.get(method.name)),
         "learning_rate": study.rates[method.name],
         "grid": study.grids[method.name],
         "evaluations": _mean([one["evaluations"] for one in seeds]),
@@ -95,8 +110,13 @@ def _gradients(study: Study, method: Method, seed: int) -> int:
     if method.kind == "fish_best":
         return masks.start.samples + study.gradients.get((method.name, seed), 0)
     alone = {"fish": masks.start.samples, "fish_small": masks.fewest.samples}
+    alone[SPARSE_LORA] = masks.start.samples
     return alone.get(method.kind, int(masks.facts["sample_gradients"]))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+# What is said of the costs of a method's seeds.
+COSTS: dict[str, Callable[[Sequence[float]], float]] = {"seconds": _mean, "adapter_bytes": _mean, "peak_bytes": max}

@@ -27,15 +27,26 @@ from irdscale.compare.method_specs import (
     RESTART,
     SEARCHES,
     Method,
+    asked_methods,
     check_comparison,
     owner_of,
     ranking_name,
+    rates_of,
     slug,
 )
-from irdscale.compare.methods import ModelFacts, dense_candidate, fitting_methods, model_facts, trained
-from irdscale.compare.results import fewest_samples, method_entries
+from irdscale.compare.methods import (
+    ModelFacts,
+    dense_candidate,
+    far_from_budget,
+    fitting_methods,
+    model_facts,
+    trained,
+    with_lora,
+)
+from irdscale.compare.results import fewest_samples, measured_costs, method_entries
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
+from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.runs.folder import held, search_part
@@ -99,9 +110,11 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
 def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
     output = Path(config.output)
     with running(config, task, output, progress) as engine:
-        facts = engine.call(model_facts, "lora" in _kinds(config))
+        facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
         with failing_together():
             methods = fitting_methods(config, facts)
+        for line in far_from_budget(methods, facts) if rank_and_world()[0] == 0 else ():
+            log.warning("compare.lora.rank: %s", line)
         with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
@@ -117,18 +130,12 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
     return result
 
 
-def _kinds(config: RunConfig) -> list[str]:
-    names = config.compare.methods
-    return ["lora"] if names is None else [config.compare.variants.get(name, [name])[0] for name in names]
-
-
 def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
     """Upper bound of the requested evaluations, for the progress bar."""
-    rates = len(config.compare.learning_rates or [config.train.learning_rate])
     budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
     most = 0
     for method in methods:
-        most += rates
+        most += len(rates_of(config, method.name))
         if method.kind in SEARCHES:
             # A search requests its start again, at the chosen rate.
             most += 1 + _most_searched(method, facts)
@@ -152,7 +159,7 @@ def _compared(study: Study) -> dict[str, Any]:
     _search(study)
     _spend_budgets(study)
     trained = time.perf_counter()
-    chosen = {of: _best(study, tried) for of, tried in study.tried.items()}
+    chosen = {of: study.best(tried) for of, tried in study.tried.items()}
     tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
     base = None
     if not study.facts.head:
@@ -164,11 +171,13 @@ def _compared(study: Study) -> dict[str, Any]:
         **what_was_searched(study.config, study.task, study.facts.model),
         "reference": study.reference,
         "seeds": study.seeds,
-        "learning_rates": study.grid,
+        "learning_rates": list(dict.fromkeys(rate for method in study.methods for rate in study.grid_of(method))),
         "methods": methods,
         "warnings": rise_warnings(
             {f"{one['label']}, seed {seed['seed']}": seed["loss"] for one in methods for seed in one["seeds"]}
         ),
+        "costs": measured_costs(study, chosen),
+        "budget_warnings": far_from_budget(study.methods, study.facts),
         "base": base,
         "fewest": fewest_samples(study),
         "evaluations": len(study.runner.asked),
@@ -191,8 +200,32 @@ def _make_masks(study: Study) -> None:
     ]
     made: dict[tuple[str, int], SearchMasks] = dict(zip(own, study.engine.call_all(calls), strict=True))
     study.ranking_masks |= {(name, seed): made[owner.name, seed] for (name, seed), owner in owners.items()}
+    _make_halves(study)
     drawn = [method for method in study.methods if method.kind in DRAWN]
     _make_draws(study, [(method, seed, 0) for method in drawn for seed in study.seeds])
+
+
+def _make_halves(study: Study) -> None:
+    """Make the masks of half the entries, which LoRA matrices share a budget with: a search's, if it reaches them."""
+    wanted = [(method, seed) for method in study.methods for seed in study.seeds if method.kind == SPARSE_LORA]
+    calls = {}
+    for method, seed in wanted:
+        masks = study.ranking_masks[method.name, seed]
+        pair = halved(masks.start)
+        if pair in masks.masks:
+            study.halves[method.name, seed] = masks.masks[pair]
+        else:
+            name = f"{slug(method.name)}-{seed}"
+            # `pool` draws the samples that the search draws.
+            item = WorkItem(random_draw_mask, (pair, study.progress, name, "pool"), method.of_seed(seed))
+            calls[method.name, seed] = item
+    made = study.engine.call_all(list(calls.values()))
+    study.halves |= {of: found["mask"] for of, found in zip(calls, made, strict=True)}
+
+
+def halved(pair: Pair) -> Pair:
+    """The pair with half the parameters."""
+    return Pair(pair.samples, max(1, pair.params // 2))
 
 
 def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
@@ -220,6 +253,10 @@ def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
     if method.kind in RANKINGS:
         masks = study.ranking_masks[method.name, seed]
         pair = masks.fewest if method.kind in FEW else masks.start
+        if method.kind == SPARSE_LORA:
+            pair = halved(masks.start)
+            half = Candidate(study.halves[method.name, seed], pair, seed, None, method.name)
+            return trained(method, with_lora(method, study.facts, half), rate)
         return trained(method, Candidate(masks.masks[pair], pair, seed, None, method.name), rate)
     if method.kind in DRAWN:
         return trained(method, _draw(study, method, seed, 0), rate)
@@ -231,12 +268,12 @@ def _choose_rates(study: Study) -> None:
     firsts = {
         (method.name, rate): [_first(study, method, seed, rate) for seed in study.seeds]
         for method in study.methods
-        for rate in study.grid
+        for rate in study.grid_of(method)
     }
     study.runner.evaluate([candidate for of_rate in firsts.values() for candidate in of_rate])
     for method in study.methods:
         means = {}
-        for rate in study.grid:
+        for rate in study.grid_of(method):
             found = [study.runner.metric(candidate) for candidate in firsts[method.name, rate]]
             ended = [metric for metric in found if metric is not None]
             study.grids.setdefault(method.name, []).append(
@@ -246,7 +283,7 @@ def _choose_rates(study: Study) -> None:
                 means[rate] = len(ended), study.better(sum(ended) / len(ended))
         # A rate with failed seeds is worse than any without.
         study.rates[method.name] = max(means, key=lambda rate: means[rate]) if means else None
-        kept = study.rates[method.name] or study.grid[0]
+        kept = study.rates[method.name] or study.grid_of(method)[0]
         for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
             study.tried[method.name, seed] = [candidate]
     study.runner.drop_all_but({one.key(study.config) for tried in study.tried.values() for one in tried})
@@ -335,16 +372,6 @@ def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
     if method.kind == "random_mask":
         return [_draw(study, method, seed, draw) for draw in again]
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
-
-
-def _best(study: Study, tried: Sequence[Candidate]) -> Candidate | None:
-    """The best candidate on the selection split; ties go to the first."""
-    ended = [
-        (study.better(metric), candidate)
-        for candidate in tried
-        if (metric := study.runner.metric(candidate)) is not None
-    ]
-    return max(ended, key=lambda scored: scored[0])[1] if ended else None
 
 
 def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:

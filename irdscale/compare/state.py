@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from irdscale.compare.method_specs import Method
+from irdscale.compare.method_specs import Method, rates_of
 from irdscale.compare.methods import ModelFacts
 from irdscale.config.schema import RunConfig
 from irdscale.search.candidates import Candidate
@@ -24,6 +25,7 @@ class Study:
     Attributes:
         steps: optimizer steps of one training.
         ranking_masks: (method, seed) -> masks of its ranking.
+        halves: (method, seed) -> hash of the mask of half the entries.
         drawn: name -> hash and entries of a mask that reads no samples.
         rates: method -> chosen learning rate; None if every training failed.
         grids: method -> mean on the selection split by learning rate.
@@ -42,6 +44,7 @@ class Study:
     methods: list[Method]
     steps: int
     ranking_masks: dict[tuple[str, int], SearchMasks] = field(default_factory=dict)
+    halves: dict[tuple[str, int], str] = field(default_factory=dict)
     drawn: dict[str, tuple[str, int]] = field(default_factory=dict)
     rates: dict[str, float | None] = field(default_factory=dict)
     grids: dict[str, list[dict[str, float | None]]] = field(default_factory=dict)
@@ -49,9 +52,9 @@ class Study:
     spent: dict[tuple[str, int], int] = field(default_factory=dict)
     gradients: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    @property
-    def grid(self) -> list[float]:
-        return self.config.compare.learning_rates or [self.config.train.learning_rate]
+    def grid_of(self, method: Method) -> list[float]:
+        """The learning rates that a method tries."""
+        return rates_of(self.config, method.name)
 
     @property
     def reference(self) -> str:
@@ -64,3 +67,12 @@ class Study:
     def better(self, metric: float) -> float:
         """The metric with its sign set so that larger is better."""
         return -metric if self.task.lower_is_better else metric
+
+    def best(self, tried: Sequence[Candidate]) -> Candidate | None:
+        """The best candidate on the selection split; ties go to the first."""
+        ended = [
+            (self.better(metric), candidate)
+            for candidate in tried
+            if (metric := self.runner.metric(candidate)) is not None
+        ]
+        return max(ended, key=lambda scored: scored[0])[1] if ended else None

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from irdscale.compare.grid import edge_of
 from irdscale.compare.verdict import reference_of
 from irdscale.utils.formats import count, number
+
+# Measured cost -> head of its column, and its text.
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "adapter_bytes": ("adapter, bytes", count),
+    "seconds": ("seconds a training", lambda value: f"{value:.3g}"),
+    "peak_bytes": ("peak GPU memory, GiB", lambda value: f"{value / 2**30:.2f}"),
+}
 
 
 def columns(study: dict[str, Any]) -> list[str]:
@@ -24,14 +33,32 @@ def columns(study: dict[str, Any]) -> list[str]:
         "trained parameters",
         "trainings",
         "cost",
+        *(head for name, (head, _) in COSTS.items() if _is_known(study, name)),
         *(["error of the test set"] if _has_errors(study) else []),
     ]
 
 
 def rows(study: dict[str, Any]) -> list[list[str]]:
     """The cells of every method's row."""
-    errors = _has_errors(study)
-    return [[*_row(method), *([_error(method)] if errors else [])] for method in study["methods"]]
+    errors, known = _has_errors(study), [name for name in COSTS if _is_known(study, name)]
+    return [
+        [
+            *_row(method),
+            *(_cost(study, method, name) for name in known),
+            *([_error(method)] if errors else []),
+        ]
+        for method in study["methods"]
+    ]
+
+
+def _is_known(study: dict[str, Any], name: str) -> bool:
+    """Whether a cost of some method was measured; earlier versions of compare.json have none."""
+    return any(costs[name] is not None for costs in study.get("costs", {}).values())
+
+
+def _cost(study: dict[str, Any], method: dict[str, Any], name: str) -> str:
+    value = study["costs"].get(method["name"], {}).get(name)
+    return "-" if value is None else COSTS[name][1](value)
 
 
 def _has_errors(study: dict[str, Any]) -> bool:
@@ -59,7 +86,7 @@ def _row(method: dict[str, Any]) -> list[str]:
         _limits(test, ".4f"),
         *apart,
         _or_failed(method["selection"]["mean"]),
-        "-" if rate is None else f"{rate:g}",
+        "-" if rate is None else f"{rate:g}" + (f" ({edge})" if (edge := edge_of(method)) else ""),
         "-" if method["params"] is None else count(method["params"]),
         "-" if method["evaluations"] is None else number(method["evaluations"], 3),
         "-" if method["fine_tunings"] is None else number(method["fine_tunings"], 3),

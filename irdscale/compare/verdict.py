@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from irdscale.compare.grid import edge_notes, rates_in_words
 from irdscale.compare.method_specs import FEW, SEARCHES
 from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
+from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
 from irdscale.utils.formats import number
 
@@ -201,7 +203,7 @@ def _without_search(study: dict[str, Any], before: str) -> str:
 def _ranking(study: dict[str, Any], method: dict[str, Any]) -> tuple[str, list[str]]:
     """A method's kind, and its changes that affect the ranking of samples or their masks."""
     variants = study["config"]["compare"]["variants"]
-    kind, *changes = variants.get(method["name"], [method["name"]])
+    kind, *changes = spelled_out(method["name"], variants)
     return kind, sorted(change for change in changes if not change.startswith(_WAY))
 
 
@@ -227,11 +229,8 @@ def notes(study: dict[str, Any]) -> list[str]:
     """Notes on the table: how it was made, warnings, and where the grid may be too narrow."""
     reference, seeds = reference_of(study), len(study["seeds"])
     others = len(study["methods"]) - 1
-    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     lines = [
-        f"Learning rate of each method: the best mean on the selection split of {rates}."
-        if len(study["learning_rates"]) > 1
-        else f"One learning rate for all methods: {rates}.",
+        rates_in_words(study),
         f"Differences are {reference['label']} minus the method, seed by seed on the test split; "
         f"{'lower' if study['task']['lower_is_better'] else 'higher'} is better. "
         "Wins are seeds where the reference is better. p is of the two-sided paired t-test.",
@@ -240,6 +239,11 @@ def notes(study: dict[str, Any]) -> list[str]:
         f"The 95 % t intervals and p are not corrected for the number of comparisons ({others}): "
         "about 1 in 20 true-zero differences looks significant.",
     ]
+    if study.get("costs"):
+        lines.append(
+            "Trained parameters are those beside a new head; the adapter's file holds the head too. Seconds are of "
+            "one training with its evaluation, and the peak is that of its GPU memory."
+        )
     for method in study["methods"]:
         kept = len(_kept_all(study, method))
         if kept:
@@ -262,7 +266,7 @@ def notes(study: dict[str, Any]) -> list[str]:
     if base and base["test"] is not None:
         lines.append(f"The base model: {study['task']['metric']} {base['test']:.4f} on the test split.")
     warned = [f"Warning on the tested trainings: {text}" for text in study["warnings"]]
-    return warned + lines + _out_of_reach(study) + _edges(study)
+    return warned + study.get("budget_warnings", []) + lines + _out_of_reach(study) + edge_notes(study)
 
 
 def _out_of_reach(study: dict[str, Any]) -> list[str]:
@@ -281,22 +285,6 @@ def _out_of_reach(study: dict[str, Any]) -> list[str]:
         f"In so few rounds a search reaches {fewest:,} samples at the least, not the {min(beyond.values()):,} of "
         f"{', '.join(beyond)}; increase search.max_rounds to allow it."
     ]
-
-
-def _edges(study: dict[str, Any]) -> list[str]:
-    lines = []
-    for word, extreme in (("smallest", min), ("largest", max)):
-        at_end = [
-            method["label"]
-            for method in study["methods"]
-            if len(rates := {point["learning_rate"] for point in method["grid"]}) > 1
-            and method["learning_rate"] == extreme(rates)
-        ]
-        if at_end:
-            lines.append(
-                f"The {word} learning rate of the grid was chosen for {', '.join(at_end)}: the grid may be too narrow."
-            )
-    return lines
 
 
 def failures(study: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from irdscale.errors import InputError
 
 Direction = Literal["ird", "reverse", "random"]
 RankBy = Literal["trace", "length", "loss"]
-Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
+Score = Literal["fisher", "gradient", "saliency", "magnitude", "small_magnitude", "random"]
 Scope = Literal["global", "layerwise"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Expressions = Annotated[list[str] | None, AfterValidator(check_expressions)]
@@ -63,7 +63,9 @@ class FisherConfig(Section):
         "label", description="Labels of the loss: the data's, drawn from the model, or expected over its classes."
     )
     score: Score = Field(
-        "fisher", description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |weight| or random."
+        "fisher",
+        description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |weight|, |weight| with the "
+        "smallest first (small_magnitude), or random.",
     )
     scope: Scope | None = Field(
         None,

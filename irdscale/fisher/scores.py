@@ -4,6 +4,7 @@ fisher      sum of squared per-sample gradients (FISH, arXiv 2111.09839)
 gradient    absolute value of the mean gradient
 saliency    absolute value of weight times mean gradient (SNIP, arXiv 1810.02340)
 magnitude   absolute value of the weight; no samples are read
+small_magnitude  |weight|, smallest first (Super-Tuning, arXiv 2607.09287); no samples are read
 random      seeded random number; no samples are read
 """
 
@@ -38,6 +39,9 @@ def entry_scores(
     Args:
         sums: name -> the parameter's sum, or this rank's slice of it
     """
+    if score == "small_magnitude":
+        magnitudes = entry_scores("magnitude", scored, sums, seed, layout)
+        return {name: _in_opposite_order(found) for name, found in magnitudes.items()}
     if score == "fisher":
         return sums
     if score == "gradient":
@@ -59,6 +63,14 @@ def _weights(parameter: nn.Parameter, layout: Layout) -> Tensor:
         # Gathered weights are released at the end of this block, and a slice would keep a dequantised matrix alive.
         own = hasattr(parameter, "ds_tensor") or (is_quantized(parameter) and layout == "sharded")
         return held.clone() if own else held
+
+
+def _in_opposite_order(scores: Tensor) -> Tensor:
+    """Non-negative numbers in the opposite order of `scores`, exactly: their bits subtracted from the largest."""
+    found = scores if scores.dtype == torch.float64 else scores.float()
+    integers = torch.int64 if found.dtype == torch.float64 else torch.int32
+    largest = torch.full((), torch.finfo(found.dtype).max, dtype=found.dtype, device=found.device)
+    return (largest.view(integers) - found.view(integers)).view(found.dtype)
 
 
 def _held(tensor: Tensor, layout: Layout) -> Tensor:

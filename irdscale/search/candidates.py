@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from irdscale.adapters import load_adapter, save_adapter
+from irdscale.config.compare import LoraConfig
 from irdscale.config.schema import RunConfig, TrainConfig, result_settings, training_steps
-from irdscale.distributed.ranks import broadcast_flag, rank_and_world, remove_folder
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, remove_folder
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.masks.mask import Mask
+from irdscale.memory.peak import peak_bytes, start_peak
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import evaluation_key
 from irdscale.search.mask_store import mask_folder
@@ -47,7 +50,7 @@ class Candidate:
         round: round of the search; None for a baseline.
         direction: how the samples were chosen.
         train: training configuration; the run's if None.
-        lora_rank: rank of LoRA matrices trained instead of a mask.
+        lora: adapter by PEFT that is trained, alone or beside a mask; the rank is a number.
     """
 
     mask: str | None
@@ -56,7 +59,7 @@ class Candidate:
     round: int | None
     direction: str
     train: TrainConfig | None = None
-    lora_rank: int | None = None
+    lora: LoraConfig | None = None
 
     def config(self, config: RunConfig) -> RunConfig:
         """The run's configuration with this candidate's training."""
@@ -64,7 +67,8 @@ class Candidate:
 
     def key(self, config: RunConfig) -> str:
         """The evaluation's key in the ledger."""
-        trained = self.mask or (NO_MASK if self.lora_rank is None else f"lora-{self.lora_rank}")
+        parts = [self.mask, None if self.lora is None else lora_key(self.lora)]
+        trained = "+".join(part for part in parts if part is not None) or NO_MASK
         train = result_settings(self.config(config).train.model_dump(mode="json"))
         if train["deepspeed"] is not None:
             # The path may change; an output folder belongs to one content of the file.
@@ -106,6 +110,12 @@ def in_words(samples: int, params: int, seed: int, direction: str) -> str:
     sizes = [f"{samples:,} samples"] if samples else []
     sizes += [f"{params:,} trained"] if params else []
     return ", ".join([*(sizes or [direction]), f"seed {seed}"])
+
+
+def lora_key(lora: LoraConfig) -> str:
+    """What tells the adapter from others in the ledger: its rank, and the options that are not the defaults."""
+    others = lora.model_dump(mode="json", exclude={"rank"}, exclude_defaults=True)
+    return "-".join(["lora", str(lora.rank), *([json.dumps(others, sort_keys=True)] if others else [])])
 
 
 def candidate_adapter(output: Path, key: str) -> Path:
@@ -157,11 +167,13 @@ def run_candidate(
     control = replace(control or Control(), kept=kept.append)
     if report is not None:
         control = replace(control, at_rung=lambda step: report(step, measure()))
+    start_peak()
     with ExitStack() as lent:
         try:
             model = lent.enter_context(_untrained(config, task, output, candidate))
             trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key), records)
-            record |= {"metric": measure(), "status": "ok", "loss": trend}
+            peak = peak_bytes()
+            record |= {"metric": measure(), "status": "ok", "loss": trend, "peak_bytes": peak}
             if kept:
                 record["kept_step"] = kept[0]
         except Paused:
@@ -176,7 +188,11 @@ def run_candidate(
             record["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("%s failed: %s", candidate, record["error"])
         if model is not None and record["status"] == "ok":
-            save_adapter(model, candidate_adapter(output, key), config=adapter_config(config, task, candidate.seed))
+            folder = candidate_adapter(output, key)
+            save_adapter(model, folder, config=adapter_config(config, task, candidate.seed))
+            with failing_together():
+                if rank_and_world()[0] == 0:
+                    record["adapter_bytes"] = (folder / "adapter.safetensors").stat().st_size
     remove_folder(state_folder(output, key))
     return record | {"seconds": round(time.perf_counter() - started, 3)}
 
@@ -208,7 +224,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
     folder = candidate_adapter(output, key)
     if broadcast_flag(folder.exists()):
         with base_model(own, task, seed) as (model, new):
-            put_lora(own, model, new, seed, candidate.lora_rank)
+            put_lora(own, model, new, seed, candidate.lora)
             yield load_adapter(model, folder)
         return
     with _untrained(own, task, output, candidate) as trained:
@@ -233,4 +249,4 @@ def score_base(config: RunConfig, task: Task, output: Path) -> tuple[float, floa
 def _untrained(config: RunConfig, task: Task, output: Path, candidate: Candidate) -> Iterator[nn.Module]:
     mask = None if candidate.mask is None else Mask.load(mask_folder(output, candidate.mask))
     with base_model(config, task, candidate.seed) as (model, new):
-        yield make_sparse(config, model, new, mask, candidate.seed, candidate.lora_rank)
+        yield make_sparse(config, model, new, mask, candidate.seed, candidate.lora)

@@ -155,6 +155,11 @@ class Runner:
         record = self._ledger.finished.get(candidate.key(self._config), {})
         return record.get("loss")
 
+    def costs(self, candidate: Candidate) -> dict[str, Any]:
+        """ "seconds", "adapter_bytes" and "peak_bytes" of a finished evaluation; None for what is unknown."""
+        record = self._ledger.finished.get(candidate.key(self._config), {})
+        return {name: record.get(name) for name in ("seconds", "adapter_bytes", "peak_bytes")}
+
     def rises(self) -> list[str]:
         """One line on the requested evaluations whose training loss rose; empty if none did."""
         records = [self._ledger.finished[key] for key in self.asked if key in self._ledger.finished]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from irdscale.config.compare import LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
@@ -32,11 +33,12 @@ def trained_densely(config: RunConfig, model: nn.Module, new: list[str]) -> list
     return matching_parameters(dict(model.named_parameters()), config.train.always_train)
 
 
-def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, rank: int | None) -> list[str]:
-    """Insert LoRA matrices of this rank (none for None) into a model's linear layers, in place, initialised by `seed`.
+def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, lora: LoraConfig | None) -> list[str]:
+    """Insert LoRA matrices (none for None) into a model's linear layers, in place, initialised by `seed`.
 
     Args:
         new: parameters that the checkpoint does not hold.
+        lora: options of the matrices; the rank is a number.
 
     Returns:
         Names of the parameters that are trained outside a mask: these matrices and the head.
@@ -45,26 +47,26 @@ def put_lora(config: RunConfig, model: nn.Module, new: list[str], seed: int, ran
         InputError: as `trained_densely` and `irdscale.models.lora.insert_lora`.
     """
     dense = trained_densely(config, model, new)
-    return dense if rank is None else [*dense, *insert_lora(model, rank, seed, dense)]
+    return dense if lora is None else [*dense, *insert_lora(model, lora, seed, dense)]
 
 
 def sparse_model(
-    config: RunConfig, task: Task, mask: Mask | None, seed: int, lora_rank: int | None = None
+    config: RunConfig, task: Task, mask: Mask | None, seed: int, lora: LoraConfig | None = None
 ) -> nn.Module:
     """The task's model with the mask's entries trainable (none for no mask), and a head initialised by `seed`.
 
     Args:
-        lora_rank: rank of LoRA matrices to train instead of a mask.
+        lora: adapter by PEFT to train, alone or beside a mask.
 
     Raises:
         InputError: the mask does not fit the model, or there is nothing to train.
     """
     model, new = build_model(config, task, seed)
-    return make_sparse(config, model, new, mask, seed, lora_rank)
+    return make_sparse(config, model, new, mask, seed, lora)
 
 
 def make_sparse(
-    config: RunConfig, model: nn.Module, new: list[str], mask: Mask | None, seed: int, lora_rank: int | None = None
+    config: RunConfig, model: nn.Module, new: list[str], mask: Mask | None, seed: int, lora: LoraConfig | None = None
 ) -> nn.Module:
     """`sparse_model` of a model that is already built, in place.
 
@@ -74,8 +76,20 @@ def make_sparse(
     Raises:
         InputError: as `sparse_model`.
     """
-    dense = put_lora(config, model, new, seed, lora_rank)
-    mask = mask if mask is not None else Mask({}, {})
+    dense = put_lora(config, model, new, seed, lora)
+    mask = Mask({}, {}) if mask is None else _by_new_names(mask, model) if lora is not None else mask
     if mask.k == 0 and not dense:
         raise InputError("found no parameter and an empty mask", "something to train", key="train.always_train")
     return sparsify(model, mask, always_train=[f"^{re.escape(name)}$" for name in dense])
+
+
+def _by_new_names(mask: Mask, model: nn.Module) -> Mask:
+    """The mask by the names that parameters have in a model with an adapter by PEFT, which wraps their layers."""
+    names = {name for name, _ in model.named_parameters()}
+
+    def new(name: str) -> str:
+        layer, _, kind = name.rpartition(".")
+        return name if name in names else f"{layer}.base_layer.{kind}"
+
+    indices = {new(name): index for name, index in mask.indices.items()}
+    return Mask(indices, {new(name): shape for name, shape in mask.shapes.items()})

@@ -26,7 +26,7 @@ COMPARED = {
 
 def progress_listener(result: dict[str, Any]) -> dict[str, Any]:
     """What a comparison found, without times and the runner."""
-    return {key: value for key, value in result.items() if key not in ("seconds", "config")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "costs", "config")}
 
 
 def test_ray_and_local_tell_the_same_and_go_on_with_each_others(

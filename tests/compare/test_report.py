@@ -53,6 +53,19 @@ def test_every_method_is_in_every_table(tmp_path: Path) -> None:
     assert ["selection", "436", "half of validation"] in page.rows
 
 
+def test_measured_costs_are_columns_where_they_are_known(tmp_path: Path) -> None:
+    compared = study({"ird": around(0.7), "lora": around(0.6)})
+    compared["costs"] = {
+        "ird": {"seconds": 12.345, "adapter_bytes": 4321.4, "peak_bytes": None},
+        "lora": {"seconds": 10.0, "adapter_bytes": None, "peak_bytes": None},
+    }
+    _, page = report(tmp_path, compared)
+    heads = next(row for row in page.rows if row[0] == "method")
+    assert heads[10:] == ["trained parameters", "trainings", "cost", "adapter, bytes", "seconds a training"]
+    shown = {row[0]: row[13:] for row in page.rows if row[0] in ("IRD", "LoRA") and len(row) > 13}
+    assert shown == {"IRD": ["4,321", "12.3"], "LoRA": ["-", "10"]}
+
+
 def test_the_population_of_the_samples_is_told(tmp_path: Path) -> None:
     compared = everything()
     compared["task"]["pool"] = "80 % of <class> 1"

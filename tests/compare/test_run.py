@@ -15,6 +15,7 @@ from irdscale.compare import run
 from irdscale.compare.method_specs import RESTART
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
+from irdscale.config.compare import LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate
@@ -32,8 +33,9 @@ DENSE = ["magnitude_mask", "lora", "bitfit", "linear_probe", "full"]
 FACTS = ModelFacts(
     ["head.weight"],
     ["a.bias"],
-    {"lora": 64, "bitfit": 3, "linear_probe": 0, "full": 400},
+    {"lora": 64, "sparse_lora": 24, "bitfit": 3, "linear_probe": 0, "full": 400},
     {"parameters": 400, "head": 2, "scored": 400, "scored_by": "all"},
+    {"lora": 8, "sparse_lora": 3},
 )
 
 
@@ -44,7 +46,7 @@ def number(text: str) -> float:
 
 def metric_of(candidate: Candidate) -> float:
     assert candidate.train is not None
-    of = f"{candidate.mask}{candidate.lora_rank}{candidate.train.always_train}{candidate.seed}"
+    of = f"{candidate.mask}{candidate.lora}{candidate.train.always_train}{candidate.seed}"
     # The best learning rate of all is 0.02; on the test split it would be 0.03.
     return round(number(of) / 10 - 40 * abs(candidate.train.learning_rate - 0.02), 6)
 
@@ -85,7 +87,8 @@ class Engine:
             self.asked.append(candidate)
             found = self.metric(candidate)
             ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
-            ended(candidate.record(self.given[0]) | {"seconds": 1.0} | ok)
+            costs = {"seconds": 1.0 + candidate.seed % RESTART, "peak_bytes": 2**30 + candidate.seed % RESTART}
+            ended(candidate.record(self.given[0]) | costs | ok)
 
 
 @pytest.fixture
@@ -178,6 +181,21 @@ def test_all_have_the_same_rates_and_as_many_evaluations(compare: Any) -> None:
     assert all([of["learning_rate"] for of in entry["grid"]] == [0.01, 0.02, 0.03] for entry in result["methods"])
     keys = [candidate.key(engine.given[0]) for candidate in engine.asked]
     assert len(set(keys)) == len(keys) == result["evaluations"], "nothing is trained twice"
+
+
+def test_methods_may_have_rates_of_their_own(compare: Any) -> None:
+    rates = {"default": [0.01, 0.02], "lora": [0.002, 0.03]}
+    result, engine = compare(learning_rates=rates, methods=["ird", "lora", "full"], equal_budget=False)
+    tried = {name: {c.train.learning_rate for c in engine.asked if c.direction == name} for name in entries(result)}
+    assert tried == {"ird": {0.01, 0.02}, "lora": {0.002, 0.03}, "full": {0.01, 0.02}}
+    assert {name: entry["learning_rate"] for name, entry in entries(result).items()} == {
+        "ird": 0.02,
+        "lora": 0.03,
+        "full": 0.02,
+    }
+    assert [one["learning_rate"] for one in entries(result)["lora"]["grid"]] == [0.002, 0.03]
+    assert result["learning_rates"] == [0.01, 0.02, 0.002, 0.03]
+    assert {one["evaluations"] for one in entries(result)["lora"]["seeds"]} == {2}
 
 
 def search_alone(engine: Engine, repetition: int, how: str) -> Outcome:
@@ -302,7 +320,7 @@ def test_killed_it_goes_on_and_more_methods_and_seeds_are_added(compare: Any, tm
 
 
 def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("seconds", "config")}
+    return {key: value for key, value in result.items() if key not in ("seconds", "costs", "config")}
 
 
 def test_the_report_reads_what_was_written(compare: Any, tmp_path: Path) -> None:
@@ -319,6 +337,40 @@ def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
     assert found["fish"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
     assert found["fish_small"]["fine_tunings"] == pytest.approx(1 + 4 / 32)
     assert found["full"]["fine_tunings"] == 1
+
+
+def test_half_a_mask_and_matrices_share_a_budget(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, engine = compare(methods=["ird", "sparse_lora", "fish_layerwise", "supertuning_bottom"])
+    (lora,) = {c.lora for c in engine.asked if c.direction == "sparse_lora"}
+    assert lora == LoraConfig(rank=3)
+    # Half of 40 entries of all samples, and 24 parameters of matrices.
+    of_lora = {c.pair for c in engine.asked if c.direction == "sparse_lora"}
+    assert of_lora == {Pair(16, 20 + 24)}
+    assert {c.mask for c in engine.asked if c.direction == "sparse_lora"} == {f"all-{seed}-20" for seed in range(3)}
+    found = entries(result)
+    assert found["sparse_lora"]["fine_tunings"] == found["fish_layerwise"]["fine_tunings"]
+    assert [entry["label"] for entry in result["methods"]] == [
+        "IRD",
+        "sparse + LoRA",
+        "FISH, layerwise",
+        "Super-Tuning, bottom",
+    ]
+    assert found["sparse_lora"]["what"].endswith(
+        "LoRA matrices (PEFT) for the other half, rank 3, in all linear layers"
+    )
+    assert {c.mask for c in engine.asked if c.direction == "supertuning_bottom"} == {
+        f"small_magnitude-{seed}" for seed in range(3)
+    }
+    # Where a search does not reach half the entries, a pass makes that mask.
+    monkeypatch.setitem(globals(), "MINIMUM", Pair(4, 30))
+    _, engine = compare(methods=["sparse_lora"])
+    assert {c.mask for c in engine.asked} == {f"pool-{seed}" for seed in range(3)}
+
+
+def test_measured_costs_are_those_of_the_tested_trainings(compare: Any) -> None:
+    result, _ = compare(methods=["fish", "lora"])
+    expected = {"seconds": 2.0, "adapter_bytes": None, "peak_bytes": 2**30 + 2}
+    assert result["costs"] == {"fish": expected, "lora": expected}
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,30 @@ def test_rates_at_the_ends_of_the_grid() -> None:
         in (found)
     )
     assert "The smallest learning rate of the grid was chosen for FISH: the grid may be too narrow." in found
+    command = "irdscale compare runs/irdscale/config.yaml 'compare.learning_rates=[0.00033, 0.001, 0.003, 0.01, 0.033]'"
+    assert f"A wider grid, which reuses the trainings so far: {command}" in found
+    assert [row[9] for row in rows(study({"ird": IRD, "fish": FAR, "full": FAR, "lora": FAR}, changes=changes))] == [
+        "0.01 (largest)",
+        "0.001 (smallest)",
+        "0.01 (largest)",
+        "0.003",
+    ]
     one = {"learning_rate": 0.01, "grid": [{"learning_rate": 0.01, "selection": 0.7}]}
     single = study({"ird": IRD, "fish": FAR}, changes={"ird": one, "fish": one})
     single["learning_rates"] = [0.01]
     assert not any("narrow" in note for note in notes(single))
     assert "One learning rate for all methods: 0.01." in notes(single)
+
+
+def test_grids_of_methods_are_widened_to_one_length() -> None:
+    grid = [{"learning_rate": rate, "selection": 0.7} for rate in (0.01, 0.1)]
+    compared = study({"ird": IRD, "lora": FAR}, changes={"lora": {"learning_rate": 0.01, "grid": grid[::-1]}})
+    compared["methods"][0]["grid"] = compared["methods"][0]["grid"][:2]
+    compared["methods"][0]["learning_rate"] = None
+    compared["config"]["compare"] |= {"learning_rates": {"ird": [0.001, 0.003], "lora": [0.1, 0.01]}}
+    found = "\n".join(notes(compared))
+    assert "Learning rate of each method: the best mean on the selection split of its own 2; all are 0.001" in found
+    assert """'compare.learning_rates={"ird": [0.001, 0.003, 0.009], "lora": [0.001, 0.01, 0.1]}'""" in found
 
 
 def test_intervals_are_not_corrected_and_the_reader_knows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from irdscale.config.compare import CompareConfig
 from irdscale.config.loader import changed_config, dump_config, same_search
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
@@ -34,6 +35,24 @@ def message(*overrides: str) -> str:
         (
             "compare.methods=[ird, lorra]",
             "compare.methods: found 'lorra' (did you mean \"lora\"?); expected one of ird",
+        ),
+        ("compare.lora.rank=0", "compare.lora.rank: found 0; expected an integer >= 1, or auto"),
+        (
+            "compare={lora: {rank: 2}, lora_rank: 2}",
+            "compare.lora_rank: found both lora_rank and lora; expected lora.rank",
+        ),
+        ("compare.learning_rates=[1e-3, -1]", "compare.learning_rates.1: found -1; expected a number > 0"),
+        (
+            "compare.learning_rates={ird: [1e-3], lora: [1e-4, 1e-3]}",
+            "compare.learning_rates: found 1 of ird, 2 of lora; expected as many learning rates for each method",
+        ),
+        (
+            "compare={methods: [ird, lora], learning_rates: {ird: [1e-3]}}",
+            "compare.learning_rates: found none for lora; expected a list for it, or for default",
+        ),
+        (
+            "compare.learning_rates={irdd: [1e-3], default: [1e-2]}",
+            "compare.learning_rates: found 'irdd' (did you mean \"ird\"?); expected default or one of ird",
         ),
         ("compare={methods: [fish], reference: ird}", "compare.reference: found 'ird'; expected one of methods: fish"),
         ("compare.seeds=[1, 1]", "compare.seeds: found [1, 1]; expected distinct values"),
@@ -172,3 +191,16 @@ def test_the_scope_of_a_mask_goes_by_the_kind_of_task_unless_said(task: dict[str
     for given, found in ((None, expected), ("global", "global"), ("layerwise", "layerwise")):
         config = {"model": {"path": "a"}, "task": {"dataset": "a", **task}, "fisher": {"scope": given}}
         assert RunConfig.model_validate(config).scope == found
+
+
+def test_learning_rates_of_a_method_are_those_of_what_it_varies() -> None:
+    rates = {"ird": [1e-2], "lora": [1e-3], "big": [1e-4], "default": [1e-1]}
+    variants = {"big": ["lora", "compare.lora.rank=64"], "small": ["rslora", "compare.lora.rank=1"]}
+    found = CompareConfig.model_validate({"learning_rates": rates, "variants": variants})
+    names = ("ird", "lora", "rslora", "big", "small", "full")
+    assert [found.rates_of(name) for name in names] == [[1e-2], [1e-3], [1e-3], [1e-4], [1e-3], [1e-1]]
+    assert CompareConfig.model_validate({"learning_rates": [1, 0.5]}).rates_of("ird") == [1, 0.5]
+
+
+def test_the_rank_of_an_older_configuration_is_read() -> None:
+    assert CompareConfig.model_validate({"lora_rank": 3}) == CompareConfig.model_validate({"lora": {"rank": 3}})

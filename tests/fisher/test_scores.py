@@ -11,6 +11,7 @@ from torch import Tensor
 from irdscale import Fisher, top_k
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.scores import entry_scores
 from tests.fisher.oracle import loss_of
 from tests.tiny_models import collate, samples, tiny
 
@@ -51,6 +52,29 @@ def test_masks_are_those_of_the_definition(score: Any, family: str, head: str) -
             assert found.k == k
             assert shared >= k - 1, "but for one near tie"
     assert gradients.taken == (0 if score == "magnitude" else 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_weights_come_first_as_in_super_tuning(dtype: torch.dtype) -> None:
+    linear = torch.nn.Linear(31, 17, bias=False, dtype=dtype)
+    with torch.no_grad():
+        linear.weight[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
+    scored = dict(linear.named_parameters())
+    (small,) = entry_scores("small_magnitude", scored, {}, 0).values()
+    (large,) = entry_scores("magnitude", scored, {}, 0).values()
+    assert small.min() >= 0
+    order = small.flatten().argsort(descending=True)
+    assert torch.equal(large.flatten()[order], large.flatten().sort().values)
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "SupertuningConfig"):
+        pytest.skip("needs a PEFT with Super-Tuning")
+    for top, scores in ((True, large), (False, small)):
+        model = torch.nn.Sequential(linear)
+        options = {"target_modules": ["0"], "sparsity": 0.9, "select_top": top}
+        layer: Any = peft.inject_adapter_in_model(peft.SupertuningConfig(**options), model)[0]
+        index = layer.supertuning_indices["default"].long()
+        taken = scores.double().flatten().topk(len(index)).values
+        assert torch.equal(scores.double().flatten()[index].sort().values, taken.sort().values)
 
 
 def test_random_is_seeded_and_even() -> None:

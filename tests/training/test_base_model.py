@@ -20,6 +20,7 @@ from torch import nn
 from irdscale import load_adapter, save_adapter
 from irdscale.adapters import base
 from irdscale.compare.run import run_compare
+from irdscale.config.compare import LoraConfig
 from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import TrainingError
@@ -111,7 +112,7 @@ def mistreat(model: Any, config: RunConfig, task: Task, new: list[str], step: in
                 entries.values.fill_(torch.nan)
         model(**task.collate([task.train[0]]))
     if step == 2:
-        make_sparse(config, model, new, None, 1, lora_rank=2)
+        make_sparse(config, model, new, None, 1, lora=LoraConfig(rank=2))
         fine_tune(model, task, config, 1)
     if step == 3:
         model.train()
@@ -337,7 +338,7 @@ def test_a_search_is_the_same_to_the_bit(
 
 def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
-    methods = ["ird", "fish", "random_mask", "lora", "bitfit", "full", "linear_probe"]
+    methods = ["ird", "fish", "random_mask", "lora", "dora", "shira", "sparse_lora", "bitfit", "full", "linear_probe"]
     compare = {"methods": methods, "learning_rates": [0.003], "seeds": [0, 1], "equal_budget": False}
     path = write_config(tmp_path, compare=compare, search__max_rounds=1, train__steps=2)
     progress_listener = []
@@ -352,7 +353,7 @@ def test_a_comparison_is_the_same_to_the_bit(tmp_path: Path, loads: list[str], m
             monkeypatch.setattr(engines, "keeping", lambda kept: nullcontext())
             found = run_compare(config, progress=False)
             assert len(loads) > 20
-        progress_listener.append({k: v for k, v in found.items() if k not in ("seconds", "config")})
+        progress_listener.append({k: v for k, v in found.items() if k not in ("seconds", "costs", "config")})
     assert progress_listener[0] == progress_listener[1]
     assert written(tmp_path / "kept")[0] == written(tmp_path / "fresh")[0]
 

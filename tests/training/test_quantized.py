@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import irdscale
+from irdscale.config.compare import LoraConfig
 from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
@@ -109,7 +110,7 @@ def test_one_load_serves_many(toy: tuple[RunConfig, Task]) -> None:
 
 def test_lora_on_a_quantised_base(toy: tuple[RunConfig, Task]) -> None:
     config, task = toy
-    model = sparse_model(config, task, None, 0, lora_rank=2)
+    model = sparse_model(config, task, None, 0, lora=LoraConfig(rank=2))
     trend = fine_tune(model, task, changed(config, steps=6), 0)
     assert trend is not None
     deltas, dense = trained_numbers(model)
