@@ -24,7 +24,7 @@ class Study:
     Attributes:
         steps: optimizer steps of one training.
         ranking_masks: (method, seed) -> masks of its ranking.
-        drawn: name -> hash and entries of a mask that reads no samples.
+        drawn: name -> hash and entries of a mask whose method ranks no samples.
         rates: method -> chosen learning rate; None if every training failed.
         grids: method -> mean on the selection split by learning rate.
         tried: (method, seed) -> its candidates at the chosen rate, the first one first.

@@ -18,7 +18,11 @@ from irdscale.errors import InputError
 
 Direction = Literal["ird", "reverse", "random"]
 RankBy = Literal["trace", "length", "loss"]
-Score = Literal["fisher", "gradient", "saliency", "magnitude", "random"]
+Score = Literal[
+    "fisher", "gradient", "saliency", "gem", "gallop", "activation", "mean_activation", "magnitude", "random"
+]
+# Scores by the mean gradient, which is 0 in expectation over the model's own labels.
+BY_MEAN_GRADIENT = ("gradient", "saliency", "gem", "gallop")
 Scope = Literal["global", "layerwise"]
 Expressions = Annotated[list[str] | None, AfterValidator(check_expressions)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -55,7 +59,10 @@ class FisherConfig(Section):
         "label", description="Labels of the loss: the data's, drawn from the model, or expected over its classes."
     )
     score: Score = Field(
-        "fisher", description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |weight| or random."
+        "fisher",
+        description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |mean gradient / weight| "
+        "(gem), |mean gradient| of small weights (gallop), |weight| x norm of its input (activation) or x mean |input| "
+        "(mean_activation), |weight| or random.",
     )
     scope: Scope | None = Field(
         None,
@@ -89,7 +96,7 @@ class FisherConfig(Section):
 
     @model_validator(mode="after")
     def _score_fits_objective(self) -> FisherConfig:
-        if self.objective == "expected" and self.score in ("gradient", "saliency"):
+        if self.objective == "expected" and self.score in BY_MEAN_GRADIENT:
             fault = f"found {self.score!r} with objective 'expected', whose mean gradient is 0"
             raise InputError(fault, "objective 'label' or 'sampled'", "score")
         return self

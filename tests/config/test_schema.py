@@ -62,6 +62,7 @@ def message(*overrides: str) -> str:
             "fisher={score: saliency, objective: expected}",
             "fisher.score: found 'saliency' with objective 'expected', whose mean gradient is 0; expected objective",
         ),
+        ("fisher={score: gem, objective: expected}", "fisher.score: found 'gem' with objective 'expected', whose mean"),
         ("task.metric=acuracy", "task.metric: found 'acuracy' (did you mean \"accuracy\"?); expected one of accuracy"),
         ("task={dataset: x, kind: regression, metric: f1}", "task.metric: found 'f1' with kind 'regression'"),
         ("train={steps: 1, epochs: 2}", "train: found both steps and epochs; expected one of them"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from irdscale import Fisher, top_k
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.scores import entry_scores
 from tests.fisher.oracle import loss_of
 from tests.tiny_models import collate, samples, tiny
 
@@ -29,12 +30,17 @@ def by_hand(score: str, model: Any, rows: list[dict[str, Any]]) -> dict[str, Ten
         return {name: g.abs() for name, g in mean.items()}
     if score == "saliency":
         return {name: (parameters[name].detach() * g).abs() for name, g in mean.items()}
+    if score == "gem":
+        return {name: g.abs() / (parameters[name].detach().abs() + 1e-8) for name, g in mean.items()}
+    if score == "gallop":
+        small = {name: p.detach().abs() <= p.detach().abs().sum() / p.numel() for name, p in parameters.items()}
+        return {name: torch.where(small[name], g.abs(), 0) for name, g in mean.items()}
     return {name: p.detach().abs() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("score", ["gradient", "saliency", "magnitude"])
+@pytest.mark.parametrize("score", ["gradient", "saliency", "gem", "gallop", "magnitude"])
 @pytest.mark.parametrize(
-    ("family", "head"), [("bert", "classification"), ("gpt2", "lm"), ("deberta", "classification")]
+    ("family", "head"), [("bert", "classification"), ("gpt2", "lm"), ("llama", "lm"), ("deberta", "classification")]
 )
 def test_masks_are_those_of_the_definition(score: Any, family: str, head: str) -> None:
     model, rows = tiny(family, head), samples(head, count=7)
@@ -51,6 +57,15 @@ def test_masks_are_those_of_the_definition(score: Any, family: str, head: str) -
             assert found.k == k
             assert shared >= k - 1, "but for one near tie"
     assert gradients.taken == (0 if score == "magnitude" else 7)
+
+
+def test_ratios_of_bfloat16_weights_and_of_zeros() -> None:
+    """Factors are formed in float32, and a weight of 0 with a gradient comes first."""
+    weights = torch.nn.Parameter(torch.tensor([0.0, 0.5, -0.25, 0.0]).bfloat16())
+    total = torch.tensor([0.3, 0.3, 0.3, 0.0])
+    found = entry_scores("gem", {"w": weights}, {"w": total}, 0)["w"]
+    torch.testing.assert_close(found, torch.tensor([3e7, 0.6, 1.2, 0.0]))
+    assert entry_scores("gallop", {"w": weights}, {"w": total}, 0)["w"].tolist() == pytest.approx([0.3, 0, 0, 0])
 
 
 def test_random_is_seeded_and_even() -> None:
