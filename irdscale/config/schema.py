@@ -160,6 +160,10 @@ class RayConfig(Section):
 
 class SearchConfig(Section):
     ratio: float = Field(0.005, gt=0, le=1, description="Share of the parameters at the start (K / parameters).")
+    count_head: bool = Field(
+        False,
+        description="Count of a new head inside the share `ratio`, as in FISH's script: K has so many entries less.",
+    )
     min_ratio: float | None = Field(None, gt=0, le=1, description="Smallest share of parameters; ratio / 8 if unset.")
     min_samples: int = Field(8, ge=1, description="Smallest number of samples of a candidate.")
     max_rounds: int = Field(8, ge=1, description="Largest number of rounds after the start.")
@@ -287,6 +291,9 @@ class RunConfig(Section):
         if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
             fault = f"found {self.fisher.head_warmup} with task.kind {kind!r}"
             raise InputError(fault, "0: a language model has no new head", "fisher.head_warmup")
+        if kind in LANGUAGE_KINDS and self.search.count_head:
+            fault = f"found true with task.kind {kind!r}"
+            raise InputError(fault, "false: a language model has no new head", "search.count_head")
         if self.search.rank_by == "loss" and self.fisher.objective != "label":
             fault = f"found 'loss' with fisher.objective {self.fisher.objective!r}"
             expected = "objective 'label': traces are divided by the losses of the labels"

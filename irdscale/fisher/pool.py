@@ -169,19 +169,24 @@ def saved_pass(config: RunConfig, name: str) -> SavedPass:
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 
 
-def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
-    """K = round(search.ratio * parameters of the model).
+def mask_size(config: RunConfig, model: nn.Module, scored: int, dense: int) -> int:
+    """K = round(search.ratio * parameters of the model), less `dense` with `search.count_head`.
+
+    FISH's script counts so: the new head is a part of the trained share (arXiv 2111.09839, generate_masks.py).
 
     Args:
         scored: number of entries that a mask may hold
+        dense: number of entries that are trained outside the mask, such as a new head's
 
     Raises:
         InputError: K is below 1 or above `scored`.
     """
     total = sum(map(numel_of, model.parameters()))
-    k = round(config.search.ratio * total)
+    counted = dense if config.search.count_head else 0
+    k = round(config.search.ratio * total) - counted
     if not 1 <= k <= scored:
-        found = f"found {config.search.ratio}, which gives {k} of {total} parameters"
+        beside = f" beside {counted} of the head" if config.search.count_head else ""
+        found = f"found {config.search.ratio}, which gives {k} of {total} parameters{beside}"
         raise InputError(found, f"1 to {scored}, the scored ones", "search.ratio")
     return k
 

@@ -109,6 +109,10 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),
         (["task={kind: sft, dataset: a, metric: accuracy}"], "task.metric: found 'accuracy' with kind 'sft'"),
         (
+            ["task={kind: sft, dataset: a}", "search.count_head=true"],
+            "search.count_head: found true with task.kind 'sft'; expected false: a language model has no new head",
+        ),
+        (
             ["task={kind: sft, dataset: a}", "fisher.head_warmup=5"],
             "fisher.head_warmup: found 5 with task.kind 'sft'; expected 0: a language model has no new head",
         ),

@@ -143,3 +143,23 @@ def test_a_mask_by_another_score_is_that_of_the_pool(score: str, folder: Path, t
     assert (drawn_mask(other, slow.task, tmp_path / "other", score)[0] == hashed) is (score == "magnitude")
     assert not list((tmp_path / "fisher").glob("state-*")), "what was kept of the pass is removed"
     assert drawn_mask(config, slow.task, tmp_path, score) == (hashed, k)
+
+
+def test_a_head_that_counts_makes_the_mask_smaller(folder: Path, tmp_path: Path) -> None:
+    """Mask and head together are the share of the model that `search.ratio` names, as in FISH's script."""
+    config = configured(folder, tmp_path, "search.count_head=true")
+    slow = Slow(config, 16)
+    sizes = {name: p.numel() for name, p in slow.model.named_parameters()}
+    head = sum(sizes[name] for name in slow.new)
+    masks = search_masks(config, slow.task, tmp_path, progress=False)
+    assert masks.start.params + head == round(config.search.ratio * sum(sizes.values()))
+    assert masks.start.params == run_fisher(config.model_copy(update={"output": str(tmp_path / "mask")}))["params"]
+    ratio = head / 2 / sum(sizes.values())
+    few = ["search.count_head=true", f"search.ratio={ratio}", "search.min_ratio=null"]
+    small = configured(folder, tmp_path / "small", *few)
+    k = round(ratio * sum(sizes.values())) - head
+    message = (
+        rf"search.ratio: found {ratio}, which gives {k} of \d+ parameters beside {head} of the head; expected 1 to"
+    )
+    with pytest.raises(InputError, match=message):
+        search_masks(small, slow.task, tmp_path / "small", progress=False)
