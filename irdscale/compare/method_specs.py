@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from irdscale.config.compare import SPARSE_LORA, LoraConfig, spelled_out
+from irdscale.config.compare import SCORED, SPARSE_LORA, LoraConfig, spelled_out
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
@@ -25,8 +25,8 @@ RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
 SEARCHES = ("ird", "reverse")
 # Methods with one mask, from a search's smallest sample set.
 FEW = ("fish_small", "top_samples", "bottom_samples")
-# Methods whose masks read no samples -> their score.
-DRAWN: dict[str, Literal["random", "magnitude"]] = {"random_mask": "random", "magnitude_mask": "magnitude"}
+# Methods whose masks rank no samples -> their score.
+DRAWN = {"random_mask": "random", "magnitude_mask": "magnitude"} | {name: name for name in SCORED}
 DENSE = ("lora", "bitfit", "linear_probe", "full")
 # Offset of the seeds of further trainings, larger than any seed in `compare.seeds`.
 RESTART = 10**6
@@ -44,6 +44,12 @@ WORDS = {
     "bottom_samples": ("smallest traces", "one mask of the fewest samples, those with the smallest traces"),
     "random_mask": ("random mask", "entries drawn at random"),
     "magnitude_mask": ("magnitude mask", "the largest weights"),
+    "activation": (
+        "activation",
+        "one mask of all drawn samples: the largest |weight| x norm of its input (Wanda's score)",
+    ),
+    "gem": ("GEM", "one mask of all drawn samples: the largest |mean gradient / weight|"),
+    "gallop": ("GaLLoP", "one mask of all drawn samples: the largest |mean gradient| of small weights"),
     "lora": ("LoRA", "LoRA matrices (PEFT)"),
     "bitfit": ("BitFit", "all biases"),
     "linear_probe": ("linear probe", "the new head alone"),
@@ -165,7 +171,7 @@ def asked_methods(config: RunConfig) -> list[Method]:
     """The methods that the configuration names, or all.
 
     Raises:
-        InputError: a variant's changes are invalid.
+        InputError: a variant's changes, or a method's score with `fisher.objective`, are invalid.
     """
     return [_method(config, name) for name in config.compare.asked]
 
@@ -180,7 +186,7 @@ def _method(config: RunConfig, name: str) -> Method:
     direction = RANKINGS.get(kind, "ird")
     own = config.model_copy(update={"search": config.search.model_copy(update={"direction": direction})})
     if kind in DRAWN:
-        own = own.model_copy(update={"fisher": own.fisher.model_copy(update={"score": DRAWN[kind]})})
+        own = changed_config(own, [f"fisher.score={DRAWN[kind]}"], f"compare.methods: {kind}")
     where = f"compare.variants.{name}"
     changed = changed_config(own, changes, where) if changes else own
     return Method(name, kind, changed, name in config.compare.variants)

@@ -27,6 +27,8 @@ METHODS = (
     "linear_probe",
     "full",
 )
+# Methods with one mask of all drawn samples by another score than the Fisher information, which has their name.
+SCORED = ("activation", "gem", "gallop")
 # Half the entries of a FISH mask, and LoRA matrices with as many parameters.
 SPARSE_LORA = "sparse_lora"
 # Further methods that are one of these with other options.
@@ -40,7 +42,7 @@ PRESETS = {
     "dora": ["lora", "compare.lora.form=dora"],
     "shira": ["lora", "compare.lora.form=shira"],
 }
-KNOWN = (*METHODS, SPARSE_LORA, *PRESETS)
+KNOWN = (*METHODS, *SCORED, SPARSE_LORA, *PRESETS)
 VARIED_SECTIONS = ("fisher", "search", "compare.lora")
 # The key of `compare.learning_rates` for methods that it does not name.
 DEFAULT = "default"
