@@ -21,7 +21,7 @@ from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.rules import input_dimension
 from irdscale.models.batches import LateRows, shared_batches
 from irdscale.utils.files import digest
-from irdscale.utils.progress import bar
+from irdscale.utils.progress import Advance, bar
 
 
 def of_linear_layers(model: nn.Module, scored: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -69,42 +69,56 @@ def input_sizes(
     same_on_every_rank({"order of samples": digest(list(order)), "sizes of sample sets": sorted(sizes), "score": score})
     check_memory(samples.shapes, dtype, layout, samples.device, offload)
     inputs = _Inputs(samples, score, dtype)
-    losses_N, begin = torch.zeros(len(samples.dataset), dtype=torch.float64), 0
-    losses, found = LateRows(losses_N), {}
+    losses_N = torch.zeros(len(samples.dataset), dtype=torch.float64)
     # The smallest size of all ranks, since all must divide the samples alike.
     together = 1 if samples.loss.uses_own else -largest_of([-samples.fitting])[0]
     # Ranks of a partitioned model agree inside a pass.
     agreeing = nullcontext() if samples.loss.partitioned else failing_together()
-    rank, world = rank_and_world()
-    shown = bar("Activations", max(sizes), enabled=progress and rank == 0)
-    with (
-        watched(),
-        gathering(samples.model),
-        frozen(samples.model),
-        torch.no_grad(),
-        agreeing,
-        shown as advance,
-        inputs,
-    ):
+    shown = bar("Activations", max(sizes), enabled=progress and rank_and_world()[0] == 0)
+    held = (watched(), gathering(samples.model), frozen(samples.model), torch.no_grad(), agreeing, inputs)
+    with ExitStack() as stack, shown as advance:
+        for each in held:
+            stack.enter_context(each)
         inputs.try_two(samples, order)
-        for stop in sorted(set(sizes)):
-            part = order[begin:stop]
-
-            def measure(places: list[int], part: Sequence[int] = part) -> None:
-                indices = [part[place] for place in places]
-                inputs.counting = bool(indices)
-                loss_B = samples.loss.of(indices or [order[0]], inputs.forward)[0]
-                if indices:
-                    losses.add(indices, loss_B)
-                    advance(world * len(indices))
-
-            shared_batches(samples.model, [1] * len(part), together, measure)
-            found[stop] = {name: total_C.clone() for name, total_C in inputs.totals.items()}
-            begin = stop
-        losses.read()
+        found = _totals(samples, order, sizes, inputs, losses_N, together, advance)
     all_reduce_sum([losses_N, *(total_C for totals in found.values() for total_C in totals.values())])
     samples.loss.check_finite(range(len(losses_N)), losses_N)
     return {stop: inputs.sizes(totals, offload) for stop, totals in found.items()}
+
+
+def _totals(
+    samples: SampleGradients,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    inputs: _Inputs,
+    losses_N: Tensor,
+    together: int,
+    advance: Advance,
+) -> dict[int, dict[str, Tensor]]:
+    """This rank's sums over the first s ordered samples, for each s in `sizes`.
+
+    Args:
+        losses_N: receives the loss of each visited sample
+        together: samples in a forward pass
+    """
+    losses, found, begin = LateRows(losses_N), {}, 0
+    world = rank_and_world()[1]
+    for stop in sorted(set(sizes)):
+        part = order[begin:stop]
+
+        def measure(places: list[int], part: Sequence[int] = part) -> None:
+            indices = [part[place] for place in places]
+            inputs.counting = bool(indices)
+            loss_B = samples.loss.of(indices or [order[0]], inputs.forward)[0]
+            if indices:
+                losses.add(indices, loss_B)
+                advance(world * len(indices))
+
+        shared_batches(samples.model, [1] * len(part), together, measure)
+        found[stop] = {name: total_C.clone() for name, total_C in inputs.totals.items()}
+        begin = stop
+    losses.read()
+    return found
 
 
 class _Inputs:

@@ -73,10 +73,10 @@ def ranked_entries_by_prefix(
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
         if score in OF_INPUTS:
-            found = input_sizes(
+            of = input_sizes(
                 samples, order, sizes, score, dtype=dtype, layout=layout, offload=offload, progress=progress
             )
-            return {size: _ranking(samples, score, found[size], layout, k, scope) for size in sizes}
+            return {size: _ranking(samples, score, of[size], layout, k, scope) for size in sizes}
         return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
     sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
     rankings: dict[int, Ranking] = {}

@@ -154,7 +154,7 @@ def run_candidate(
     """
     started, key = time.perf_counter(), candidate.key(config)
     record, records = candidate.record(config), records_of(config, output, candidate)
-    config, kept = candidate.config(config), list[int]()
+    config = candidate.config(config)
     model: nn.Module | None = None
 
     def measure() -> float:
@@ -164,7 +164,7 @@ def run_candidate(
             raise TrainingError(f"the {task.metric} on the selection split is {metric}")
         return metric
 
-    control = replace(control or Control(), kept=kept.append)
+    control = replace(control or Control(), kept=lambda step: record.update(kept_step=step))
     if report is not None:
         control = replace(control, at_rung=lambda step: report(step, measure()))
     start_peak()
@@ -174,8 +174,6 @@ def run_candidate(
             trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key), records)
             peak = peak_bytes()
             record |= {"metric": measure(), "status": "ok", "loss": trend, "peak_bytes": peak}
-            if kept:
-                record["kept_step"] = kept[0]
         except Paused:
             raise
         except Exception as error:  # the search goes on without this candidate
