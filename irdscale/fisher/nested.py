@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,23 +68,20 @@ def ranked_entries_by_prefix(
         saved: saves the state of the pass and its finished rankings
     """
     add = summed(score)
-    if rank_and_world()[1] == 1:
-        layout = "replicated"
+    layout = layout if rank_and_world()[1] > 1 else "replicated"
+    options: dict[str, Any] = {"dtype": dtype, "layout": layout, "offload": offload}
     if add is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
         if score in OF_INPUTS:
-            of = input_sizes(
-                samples, order, sizes, score, dtype=dtype, layout=layout, offload=offload, progress=progress
-            )
+            of = input_sizes(samples, order, sizes, score, progress=progress, **options)
             return {size: _ranking(samples, score, of[size], layout, k, scope) for size in sizes}
         return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
-    sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
+    sums = new_sums(samples, order, add=add, **options)
     rankings: dict[int, Ranking] = {}
 
     def snapshot(size: int) -> None:
-        ranking = _ranking(samples, score, sums.tensors, layout, k, scope)
-        rankings[size] = ranking
+        ranking = rankings[size] = _ranking(samples, score, sums.tensors, layout, k, scope)
         if saved is not None:
             saved.save_result(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
 
