@@ -168,9 +168,12 @@ def _labelled(columns: list[Column], answers: set[str]) -> Iterator[Proposal]:
 
 
 def _distinct_labels(labels: list[Column]) -> list[Column]:
-    """The columns without those that say the same as another; names of classes are kept before their numbers."""
+    """The columns without those that say the same as another.
+
+    Names of classes are kept before their numbers, and both before a column that its name calls a text.
+    """
     kept: list[Column] = []
-    for column in sorted(labels, key=lambda column: not column.is_text):
+    for column in sorted(labels, key=lambda column: (column.plain in _TEXTS, not column.is_text)):
         same = (each for each in kept if len(each.values) == len(column.values))
         if not any(
             len(set(zip(map(str, o.values), map(str, column.values)))) == o.distinct == column.distinct for o in same

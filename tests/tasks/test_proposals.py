@@ -39,6 +39,12 @@ def chosen(
     ("columns", "kind", "expected"),
     [
         ({"text": text("a"), "label": of("x", "y")}, "sequence-classification", {"text": ["text"], "label": "label"}),
+        # Few texts, each with its own label: the names tell which is which.
+        (
+            {"text": of("a b", "c d"), "label": of("x", "y")},
+            "sequence-classification",
+            {"text": ["text"], "label": "label"},
+        ),
         ({"id": lambda i: i, "review": text("a"), "sentiment": of(0, 1)}, "sequence-classification", None),
         ({"text": text("a"), "label": of(True, False)}, "sequence-classification", None),
         ({"text": text("a"), "score": lambda i: i / 7}, "regression", {"text": ["text"], "label": "score"}),
