@@ -90,7 +90,7 @@ def lora_layers(model: nn.Module, lora: LoraConfig, dense: Collection[str]) -> d
 
 
 def _refuse_unknown(lora: LoraConfig, layers: dict[str, nn.Module]) -> None:
-    """Refuse layers that PEFT has the form of adapter not for, or whose weights it would not dequantise as we do."""
+    """Refuse layers for which PEFT lacks this form of adapter, or whose weights it would dequantise differently."""
     for name, module in layers.items():
         quantized = dequantizes(type(module))
         if (lora.form != "lora" and quantized) or (lora.form == "shira" and type(module) is not nn.Linear):
