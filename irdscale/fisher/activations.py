@@ -40,7 +40,6 @@ def input_sizes(
     order: Sequence[int],
     sizes: Sequence[int],
     score: Score,
-    *,
     dtype: torch.dtype = torch.float32,
     layout: Layout = "replicated",
     offload: bool = False,
@@ -69,6 +68,16 @@ def input_sizes(
     same_on_every_rank({"order of samples": digest(list(order)), "sizes of sample sets": sorted(sizes), "score": score})
     check_memory(samples.shapes, dtype, layout, samples.device, offload)
     inputs = _Inputs(samples, score, dtype)
+    losses_N, found = _passed(samples, inputs, order, sizes, progress)
+    all_reduce_sum([losses_N, *(total_C for totals in found.values() for total_C in totals.values())])
+    samples.loss.check_finite(range(len(losses_N)), losses_N)
+    return {stop: inputs.sizes(totals, offload) for stop, totals in found.items()}
+
+
+def _passed(
+    samples: SampleGradients, inputs: _Inputs, order: Sequence[int], sizes: Sequence[int], progress: bool
+) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+    """Losses [N] of this rank's samples, and its totals over those among the first s, for each s in `sizes`."""
     losses_N, begin = torch.zeros(len(samples.dataset), dtype=torch.float64), 0
     losses, found = LateRows(losses_N), {}
     # The smallest size of all ranks, since all must divide the samples alike.
@@ -102,9 +111,7 @@ def input_sizes(
             found[stop] = {name: total_C.clone() for name, total_C in inputs.totals.items()}
             begin = stop
         losses.read()
-    all_reduce_sum([losses_N, *(total_C for totals in found.values() for total_C in totals.values())])
-    samples.loss.check_finite(range(len(losses_N)), losses_N)
-    return {stop: inputs.sizes(totals, offload) for stop, totals in found.items()}
+    return losses_N, found
 
 
 class _Inputs:

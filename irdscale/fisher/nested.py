@@ -56,9 +56,8 @@ def ranked_entries_by_prefix(
 ) -> dict[int, Ranking]:
     """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
-    It takes one accumulation pass over the first max(sizes) samples, of forward passes alone for a score of inputs, and
-    none for a score that reads no samples. Sums are ranked, which rank entries as their means do. Collective; all ranks
-    get the same rankings.
+    It takes one pass over the first max(sizes) samples, forwards alone for a score of inputs, and none for one that
+    reads no samples. Sums are ranked, which rank entries as means do. Collective; all ranks get the same rankings.
 
     Args:
         scope: `global`, or `layerwise`, in proportion to each parameter's size (see `rank_entries`)
@@ -72,11 +71,10 @@ def ranked_entries_by_prefix(
     if add is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
-        if score in OF_INPUTS:
-            options = {"dtype": dtype, "layout": layout, "offload": offload, "progress": progress}
-            found = input_sizes(samples, order, sizes, score, **options)
-            return {size: _ranking(samples, score, found[size], layout, k, scope) for size in sizes}
-        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+        if score not in OF_INPUTS:
+            return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+        found = input_sizes(samples, order, sizes, score, dtype, layout, offload, progress)
+        return {size: _ranking(samples, score, found[size], layout, k, scope) for size in sizes}
     sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
     rankings: dict[int, Ranking] = {}
 
