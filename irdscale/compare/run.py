@@ -1,6 +1,6 @@
 """`irdscale compare`: every method with every learning rate and seed, then searches and equal budgets, then the test.
 
-    1. masks: per seed a draw of samples, their traces and the masks of every search; random and magnitude masks
+    1. masks: per seed a draw of samples, their traces and the masks of every search; masks of one draw, by other scores
     2. learning rates: every method's first candidate with each rate and seed; each method keeps the rate with the best
        mean on the selection split
     3. budgets: IRD and reverse IRD at that rate, one search per seed; then FISH draws, random masks and trainings with
