@@ -29,6 +29,11 @@ if [[ -n "$extra" ]] && ! .venv/bin/python -c 'import sys, torch; sys.exit(not t
   echo "quickstart.sh: this trains five steps instead, which takes some five minutes" >&2
   few=(train.steps=5 train.gradient_accumulation=4 train.eval_batch_size=8 fisher.samples=32 fisher.batch_size=4)
   few+=('task.limit={selection: 32, test: 32}' output="${output}_train")
-  exec .venv/bin/python -m irdscale train "$config" "${few[@]}" "$@"
+  # A key may be given once: the user's values replace these.
+  kept=()
+  for change in "${few[@]}"; do
+    [[ " $* " == *" ${change%%=*}="* ]] || kept+=("$change")
+  done
+  exec .venv/bin/python -m irdscale train "$config" ${kept[@]+"${kept[@]}"} "$@"
 fi
 .venv/bin/python -m irdscale search "$config" "$@"

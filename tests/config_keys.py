@@ -1,31 +1,33 @@
-"""The table of every configuration key in configs/README.md, made from the schema.
+"""What is made from the schema: the table of every key in configs/README.md, and configs/schema.json for editors.
 
-python -m tests.config_keys    writes it anew
+python -m tests.config_keys    writes both anew
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
-from irdscale.config.schema import RunConfig
+from irdscale.config.keys import Key, config_keys, editor_schema
 
-PAGE = Path(__file__).resolve().parent.parent / "configs" / "README.md"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PAGE, SCHEMA = CONFIGS / "README.md", CONFIGS / "schema.json"
 MARKS = ("<!-- keys -->\n", "<!-- /keys -->")
-BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def key_tables() -> str:
     """A heading and a table for each section, in the order of the schema."""
-    schema = RunConfig.model_json_schema()
-    lines, single = [], []
-    for name, field in schema["properties"].items():
-        rows = _rows(name, field, schema, required=name in schema["required"], seen={})
-        if len(rows) == 1:
-            single += rows
-        else:
-            lines += [f"### {name}", "", *_table(rows), ""]
+    tables: dict[str, list[str]] = {}
+    for key in config_keys():
+        # Top-level sections have no description, and no row.
+        if key.text or not key.is_section:
+            tables.setdefault(key.name.partition(".")[0], []).append(_row(key))
+    single = [row for rows in tables.values() if len(rows) == 1 for row in rows]
+    lines = []
+    for section, rows in tables.items():
+        if len(rows) > 1:
+            lines += [f"### {section}", "", *_table(rows), ""]
     return "\n".join([*lines, "### output", "", *_table(single), ""])
 
 
@@ -33,42 +35,11 @@ def _table(rows: list[str]) -> list[str]:
     return ["| key | values | default | what it is |", "|---|---|---|---|", *rows]
 
 
-def _rows(key: str, field: dict[str, Any], schema: dict[str, Any], required: bool, seen: dict[str, str]) -> list[str]:
-    """The rows of a key: of all its keys where it is a section, unless these were shown under another key."""
-    section = next((part["$ref"] for part in [field, *field.get("anyOf", [])] if "$ref" in part), None)
-    rows = [] if section and "description" not in field else [_row(key, field, required, seen.get(section or ""))]
-    if section and section not in seen:
-        seen[section] = key
-        parts = schema["$defs"][section.rpartition("/")[2]]
-        for name, part in parts["properties"].items():
-            rows += _rows(f"{key}.{name}", part, schema, name in parts.get("required", []), seen)
-    return rows
-
-
-def _row(key: str, field: dict[str, Any], required: bool, like: str | None) -> str:
-    default = field.get("default")
-    shown = "required" if required else "unset" if default is None else f"`{json.dumps(default)}`".replace('"', "")
-    values = f"as `{like}`" if like else _values(field)
-    text = field.get("description", "").replace("|", r"\|")
-    return f"| `{key}` | {values} | {shown} | {text} |"
-
-
-def _values(field: dict[str, Any]) -> str:
-    """What a value may be, in words."""
-    if "$ref" in field:
-        return "section"
-    if "anyOf" in field:
-        parts = [_values(part) for part in field["anyOf"] if part.get("type") != "null"]
-        return " or ".join(dict.fromkeys(parts))
-    if "const" in field:
-        return f"`{field['const']}`"
-    if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
-    if field["type"] == "array":
-        return f"list of {_values(field['items'])}"
-    words = {"boolean": "`true`, `false`", "string": "text", "object": "map"}
-    bounds = [f"{sign} {str(field[name]).removesuffix('.0')}" for name, sign in BOUNDS.items() if name in field]
-    return " ".join([words.get(field["type"], field["type"]), ", ".join(bounds)]).strip()
+def _row(key: Key) -> str:
+    values = f"as `{key.like}`" if key.like else re.sub("'([^']*)'", r"`\1`", key.values)
+    values = values.replace("true or false", "`true`, `false`")
+    default = key.default if key.default in ("required", "unset") else f"`{key.default}`"
+    return f"| `{key.name}` | {values} | {default} | {key.text.replace('|', chr(92) + '|')} |"
 
 
 def page_with(tables: str) -> str:
@@ -79,5 +50,11 @@ def page_with(tables: str) -> str:
     return f"{before}{MARKS[0]}\n{tables}{MARKS[1]}{after}"
 
 
+def schema_text() -> str:
+    """configs/schema.json."""
+    return json.dumps(editor_schema(), indent=1) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page_with(key_tables()))
+    SCHEMA.write_text(schema_text())

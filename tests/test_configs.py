@@ -13,6 +13,7 @@ from irdscale.config.loader import load_config
 from irdscale.distributed.deepspeed import micro_batch
 from irdscale.errors import InputError
 from irdscale.plan import run_plan
+from tests.config_keys import SCHEMA, schema_text
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,17 @@ def test_header_says_what_needs_and_launch(path):
     assert launch[1] in VERBS
     assert launch[2] == str(path.relative_to(ROOT))
     assert launch[1] == ("compare" if path in STUDIES else "search")
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *LLM], ids=lambda path: path.stem)
+def test_header_names_the_schema_for_editors(path):
+    found = re.search(r"^# yaml-language-server: \$schema=(\S+)$", path.read_text(), re.MULTILINE)
+    assert found is not None
+    assert (path.parent / found[1]).resolve() == SCHEMA
+
+
+def test_the_schema_for_editors_is_up_to_date():
+    assert SCHEMA.read_text() == schema_text(), f"{SCHEMA} is out of date; run python -m tests.config_keys"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -28,7 +28,8 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "llama": {},
 }
-TRAIN = {"steps": 20, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5}
+# An epoch and a half of the toy's samples.
+TRAIN = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5}
 
 
 def toy(folder: Path, family: str, text: bool = False) -> Path:
@@ -67,9 +68,10 @@ def mask_of(config: RunConfig, task: Task, share: float = 0.1) -> Mask:
 
 @dataclass
 class Trained:
-    """What a training came to: its losses [steps], and every parameter."""
+    """What a training came to: its losses and gradient norms [steps], and every parameter."""
 
     losses: list[float]
+    norms: list[float]
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
     before: dict[str, Tensor]
@@ -96,7 +98,7 @@ def oracle(config: RunConfig, task: Task, mask: Mask, seed: int) -> Trained:
         elif name in head:
             optimizer.start[name] = torch.zeros_like(optimizer.start[name])
     trained = [n for n, m in masks.items() if bool(m.any())]
-    order, losses = training_order(len(task.train), steps * train.batch_size, seed), []
+    order, losses, norms = training_order(len(task.train), steps * train.batch_size, seed), [], []
     warmup = round(train.warmup_ratio * steps)
     for step in range(steps):
         rows = [task.train[i] for i in order[step * train.batch_size : (step + 1) * train.batch_size]]
@@ -105,7 +107,8 @@ def oracle(config: RunConfig, task: Task, mask: Mask, seed: int) -> Trained:
         loss.backward()
         losses.append(loss.item())
         gradients = torch.cat([(model.get_parameter(n).grad * masks[n].to(loss.dtype)).reshape(-1) for n in trained])
-        clip = min(1.0, train.max_grad_norm / (float(gradients.float().norm()) + 1e-6))
+        norms.append(float((gradients if gradients.dtype == torch.float64 else gradients.float()).norm()))
+        clip = min(1.0, train.max_grad_norm / (norms[-1] + 1e-6))
         for name, p in model.named_parameters():
             if p.grad is not None:
                 exact.get_parameter(name).grad = p.grad.to(masks[name].dtype) * clip
@@ -114,7 +117,7 @@ def oracle(config: RunConfig, task: Task, mask: Mask, seed: int) -> Trained:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(exact.get_parameter(name))
-    return Trained(losses, {n: p.detach().clone() for n, p in exact.named_parameters()}, masks, before)
+    return Trained(losses, norms, {n: p.detach().clone() for n, p in exact.named_parameters()}, masks, before)
 
 
 def _undecayed(model: nn.Module, name: str) -> bool:

@@ -32,6 +32,7 @@ from irdscale.masks.mask import Mask, index_dtype, top_k
 from irdscale.memory.sizes import StepKind
 from irdscale.memory.steps import step_peak
 from irdscale.sparse import sparsify
+from irdscale.utils.formats import GIB, size
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ LORA_RANK = 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_BAR = 0.65
 PLAN_BAR = 1.1
-GIB = 2**30
 Step = Callable[[], None]
 # Size and kind of step -> peak bytes.
 Peaks = dict[tuple[str, str], int]
@@ -167,7 +167,7 @@ def plan_rows(peaks: Peaks) -> Iterator[dict[str, Any]]:
     """The larger of a step's planned and measured peaks over the smaller."""
     for (name, kind), peak in peaks.items():
         planned = planned_peak(name, kind)
-        what = f"plan ({planned / GIB:.1f} GiB) and measured peak ({peak / GIB:.1f} GiB) apart: {kind}"
+        what = f"plan ({size(planned)}) and measured peak ({size(peak)}) apart: {kind}"
         apart = max(planned / peak, peak / planned)
         yield figure("train", what, name, gpu_models.TOKENS, apart, limit=PLAN_BAR)
 

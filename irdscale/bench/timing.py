@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from irdscale.utils.formats import count, number
+
 
 def side_by_side(measured: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each function in each repeat, after one warm-up; the order rotates from repeat to repeat."""
@@ -81,6 +83,6 @@ def line_of(row: dict[str, Any], seconds: float) -> str:
     """
     mark = {True: "met   ", False: "MISSED", None: "      "}[row["met"]]
     bar = f", bar {row['bar']}" if row["bar"] else ""
-    tokens = f" x {row['tokens']} tokens" if row["tokens"] else ""
-    spread = f"{row['low']:.3g} to {row['high']:.3g}"
-    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {row['ratio']:.3g} ({spread}{bar})"
+    tokens = f" x {count(row['tokens'])} tokens" if row["tokens"] else ""
+    spread = f"{number(row['low'], 3)} to {number(row['high'], 3)}"
+    return f"{mark} {seconds:6.1f} s  {row['what']}, {row['model']}{tokens}: {number(row['ratio'], 3)} ({spread}{bar})"

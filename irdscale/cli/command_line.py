@@ -12,7 +12,8 @@ import typer
 
 # Add the verbs to `app`.
 import irdscale.cli.verbs
-import irdscale.cli.verbs_of_samples  # noqa: F401
+import irdscale.cli.verbs_of_samples
+import irdscale.cli.verbs_of_start  # noqa: F401
 from irdscale.cli.app import app, verbs
 from irdscale.cli.ending import complain
 from irdscale.distributed.process_group import leave

@@ -57,6 +57,8 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         "search": None,
         "problems": problems,
     }
+    if config is not None:
+        _trackers(problems, config)
     with_ray = config is not None and config.search.runner == "ray"
     if result["ray"]["version"] is not None and not with_ray:
         try:
@@ -180,6 +182,17 @@ def _ray(problems: list[dict[str, Any]]) -> str | None:
         why = "ray is missing; run: pip install 'ray[tune]' tensorboardX"
         _problem(problems, "search with search.runner=ray", why, False)
         return None
+
+
+def _trackers(problems: list[dict[str, Any]], config: RunConfig) -> None:
+    """The packages of `train.report_to`."""
+    if not config.train.report_to:
+        return
+    from irdscale.training.trackers import missing_trackers
+
+    for name, package in missing_trackers(config).items():
+        why = f"{name} is missing; run: pip install {package}"
+        _problem(problems, f"train with train.report_to=[{name}]", why, True)
 
 
 def _free_memory() -> float:

@@ -15,6 +15,7 @@ from irdscale.cli.ranks import rank_of_this_process
 from irdscale.distributed.process_group import tell_others
 from irdscale.errors import InputError, RunError
 from irdscale.utils.interrupts import terminable
+from irdscale.utils.progress import say
 
 
 @contextmanager
@@ -60,5 +61,5 @@ def complain(message: str, code: int) -> int:
     # Ranks fail together; one line from each host is enough.
     if local_rank == 0:
         who = "irdscale" if rank == 0 else f"irdscale: rank {rank}"
-        print(f"{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        say(f"{who}: {' '.join(message.split())}")
     return code

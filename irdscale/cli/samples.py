@@ -8,12 +8,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from irdscale.cli.console import readable
+from irdscale.utils.formats import counted, percent
+from irdscale.utils.terminal import print_line, width_of
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 # Tokens shown of a sample's beginning, and of its end.
 SHOWN = 48
+INDENT = "    "
 LEARNED = "bold green"
 
 
@@ -25,13 +28,17 @@ def print_predictions(rows: list[dict[str, Any]]) -> None:
 
 def print_prediction(found: dict[str, Any]) -> None:
     """Print one prediction: the completion, the number, or the classes with the likeliest first."""
+    from rich.console import Console
+
+    console = Console()
     if "probabilities" in found:
         order = sorted(found["probabilities"].items(), key=lambda each: -each[1])
         width = max(len(name) for name, _ in order)
         for name, share in order:
-            print(f"{name:{width}}  {share:.4f}")
+            print_line(console, f"{name:{width}}  {share:.4f}")
     else:
-        print(found.get("completion", found.get("value")))
+        for text in str(found.get("completion", found.get("value"))).split("\n"):
+            print_line(console, text)
 
 
 def print_data(result: dict[str, Any]) -> None:
@@ -42,7 +49,7 @@ def print_data(result: dict[str, Any]) -> None:
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
 
     def line(text: str | Text, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
+        print_line(console, text, style)
 
     marks = "coloured" if coloured else "in brackets"
     line(
@@ -50,14 +57,16 @@ def print_data(result: dict[str, Any]) -> None:
     )
     for name, split in result["splits"].items():
         origin = "" if split["origin"] == name else f" ({split['origin']})"
-        line(f"\n{name}{origin}: {split['samples']:,} samples", "bold")
+        line("")
+        line(f"{name}{origin}: {counted(split['samples'], 'sample')}", "bold")
         for text in _summary_lines(result, split):
             line(f"  {text}")
         for sample in split["shown"]:
-            line(_sample(sample, coloured))
+            line(_sample(sample, coloured, width_of(console)))
     refused = result["refused"]
     if refused["rows"]:
-        line(f"\nrefused: {readable(refused['rows'])} row(s)", "bold")
+        line("")
+        line(f"refused: {counted(refused['rows'], 'row')}", "bold")
         for each in refused["first"]:
             line(f"  {each['why']}")
         if refused["rows"] > len(refused["first"]):
@@ -73,36 +82,52 @@ def _summary_lines(result: dict[str, Any], split: dict[str, Any]) -> Iterator[st
         counts = split["right_choices"].items()
         yield "right choice: " + ", ".join(f"number {number} {count:,} times" for number, count in counts)
     tokens = split["tokens"]
-    cut = f"{tokens['cut']:,} ({100 * tokens['cut_share']:.3g} %) {result['longer_are']} at {result['max_length']:,}"
+    cut = f"{tokens['cut']:,} ({percent(tokens['cut_share'])}) {result['longer_are']} at {result['max_length']:,}"
     yield (
         f"tokens: median {tokens['median']:,}, 95 % {tokens['p95']:,}, longest {tokens['longest']:,}; "
         + (cut if tokens["cut"] else f"none is longer than {result['max_length']:,}")
     )
     if "learned_share" in tokens:
-        yield f"learned: {100 * tokens['learned_share']:.3g} % of the tokens"
+        yield f"learned: {percent(tokens['learned_share'])} of the tokens"
     if "blocks" in split:
         yield f"packed: {split['blocks']:,} blocks of {result['max_length']:,} tokens"
 
 
-def _sample(sample: dict[str, Any], coloured: bool) -> Text:
-    """A sample's tokens, separated by bars, with the learned ones marked."""
+def _sample(sample: dict[str, Any], coloured: bool, width: int | None = None) -> Text:
+    """A sample's tokens, separated by bars, with the learned ones marked; broken between tokens after `width` cells."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     label = f", {readable(sample['label'])}" if "label" in sample else ""
-    text = Text(f"  row {sample['row']}{label}: ")
-    pairs = list(zip(sample["tokens"], sample["learned"], strict=True))
-    left = len(pairs) - 2 * SHOWN
-    parts = [pairs] if left <= 0 else [pairs[:SHOWN], pairs[-SHOWN:]]
-    for number, part in enumerate(parts):
-        text.append(f" .. {left:,} tokens .. " if number else "")
-        for learned, run in groupby(part, key=lambda pair: pair[1]):
-            joined = "|".join(_printable(token) for token, _ in run)
-            if learned and not coloured:
-                joined = f"[{joined}]"
-            text.append(joined, LEARNED if learned and coloured else None)
-            text.append("|")
-        text.right_crop(1)
-    return text
+    parts: list[tuple[str, str]] = [(f"  row {sample['row']}{label}: ", "")]
+    used, end = cell_len(parts[0][0]), len(sample["tokens"]) - SHOWN
+    for place in range(len(sample["tokens"])):
+        if SHOWN < place < end:
+            continue
+        left_out = SHOWN <= place < end
+        pieces = [(f" .. {end - SHOWN:,} tokens .. ", "")] if left_out else _token(sample, place, coloured)
+        cells = sum(cell_len(text) for text, _ in pieces)
+        if width is not None and used + cells > width:
+            parts.append((f"\n{INDENT}", ""))
+            used = len(INDENT)
+        parts += pieces
+        used += cells
+    runs = groupby(parts, key=lambda part: part[1])
+    return Text.assemble(*(("".join(text for text, _ in run), style) for style, run in runs))
+
+
+def _token(sample: dict[str, Any], place: int, coloured: bool) -> list[tuple[str, str]]:
+    """Texts and styles of a token and the bar after it; without colours, a run of learned tokens is in brackets."""
+    learned, size = sample["learned"], len(sample["learned"])
+    starts, ends = ((0, size - SHOWN), (SHOWN - 1, size - 1)) if size > 2 * SHOWN else ((0,), (size - 1,))
+    begins = place in starts or not learned[place - 1]
+    over = place in ends or not learned[place + 1]
+    bar = "" if place in ends else "|"
+    if not learned[place]:
+        return [(_printable(sample["tokens"][place]) + bar, "")]
+    opening, closing, style = ("", "", LEARNED) if coloured else ("[" * begins, "]" * over, "")
+    # The bar inside a run of learned tokens is part of it.
+    return [(opening + _printable(sample["tokens"][place]) + closing, style), (bar, "" if over else style)]
 
 
 def _printable(text: str) -> str:

@@ -14,11 +14,14 @@ import typer
 
 from irdscale.cli.app import verb
 from irdscale.cli.arguments import Config, Json, Overrides, Overwrite, load_arguments
-from irdscale.cli.console import print_bench, print_doctor, print_search, show
+from irdscale.cli.console import print_bench, print_search, print_train, show
 from irdscale.cli.ending import ending
+from irdscale.cli.keys import FORMAT, MASK, NEEDED_ADAPTER, PLAN_KEYS, TO, TO_FILE
 from irdscale.cli.ranks import candidate_ranks, launched_ranks
+from irdscale.cli.show_doctor import print_doctor
 from irdscale.distributed.process_group import alone, launched
 from irdscale.errors import InputError
+from irdscale.training.targets import check_export, check_target
 from irdscale.utils.files import check_writable
 from irdscale.utils.suggestions import nearest
 
@@ -30,14 +33,11 @@ BENCH_PARTS = ("fisher", "train", "search", "gpu", "all")
 
 @contextmanager
 def _saving(
-    config: str,
-    overrides: list[str] | None,
-    takes: tuple[str, ...] = (),
-    resumes: str = "the same command goes on from there",
+    verb: str, config: str, overrides: list[str] | None, resumes: str = "the same command goes on from there"
 ) -> Iterator[tuple[RunConfig, dict[str, str]]]:
     """Run the body of a verb that saves its state in the output folder; yields the result of `load_arguments`."""
     with ending(resumes):
-        settings, given = load_arguments(config, overrides, takes)
+        settings, given = load_arguments(verb, config, overrides)
         check_writable(settings.output, "output")
         yield settings, given
 
@@ -49,7 +49,7 @@ def search(config: Config, overrides: Overrides = None, overwrite: Overwrite = F
     After an interrupt, the same command resumes. Under torchrun or deepspeed, all ranks share the Fisher passes and
     train each candidate together; with search.runner=ray, candidates run side by side on a Ray cluster.
     """
-    with _saving(config, overrides) as (settings, _), candidate_ranks(settings):
+    with _saving("search", config, overrides) as (settings, _), candidate_ranks(settings):
         from irdscale.report import write_report
         from irdscale.search.run import run_search
 
@@ -66,7 +66,7 @@ def fisher(config: Config, overrides: Overrides = None, overwrite: Overwrite = F
     After an interrupt, the same command resumes. Under torchrun, all ranks share the samples.
     """
     with (
-        _saving(config, overrides) as (settings, _),
+        _saving("fisher", config, overrides) as (settings, _),
         launched_ranks(settings, train=settings.fisher.head_warmup > 0),
     ):
         from irdscale.training.one_mask import run_fisher
@@ -75,7 +75,7 @@ def fisher(config: Config, overrides: Overrides = None, overwrite: Overwrite = F
     show(result, as_json)
 
 
-@verb("irdscale train configs/quickstart.yaml output=runs/train mask=runs/fisher/mask")
+@verb("irdscale train configs/quickstart.yaml output=runs/train mask=runs/fisher/mask", MASK)
 def train(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Train one mask and save the adapter: mask=DIR, or a mask made with search.ratio.
 
@@ -83,18 +83,19 @@ def train(config: Config, overrides: Overrides = None, overwrite: Overwrite = Fa
     together.
     """
     resumes = "the same command goes on from the state saved last"
-    with _saving(config, overrides, ("mask",), resumes) as (settings, given), launched_ranks(settings):
+    with _saving("train", config, overrides, resumes) as (settings, given), launched_ranks(settings):
         from irdscale.training.one_mask import run_train
 
         result = run_train(settings, mask=given.get("mask"), progress=True, overwrite=overwrite)
-    show(result, as_json)
+    show(result, as_json, lambda: print_train(result))
 
 
-@verb("irdscale evaluate configs/quickstart.yaml adapter=runs/quickstart/adapter")
+@verb("irdscale evaluate configs/quickstart.yaml adapter=runs/quickstart/adapter", NEEDED_ADAPTER, TO_FILE)
 def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Measure a trained adapter: adapter=DIR. With to=FILE, also write its predictions for the test split, as JSONL."""
+    """Measure a trained adapter. With to=FILE, also write its predictions for the test split."""
     with ending():
-        settings, given = load_arguments(config, overrides, ("adapter", "to"), needs=("adapter",), files=("to",))
+        settings, given = load_arguments("evaluate", config, overrides)
+        check_target(given.get("to"))
         if "to" in given:
             check_writable(Path(given["to"]).parent, "to")
         with launched_ranks(settings, train=False):
@@ -104,7 +105,7 @@ def evaluate(config: Config, overrides: Overrides = None, as_json: Json = False)
     show(result, as_json)
 
 
-@verb("irdscale export configs/quickstart.yaml adapter=runs/a/adapter to=merged")
+@verb("irdscale export configs/quickstart.yaml adapter=runs/a/adapter to=merged", NEEDED_ADAPTER, TO, FORMAT)
 def export(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Write an adapter for others to load: adapter=DIR to=DIR.
 
@@ -115,7 +116,8 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
     """
     with ending():
         alone("export")
-        settings, given = load_arguments(config, overrides, takes=("adapter", "to", "format"), needs=("adapter", "to"))
+        settings, given = load_arguments("export", config, overrides)
+        check_export(given["to"], given.get("format"))
         if not given["to"].startswith("hub:"):
             check_writable(given["to"], "to")
         from irdscale.training.one_mask import run_export
@@ -132,7 +134,10 @@ def compare(config: Config, overrides: Overrides = None, overwrite: Overwrite = 
     split measures the chosen. After an interrupt, the same command resumes; it also does with methods, seeds or
     learning rates added.
     """
-    with _saving(config, overrides) as (settings, _), candidate_ranks(settings):
+    with _saving("compare", config, overrides) as (settings, _), candidate_ranks(settings):
+        from irdscale.compare.method_specs import check_comparison
+
+        check_comparison(settings)
         from irdscale.compare import write_comparison
         from irdscale.compare.run import run_compare
 
@@ -162,7 +167,7 @@ def report(
         if samples:
             alone("report --samples")
         if not Path(config).is_dir():
-            output = Path(load_arguments(config, overrides)[0].output)
+            output = Path(load_arguments("report", config, overrides, "nothing")[0].output)
         elif overrides:
             raise InputError("found a folder and a key=value", "the folder alone", overrides[0])
         else:
@@ -199,7 +204,7 @@ def doctor(
         settings = None
         if config is not None:
             alone("doctor")
-            settings, _ = load_arguments(config, overrides)
+            settings, _ = load_arguments("doctor", config, overrides)
         from irdscale.cli.doctor import diagnose
 
         result = diagnose(settings)
@@ -208,20 +213,22 @@ def doctor(
         raise typer.Exit(1)
 
 
-@verb("irdscale plan configs/quickstart.yaml gpus_per_node=8 gpu=h100-80gb")
+@verb("irdscale plan configs/quickstart.yaml gpus_per_node=8 gpu=h100-80gb", *PLAN_KEYS)
 def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """Estimate a run: memory per rank, traffic, operations and hours, and which layout fits. Loads no weights.
 
-    For nodes=N gpus_per_node=N gpu=NAME: h100-80gb, h200-141gb, b200-180gb, a100-40gb, a100-80gb, l40s-48gb,
-    rtx4090-24gb, or cpu. tokens=N and train_samples=N replace what only the data can tell.
+    GPUs: h100-80gb, h200-141gb, b200-180gb, a100-40gb, a100-80gb, l40s-48gb, rtx4090-24gb, l4-24gb, a10g-24gb, or
+    cpu. tokens= and train_samples= replace what only the data can tell.
     """
     with ending():
         alone("plan")
-        from irdscale.plan import run_plan
         from irdscale.plan.options import split_options
 
-        given, rest = split_options(overrides or [])
-        result = run_plan(load_arguments(config, rest)[0], **given)
+        given, _ = split_options(overrides or [])
+        settings, _ = load_arguments("plan", config, overrides, "model")
+        from irdscale.plan import run_plan
+
+        result = run_plan(settings, **given)
     from irdscale.plan.show import print_plan
 
     show(result, as_json, lambda: print_plan(result))

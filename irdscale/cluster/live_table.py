@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.table import Table
-
-from irdscale.utils.progress import PLAIN_SECONDS, duration, is_live, say, show_below
+from irdscale.utils.formats import count, duration
+from irdscale.utils.progress import PLAIN_SECONDS, is_live, say, show_below
+from irdscale.utils.terminal import Column, Table
 
 LOOK_S = 1.0
+COLUMNS = (
+    Column("round", drop=3),
+    Column("running", text=True),
+    Column("step"),
+    Column("loss", drop=2),
+    Column("metric", drop=1),
+    Column("left"),
+    Column("on", text=True, drop=4),
+)
 
 
 @contextmanager
@@ -43,20 +52,15 @@ def _watch(supervisor: Any, enabled: bool, ended: threading.Event) -> None:
         for line in seen["logs"]:
             say(f"irdscale: {line}")
         if enabled and is_live():
-            show_below(table(seen["jobs"]))
+            show_below(table(seen["jobs"]) if seen["jobs"] else None)
         elif enabled and seen["jobs"] and time.monotonic() - printed >= PLAIN_SECONDS:
             say(line_of_all(seen["jobs"]))
             printed = time.monotonic()
 
 
 def table(jobs: list[dict[str, Any]]) -> Table:
-    """One row per job: round, candidate, step, last metric, time left, host; all waiting jobs share one row."""
-    found = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("round", "running", "step", "metric", "left", "on"):
-        found.add_column(column, justify="right" if column in ("round", "step", "metric", "left") else "left")
-    for job in summed_up(jobs):
-        found.add_row(*cells(job))
-    return found
+    """One row per job: round, candidate, step, loss, metric, time left, host; all waiting jobs share one row."""
+    return Table(COLUMNS, [cells(job) for job in summed_up(jobs)])
 
 
 def line_of_all(jobs: list[dict[str, Any]]) -> str:
@@ -84,7 +88,8 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
     return (
         "" if job.get("round") is None else str(job["round"]),
         str(job.get("what", job["name"])),
-        "waiting" if begun is None else "starting" if step is None else f"{step:.0f}/{of or '?'}",
+        "waiting" if begun is None else "starting" if step is None else f"{count(step)}/{count(of) if of else '?'}",
+        f"{job['loss']:.4f}" if "loss" in job else "",
         f"{job['metric']:.4f}" if "metric" in job else "",
         left,
         job["host"] or "",
@@ -93,6 +98,7 @@ def cells(job: dict[str, Any]) -> tuple[str, ...]:
 
 def line_of(job: dict[str, Any]) -> str:
     """One job, for `line_of_all`."""
-    _, what, step, metric, left, _ = cells(job)
-    parts = [what, step if "/" not in step else f"step {step}", metric and f"metric {metric}", left and f"{left} left"]
+    _, what, step, loss, metric, left, _ = cells(job)
+    parts = [what, step if "/" not in step else f"step {step}", loss and f"loss {loss}"]
+    parts += [metric and f"metric {metric}", left and f"{left} left"]
     return ", ".join(filter(None, parts))

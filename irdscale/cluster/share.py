@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from irdscale.errors import InputError
+from irdscale.utils.formats import GIB, size
 
-GIB = 2**30
 # Ray counts resources in units of 1/10000.
 PARTS = 10_000
 # Bytes of GPU memory that CUDA and its libraries take per process, beside tensors.
@@ -86,8 +86,8 @@ def tensors_room(share: float, memory: int) -> int:
     """
     room = int(share * memory) - CONTEXT
     if room <= 0:
-        fault = f"found {share:g}, {share * memory / GIB:.2f} GiB of a GPU of {memory / GIB:.1f} GiB"
-        expected = f"more than the {CONTEXT / GIB:g} GiB that CUDA takes per process"
+        fault = f"found {share:g}, {size(share * memory)} of a GPU of {size(memory)}"
+        expected = f"more than the {size(CONTEXT)} that CUDA takes per process"
         raise InputError(fault, expected, key="search.ray.gpus_per_rank")
     return room
 

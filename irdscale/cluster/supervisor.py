@@ -18,6 +18,7 @@ from typing import Any
 
 from irdscale.cluster.worker import RankGroup, run_rank
 from irdscale.errors import InputError, RunError
+from irdscale.utils.formats import duration
 
 LOOK_S = 0.5
 # Time for a cancelled process to end before it is killed.
@@ -226,9 +227,9 @@ class Supervisor:
         now = time.monotonic()
         job = state.job
         if now - state.heard > job.silent_s:
-            raise RunError(f"no progress for {job.silent_s:.0f} s; last: {_last_seen(state)}")
+            raise RunError(f"no progress for {duration(job.silent_s)}; last: {_last_seen(state)}")
         if job.limit_s is not None and now - state.arrived > job.limit_s:
-            raise RunError(f"not done after {job.limit_s:.0f} s; last: {_last_seen(state)}")
+            raise RunError(f"not done after {duration(job.limit_s)}; last: {_last_seen(state)}")
 
 
 def _last_seen(state: _State) -> str:

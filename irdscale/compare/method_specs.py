@@ -9,6 +9,7 @@ from typing import Literal
 from irdscale.config.compare import SPARSE_LORA, LoraConfig, spelled_out
 from irdscale.config.loader import changed_config
 from irdscale.config.schema import RunConfig
+from irdscale.errors import InputError
 
 # Methods whose masks come from a ranking of the samples -> direction of the ranking.
 RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
@@ -130,6 +131,34 @@ def owner_of(methods: Sequence[Method], method: Method, seed: int) -> Method:
 def ranking_name(owner: Method, seed: int) -> str:
     """Folder name of a method's own ranking."""
     return f"{slug(owner.name)}-{seed}"
+
+
+def check_comparison(config: RunConfig) -> None:
+    """Check what the configuration alone can tell of a comparison.
+
+    Raises:
+        InputError: candidates would be stopped early, a variant's changes are invalid, or as `check_methods`.
+    """
+    if config.search.runner == "ray" and config.search.ray.early_stopping:
+        expected = "false: a comparison evaluates every candidate in full"
+        raise InputError("found true", expected, key="search.ray.early_stopping")
+    check_methods(config, asked_methods(config))
+
+
+def check_methods(config: RunConfig, methods: Sequence[Method]) -> None:
+    """Check that the methods of a comparison have the others that they need.
+
+    Raises:
+        InputError: one is missing, or the reference is none of them.
+    """
+    names = [method.name for method in methods]
+    for method in methods:
+        if method.kind == "fish_best" and "ird" not in names:
+            expected = "both, because it draws as often as ird evaluates"
+            raise InputError(f"found {method.name} without ird", expected, key="compare.methods")
+    if config.compare.reference not in (None, *names):
+        expected = f"one of the methods: {', '.join(names)}"
+        raise InputError(f"found {config.compare.reference!r}", expected, key="compare.reference")
 
 
 def asked_methods(config: RunConfig) -> list[Method]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.compare.method_specs import Method, asked_methods
+from irdscale.compare.method_specs import Method, asked_methods, check_methods
 from irdscale.config.compare import SPARSE_LORA, LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import numel_of
@@ -119,17 +119,11 @@ def fitting_methods(config: RunConfig, facts: ModelFacts) -> list[Method]:
     }
     if config.compare.methods is None:
         methods = [method for method in methods if not lacking.get(method.kind)]
-    names = [method.name for method in methods]
     for method in methods:
         if lacking.get(method.kind):
             found = f"found {method.name}, but {lacking[method.kind]}"
             raise InputError(found, "other methods", key="compare.methods")
-        if method.kind == "fish_best" and "ird" not in names:
-            expected = "both, because it draws as often as ird evaluates"
-            raise InputError(f"found {method.name} without ird", expected, key="compare.methods")
-    if config.compare.reference not in (None, *names):
-        expected = f"one of the methods: {', '.join(names)}"
-        raise InputError(f"found {config.compare.reference!r}", expected, key="compare.reference")
+    check_methods(config, methods)
     return methods
 
 

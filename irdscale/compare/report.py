@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.figures import draw_all
+from irdscale.compare.next_steps import next_steps
 from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
 from irdscale.compare.study import read_study
@@ -16,22 +17,26 @@ from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on
 from irdscale.compare.where import COLUMNS as MASK_COLUMNS
 from irdscale.compare.where import where_masks_lie
 from irdscale.report.pages import write_pages
+from irdscale.report.sample_texts import label_word
+from irdscale.report.terms import RELATIONS, of_comparison
 from irdscale.utils.files import write_atomic
 
 CAPTIONS = {
     "scores": "Test score by method: mean and 95 % t interval over the seeds. Grey dots are seeds. "
-    "The band is the reference's interval.",
+    "The band is the reference's interval. Slanted marks are breaks of the axis.",
     "parameters": "Test score against the number of trainable parameters beside the head. Methods of the same size "
-    "are side by side; dashed lines are methods that train only the head.",
+    "are side by side; dashed lines are methods that train only the head. Slanted marks are breaks of the axis.",
     "differences": "Paired differences to the reference over the seeds, with 95 % t intervals. Blue: the reference is "
     "better. Orange: it is worse. Grey: the interval includes zero.",
-    "rates": "Mean metric on the selection split by learning rate. The large marks are the chosen rates.",
+    "rates": "Mean metric on the selection split by learning rate. The methods are side by side at each rate; rings "
+    "are the chosen rates. Slanted marks are breaks of the axis.",
 }
 
 
 def write_files(output: Path) -> dict[str, Any]:
     """See `irdscale.compare.write_comparison`."""
     study = read_study(output)
+    advice, commands = next_steps(study, output)
     values = {
         "result": study,
         "methods": study["methods"],
@@ -46,6 +51,11 @@ def write_files(output: Path) -> dict[str, Any]:
         "masks": where_masks_lie(output, study),
         "mask_columns": MASK_COLUMNS,
         "captions": CAPTIONS,
+        "terms": of_comparison(study),
+        "measures": RELATIONS,
+        "next": advice,
+        "next_commands": commands,
+        "label": label_word(study["task"]["kind"]),
     }
     written = write_pages(output, "irdscale.compare", "compare", values, draw_all(study))
     table = output / "scores.csv"

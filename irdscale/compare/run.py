@@ -28,6 +28,7 @@ from irdscale.compare.method_specs import (
     SEARCHES,
     Method,
     asked_methods,
+    check_comparison,
     owner_of,
     ranking_name,
     rates_of,
@@ -48,7 +49,6 @@ from irdscale.compare.study import FILE, read_study
 from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
-from irdscale.errors import InputError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.engines import running
@@ -61,6 +61,7 @@ from irdscale.search.run import what_was_searched
 from irdscale.search.runner import Runner, WorkItem
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import rise_warnings
+from irdscale.training.trackers import require_trackers
 from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
@@ -88,10 +89,9 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
         RunError: masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
-    if config.search.runner == "ray" and config.search.ray.early_stopping:
-        expected = "false: a comparison evaluates every candidate in full"
-        raise InputError("found true", expected, key="search.ray.early_stopping")
+    check_comparison(config)
     with failing_together():
+        require_trackers(config)
         if not overwrite:
             refuse_changes(config, output)
     with held(config, overwrite) as folder:
@@ -118,7 +118,8 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         with open_ledger(config, output) as ledger:
             first = rank_and_world()[0] == 0
             with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
-                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
+                labels = {method.name: method.label for method in methods}
+                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better, labels)
                 steps = training_steps(config.train, len(task.trained))
                 study = Study(config, task, engine, runner, output, progress, facts, methods, steps)
                 result = _compared(study)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,23 +12,37 @@ from typing import Any
 from irdscale.compare.method_specs import RANKINGS, Method, asked_methods, owner_of, ranking_name
 from irdscale.compare.study import FILE
 from irdscale.config.loader import check_config
+from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
+from irdscale.report.analysis import extremes
 from irdscale.report.mask_overlap import overlaps
 from irdscale.report.relations import Relation, by_chance, headline, ranking_relations
-from irdscale.report.verdict import percent
+from irdscale.report.sample_texts import texts_of, with_texts
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import index_file, load_mask, mask_folder, read_masks, traces_file
 from irdscale.utils.files import read_json
+from irdscale.utils.formats import percent
 
 COLUMNS = ["property", "measure", "mean", "over the seeds", "by chance"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Text and table (`COLUMNS`) of the report's section "Samples"."""
+    """Contents of the report's section "Samples".
+
+    Attributes:
+        rows: rows of a table with `COLUMNS`.
+        measures: measures of the relations in the table.
+        top, lowest: samples of the first seed with the largest and the smallest traces, with their texts.
+        missing: sentence on why there are no texts; None if there are.
+    """
 
     sentences: list[str]
     rows: list[list[str]]
+    measures: list[str] = field(default_factory=list)
+    top: list[dict[str, Any]] = field(default_factory=list)
+    lowest: list[dict[str, Any]] = field(default_factory=list)
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,8 @@ def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
             seeds = [_read(output, name, study["task"]["kind"], method.config.search.direction) for name in names]
             folders = [mask_folder(output, mask) for one in seeds for mask in (one.pool_mask, one.first_mask)]
             if all(folder.exists() for folder in folders):
-                return _described(output, study, method, seeds)
+                described = _described(output, study, method, seeds)
+                return _with_texts(described, method.of_seed(study["seeds"][0]), traces_file(output, names[0]))
             return _without(folders) if any(folder.exists() for folder in folders) else None
     return None
 
@@ -143,7 +158,15 @@ def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[
         rows.append(_row("masks of all, of two seeds", "shared entries", pairs, chance))
     if shares:
         sentences.append(f"Of {params:,} entries, {'; '.join(shares)}; random masks would share {chance}.")
-    return Samples(sentences, rows)
+    return Samples(sentences, rows, list(dict.fromkeys(mean.measure for mean in related)))
+
+
+def _with_texts(found: Samples, config: RunConfig, file: Path) -> Samples:
+    """Add the samples of one seed with the largest and the smallest traces."""
+    traces = read_json(file, "list of traces")
+    top, lowest = extremes(traces)
+    texts = texts_of(config, traces, [one["place"] for one in (*top, *lowest)])
+    return replace(found, top=with_texts(top, texts), lowest=with_texts(lowest, texts), missing=texts.missing)
 
 
 def _mean(found: list[Relation]) -> Relation:

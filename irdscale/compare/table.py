@@ -7,11 +7,12 @@ from typing import Any
 
 from irdscale.compare.grid import edge_of
 from irdscale.compare.verdict import reference_of
+from irdscale.utils.formats import count, number
 
 # Measured cost -> head of its column, and its text.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "adapter_bytes": ("adapter, bytes", lambda value: f"{round(value):,}"),
-    "seconds": ("seconds a training", lambda value: f"{value:.3g}"),
+    "adapter_bytes": ("adapter, bytes", count),
+    "seconds": ("seconds a training", lambda value: number(value, 3)),
     "peak_bytes": ("peak GPU memory, GiB", lambda value: f"{value / 2**30:.2f}"),
 }
 
@@ -86,9 +87,9 @@ def _row(method: dict[str, Any]) -> list[str]:
         *apart,
         _or_failed(method["selection"]["mean"]),
         "-" if rate is None else f"{rate:g}" + (f" ({edge})" if (edge := edge_of(method)) else ""),
-        "-" if method["params"] is None else f"{round(method['params']):,}",
-        "-" if method["evaluations"] is None else f"{method['evaluations']:.3g}",
-        "-" if method["fine_tunings"] is None else f"{method['fine_tunings']:.3g}",
+        "-" if method["params"] is None else count(method["params"]),
+        "-" if method["evaluations"] is None else number(method["evaluations"], 3),
+        "-" if method["fine_tunings"] is None else number(method["fine_tunings"], 3),
     ]
 
 

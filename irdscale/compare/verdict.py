@@ -9,6 +9,7 @@ from irdscale.compare.method_specs import FEW, SEARCHES
 from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
+from irdscale.utils.formats import number
 
 ENOUGH_SEEDS = 5
 # Options that change a search's rounds, but not the mask of its fewest samples.
@@ -39,7 +40,8 @@ def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[s
         return None
     mean, low, high = difference["mean"], difference["low"], difference["high"]
     if study["task"]["lower_is_better"]:
-        mean, low, high = -mean, None if high is None else -high, None if low is None else -low
+        # 0 - 0 is 0, where -(0.0) is -0.
+        mean, low, high = 0 - mean, None if high is None else -high, None if low is None else -low
     return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
 
 
@@ -118,10 +120,10 @@ def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
     one = ""
     if fish is not None and fish is not reference and fish["fine_tunings"] is not None:
         retrained = (fish["evaluations"] or 0) > len(fish["grid"])
-        one = f", one FISH mask {_number(fish['fine_tunings'])}"
+        one = f", one FISH mask {number(fish['fine_tunings'], 3)}"
         one += " (retrained with other seeds for the same budget, the best kept)" if retrained else ""
     return (
-        f"A seed of {reference['label']} cost {_number(reference['fine_tunings'])} fine-tunings{one}. "
+        f"A seed of {reference['label']} cost {number(reference['fine_tunings'], 3)} fine-tunings{one}. "
         "One training of one candidate is 1; Fisher passes count, the learning-rate grid does not."
     )
 
@@ -186,7 +188,7 @@ def _without_search(study: dict[str, Any], before: str) -> str:
     count = next((f"{one['samples']:,} " for one in top["seeds"] if one["samples"]), "")
     mask, where, seeds = f"ne mask of the {count}samples that rank first ({top['label']})", side(found), found["n"]
     preferred = (reference, top) if where > 0 else (top, reference)
-    costs = [_number(one["fine_tunings"]) for one in preferred if one["fine_tunings"] is not None]
+    costs = [number(one["fine_tunings"], 3) for one in preferred if one["fine_tunings"] is not None]
     cost = f", for {costs[0]} fine-tunings instead of {costs[1]}" if len(costs) == 2 else ""
     if where > 0:
         text = f" The search gained {signed_interval(found)}, over o{mask}{cost}."
@@ -310,7 +312,3 @@ def signed_interval(found: dict[str, Any]) -> str:
 
 def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.report.mask_overlap import most_held
-from irdscale.report.verdict import percent
 from irdscale.search.mask_store import load_mask, mask_folder
+from irdscale.utils.formats import percent
 
 COLUMNS = ["method", "most entries are in", "of the masks", "of the scored parameters"]
 

@@ -143,6 +143,14 @@ class CompareConfig(Section):
             _check_rates(value)
         return value
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _methods_alone(cls, value: Any) -> Any:
+        """Take a method alone for a list of one."""
+        if not isinstance(value, dict):
+            return value
+        return {name: [changed] if isinstance(changed, str) else changed for name, changed in value.items()}
+
     @model_validator(mode="after")
     def _known(self) -> CompareConfig:
         for name, (method, *changes) in ((name, changed or ["nothing"]) for name, changed in self.variants.items()):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from irdscale.config.schema import RunConfig, default_scope
+from irdscale.config.schema import RunConfig, default_scope, result_settings
 from irdscale.config.section import Section
 from irdscale.errors import InputError
 from irdscale.utils.suggestions import nearest
@@ -134,9 +134,40 @@ def changed_config(config: RunConfig, overrides: list[str], where: str) -> RunCo
         InputError: as `load_config`.
     """
     values = config.model_dump(mode="json")
+    refuse_repeated(overrides, where)
     for override in overrides:
         _override(values, override)
     return _validate(values, where, {}, set())
+
+
+def changes_of(overrides: list[str]) -> dict[str, Any]:
+    """The values that `section.key=value` overrides set, as nested sections, unchecked.
+
+    Raises:
+        InputError: one of them is not key=value, or replaces an earlier one.
+    """
+    values: dict[str, Any] = {}
+    refuse_repeated(overrides, "command line")
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def refuse_repeated(overrides: Iterable[str], where: str) -> None:
+    """Check that no `section.key=value` replaces an earlier one.
+
+    Raises:
+        InputError: one does.
+    """
+    earlier: list[str] = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        for before in earlier:
+            if before == key:
+                raise InputError("given twice", key=key, where=where)
+            if before.startswith(f"{key}."):
+                raise InputError(f"found after {before}=, which it replaces", f"{key}= first", key, where)
+        earlier.append(key)
 
 
 def _override(values: dict[str, Any], override: str) -> str:
@@ -229,12 +260,25 @@ def _fault(error: dict[str, Any], location: list[str]) -> InputError:
         size = error["ctx"].get("min_length", error["ctx"].get("max_length"))
         items = "1 item" if size == 1 else f"{size} items"
         return InputError(found, f"at {'least' if kind == 'too_short' else 'most'} {items}")
+    if kind == "list_type":
+        return InputError(found, _as_list(value))
     if kind == "string_too_short":
         return InputError(found, "some text")
+    if error["loc"] == ("model", "path") and value is None:
+        return InputError(found, "a local folder, a hub id, a GGUF file or package:NAME/FOLDER")
     expected = str(error["msg"]).removeprefix("Input should be ")
     if kind == "literal_error":
         return InputError(found + nearest(value, re.findall(r"'([^']*)'", expected)), expected)
     return InputError(found, expected[0].lower() + expected[1:])
+
+
+def _as_list(value: Any) -> str:
+    """How to write a value that stands where a list is meant."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"a list: write [{value}]"
+    if isinstance(value, str) and re.fullmatch(r"[^,]+(,[^,]+)+", value):
+        return f"a list: write [{value}]"
+    return "a list, in brackets"
 
 
 def _section_at(location: list[Any]) -> type[Section] | None:
@@ -277,7 +321,7 @@ def same_search(config: dict[str, Any]) -> dict[str, Any]:
     fisher = config["fisher"] | {"scope": config["fisher"]["scope"] or default_scope(config["task"]["kind"])}
     search = {k: v for k, v in config["search"].items() if k not in ("runner", "ray")}
     kept = {k: v for k, v in config.items() if k not in ("output", "distributed", "compare")}
-    return kept | {"fisher": fisher, "search": search}
+    return kept | {"fisher": fisher, "search": search, "train": result_settings(config["train"])}
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

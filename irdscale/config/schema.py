@@ -20,10 +20,18 @@ Direction = Literal["ird", "reverse", "random"]
 RankBy = Literal["trace", "length", "loss"]
 Score = Literal["fisher", "gradient", "saliency", "magnitude", "small_magnitude", "random"]
 Scope = Literal["global", "layerwise"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Expressions = Annotated[list[str] | None, AfterValidator(check_expressions)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 # Keys of `train` that say how a training is done; they change its result by rounding at most.
-HOW_TO_TRAIN = ("deepspeed", "save_minutes", "gradient_checkpointing", "gradient_accumulation", "eval_batch_size")
+HOW_TO_TRAIN = (
+    "deepspeed",
+    "save_minutes",
+    "gradient_checkpointing",
+    "gradient_accumulation",
+    "eval_batch_size",
+    "report_to",
+)
 
 
 class ModelConfig(Section):
@@ -215,6 +223,18 @@ class TrainConfig(Section):
     save_minutes: float = Field(
         10.0, ge=0, description="Minutes between saved states of a training; a killed one continues from the last."
     )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps between evaluations on the selection split, with one more after the last step; no "
+        "evaluation during a training if unset.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="Deltas that a training keeps: those of the last step, or of the best evaluation."
+    )
+    report_to: Annotated[list[Tracker], AfterValidator(check_distinct)] = Field(
+        [], description="Trackers that get the metrics of every step: tensorboard, wandb, mlflow, trackio."
+    )
 
     @field_validator("always_train")
     @classmethod
@@ -225,6 +245,8 @@ class TrainConfig(Section):
     def _one_length(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise InputError("found both steps and epochs", "one of them")
+        if self.keep == "best" and self.eval_steps is None:
+            raise InputError("found 'best' without eval_steps", "eval_steps too: its evaluations are compared", "keep")
         return self
 
 
@@ -290,6 +312,17 @@ class RunConfig(Section):
             expected = f"at most fisher.samples ({self.fisher.samples})"
             raise InputError(f"found {self.search.min_samples}", expected, "search.min_samples")
         return self
+
+
+def result_settings(train: dict[str, Any]) -> dict[str, Any]:
+    """A dumped section `train` without keys that change no result: reports, and evaluations of which none is kept."""
+    idle = {"report_to"} if train["keep"] == "best" else {"report_to", "eval_steps", "keep"}
+    return {key: value for key, value in train.items() if key not in idle}
+
+
+def short_training(config: TrainConfig, steps: int) -> TrainConfig:
+    """A training of so many steps with the same settings, without evaluations on the way."""
+    return config.model_copy(update={"steps": steps, "epochs": None, "eval_steps": None, "keep": "last"})
 
 
 def training_steps(config: TrainConfig, samples: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from irdscale.config.kinds import COLUMNS, KNOWN_METRICS, METRICS, Kind
 from irdscale.config.section import Section
@@ -76,11 +76,23 @@ class CopiesConfig(Section):
     )
 
 
+def check_delimiter(value: str | None) -> str | None:
+    """Return the delimiter of a CSV file, or raise `InputError` where it is not one character."""
+    value = "\t" if value in ("\\t", "tab") else value
+    if value is not None and (len(value) != 1 or not value.isascii() or value.isalnum() or value in '"\r\n'):
+        raise InputError(f"found {value!r}", "one character, such as ';', or tab")
+    return value
+
+
+Delimiter = Annotated[str | None, AfterValidator(check_delimiter)]
+
+
 class MixedWithConfig(Section):
     dataset: str = Field(
         min_length=1, description="Second data set, as `task.dataset`, with samples of the same kind and classes."
     )
     subset: str | None = Field(None, description="Subset of the second data set, as `task.subset`.")
+    delimiter: Delimiter = Field(None, description="Delimiter of the second data set, as `task.delimiter`.")
     columns: ColumnsConfig | None = Field(
         None, description="Columns of the second data set; `task.columns` if unset (GLUE tasks have their own)."
     )
@@ -129,10 +141,13 @@ def check_pool(kind: Kind, pool: PoolConfig, section: str = "pool") -> None:
 class TaskConfig(Section):
     dataset: str = Field(
         min_length=1,
-        description="GLUE task (`glue/NAME`), hub id, or local file or folder of parquet, JSONL or CSV files.",
+        description="GLUE task (`glue/NAME`), hub id, or local file or folder of parquet, JSONL, JSON or CSV files.",
     )
     kind: Kind | None = Field(None, description="Kind of task; required except for GLUE tasks.")
     subset: str | None = Field(None, description="Configuration of a hub data set, or folder inside a local one.")
+    delimiter: Delimiter = Field(
+        None, description="Delimiter of CSV files: one character; a comma if unset, in .tsv files a tab."
+    )
     columns: ColumnsConfig | None = Field(None, description="Columns of the data set; required except for GLUE tasks.")
     metric: str | None = Field(None, description=f"Metric: {', '.join(KNOWN_METRICS)}; the task's own if unset.")
     max_length: int = Field(
@@ -168,23 +183,34 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _fits_kind(self) -> TaskConfig:
-        if self.kind is None:
-            return self
-        metrics, with_kind = METRICS[self.kind], f"with kind {self.kind!r}"
-        if self.metric is not None and self.metric not in metrics:
-            raise InputError(f"found {self.metric!r} {with_kind}", f"one of {', '.join(metrics)}", "metric")
-        if self.packing and self.kind != "causal-lm":
-            raise InputError(f"found true {with_kind}", "false (only causal-lm packs)", "packing")
-        if self.truncate is not None and self.kind not in ("sft", "multiple-choice"):
-            raise InputError(f"found {self.truncate!r} {with_kind}", "none", "truncate")
-        if self.columns is not None:
-            check_columns(self.kind, self.columns)
-        for key in ("chat_template", "train_on"):
-            if getattr(self, key) is not None and not may_read_chats(self.kind, self.columns):
-                raise InputError("found without chats", "kind 'sft' with columns of chats", key)
-        if self.pool is not None:
-            check_pool(self.kind, self.pool)
+        if self.kind is not None:
+            check_kind(self, self.kind)
         return self
+
+
+def check_kind(task: TaskConfig, kind: Kind, section: str = "") -> None:
+    """Check that the other keys of a task fit samples of this kind.
+
+    Args:
+        section: what stands before each key in an error, such as `task.`.
+
+    Raises:
+        InputError: they do not.
+    """
+    metrics, with_kind = METRICS[kind], f"with kind {kind!r}"
+    if task.metric is not None and task.metric not in metrics:
+        raise InputError(f"found {task.metric!r} {with_kind}", f"one of {', '.join(metrics)}", f"{section}metric")
+    if task.packing and kind != "causal-lm":
+        raise InputError(f"found true {with_kind}", "false (only causal-lm packs)", f"{section}packing")
+    if task.truncate is not None and kind not in ("sft", "multiple-choice"):
+        raise InputError(f"found {task.truncate!r} {with_kind}", "none", f"{section}truncate")
+    if task.columns is not None:
+        check_columns(kind, task.columns, f"{section}columns")
+    for key in ("chat_template", "train_on"):
+        if getattr(task, key) is not None and not may_read_chats(kind, task.columns):
+            raise InputError("found without chats", "kind 'sft' with columns of chats", f"{section}{key}")
+    if task.pool is not None:
+        check_pool(kind, task.pool, f"{section}pool")
 
 
 def may_read_chats(kind: Kind, columns: ColumnsConfig | None) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from irdscale import __version__
 from irdscale.errors import InputError, RunError
+from irdscale.utils.formats import duration
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -179,7 +180,7 @@ def _store(rank: int, world: int, wait: timedelta) -> Store:
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
-            f"{world} ranks did not meet at {place} (MASTER_ADDR, MASTER_PORT) within {_minutes(wait)}: one has ended, "
+            f"{world} ranks did not meet at {place} (MASTER_ADDR, MASTER_PORT) within {_words(wait)}: one has ended, "
             f"its node did not come, or a firewall is between them"
         ) from error
     return store
@@ -207,7 +208,7 @@ def _meet(store: Store, rank: int, world: int, own: dict[str, str], wait: timede
             if time.monotonic() > deadline:
                 missing = [r for r in range(world) if not store.check([_key(r)])]
                 names = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-                raise RunError(f"{names} did not come within {_minutes(wait)}: ended before, or the node is gone")
+                raise RunError(f"{names} did not come within {_words(wait)}: ended before, or the node is gone")
             time.sleep(_POLL_S)
         found = [json.loads(text) for text in store.multi_get([_key(r) for r in range(world)])]
         problem = _difference(found)
@@ -272,5 +273,5 @@ def _key(rank: int) -> str:
     return f"irdscale/{rank}"
 
 
-def _minutes(wait: timedelta) -> str:
-    return f"{wait.total_seconds() / 60:.3g} minutes"
+def _words(wait: timedelta) -> str:
+    return duration(wait.total_seconds())

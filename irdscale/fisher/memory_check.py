@@ -11,8 +11,7 @@ import torch
 from irdscale.distributed.ranks import gather_texts, rank_and_world
 from irdscale.errors import InputError
 from irdscale.fisher.diagonal import Layout, Shapes
-
-GIB = 2**30
+from irdscale.utils.formats import size
 
 
 def bytes_needed(shapes: Shapes, item: int, layout: Layout, world: int) -> int:
@@ -72,7 +71,5 @@ def check_memory(shapes: Shapes, dtype: torch.dtype, layout: Layout, device: tor
     if len(shapes) > 1:
         ways.append("fisher.passes=auto")
     ways.append("fewer parameters (fisher.include, fisher.exclude)")
-    found = (
-        f"found sums of {needed / GIB:.1f} GiB per rank with layout '{layout}' and {least / GIB:.1f} GiB of memory free"
-    )
+    found = f"found sums of {size(needed)} per rank with layout '{layout}' and {size(least)} of memory free"
     raise InputError(found, ", or ".join(ways), "fisher.layout")

@@ -152,7 +152,7 @@ def ranked_entries(
 def saved_pass(config: RunConfig, name: str) -> SavedPass:
     """The saved state of one of the run's passes; a state of another head or scope is not used."""
     steps = config.fisher.head_warmup
-    by = config.train.model_dump(mode="json") if steps else None
+    by = config.train.model_dump(mode="json", exclude={"eval_steps", "keep", "report_to"}) if steps else None
     also = {"scope": config.scope, "seed": config.search.seeds[0], "steps": steps, "by": by}
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 

@@ -10,8 +10,8 @@ from irdscale.cluster.share import CONTEXT, Card, jobs_a_gpu, share_of, tensors_
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.memory.phases import trial_phases
-from irdscale.memory.sizes import GIB
 from irdscale.memory.workload import workload_of
+from irdscale.utils.formats import GIB, counted, gib, size
 
 # Relative error of an estimate; only trials that exceed their share by more are refused.
 ESTIMATE_ERROR = 0.1
@@ -71,8 +71,8 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
     if needed > (1 + ESTIMATE_ERROR) * room:
         expected = f"at least {share_of(most):g}, for {most} trials" if most > 1 else "1"
         found = (
-            f"found {share:g}, {trials} trials of {(needed + CONTEXT) / GIB:.1f} GiB each on a GPU of "
-            f"{gpu_gib:.1f} GiB ({card.name} of {card.host})"
+            f"found {share:g}, {trials} trials of {size(needed + CONTEXT)} each on a GPU of "
+            f"{gib(gpu_gib)} ({card.name} of {card.host})"
         )
         raise InputError(found, expected, key="search.ray.gpus_per_rank")
     trial_gib = round((needed + CONTEXT) / GIB, 2)
@@ -95,14 +95,16 @@ def trial_peak(config: RunConfig, tokens: int | None = None) -> tuple[str, int]:
 
 def describe(sharing: Sharing) -> str:
     """One line on how trials share GPUs, and whether they fit."""
-    parts = [f"up to {sharing.trials} trial(s) share a GPU"]
+    parts = [f"up to {counted(sharing.trials, 'trial')} may share a GPU"]
     if sharing.mps is not None:
         parts[0] += (
             " by CUDA MPS" if sharing.mps else " by time slices (start nvidia-cuda-mps-control -d on its node for MPS)"
         )
     if sharing.trial_gib is not None:
-        room = f"its share of {sharing.gpu} is {sharing.share * (sharing.gpu_gib or 0):.1f} GiB"
-        parts.append(f"a trial needs an estimated {sharing.trial_gib} GiB, {room}, and {sharing.most} trials would fit")
+        room = f"its share of {sharing.gpu} is {gib(sharing.share * (sharing.gpu_gib or 0))}"
+        parts.append(
+            f"a trial needs an estimated {gib(sharing.trial_gib or 0)}, {room}, and {sharing.most} trials would fit"
+        )
         if not sharing.fits:
             parts.append("this is close: a trial that exceeds its share runs out of memory")
     elif sharing.gpu is None:

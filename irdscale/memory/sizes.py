@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Literal
 
-GIB = 2**30
+from irdscale.utils.formats import GIB
+
 # What a training step trains. limit: nothing (forward pass and input gradients). concentrated, scattered: a mask with
 # entries in few rows and columns, or in all. lora: LoRA matrices on all linear layers. full: all weights, by AdamW.
 StepKind = Literal["limit", "concentrated", "scattered", "lora", "full"]

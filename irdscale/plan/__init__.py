@@ -8,11 +8,11 @@ from typing import Any
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError
 from irdscale.memory.phases import fisher_passes, main_memory, phases
-from irdscale.memory.sizes import GIB
 from irdscale.memory.workload import Layout, workload_of
 from irdscale.plan.advice import STAGES, advise, fits, peak, with_stage
 from irdscale.plan.costs import Cost, Job, cost, job_of
 from irdscale.plan.hardware import find_gpu
+from irdscale.utils.formats import GIB
 
 
 def run_plan(

@@ -8,9 +8,10 @@ from dataclasses import replace
 from irdscale.cluster.share import share_of
 from irdscale.memory.items import Zero, shipped
 from irdscale.memory.phases import fisher_passes, main_memory, phases
-from irdscale.memory.sizes import GIB, Items
+from irdscale.memory.sizes import Items
 from irdscale.memory.workload import Layout
 from irdscale.plan.costs import Job, cost
+from irdscale.utils.formats import counted, percent, size
 
 STAGES = (None, 0, 1, 2, 3)
 # Largest number of nodes that is tried.
@@ -119,39 +120,39 @@ def _file(zero: Zero) -> str:
 def advise(job: Job, layout: Layout) -> list[str]:
     """Lines of text: whether the layout fits, what fits instead, and what is faster."""
     phase, items = peak(job, layout)
-    room = f"{job.room(phase) / GIB:.1f} GiB of {job.gpu.name}"
+    room = f"{size(job.room(phase))} of {job.gpu.name}"
     fitting = fits(job, layout)
     lines = [
-        f"{'Fits' if fitting else 'Does not fit'}: the peak per rank is {items.total / GIB:.1f} GiB, "
+        f"{'Fits' if fitting else 'Does not fit'}: the peak per rank is {size(items.total)}, "
         f"in {PHASES[phase]}; {room} can be used."
     ]
     passes, offloaded = fisher_passes(job, layout), main_memory(job, layout)
     if passes > 1:
         lines.append(f"Masks take {passes} passes over the samples (fisher.passes), each with the sums of some layers.")
     if offloaded:
-        lines.append(f"Main memory per node: {offloaded / GIB:.1f} GiB, for offloaded tensors.")
+        lines.append(f"Main memory per node: {size(offloaded)}, for offloaded tensors.")
     if job.share < 1:
         trials, room_for = job.trials_a_gpu, job.most_trials(phases(job, layout))
         share = f" ({share_of(room_for):g})" if room_for else ""
         lines.append(
-            f"{trials} trial(s) share a GPU (search.ray.gpus_per_rank={job.share:g}), at an assumed 1/{trials} of its "
-            f"speed each; it has room for {room_for}{share}."
+            f"{counted(trials, 'trial')} may share a GPU (search.ray.gpus_per_rank={job.share:g}), at an assumed "
+            f"1/{trials} of its speed each; it has room for {room_for}{share}."
         )
     here = cheapest(job, layout)
     if here is not None and here != layout:
         old, new = (cost(job, x).seconds["search"] for x in (layout, here))
         if not fitting:
-            beside = main_memory(job, here) / GIB
-            more = f", and {beside:.0f} GiB of main memory per node" if beside else ""
-            lines.append(f"Fits here with {changes(layout, here)}: {peak(job, here)[1].total / GIB:.1f} GiB{more}.")
+            beside = main_memory(job, here)
+            more = f", and {size(beside)} of main memory per node" if beside else ""
+            lines.append(f"Fits here with {changes(layout, here)}: {size(peak(job, here)[1].total)}{more}.")
         elif new < 0.95 * old:
-            lines.append(f"Faster here with {changes(layout, here)}: {new / old:.0%} of the time.")
+            lines.append(f"Faster here with {changes(layout, here)}: {percent(new / old, 2)} of the time.")
     least = fewest(job, layout)
     if least is None:
         most = f"{MOST_NODES} nodes"
         lines.append(f"Does not fit on up to {most}: lower search.ratio or task.max_length, or use larger GPUs.")
     elif not fitting or least.world < layout.world:
-        taken = f"{peak(job, least)[1].total / GIB:.1f} GiB"
+        taken = size(peak(job, least)[1].total)
         lines.append(f"Fewest GPUs on which it fits: {least.world}, with {changes(layout, least)}: {taken}.")
     if phase == "evaluate" and not fitting:
         lines.append("Evaluation has the largest peak: a smaller train.eval_batch_size lowers it.")

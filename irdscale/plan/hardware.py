@@ -8,6 +8,8 @@ Numbers are from the makers' data sheets, without sparsity. Links and networks a
 - b200-180gb: NVIDIA HGX B200 data sheet (2250, 75, NVLink 1.8 TB/s); network of a DGX B200 (400 Gb/s a GPU).
 - l40s-48gb: NVIDIA L40S data sheet (362, 91.6, PCIe 4.0 x16: 64 GB/s both ways); a network of 100 Gb/s a GPU.
 - rtx4090-24gb: NVIDIA Ada architecture whitepaper (165.2 with float32 sums, 82.6, PCIe 4.0 x16); 25 Gb/s a GPU.
+- l4-24gb, a10g-24gb: NVIDIA L4 data sheet (121, 30.3), NVIDIA A10G data sheet (70, 31.5), both PCIe 4.0 x16, and
+  22.4 GiB beside their error correction; 25 Gb/s a GPU.
 - cpu: a rank of two AVX2 threads, as measured for `irdscale.sparse.products`; the memory is this machine's, shared by
   its ranks; a network of 10 Gb/s.
 
@@ -19,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from irdscale.errors import InputError
-from irdscale.memory.sizes import GIB
 from irdscale.plan.rates import CPU, H100, Rates, Shares, StepKind
+from irdscale.utils.formats import GIB
 from irdscale.utils.suggestions import nearest
 
 # Assumed share of a link's bandwidth that collectives reach; not measured.
@@ -103,6 +105,8 @@ GPUS = {
         _gpu("a100-80gb", 80, 312, 19.5, 300, 25),
         _gpu("l40s-48gb", 48, 362, 91.6, 32, 12.5),
         _gpu("rtx4090-24gb", 24, 165.2, 82.6, 32, 3.1),
+        _gpu("l4-24gb", 22.4, 121, 30.3, 32, 3.1),
+        _gpu("a10g-24gb", 22.4, 70, 31.5, 32, 3.1),
         Gpu("cpu", 0, 150e9, 150e9, 4e9, 1.25e9, rates=CPU),
     )
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from irdscale.cluster.share import shared_turns
-from irdscale.config.schema import RunConfig, training_steps
+from irdscale.config.schema import RunConfig, short_training, training_steps
 from irdscale.distributed.deepspeed import micro_batch
 from irdscale.distributed.process_group import in_process_group
 from irdscale.fisher.nested import ranked_entries_by_prefix
@@ -153,7 +153,7 @@ def _training(config: RunConfig, task: Task, mask: Mask, batch_size: int) -> tup
     """Seconds until a candidate's first step, per step, and per sample of an evaluation."""
     started, stamps = time.perf_counter(), list[float]()
     seed, size = config.search.seeds[0], config.train.eval_batch_size
-    train = config.train.model_copy(update={"steps": STEPS, "epochs": None, "batch_size": batch_size})
+    train = short_training(config.train, STEPS).model_copy(update={"batch_size": batch_size})
     control = Control(advance=lambda n=1: stamps.append(time.perf_counter()))
     with base_model(config, task, seed) as (model, new):
         make_sparse(config, model, new, mask, seed)

@@ -23,15 +23,15 @@ from irdscale.report.mask_overlap import (
     scored_parameters,
 )
 from irdscale.report.relations import Relation, headline, ranking_relations, spearman
-from irdscale.report.verdict import percent
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import load_mask
 from irdscale.utils.files import read_json
+from irdscale.utils.formats import percent
 
 # Largest number of classes whose mean traces are listed.
 CLASSES = 20
-# Samples listed with the largest values.
-TOP = 5
+# Most samples listed with the largest values, and with the smallest.
+TOP = 10
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Analysis:
         relations: relations to the properties of the samples.
         classes: class, number of samples, mean trace.
         altered: size of a sample set, and share of altered samples in it.
-        top: samples with the largest traces: row, trace, share of the pool's sum, length, loss, label.
+        top, lowest: samples with the largest and the smallest traces, in this order: place, row, trace, share of the
+            pool's sum, length, loss, label. Both are empty if all traces are equal.
         sizes: sizes of the sample sets, largest first.
         overlap: overlap of their masks, if these differ.
         layers: layers of their masks, if these differ.
@@ -74,6 +75,7 @@ class Analysis:
     classes: list[tuple[Any, int, float]]
     altered: list[tuple[int, float]]
     top: list[dict[str, Any]]
+    lowest: list[dict[str, Any]]
     sizes: list[int]
     overlap: Overlap | None
     layers: list[Layer]
@@ -92,7 +94,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     Raises:
         InputError: a mask is missing or damaged.
     """
-    kind, trace = result["task"]["kind"], traces["trace"]
+    kind = result["task"]["kind"]
     ranked, found = ranking_relations(traces, result["direction"], kind)
     sentences = [headline(found, ranked)] if found else []
     flags = traces.get("altered")
@@ -125,13 +127,15 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     measured = read_json(stored, "list of drivers of a mask") if stored.exists() else {}
     # The file may be of an earlier search in the same folder.
     same = measured.get("mask") == best
+    top, lowest = extremes(traces)
     return Analysis(
         sentences,
         ranked,
         found,
         _classes(traces, kind),
         altered,
-        _top(trace, range(len(trace)), traces),
+        top,
+        lowest,
         sizes,
         overlap,
         layers,
@@ -169,12 +173,23 @@ def _classes(traces: dict[str, Any], kind: str) -> list[tuple[Any, int, float]]:
     return [(one, len(values), sum(values) / len(values)) for one, values in inside]
 
 
-def _top(values: Sequence[float], places: Sequence[int], traces: dict[str, Any]) -> list[dict[str, Any]]:
-    """The samples with the largest values, largest first, with their shares of the sum."""
+def extremes(traces: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples with the largest and the smallest traces, as in `Analysis`; none if all traces are equal."""
+    trace = traces["trace"]
+    if min(trace) == max(trace):
+        return [], []
+    listed = _sorted_samples(trace, range(len(trace)), traces)
+    most = min(TOP, len(listed) // 2)
+    return listed[:most], listed[len(listed) - most :]
+
+
+def _sorted_samples(values: Sequence[float], places: Sequence[int], traces: dict[str, Any]) -> list[dict[str, Any]]:
+    """The samples, largest value first, with their shares of the sum."""
     total = sum(values)
-    chosen = sorted(range(len(values)), key=lambda i: -values[i])[:TOP]
+    chosen = sorted(range(len(values)), key=lambda i: -values[i])
     return [
         {
+            "place": place,
             "row": traces["row"][place],
             "share": value / total if total else 0.0,
             **{key: traces[key][place] for key in ("trace", "length", "loss", "label")},
@@ -193,4 +208,4 @@ def drivers(measured: dict[str, Any], traces: dict[str, Any]) -> Drivers:
         rho = spearman(shares, [traces[name][place] for place in places])
         if rho is not None:
             correlations[name] = rho
-    return Drivers(len(shares), half, _top(shares, places, traces), correlations)
+    return Drivers(len(shares), half, _sorted_samples(shares, places, traces)[:TOP], correlations)

@@ -11,6 +11,7 @@ from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, density
 from irdscale.report.analysis import Analysis, analyse
 from irdscale.report.mask_overlap import LAYER
+from irdscale.report.sample_texts import Texts, read_texts
 from irdscale.search.ird import Pair, candidates
 from irdscale.search.ledger import read_ledger
 from irdscale.search.mask_store import index_file, load_mask, read_masks, traces_file
@@ -49,6 +50,7 @@ class Facts:
         layers: layer -> module -> share of its parameters in the winner's mask.
         others: name, entries in the mask, size, share of each parameter outside the numbered layers.
         analysis: analysis of the ranking of the samples and of the masks.
+        texts: texts of the samples that the analysis lists.
     """
 
     result: dict[str, Any]
@@ -58,6 +60,7 @@ class Facts:
     layers: dict[int, dict[str, float]]
     others: list[tuple[str, int, int, float]]
     analysis: Analysis
+    texts: Texts
 
 
 def finished(output: Path) -> dict[str, Any]:
@@ -72,6 +75,8 @@ def finished(output: Path) -> dict[str, Any]:
         found = f"a search with {done} evaluations done" if records else "no search"
         raise InputError(f"found {found}", "a finished one: run irdscale search", where=output)
     result: dict[str, Any] = read_json(output / "result.json", "result of a search")
+    if isinstance(result, dict) and "kept_step" in result:
+        raise InputError("found a training", "a finished search: run irdscale search", where=output)
     return result
 
 
@@ -89,6 +94,8 @@ def gather(output: Path) -> Facts:
         kept = set(traces["order"][: result["best"]["samples"]])
         ranked = sorted(((t, i in kept) for i, t in enumerate(traces["trace"])), reverse=True)
         layers, others = _density(load_mask(output, Path(result["best"]["mask"]).name))
+        analysis = analyse(output, result, traces, stored.masks)
+        listed = [*analysis.top, *analysis.lowest, *(analysis.drivers.top if analysis.drivers else [])]
         return Facts(
             result,
             _rounds(result, records, stored.masks, stored.minimum),
@@ -96,7 +103,8 @@ def gather(output: Path) -> Facts:
             ranked,
             layers,
             others,
-            analyse(output, result, traces, stored.masks),
+            analysis,
+            read_texts(result, traces, [one["place"] for one in listed], output),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):

@@ -1,21 +1,43 @@
-"""The figures of a report, each a matplotlib Figure without global state."""
+"""The figures of a search's report, each a matplotlib Figure without global state, or None with nothing to show."""
 
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from irdscale.report.axes import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    RED,
+    blues,
+    broken,
+    canvas,
+    plain_axis,
+    plain_ticks,
+    side_by_side,
+    stacked,
+)
+from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
+from irdscale.report.mask_overlap import SHOWN
+from irdscale.report.numbers import plain
+from irdscale.utils.formats import count, duration
 
 if TYPE_CHECKING:
-    from irdscale.report.facts import Facts
+    from irdscale.report.facts import Candidate, Facts
 
-BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b91c1c"
+# Width of the candidates of one size, in doublings of the parameters.
+ROOM = 0.62
+# Largest number of parameter sizes whose ticks are written horizontally.
+_LEVEL = 6
+# Traces with a larger ratio get a logarithmic axis.
+_LOG_FROM = 10
 
 
 def draw_all(facts: Facts) -> dict[str, bytes]:
@@ -43,191 +65,165 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def canvas(width: float = 7.6, height: float = 4.2) -> tuple[Figure, Any]:
-    """A figure, in inches, and its only axes, with a faint grid."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+def metric_by_parameters(facts: Facts) -> Figure | None:
+    """Selection metric against trainable parameters: candidates, the best at each p, and the baselines.
 
-
-def plain_ticks(axis: Any, values: Iterable[float]) -> None:
-    """Ticks at these values only, written in full."""
-    values = sorted(set(values))
-    axis.set_ticks(values, labels=[f"{v:,}" for v in values])
-    axis.set_minor_locator(NullLocator())
-
-
-def metric_by_parameters(facts: Facts) -> Figure:
-    """Selection metric against trainable parameters: candidates, the best at each p, and the baselines."""
-    figure, axes = canvas()
-    result = facts.result
-    for number, candidate in enumerate(facts.rounds):
-        points = [m for m in candidate.metrics.values() if m is not None]
-        axes.scatter([candidate.params] * len(points), points, s=12, color=GREY, label=None if number else "one seed")
-        if candidate.mean is not None:
-            label = None if number else "candidate, mean"
-            axes.scatter(candidate.params, candidate.mean, s=44, color=BLUE, alpha=0.75, label=label, zorder=3)
-    front = [(entry["params"], entry["metric"]) for entry in result["pareto"]]
-    axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, alpha=0.6, label="best at each size")
-    best = result["best"]
-    ring = {"s": 190, "facecolors": "none", "edgecolors": BLUE, "linewidths": 2, "zorder": 4}
-    axes.scatter(best["params"], best["metric"], label="winner", **ring)
-    fish = result["baseline"]["fish_random"]
-    if fish["metric"] is not None:
-        axes.scatter(
-            fish["params"], fish["metric"], s=60, marker="D", color=ORANGE, label="random samples (FISH)", zorder=3
-        )
-    for name, label in (("linear_probe", "head alone (linear probe)"), ("base", "the base model")):
-        entry = result["baseline"].get(name)
-        if entry and entry["metric"] is not None:
-            axes.axhline(entry["metric"], color=RED, linewidth=1.2, linestyle="--", label=label)
-    axes.set_xscale("log")
-    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
-    axes.set(xlabel="trainable parameters of the mask", ylabel=f"{result['task']['metric']} on the selection split")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def path_of_rounds(facts: Facts) -> Figure:
-    """Samples against parameters: every evaluated pair with its mean, and the path of the search."""
-    figure, axes = canvas()
-    # Of two pairs of equal sizes, the one that the search moved to is drawn.
-    rounds = sorted(facts.rounds, key=lambda c: c.chosen)
-    means = {(c.params, c.samples): c.mean for c in rounds if c.mean is not None}
-    xs, ys, colors = [p for p, _ in means], [s for _, s in means], list(means.values())
-    points = axes.scatter(xs, ys, c=colors, s=1300, marker="s", cmap="Blues", edgecolors="white", zorder=2)
-    limits = (min(colors), max(colors))
-    for (p, s), mean in means.items():
-        dark = limits[1] > limits[0] and (mean - limits[0]) / (limits[1] - limits[0]) > 0.55
-        axes.annotate(
-            f"{mean:.3f}", (p, s), ha="center", va="center", fontsize=8, color="white" if dark else "black", zorder=5
-        )
-    for c in facts.rounds:
-        if c.mean is None:
-            axes.scatter(c.params, c.samples, s=300, marker="x", color=RED, zorder=2)
-    path = facts.result["path"]
-    for start, end in itertools.pairwise(path):
-        arrow = {"arrowstyle": "-|>", "color": ORANGE, "linewidth": 2, "shrinkA": 19, "shrinkB": 19}
-        axes.annotate(
-            "", (end["params"], end["samples"]), (start["params"], start["samples"]), arrowprops=arrow, zorder=4
-        )
-    best = facts.result["best"]
-    axes.scatter(
-        best["params"],
-        best["samples"],
-        s=1700,
-        marker="s",
-        facecolors="none",
-        edgecolors=ORANGE,
-        linewidths=2.2,
-        zorder=3,
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    plain_ticks(axes.xaxis, [c.params for c in facts.rounds])
-    plain_ticks(axes.yaxis, [c.samples for c in facts.rounds])
-    axes.margins(0.18)
-    axes.set(xlabel="trainable parameters p", ylabel="samples s")
-    figure.colorbar(points, ax=axes, label=f"mean {facts.result['task']['metric']} on selection")
-    return figure
-
-
-def mask_density(facts: Facts) -> Figure | None:
-    """Layers by modules: the share of each one's entries that the winner trains."""
-    modules = list(dict.fromkeys(module for row in facts.layers.values() for module in row))
-    if not modules:
+    Candidates of one size are beside each other. None for a single candidate.
+    """
+    result, shown = facts.result, _distinct(facts.rounds)
+    lines = {
+        label: entry["metric"]
+        for name, label in (("linear_probe", "head alone (linear probe)"), ("base", "the base model"))
+        if (entry := result["baseline"].get(name)) and entry["metric"] is not None
+    }
+    fish, best = result["baseline"]["fish_random"], result["best"]
+    if len(shown) < 2 and fish["metric"] is None and not lines:
         return None
-    figure, axes = canvas(1.7 + 0.95 * len(modules), 1.9 + 0.34 * len(facts.layers))
-    axes.grid(visible=False)
-    grid = [[100 * row.get(module, float("nan")) for module in modules] for row in facts.layers.values()]
-    shown = [value for row in grid for value in row if value > 0]
-    norm = LogNorm(min(shown), max(max(shown), min(shown) * 1.01)) if shown else None
-    image = axes.imshow(
-        [[v if v > 0 else float("nan") for v in row] for row in grid], cmap="Blues", norm=norm, aspect="auto"
-    )
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            if value == value:
-                dark = bool(norm) and value > 0 and float(norm(value)) > 0.6  # type: ignore[misc]
-                text = "0" if value == 0 else f"{value:.2g}"
-                axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "#334155")
-    axes.set_xticks(range(len(modules)), modules, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(range(len(facts.layers)), [str(layer) for layer in facts.layers])
-    axes.set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="% of the entries")
-    return figure
+    seeds = [[value for value in one.metrics.values() if value is not None] for one in shown]
+    means = [one.mean for one in shown if one.mean is not None]
+    values = [*means, *(value for each in seeds for value in each), *lines.values()]
+    has_fish = fish["metric"] is not None
+    panels = broken([*values, *([fish["metric"]] if has_fish else [])], 9.6, 4.6)
+    places = [one.params for one in shown] + [fish["params"]] * has_fish
+    factors = [2**shift for shift in side_by_side(places, ROOM)]
+    xs = [place * factor for place, factor in zip(places, factors, strict=True)]
+    most = max(map(places.count, places))
+    apart = min(0.05, ROOM / most / max(map(len, seeds)))
+    for axes in panels.parts:
+        low, high = axes.get_ylim()
+        for number, (one, x, points) in enumerate(zip(shown, xs, seeds, strict=False)):
+            # The mean is a dash, which hides no seed; seeds that would touch are beside each other.
+            levels = stacked(points, 0.016 * (high - low))
+            beside = [x * 2 ** (apart * (level - max(levels) / 2)) for level in levels]
+            axes.plot([x] * len(points), points, color=GREY, linewidth=0.8, zorder=2)
+            if one.mean is not None:
+                dash = {"s": 190, "marker": "_", "linewidths": 2.4, "color": BLUE, "zorder": 3}
+                axes.scatter(x, one.mean, label=None if number else "candidate, mean", **dash)
+            axes.scatter(beside, points, s=10, color=INK, label=None if number else "one seed", zorder=4)
+            if (one.samples, one.params) == (best["samples"], best["params"]):
+                ring = {"s": 320, "facecolors": "none", "edgecolors": ORANGE, "linewidths": 2, "zorder": 4}
+                axes.scatter(x, best["metric"], label="winner", **ring)
+        front = [(xs[shown.index(one)], one.mean) for one in _front(facts, shown)]
+        if len(front) > 1:
+            axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.1, alpha=0.5, label="best at each size")
+        if has_fish:
+            label = "random samples (FISH)"
+            axes.scatter(xs[-1], fish["metric"], s=44, marker="D", color=GREEN, label=label, zorder=3)
+        for label, value in lines.items():
+            axes.axhline(value, color=RED, linewidth=1.2, linestyle="--", label=label)
+    main, lowest = panels.main, panels.parts[0]
+    lowest.set_xscale("log")
+    plain_ticks(lowest.xaxis, {one.params for one in shown})
+    if len({one.params for one in shown}) > _LEVEL:
+        lowest.tick_params(axis="x", labelrotation=35)
+    lowest.set_xlim(min(places) / 1.7, max(places) * 1.7)
+    lowest.set_xlabel("trainable parameters of the mask")
+    main.set_ylabel(f"{result['task']['metric']} on the selection split")
+    handles, labels = main.get_legend_handles_labels()
+    panels.figure.legend(handles, labels, frameon=False, fontsize=8, labelspacing=0.9, loc="outside right center")
+    return panels.figure
 
 
-def trace_distribution(facts: Facts) -> Figure:
-    """Each pool sample's Fisher trace by rank, and which samples the winner's mask is made from."""
+def _distinct(rounds: Sequence[Candidate]) -> list[Candidate]:
+    """One candidate for each pair of sizes, most samples first; the one that the search moved to if it did."""
+    found: dict[tuple[int, int], Candidate] = {}
+    for one in sorted(rounds, key=lambda c: c.chosen):
+        found[one.params, one.samples] = one
+    return sorted(found.values(), key=lambda one: (one.params, -one.samples))
+
+
+def _front(facts: Facts, shown: Sequence[Candidate]) -> list[Candidate]:
+    pairs = {(entry["samples"], entry["params"]) for entry in facts.result["pareto"]}
+    return [one for one in shown if (one.samples, one.params) in pairs and one.mean is not None]
+
+
+def trace_distribution(facts: Facts) -> Figure | None:
+    """Each pool sample's Fisher trace by rank, and which samples the winner's mask is made from.
+
+    None if all traces are equal.
+    """
+    values = [value for value, _ in facts.traces]
+    low, high = min(values), max(values)
+    if low == high:
+        return None
     figure, axes = canvas()
+    logarithmic = low > 0 and high / low >= _LOG_FROM
+    floor = low / 1.3 if logarithmic else min(0.0, low)
+    # Each sample has a line of its own place, so that no mark hides another.
+    width = min(2.0, 330 / len(values))
     for kept, color, label in ((True, BLUE, "kept by the winner"), (False, GREY, "dropped")):
         ranks = [rank for rank, (_, inside) in enumerate(facts.traces, start=1) if inside is kept]
-        values = [value for value, inside in facts.traces if inside is kept]
-        if values:
-            axes.scatter(ranks, values, s=9, color=color, label=f"{label} ({len(values)})")
-    if min(value for value, _ in facts.traces) > 0:
+        if ranks:
+            tops = [values[rank - 1] for rank in ranks]
+            axes.vlines(ranks, floor, tops, color=color, linewidth=width, label=f"{label} ({count(len(ranks))})")
+    if logarithmic:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
+    axes.set_ylim(floor, high * (1.15 if logarithmic else 1.05))
+    plain_axis(axes.yaxis)
+    plain_axis(axes.xaxis)
     axes.set(xlabel="sample, by rank", ylabel="Fisher trace (sum of squared gradients)")
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def mask_overlap(facts: Facts) -> Figure | None:
-    """Sample sets by sample sets: the share of the entries that two masks of the largest p share."""
-    overlap = facts.analysis.overlap
-    if overlap is None:
-        return None
-    count = len(overlap.names)
-    figure, axes = canvas(2.6 + 0.62 * count, 1.6 + 0.5 * count)
-    axes.grid(visible=False)
-    grid = [[100 * share for share in row] for row in overlap.shares]
-    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            color = "white" if value > 60 else "#334155"
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(count), overlap.names, fontsize=8)
-    axes.set_yticks(range(count), overlap.names, fontsize=8)
-    axes.set(xlabel="samples s", ylabel="samples s")
-    figure.colorbar(image, ax=axes, label="% of the entries shared")
-    return figure
-
-
 def layer_drift(facts: Facts) -> Figure | None:
-    """The change of each layer's share of the mask, a line for each sample set but the largest."""
+    """The change of each layer's share of the mask, a line for each sample set but the largest.
+
+    None if no share changes by more than rounding.
+    """
     layers, sizes = facts.analysis.layers, facts.analysis.sizes
-    if len(layers) < 2:
+    changes = [[100 * (layer.shares[i] - layer.shares[0]) for layer in layers] for i in range(1, len(sizes))]
+    largest = max((abs(value) for line in changes for value in line), default=0.0)
+    if len(layers) < 2 or largest < 100 * SHOWN:
         return None
     figure, axes = canvas(max(7.6, 2.5 + 0.22 * len(layers)))
     axes.axhline(0, color=GREY, linewidth=1)
-    shades = colormaps["Blues"]
-    for i, size in enumerate(sizes[1:], start=1):
-        color = ORANGE if i == len(sizes) - 1 else shades(0.3 + 0.6 * i / len(sizes))
-        values = [100 * (layer.shares[i] - layer.shares[0]) for layer in layers]
-        axes.plot(range(len(layers)), values, marker="o", markersize=3.5, linewidth=1.3, color=color, label=f"{size:,}")
+    colors = blues()
+    shifts = side_by_side([0] * len(changes), 0.3)
+    for i, (values, shift) in enumerate(zip(changes, shifts, strict=True), start=1):
+        color = ORANGE if i == len(changes) else colors(0.2 + 0.7 * i / len(sizes))
+        xs = [place + shift for place in range(len(layers))]
+        axes.plot(xs, values, marker="o", markersize=3.5, linewidth=1.3, color=color, label=count(sizes[i]))
     step = -(-len(layers) // 32)
-    ticks = sorted({*range(0, len(layers), step), len(layers) - 1})
+    # The last layer is the rest, whose name is a word.
+    ticks = sorted({*(place for place in range(0, len(layers), step) if place < len(layers) - step), len(layers) - 1})
     axes.set_xticks(ticks, [layers[i].name for i in ticks], fontsize=8)
-    axes.set(xlabel="layer", ylabel=f"change from {sizes[0]:,} samples, points")
+    plain_axis(axes.yaxis)
+    axes.set(xlabel="layer", ylabel=f"change from {count(sizes[0])} samples, points")
     axes.legend(
         frameon=False, fontsize=8, title="samples s", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
     )
     return figure
 
 
-def cost(facts: Facts) -> Figure:
-    """Seconds by phase."""
-    figure, axes = canvas(height=2.4)
+def cost(facts: Facts) -> Figure | None:
+    """Seconds by phase; None if only one phase took any."""
     names = {"fisher": "Fisher passes and masks", "train": "candidates", "baseline": "baselines", "test": "test split"}
-    seconds = facts.result["seconds"]
-    present = [name for name in reversed(names) if name in seconds]
-    bars = axes.barh([names[n] for n in present], [seconds[n] for n in present], color=BLUE, alpha=0.8)
-    axes.bar_label(bars, fmt="%.0f s", padding=4, fontsize=8)
+    spent = facts.result["seconds"]
+    present = [name for name in reversed(names) if spent.get(name)]
+    if len(present) < 2:
+        return None
+    figure, axes = canvas(height=0.9 + 0.36 * len(present))
+    bars = axes.barh([names[n] for n in present], [spent[n] for n in present], color=BLUE, alpha=0.8)
+    axes.bar_label(bars, labels=[duration(spent[n]) for n in present], padding=4, fontsize=8)
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.12)
-    axes.set_xlabel("seconds")
+    axes.margins(x=0.14)
+    unit, name = next((size, name) for size, name in _UNITS if max(spent[n] for n in present) >= 2 * size)
+    _ticks_in(axes, unit or 1.0)
+    axes.set_xlabel(name)
     return figure
+
+
+_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (0.0, "seconds"))
+
+
+def _ticks_in(axes: Any, unit: float) -> None:
+    """Ticks at round multiples of a unit of time, in this unit."""
+    low, high = axes.get_xlim()
+    shown = [
+        place
+        for place in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low / unit, high / unit)
+        if 0 <= place * unit <= high
+    ]
+    axes.set_xticks([place * unit for place in shown], [plain(place) for place in shown])

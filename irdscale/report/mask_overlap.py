@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from irdscale.masks.mask import Mask
-from irdscale.report.verdict import percent
+from irdscale.utils.formats import percent
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 OTHER = "other"
+# Smallest change of a share that one decimal of a percentage point shows.
+SHOWN = 0.0005
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ def describe_overlap(overlap: Overlap, sizes: list[int]) -> str:
 
 
 def describe_layers(layers: list[Layer], sizes: list[int]) -> list[str]:
-    """A sentence on the layers that gain and lose most of the mask, if any gains."""
+    """A sentence on the layers that gain and lose most of the mask, if any gains more than rounding."""
     most, least = max(layers, key=lambda row: row.gain), min(layers, key=lambda row: row.gain)
-    if len(layers) < 2 or most.gain <= 0:
+    if len(layers) < 2 or most.gain < SHOWN:
         return []
     return [
         f"From {sizes[0]:,} to {sizes[-1]:,} samples, {_named(most)} gains most of the mask "

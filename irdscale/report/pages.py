@@ -9,9 +9,14 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from irdscale.report.verdict import percent, with_error
+from irdscale.report.numbers import sized
+from irdscale.report.terms import as_html, as_markdown
+from irdscale.report.verdict import with_error
 from irdscale.utils.files import write_atomic
-from irdscale.utils.progress import duration
+from irdscale.utils.formats import count, duration, percent
+
+# Pixels of a figure's file for one pixel of the page.
+_SCALE = 1.5
 
 
 def write_pages(
@@ -20,16 +25,17 @@ def write_pages(
     name: str,
     values: dict[str, Any],
     figures: dict[str, bytes],
-    filters: dict[str, Callable[[Any], str]] | None = None,
+    filters: dict[str, Callable[[Any], Any]] | None = None,
 ) -> dict[str, Any]:
     """Write figures/*.png, `name`.md and `name`.html into `output`.
 
     Args:
         package: package of the templates `name`.md.jinja and `name`.html.jinja, which can include those of
             irdscale.report.
-        values: variables of the templates, besides `figures`, which are added in base64.
+        values: variables of the templates, besides `figures` in base64 and their `widths` on the page.
         figures: name -> PNG.
-        filters: name -> filter of the templates, besides `score`, `tested`, `percent`, `duration` and `cell`.
+        filters: name -> filter of the templates, besides `score`, `tested`, `percent`, `count`, `number`, `duration`,
+            `cell`, `defined` and `bold`.
 
     Returns:
         {"markdown", "html", "figures"}: paths.
@@ -42,8 +48,10 @@ def write_pages(
         lstrip_blocks=True,
     )
     environment.filters |= {"score": score, "tested": tested, "percent": percent, "duration": duration}
+    environment.filters |= {"count": count, "number": sized, "defined": as_html, "bold": as_markdown}
     environment.filters |= {"cell": _markdown_cell, **(filters or {})}
     values = values | {"figures": {name: base64.b64encode(data).decode() for name, data in figures.items()}}
+    values["widths"] = {name: _width(data) for name, data in figures.items()}
     pages = {page: environment.get_template(f"{page}.jinja").render(values) for page in (f"{name}.md", f"{name}.html")}
     for figure, data in figures.items():
         write_atomic(output / "figures" / f"{figure}.png", data)
@@ -54,6 +62,11 @@ def write_pages(
         "html": str(output / f"{name}.html"),
         "figures": [str(output / "figures" / f"{figure}.png") for figure in figures],
     }
+
+
+def _width(data: bytes) -> int:
+    """Pixels of a PNG's width on the page."""
+    return round(int.from_bytes(data[16:20], "big") / _SCALE)
 
 
 def score(value: float | None) -> str:

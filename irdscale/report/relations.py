@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import chi2, kruskal, mannwhitneyu, spearmanr
 
 from irdscale.config.kinds import LANGUAGE_KINDS
-from irdscale.report.verdict import percent
+from irdscale.utils.formats import percent
 
 # Correlations from which the ranking largely, or partly, follows a property.
 LARGELY, PARTLY = 0.5, 0.3

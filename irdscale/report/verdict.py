@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-
-def percent(share: float) -> str:
-    """0.0041 -> 0.41 %."""
-    return f"{100 * share:.3g} %"
+from irdscale.utils.formats import percent
 
 
 def with_error(value: float | None, error: float | None, absent: str = "-") -> str:
@@ -52,7 +50,7 @@ def warnings(result: dict[str, Any]) -> list[str]:
     return [f"Warning: {text}" for text in result["warnings"]]
 
 
-def is_fish_mask(result: dict[str, Any]) -> bool:
+def is_fish_mask(result: Mapping[str, Any]) -> bool:
     """Whether the samples of the winner's mask are a random draw: none of the pool was dropped, or by shuffling."""
     return bool(result["direction"] == "random" or result["best"]["samples"] == result["path"][0]["samples"])
 

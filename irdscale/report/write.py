@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from irdscale.config.kinds import LANGUAGE_KINDS
+from irdscale.report.commands import use_commands, use_python
 from irdscale.report.facts import finished, gather
 from irdscale.report.figures import draw_all
+from irdscale.report.heat_maps import equal_density
+from irdscale.report.next_steps import next_steps
 from irdscale.report.pages import write_pages
 from irdscale.report.relations import by_chance
-from irdscale.report.verdict import percent, verdict, warnings
+from irdscale.report.sample_texts import class_name, label_word, with_texts
+from irdscale.report.terms import RELATIONS, of_search
+from irdscale.report.verdict import verdict, warnings
+from irdscale.utils.formats import percent
 
 CAPTIONS = {
-    "metric": "Metric against trainable parameters. Grey dots are single seeds; {better} is better.",
-    "path": "Path of the search. Each square is an evaluated pair; the path and the winner are orange.",
+    "metric": "Metric against trainable parameters; {better} is better. Candidates of one size are beside each other, "
+    "most samples first; dots are their seeds. Slanted marks are breaks of the axis.",
+    "path": "Path of the search. Each cell is an evaluated candidate, darker if it is better; the path and the winner "
+    "are orange.",
     "density": "Share of each module's parameters in the winner's mask, in per cent, by layer.",
     "traces": "Fisher traces of the pool's samples, largest first; blue: samples of the winner's mask.",
-    "overlap": "Shared entries of the masks of two sample sets, in per cent; random masks: {chance}.",
+    "overlap": "Shared entries of the masks of two sample sets, in per cent. Random masks share {chance}.",
     "drift": "Change of each layer's share of the mask as samples are dropped; orange: smallest set.",
-    "cost": "Seconds by phase.",
+    "cost": "Time by phase.",
 }
+# With more seeds, tables have no column for each.
+MOST_SEEDS = 8
 
 
 def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
@@ -32,22 +43,29 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     facts = gather(output)
     task = facts.result["task"]
     better = "smaller" if task["lower_is_better"] else "larger"
+    seeds = facts.result["config"]["search"]["seeds"]
+    advice, commands = next_steps(facts.result, output)
     chance = percent(facts.analysis.overlap.chance) if facts.analysis.overlap else ""
     values = {
         "facts": facts,
         "result": facts.result,
         "verdict": [*verdict(facts.result), *warnings(facts.result)],
         "captions": {name: caption.format(better=better, chance=chance) for name, caption in CAPTIONS.items()},
-        "auto": "AutoModelForCausalLM" if task["kind"] in LANGUAGE_KINDS else "AutoModelForSequenceClassification",
-        "output": str(output),
-        "seeds": facts.result["config"]["search"]["seeds"],
+        "terms": of_search(facts.result, len(facts.traces)),
+        "measures": [RELATIONS[name] for name in dict.fromkeys(r.measure for r in facts.analysis.relations)],
+        "next": advice,
+        "next_commands": commands,
+        "commands": use_commands(facts.result, output),
+        "python": use_python(facts.result, output),
+        "equal_density": equal_density(facts),
+        "top": with_texts(facts.analysis.top, facts.texts),
+        "lowest": with_texts(facts.analysis.lowest, facts.texts),
+        "drivers": with_texts(facts.analysis.drivers.top if facts.analysis.drivers else [], facts.texts),
+        "label": label_word(task["kind"]),
+        "seeds": seeds if len(seeds) <= MOST_SEEDS else [],
     }
-    filters = {"number": _number, "chance": by_chance}
+    filters: dict[str, Callable[[Any], Any]] = {
+        "chance": by_chance,
+        "class_name": partial(class_name, facts.texts.label_names),
+    }
     return write_pages(output, "irdscale.report", "report", values, draw_all(facts), filters)
-
-
-def _number(value: object) -> str:
-    """A label, length, loss or trace; a dash if unknown."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

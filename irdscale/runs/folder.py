@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irdscale.config.loader import config_changes, same_search, without_paths
-from irdscale.config.schema import HOW_TO_TRAIN, RunConfig
+from irdscale.config.schema import HOW_TO_TRAIN, RunConfig, result_settings
 from irdscale.distributed.deepspeed import zero_file
 from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
 from irdscale.errors import InputError, RunError
@@ -47,7 +47,14 @@ WRITTEN = {
         "fisher/state-mask*/**/*.json",
         "fisher/state-mask*/**/*.safetensors",
     ),
-    "training": (*_ADAPTER, "training/state.json", "training/numbers.safetensors"),
+    "training": (
+        *_ADAPTER,
+        "training/state.json",
+        "training/numbers.safetensors",
+        "result.json",
+        "metrics.jsonl",
+        "tensorboard/events.out.tfevents.*",
+    ),
     "search": (
         "ledger.jsonl",
         "config.yaml",
@@ -65,9 +72,12 @@ WRITTEN = {
         "candidates/*/numbers.safetensors",
         "fisher/**/*.json",
         "fisher/**/*.safetensors",
+        "trainings/*/metrics.jsonl",
         "tensorboard/**/events.out.tfevents.*",
     ),
 }
+# Files of a failed run that the next one may replace: a record of what happened, not work.
+LOGS = {"metrics.jsonl", "tensorboard/events.out.tfevents.*"}
 SHOWING = {"mask": 2, "training": 1, "search": 5}
 # Files from which an interrupted run resumes.
 SAVED = {
@@ -86,7 +96,8 @@ def mask_part(config: RunConfig) -> dict[str, Any]:
         "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0]},
     }
     if config.fisher.head_warmup:
-        found["train"] = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
+        # The head's warm-up has no evaluations.
+        found["train"] = config.train.model_dump(mode="json", exclude={*HOW_TO_TRAIN, "eval_steps", "keep"})
     return found
 
 
@@ -96,7 +107,8 @@ def training_part(config: RunConfig, mask: str | None) -> dict[str, Any]:
     Args:
         mask: hash of its mask; None for the folder's own.
     """
-    train = config.train.model_dump(mode="json", exclude=set(HOW_TO_TRAIN))
+    train = result_settings(config.train.model_dump(mode="json"))
+    train = {key: value for key, value in train.items() if key not in HOW_TO_TRAIN}
     return {"train": train, "search": {"seeds[0]": config.search.seeds[0]}, "mask": mask or "by search.ratio"}
 
 
@@ -196,7 +208,8 @@ class RunFolder:
     def withdraw(self) -> None:
         """Give up new parts of which nothing was written."""
         record = record_file(self.output)
-        unused = [part for part in self._new if set(self._written(part)) <= {record}]
+        logs = {file for name in LOGS for file in self.output.glob(name)}
+        unused = [part for part in self._new if set(self._written(part)) <= {record, *logs}]
         if not unused:
             return
         for part in unused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from torch import nn
 
 from irdscale.adapters import load_adapter, save_adapter
 from irdscale.config.compare import LoraConfig
-from irdscale.config.schema import RunConfig, TrainConfig, training_steps
+from irdscale.config.schema import RunConfig, TrainConfig, result_settings, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, remove_folder
 from irdscale.errors import InputError, RunError, TrainingError
 from irdscale.masks.mask import Mask
@@ -25,8 +26,10 @@ from irdscale.search.ird import Pair
 from irdscale.search.ledger import evaluation_key
 from irdscale.search.mask_store import mask_folder
 from irdscale.training.base_model import base_model
-from irdscale.training.control import Control, Paused
+from irdscale.training.control import Control, Paused, shown
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
+from irdscale.training.metrics_file import NAME as METRICS
+from irdscale.training.recorder import Records
 from irdscale.training.trainable import make_sparse, put_lora
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.progress import bar
@@ -66,11 +69,21 @@ class Candidate:
         """The evaluation's key in the ledger."""
         parts = [self.mask, None if self.lora is None else lora_key(self.lora)]
         trained = "+".join(part for part in parts if part is not None) or NO_MASK
-        train = self.config(config).train.model_dump(mode="json")
+        train = result_settings(self.config(config).train.model_dump(mode="json"))
         if train["deepspeed"] is not None:
             # The path may change; an output folder belongs to one content of the file.
             train["deepspeed"] = Path(train["deepspeed"]).name
         return evaluation_key(trained, train, self.seed)
+
+    def name(self, config: RunConfig) -> str:
+        """A name for folders and trackers that no other evaluation of the run has."""
+        # Outside a round, draws of equal size differ by their masks alone.
+        stage, own = f"round{self.round}", ""
+        if self.round is None:
+            stage, own = re.sub(r"[^\w.-]+", "-", self.direction), f"-{self.key(config)[:8]}"
+        rate = "" if self.train is None else f"-rate{self.train.learning_rate:g}"
+        sizes = f"{self.pair.samples}samples-{self.pair.params}parameters"
+        return f"{stage}-{sizes}{rate}-seed{self.seed}{own}"
 
     def record(self, config: RunConfig) -> dict[str, Any]:
         """A ledger record with status failed and no error yet."""
@@ -89,7 +102,14 @@ class Candidate:
         }
 
     def __str__(self) -> str:
-        return f"{self.pair.samples} samples, {self.pair.params} parameters, seed {self.seed}"
+        return in_words(self.pair.samples, self.pair.params, self.seed, self.direction)
+
+
+def in_words(samples: int, params: int, seed: int, direction: str) -> str:
+    """A candidate in bars and messages: `128 samples, 113,570 trained, seed 1`, or its direction instead of sizes."""
+    sizes = [f"{samples:,} samples"] if samples else []
+    sizes += [f"{params:,} trained"] if params else []
+    return ", ".join([*(sizes or [direction]), f"seed {seed}"])
 
 
 def lora_key(lora: LoraConfig) -> str:
@@ -106,6 +126,12 @@ def candidate_adapter(output: Path, key: str) -> Path:
 def state_folder(output: Path, key: str) -> Path:
     """Folder of the saved training state of an unfinished evaluation."""
     return output / "candidates" / f"state-{key}"
+
+
+def records_of(config: RunConfig, output: Path, candidate: Candidate) -> Records:
+    """Where the metrics of a candidate's training go."""
+    name = candidate.name(config)
+    return Records(output / "trainings" / name / METRICS, name, output / "tensorboard" / name)
 
 
 def run_candidate(
@@ -127,7 +153,8 @@ def run_candidate(
         Exception: one of several ranks failed alone.
     """
     started, key = time.perf_counter(), candidate.key(config)
-    record, config = candidate.record(config), candidate.config(config)
+    record, records = candidate.record(config), records_of(config, output, candidate)
+    config, kept = candidate.config(config), list[int]()
     model: nn.Module | None = None
 
     def measure() -> float:
@@ -137,16 +164,18 @@ def run_candidate(
             raise TrainingError(f"the {task.metric} on the selection split is {metric}")
         return metric
 
-    control = control or Control()
+    control = replace(control or Control(), kept=kept.append)
     if report is not None:
         control = replace(control, at_rung=lambda step: report(step, measure()))
     start_peak()
     with ExitStack() as lent:
         try:
             model = lent.enter_context(_untrained(config, task, output, candidate))
-            trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key))
+            trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key), records)
             peak = peak_bytes()
             record |= {"metric": measure(), "status": "ok", "loss": trend, "peak_bytes": peak}
+            if kept:
+                record["kept_step"] = kept[0]
         except Paused:
             raise
         except Exception as error:  # the search goes on without this candidate
@@ -201,7 +230,7 @@ def _trained(config: RunConfig, task: Task, output: Path, candidate: Candidate) 
     with _untrained(own, task, output, candidate) as trained:
         # Without a bar, but a progress listener still hears of it.
         with bar("Training", training_steps(own.train, len(task.trained)), enabled=False) as advance:
-            fine_tune(trained, task, own, seed, Control(advance), state_folder(output, key))
+            fine_tune(trained, task, own, seed, shown(advance), state_folder(output, key))
         save_adapter(trained, folder, config=adapter_config(own, task, seed))
         remove_folder(state_folder(output, key))
         yield trained

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from irdscale.cluster import require_ray
-from irdscale.config.schema import RunConfig
+from irdscale.config.schema import RunConfig, training_steps
+from irdscale.distributed.ranks import rank_and_world
 from irdscale.search.candidates import Candidate, run_candidate
 from irdscale.search.runner import Engine, WorkItem
 from irdscale.training.base_model import KeptBase, keeping
+from irdscale.training.control import shown
+from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -25,7 +28,7 @@ def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
     if config.search.runner == "local":
         base = KeptBase()
         try:
-            yield LocalEngine(config, task, output, base)
+            yield LocalEngine(config, task, output, base, progress)
         finally:
             base.release()
         return
@@ -41,10 +44,12 @@ class LocalEngine:
 
     Args:
         base: keeps the base model between evaluations.
+        progress: whether to show a bar of each training.
     """
 
-    def __init__(self, config: RunConfig, task: Task, output: Path, base: KeptBase) -> None:
+    def __init__(self, config: RunConfig, task: Task, output: Path, base: KeptBase, progress: bool = False) -> None:
         self._given, self._base = (config, task, output), base
+        self._progress = progress and rank_and_world()[0] == 0
 
     def call(self, work: Callable[..., T], *args: Any) -> T:
         with keeping(self._base):
@@ -61,5 +66,9 @@ class LocalEngine:
         return results
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
+        config, task, _ = self._given
         for candidate in candidates:
-            ended(self.call(run_candidate, candidate))
+            steps = training_steps(candidate.config(config).train, len(task.trained))
+            with bar("Training", steps, enabled=self._progress) as advance:
+                record = self.call(run_candidate, candidate, shown(advance))
+            ended(record)

@@ -20,7 +20,8 @@ from irdscale.utils.files import digest, fsync_folder, writing
 FIELDS = ("round", "samples", "params", "seed", "direction", "mask", "metric", "status", "error", "seconds", "key")
 # Optional. loss: `irdscale.training.loss_trend.loss_trend` of the training. stopped_at: step of an early stop.
 # adapter_bytes: size of the adapter's file. peak_bytes: peak GPU memory of the training.
-MORE_FIELDS = ("loss", "stopped_at", "adapter_bytes", "peak_bytes")
+# kept_step: step of the best evaluation, whose numbers were kept (`train.keep: best`).
+MORE_FIELDS = ("loss", "stopped_at", "kept_step", "adapter_bytes", "peak_bytes")
 
 _BEGINNING = b'{"round": '
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from irdscale.cluster.worker import SupervisorClient
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.search.candidates import Candidate, run_candidate
+from irdscale.search.candidates import Candidate, records_of, run_candidate
 from irdscale.search.curves import curves
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, keeping
-from irdscale.training.control import Control, Paused
+from irdscale.training.control import Control, Paused, SmoothedLoss
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
@@ -63,13 +63,14 @@ def evaluate_candidate(
     config: RunConfig, output: Path, candidate: Candidate, client: SupervisorClient
 ) -> dict[str, Any] | None:
     """Evaluate a candidate on this rank; returns its record, or None if the supervisor paused it."""
-    task, done = _task(config.model_dump_json()), 0
+    task, done, smoothed = _task(config.model_dump_json()), 0, SmoothedLoss()
     steps = training_steps(candidate.config(config).train, len(task.trained))
 
     def advance(n: int = 1) -> None:
         nonlocal done
         done += n
-        client.say(step=done, of=steps)
+        losses: dict[str, Any] = {} if smoothed.value is None else {"loss": smoothed.value}
+        client.say(step=done, of=steps, **losses)
 
     def resumed(n: int) -> None:
         client.say(earlier=n)
@@ -79,13 +80,19 @@ def evaluate_candidate(
         draw(step, selection=metric)
         client.report(step, metric)
 
+    def seen(step: int, loss: float, rate: float) -> None:
+        smoothed.add(loss)
+        # The integration of TensorBoard draws these itself.
+        if "tensorboard" not in config.train.report_to:
+            draw(step, loss=loss, learning_rate=rate)
+
     early = config.search.ray.early_stopping and candidate.round is not None
-    with curves(output, candidate) as draw, keeping(_kept_base()):
+    with curves(records_of(config, output, candidate).tensorboard) as draw, keeping(_kept_base()):
         control = Control(
             advance,
             client.pausing,
             rungs(config, steps) if early else frozenset(),
-            seen=lambda step, loss, rate: draw(step, loss=loss, learning_rate=rate),
+            seen=seen,
             resumed=resumed,
         )
         try:

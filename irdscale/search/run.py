@@ -6,11 +6,9 @@ import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale import __version__
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.errors import RunError
@@ -24,6 +22,8 @@ from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import random_draw_mask, search_masks, stored_masks
 from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.tasks import load_task, tell_classes
+from irdscale.training.result import task_facts, versions
+from irdscale.training.trackers import require_trackers
 from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
@@ -55,6 +55,7 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
     output, parts = Path(config.output), {"search": search_part(config)}
     result_file = output / "result.json"
     with failing_together():
+        require_trackers(config)
         if not overwrite:
             refuse_changes(config, output)
     with held(config, overwrite) as folder:
@@ -155,25 +156,14 @@ def what_was_searched(config: RunConfig, task: Task, model: dict[str, Any]) -> d
         model: "parameters", "scored", "head" (entries) and "scored_by" (text).
     """
     return {
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "metric": task.metric,
-            "lower_is_better": task.lower_is_better,
-            "num_labels": task.num_labels,
-            "train": len(task.train),
-            "selection": len(task.selection),
-            "test": len(task.test),
-            "origin": task.origin,
-            "pool": task.pool_in_words,
-        },
+        "task": task_facts(task),
         "model": {
             "path": config.model.path,
             **{k: model[k] for k in ("parameters", "scored", "head", "scored_by")},
         },
         "direction": config.search.direction,
         "config": config.model_dump(mode="json"),
-        "versions": {"irdscale": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        "versions": versions(),
     }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.ranks import remove_folder
-from irdscale.search.candidates import Candidate, candidate_adapter
+from irdscale.search.candidates import Candidate, candidate_adapter, in_words
 from irdscale.search.ird import Pair, best_of
 from irdscale.search.ledger import Ledger
 from irdscale.training.loss_trend import rise_warnings
 
 T = TypeVar("T")
+# Names of a search's baselines, by `Candidate.direction`.
+BASELINES = {"random": "random samples", "probe": "head only"}
 
 
 def evaluated(mask: str | None, seed: int) -> Candidate:
@@ -38,7 +40,8 @@ class WorkItem:
 
 
 def _named(record: dict[str, Any]) -> str:
-    return f"{record['samples']} samples, {record['params']} parameters, seed {record['seed']} ({record['key'][:8]})"
+    words = in_words(record["samples"], record["params"], record["seed"], record["direction"])
+    return f"{words} ({record['key'][:8]})"
 
 
 class Engine(Protocol):
@@ -63,6 +66,10 @@ class Engine(Protocol):
 class Runner:
     """Evaluates candidates and records them in the ledger; evaluations in the ledger are not run again.
 
+    Args:
+        advance: advances the progress bar by an evaluation.
+        methods: direction of a candidate -> name of its method in the bar; none for the search's own candidates.
+
     Attributes:
         asked: keys of the requested evaluations, in order of the first request.
         reused: number of requests for an evaluation that another pair with the same mask had requested.
@@ -75,16 +82,18 @@ class Runner:
         ledger: Ledger,
         engine: Engine,
         output: Path,
-        advance: Callable[..., None] = lambda n=1, note="", earlier=False: None,
+        advance: Callable[..., None] = lambda n=1, note="", earlier=False, **shown: None,
         lower_is_better: bool = False,
+        methods: Mapping[str, str] = BASELINES,
     ) -> None:
         self._config, self._ledger, self._engine, self._output = config, ledger, engine, output
-        self._advance, self._lower_is_better = advance, lower_is_better
+        self._advance, self._lower_is_better, self._methods = advance, lower_is_better, methods
         # Evaluations of an earlier run do not count for the speed of this one.
         self._earlier = frozenset(ledger.finished)
         self.asked: list[str] = []
         self.reused = 0
         self.metrics: dict[tuple[Pair, int], float] = {}
+        self._best: dict[str, float] = {}
 
     def evaluate_round(
         self, round_number: int, wanted: list[tuple[Pair, int]], masks: dict[Pair, str]
@@ -109,17 +118,26 @@ class Runner:
             else:
                 self.asked.append(key)
             if key in ended_before or key in missing:
-                self._advance(note=str(candidate), earlier=key in self._earlier)
+                self._show(candidate, earlier=key in self._earlier)
             else:
                 missing[key] = candidate
 
         def ended(record: dict[str, Any]) -> None:
             self._ledger.append(record)
-            self._advance(note=str(missing[record["key"]]))
+            self._show(missing[record["key"]])
 
         if missing:
             self._engine.evaluate(list(missing.values()), ended)
         return [self.metric(candidate) for candidate in wanted]
+
+    def _show(self, candidate: Candidate, earlier: bool = False) -> None:
+        """Advance the bar by an evaluation, with its method and the method's best metric of one evaluation so far."""
+        metric, way = self.metric(candidate), candidate.direction
+        if metric is not None:
+            best = min if self._lower_is_better else max
+            self._best[way] = best(metric, self._best.get(way, metric))
+        method = self._methods.get(way)
+        self._advance(note=str(candidate), earlier=earlier, method=method, best=self._best.get(way))
 
     def metric(self, candidate: Candidate) -> float | None:
         """The selection metric of an evaluation; None if the ledger has no finished one."""

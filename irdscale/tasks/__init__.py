@@ -1,7 +1,29 @@
-"""Tasks: the data's splits, tokenised, with their metric, and the model that fits them."""
+"""Tasks: the data's splits, tokenised, with their metric, and the model that fits them.
 
-from irdscale.models.build import build_model
-from irdscale.tasks.counts import tell_classes
-from irdscale.tasks.task import Task, load_task
+The names below are imported on first use: `irdscale.tasks.sources` and the readers of files do not need torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irdscale.models.build import build_model
+    from irdscale.tasks.counts import tell_classes
+    from irdscale.tasks.task import Task, load_task
 
 __all__ = ["Task", "build_model", "load_task", "tell_classes"]
+
+_HOME = {
+    "Task": "irdscale.tasks.task",
+    "build_model": "irdscale.models.build",
+    "load_task": "irdscale.tasks.task",
+    "tell_classes": "irdscale.tasks.counts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -9,10 +9,10 @@ from irdscale.models.classes import are_placeholders, places_of
 
 def declared_names(table: pa.Table, label: str) -> list[str] | None:
     """The names of a column's class numbers, or None where the metadata have none."""
-    import datasets
-
     if b"huggingface" not in (table.schema.metadata or {}):
         return None
+    import datasets
+
     feature = datasets.Features.from_arrow_schema(table.schema).get(label)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 

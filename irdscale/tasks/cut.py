@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from irdscale.config.kinds import Kind
 from irdscale.config.task import TaskConfig
+from irdscale.utils.formats import percent
 from irdscale.utils.progress import say
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def tell_cut(task: Task) -> None:
     """Say on stderr how many samples of the train split are cut, if any."""
     cut = task.cut
     if cut is not None and cut.count:
-        share = f"{100 * cut.count / cut.size:.3g} %"
+        share = percent(cut.count / cut.size)
         say(
             f"Longer than task.max_length ({cut.max_length:,} tokens): {cut.count:,} of {cut.size:,} samples of train "
             f"({share}); they are {cut.how}"

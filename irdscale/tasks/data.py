@@ -1,4 +1,4 @@
-"""The rows of a task's splits: GLUE tasks, hub data sets, and local parquet, JSONL and CSV files.
+"""The rows of a task's splits: GLUE tasks, hub data sets, and local parquet, JSONL, JSON and CSV files.
 
 Columns are read into memory; nothing is written next to the user's files.
 """

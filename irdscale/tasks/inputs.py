@@ -36,7 +36,7 @@ def file_samples(config: RunConfig, task: Task, file: str) -> datasets.Dataset:
     """One sample for each row of a file, in its order; `row` counts from 0.
 
     Args:
-        file: parquet, JSONL or CSV, with the columns of `task.columns`; labels and answers may be missing.
+        file: parquet, JSONL, JSON or CSV, with the columns of `task.columns`; labels and answers may be missing.
 
     Returns:
         The columns of `task.test`; for causal-lm and sft those of `prompts_of`.

@@ -1,4 +1,4 @@
-"""Read local parquet, JSONL and CSV files: one for each split, or its numbered shards."""
+"""Read local parquet, JSONL, JSON and CSV files: one for each split, or its numbered shards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from irdscale.errors import InputError
 from irdscale.tasks.class_names import in_one_order
+from irdscale.tasks.delimiters import CSV_TYPES, delimiter_of, refuse_other_delimiter
 from irdscale.tasks.sources import FILE_TYPES, VALIDATION_NAMES, Source, published_splits
 from irdscale.utils.hub import one_line
 
@@ -20,6 +21,7 @@ _TYPES = ", ".join(FILE_TYPES)
 # What CSV files write where a row has no label, if all others are integers.
 _NO_LABEL = ("", "#N/A", "#NA", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none", "<NA>")
 _PLAIN_INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
+SPLITS = ("train", *VALIDATION_NAMES, "test")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
@@ -34,14 +36,14 @@ def read_local(path: Path, source: Source) -> dict[str, tuple[str, pa.Table]]:
             raise InputError(f"found file type {path.suffix!r}", f"one of {_TYPES}", _KEY, str(path))
         (table,) = _labels_by_type([(path, _read_file(path, source))], source)
         return {"train": (str(path), table)}
-    files = sorted(child for child in path.iterdir() if child.suffix in FILE_TYPES and child.is_file())
+    files = sorted(child for child in path.iterdir() if _is_data(child))
     if not files:
         there = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         raise InputError(f"found {there}", f"train.parquet (or {_TYPES})", _KEY, str(path))
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    unknown = [name for name in by_split if name not in ("train", *VALIDATION_NAMES, "test")]
+    unknown = [name for name in by_split if name not in SPLITS]
     if unknown and source.glue is None:
         there = ", ".join(file.name for file in by_split[unknown[0]])
         raise InputError(f"found {there}", "only files named train, validation and test", _KEY, str(path))
@@ -61,6 +63,12 @@ def read_local(path: Path, source: Source) -> dict[str, tuple[str, pa.Table]]:
     return tables
 
 
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder holds a split; other JSON files than splits describe the data set."""
+    named = path.suffix != ".json" or _SHARD.sub("", path.stem) in SPLITS
+    return named and path.suffix in FILE_TYPES and path.is_file()
+
+
 def _check_shards(files: list[Path], split: str) -> None:
     """Check that a split has one file, or every one of its numbered shards."""
     if len(files) == 1 and not _SHARD.search(files[0].stem):
@@ -76,20 +84,14 @@ def _check_shards(files: list[Path], split: str) -> None:
 
 
 def _read_file(path: Path, source: Source) -> pa.Table:
-    import pyarrow.csv
     import pyarrow.parquet
 
     try:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path)
-        return pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            # Without this, texts that are all digits would become numbers.
-            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in _of_text(source)}),
-        )
+        if path.suffix in (".jsonl", ".json"):
+            return _read_jsonl(path) if path.suffix == ".jsonl" else _read_json(path)
+        return _read_csv(path, source)
     except pa.ArrowInvalid as error:
         if path.stat().st_size == 0 or "Empty CSV" in str(error):
             raise InputError("the file is empty", key=_KEY, where=path) from None
@@ -97,6 +99,25 @@ def _read_file(path: Path, source: Source) -> pa.Table:
     except OSError as error:
         fault = f"cannot be read: {error.strerror or one_line(error)}"
         raise InputError(fault, key=_KEY, where=path) from None
+
+
+def _read_csv(path: Path, source: Source) -> pa.Table:
+    import pyarrow.csv
+
+    used = delimiter_of(path, source.delimiter)
+    needed = [name for names in source.columns.named().values() for name in names]
+    try:
+        table = pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(delimiter=used, newlines_in_values=True),
+            # Without this, texts that are all digits would become numbers.
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in _of_text(source)}),
+        )
+    except pa.ArrowInvalid:
+        refuse_other_delimiter(path, used, [], needed)
+        raise
+    refuse_other_delimiter(path, used, table.column_names, needed)
+    return table
 
 
 def _of_text(source: Source) -> list[str]:
@@ -111,7 +132,7 @@ def _labels_by_type(files: list[tuple[Path, pa.Table]], source: Source) -> list[
     chosen = [
         number
         for number, (path, table) in enumerate(files)
-        if path.suffix == ".csv" and label in _of_text(source) and table.column_names.count(label) == 1
+        if path.suffix in CSV_TYPES and label in _of_text(source) and table.column_names.count(label) == 1
     ]
     tables = [table for _, table in files]
     if not chosen:
@@ -132,8 +153,7 @@ def _labels_by_type(files: list[tuple[Path, pa.Table]], source: Source) -> list[
 
 
 def _read_jsonl(path: Path) -> pa.Table:
-    rows: list[dict[str, Any]] = []
-    names: dict[str, None] = {}
+    rows: list[Any] = []
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -145,7 +165,30 @@ def _read_jsonl(path: Path) -> pa.Table:
             if not isinstance(row, dict):
                 raise InputError(f"found {type(row).__name__}", "a JSON object", _KEY, f"{path}:{number}")
             rows.append(row)
-            names |= dict.fromkeys(row)
+    return _table(rows, path)
+
+
+def _read_json(path: Path) -> pa.Table:
+    """The rows of a list of JSON objects; or of lines of them, which some data sets name `.json` too."""
+    text = path.read_bytes()
+    if not text.strip():
+        raise InputError("the file is empty", key=_KEY, where=path)
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        if text.lstrip()[:1] == b"{" and "Extra data" in str(error):
+            return _read_jsonl(path)
+        raise InputError(f"not JSON: {one_line(error)}", key=_KEY, where=path) from None
+    if not isinstance(rows, list):
+        raise InputError(f"found {type(rows).__name__}", "a list of JSON objects", _KEY, path)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"found {type(row).__name__}", "a JSON object", _KEY, f"{path}, row {number}")
+    return _table(rows, path)
+
+
+def _table(rows: list[dict[str, Any]], path: Path) -> pa.Table:
+    names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: _json_column([row.get(name) for row in rows], name, path) for name in names})
 
 

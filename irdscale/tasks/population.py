@@ -8,8 +8,7 @@ an added copy, or has a false label. `row` of a sample from the other data set i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from irdscale.models.classes import order_of
 from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import class_labels, regression_labels
 from irdscale.tasks.language import language_samples
-from irdscale.tasks.sources import Source, find_source
+from irdscale.tasks.sources import Source, errors_of_mixed_with, mixed_source
 from irdscale.tasks.splits import Part
 from irdscale.tasks.tokens import encode
+from irdscale.utils.formats import percent
 from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def shaped_pool(
     elif pool.copies is not None:
         shaped = _copies(pool.copies, table)
     elif pool.mixed_with is not None:
-        with _errors_of_mixed_with():
+        with errors_of_mixed_with():
             name, other = _other_train(
                 config.task, pool.mixed_with, kind, tokenizer, label_names, class_order, segments
             )
@@ -85,7 +85,7 @@ def shaped_pool(
 
 
 def _describe(share: float, of: str, count: int, size: int) -> str:
-    return f"{100 * share:g} % {of} ({count:,} of {size:,} samples)"
+    return f"{percent(share, 4)} {of} ({count:,} of {size:,} samples)"
 
 
 def _most(share: float, first: int, second: int) -> tuple[int, int]:
@@ -184,18 +184,6 @@ def _label_noise(share: float, table: pa.Table, classes: int, generator: random.
     return noisy, altered_N, _describe(share, "with a false label", len(places), size)
 
 
-@contextmanager
-def _errors_of_mixed_with() -> Iterator[None]:
-    """Give errors of the second data set the keys of `task.pool.mixed_with`."""
-    try:
-        yield
-    except InputError as error:
-        section, _, key = error.key.partition(".")
-        if section == "task" and key.partition(".")[0] in MixedWithConfig.model_fields:
-            raise InputError(error.found, error.expected, f"task.pool.mixed_with.{key}", error.where) from error
-        raise InputError(str(error), key="task.pool.mixed_with") from error
-
-
 def _other_train(
     task: TaskConfig,
     mixed: MixedWithConfig,
@@ -206,12 +194,7 @@ def _other_train(
     segments: bool,
 ) -> tuple[str, Dataset]:
     """The name of the other data set, and its complete train split as samples of this task."""
-    source_keys = {"dataset": mixed.dataset, "subset": mixed.subset, "columns": mixed.columns or task.columns}
-    task = task.model_copy(update={**source_keys, "kind": kind, "pool": None})
-    source = find_source(task)
-    if source.glue is not None and mixed.columns is None:
-        # GLUE tasks have columns of their own.
-        source = find_source(task.model_copy(update={"columns": None}))
+    source = mixed_source(task, mixed, kind)
     if kind in LANGUAGE_KINDS:
         rows = read_rows(source)["train"]
         part = Part("train", np.arange(rows.table.num_rows), "train")

@@ -62,7 +62,7 @@ def run_data(config: RunConfig) -> dict[str, Any]:
     elif any((each > limit).any() for each in lengths.values()):
         # Shown samples are cut as in training. Other rows may be refused when they are cut from the left.
         refused = Refused()
-        with _without_warnings():
+        with without_warnings():
             shown = load_task(config, refused=refused)
         first = list(refused.rows)
     return {
@@ -94,7 +94,7 @@ def _limited(config: RunConfig, max_length: int) -> RunConfig:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Log no warnings in the body; the earlier load has logged them."""
     logger = logging.getLogger("irdscale.tasks")
     before = logger.level

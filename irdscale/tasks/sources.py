@@ -1,18 +1,20 @@
-"""Which files, or which data set of the hub, `task.dataset` means."""
+"""Which files, or which data set of the hub, `task.dataset` means. Imports nothing heavy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from irdscale.config.kinds import COLUMNS, METRICS, Kind
-from irdscale.config.task import ColumnsConfig, TaskConfig, check_columns, check_pool
+from irdscale.config.task import ColumnsConfig, MixedWithConfig, TaskConfig, check_columns, check_kind
 from irdscale.errors import InputError
 from irdscale.tasks.glue import GLUE, HUB_ID, GlueTask, glue_task
 from irdscale.utils.hub import is_hub_id
 from irdscale.utils.suggestions import nearest
 
-FILE_TYPES = (".parquet", ".jsonl", ".csv")
+FILE_TYPES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 # The names under which data sets publish their validation split.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _OWN = "(only GLUE tasks have their own)"
@@ -20,7 +22,10 @@ _OWN = "(only GLUE tasks have their own)"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows come from: a local path, or a hub data set and its configuration."""
+    """Where a task's rows come from: a local path, or a hub data set and its configuration.
+
+    `delimiter` stands between the columns of CSV files; None if it follows from the file's type.
+    """
 
     name: str
     kind: Kind
@@ -28,6 +33,7 @@ class Source:
     glue: GlueTask | None
     path: Path | None
     hub: tuple[str, str | None] | None
+    delimiter: str | None = None
 
 
 def find_source(task: TaskConfig) -> Source:
@@ -60,15 +66,44 @@ def find_source(task: TaskConfig) -> Source:
             raise InputError(f"found {task.kind!r}", f"{glue.kind!r} for glue/{glue.name}", "task.kind")
         columns = task.columns or ColumnsConfig(text=list(glue.text), label=glue.label)
         check_columns(glue.kind, columns, "task.columns")
-        if task.pool is not None:
-            check_pool(glue.kind, task.pool, "task.pool")
-        return Source(name, glue.kind, columns, glue, local, hub)
+        check_kind(task, glue.kind, "task.")
+        return Source(name, glue.kind, columns, glue, local, hub, task.delimiter)
     if task.kind is None:
         raise InputError("missing", f"one of {', '.join(METRICS)} {_OWN}", "task.kind")
     if task.columns is None:
         ways = ", or ".join("{" + ", ".join(f"{key}: .." for key in way) + "}" for way in COLUMNS[task.kind])
         raise InputError("missing", f"{ways} {_OWN}", "task.columns")
-    return Source(name, task.kind, task.columns, None, local, hub)
+    return Source(name, task.kind, task.columns, None, local, hub, task.delimiter)
+
+
+def mixed_source(task: TaskConfig, mixed: MixedWithConfig, kind: Kind) -> Source:
+    """Decide what `task.pool.mixed_with.dataset` is, as `find_source` does for `task.dataset`.
+
+    Args:
+        kind: kind of the task's samples.
+
+    Raises:
+        InputError: as `find_source`, with the keys of `task`; see `errors_of_mixed_with`.
+    """
+    own = {"dataset": mixed.dataset, "subset": mixed.subset, "delimiter": mixed.delimiter, "kind": kind, "pool": None}
+    task = task.model_copy(update={**own, "columns": mixed.columns or task.columns})
+    source = find_source(task)
+    if source.glue is not None and mixed.columns is None:
+        # GLUE tasks have columns of their own.
+        source = find_source(task.model_copy(update={"columns": None}))
+    return source
+
+
+@contextmanager
+def errors_of_mixed_with() -> Iterator[None]:
+    """Give errors of the second data set the keys of `task.pool.mixed_with`."""
+    try:
+        yield
+    except InputError as error:
+        section, _, key = error.key.partition(".")
+        if section == "task" and key.partition(".")[0] in MixedWithConfig.model_fields:
+            raise InputError(error.found, error.expected, f"task.pool.mixed_with.{key}", error.where) from error
+        raise InputError(str(error), key="task.pool.mixed_with") from error
 
 
 def _with_subset(path: Path, subset: str | None) -> Path:

@@ -1,16 +1,18 @@
 """Checkpoints of a training, from which it resumes with any number of ranks and any ZeRO stage.
 
-    FOLDER/state.json            step, and hash of the settings that the training depends on
+    FOLDER/state.json            step, and hash of the settings that the training depends on; with `train.keep: best`
+                                 step and metric of the best evaluation so far
     FOLDER/numbers.safetensors   value/NAME, exp_avg/NAME, exp_avg_sq/NAME of every trained parameter, gathered;
-                                 rng/RANK; losses, one per step
+                                 rng/RANK; losses, one per step; best/NAME, the value at the best evaluation
 
-A checkpoint takes 12 bytes per trained parameter; frozen parameters are not stored. Tensors are gathered from all
-ranks, so the files do not depend on the number of ranks or DeepSpeed's partitions. DeepSpeed's own checkpoints, which
-are pickled, are not used.
+A checkpoint takes 12 bytes per trained parameter, 16 with `train.keep: best`; frozen parameters are not stored. Tensors
+are gathered from all ranks, so the files do not depend on the number of ranks or DeepSpeed's partitions. DeepSpeed's
+own checkpoints, which are pickled, are not used.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,30 @@ FORMAT = "irdscale-training"
 VERSION = 1
 WHAT = "training state"
 LOSSES = "losses"
-VALUE, MOMENTS = "value", ("exp_avg", "exp_avg_sq")
+VALUE, MOMENTS, BEST = "value", ("exp_avg", "exp_avg_sq"), "best"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a training so far.
+
+    Attributes:
+        values: name -> value of each trained parameter at that step, gathered, on the CPU.
+    """
+
+    step: int
+    metric: float
+    values: dict[str, Tensor]
 
 
 def save_training(
-    folder: Path, model: nn.Module, optimizer: Any, step: int, made_by: dict[str, Any], losses: list[float]
+    folder: Path,
+    model: nn.Module,
+    optimizer: Any,
+    step: int,
+    made_by: dict[str, Any],
+    losses: list[float],
+    best: Best | None = None,
 ) -> None:
     """Replace the saved state by the state after `step` optimizer steps. Collective; rank 0 writes.
 
@@ -38,6 +59,7 @@ def save_training(
         optimizer: AdamW, or DeepSpeed's wrapper of it.
         made_by: settings that the training depends on, by name.
         losses: loss of each step made.
+        best: the best evaluation so far, of a training that keeps it.
 
     Raises:
         RunError: the state cannot be written; the earlier state stays.
@@ -47,10 +69,14 @@ def save_training(
     tensors = {LOSSES: torch.tensor(losses, dtype=torch.float64), **_generators()}
     for key in (VALUE, *MOMENTS):
         tensors |= {f"{key}/{name}": found for name, found in _gathered(_trained(model), optimizer, key).items()}
+    if best is not None:
+        tensors |= {f"{BEST}/{name}": value for name, value in best.values.items()}
 
     def fill(target: Path) -> None:
         save_file(tensors, target / "numbers.safetensors")
-        meta = {"format": FORMAT, "version": VERSION, "step": step, "made_by": digest(made_by)}
+        meta: dict[str, Any] = {"format": FORMAT, "version": VERSION, "step": step, "made_by": digest(made_by)}
+        if best is not None:
+            meta[BEST] = {"step": best.step, "metric": best.metric}
         write_json(target / "state.json", meta)
 
     with failing_together():
@@ -74,6 +100,34 @@ def saved_step(folder: Path, made_by: dict[str, Any]) -> int:
 def saved_losses(folder: Path) -> list[float]:
     """The loss of each step up to the saved state."""
     return read_tensors(folder / "numbers.safetensors", WHAT)[LOSSES].tolist()
+
+
+def saved_best(folder: Path, model: nn.Module) -> Best | None:
+    """The best evaluation up to the saved state; None if it has none. Collective.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    with failing_together():
+        found = read_versioned(folder / "state.json", WHAT, FORMAT, VERSION).get(BEST)
+        if found is None:
+            return None
+        parameters = _trained(model)
+        tensors = _read(folder, parameters, (BEST,))
+        values = {name: tensors[f"{BEST}/{name}"] for name in parameters}
+        return Best(int(found["step"]), float(found["metric"]), values)
+
+
+def trained_values(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Name -> value of each trained parameter, gathered from all ranks, on the CPU. Collective."""
+    return _gathered(_trained(model), optimizer, VALUE)
+
+
+def put_values(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give the trained parameters these values. Collective; an optimizer's own copies stay."""
+    for name, parameter in _trained(model).items():
+        with gathered_parameters([parameter], changed=True):
+            parameter.data.copy_(values[name])
 
 
 def load_training(folder: Path, model: nn.Module, optimizer: Any = None, step: int = 0) -> None:

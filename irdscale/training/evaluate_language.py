@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,17 +96,18 @@ def measure_choices(model: nn.Module, task: Task, split: Dataset, batch_size: in
         return _text_table(model, task, texts, batch_size)
 
 
+def choice_scores(split: Dataset, table_NC: Tensor, metric: str) -> list[list[float]]:
+    """Log likelihood of each sample's choices, with `accuracy_norm` per token, from the table of `measure_choices`."""
+    scores_N = -table_NC[:, 0] / (table_NC[:, 1] if metric == "accuracy_norm" else 1)
+    return [own.tolist() for own in scores_N.split([len(choices) for choices in split["choices"]])]
+
+
 def _choice_accuracies(task: Task, split: Dataset, table_NC: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    choices = list(split["choices"])
-    right = {"accuracy": 0, "accuracy_norm": 0}
-    start = 0
-    for sample, answer in zip(choices, split["answer"], strict=True):
-        loss_C, tokens_C, _ = table_NC[start : start + len(sample)].unbind(1)
-        right["accuracy"] += int(loss_C.argmin()) == answer
-        right["accuracy_norm"] += int((loss_C / tokens_C).argmin()) == answer
-        start += len(sample)
-    metrics = {name: right[name] / len(choices) for name in task.metrics}
-    return metrics, {name: of_share(share, len(choices)) for name, share in metrics.items()}
+    metrics = {}
+    for name in task.metrics:
+        likeliest = [own.index(max(own)) for own in choice_scores(split, table_NC, name)]
+        metrics[name] = sum(map(eq, likeliest, split["answer"])) / len(split)
+    return metrics, {name: of_share(share, len(split)) for name, share in metrics.items()}
 
 
 def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Tensor:

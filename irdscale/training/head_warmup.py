@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from irdscale.config.schema import RunConfig
+from irdscale.config.schema import RunConfig, short_training
 from irdscale.distributed.ranks import failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
 from irdscale.sparse import merge, sparsify
 from irdscale.training.base_model import base_model
-from irdscale.training.control import Control
+from irdscale.training.control import shown
 from irdscale.training.trainable import trained_densely
 from irdscale.training.trainer import fine_tune
 from irdscale.utils.progress import bar
@@ -51,8 +51,8 @@ def model_to_score(config: RunConfig, task: Task, progress: bool) -> Iterator[tu
                 )
         if steps:
             sparsify(model, Mask({}, {}), [f"^{re.escape(name)}$" for name in new])
-            train = config.train.model_copy(update={"steps": steps, "epochs": None})
+            short = config.model_copy(update={"train": short_training(config.train, steps)})
             with bar("Head", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
-                fine_tune(model, task, config.model_copy(update={"train": train}), seed, Control(advance))
+                fine_tune(model, task, short, seed, shown(advance))
             merge(model, dequantize=False)
         yield model, dense

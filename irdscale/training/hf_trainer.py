@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
 from irdscale.config.schema import TrainConfig
 from irdscale.distributed.deepspeed import compile_nothing
-from irdscale.distributed.ranks import all_reduce_sum, current_group, rank_and_world
+from irdscale.distributed.ranks import current_group
 from irdscale.training.control import Control
+from irdscale.training.step_metrics import StepLosses
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Training:
         state: folder of the saved state; None to save none.
         made_by: inputs of the training, by name; a state made by other inputs is not continued.
         losses: loss of each step that an earlier run made.
+        name: name of the run for trackers; None for a training that is not recorded.
     """
 
     train: TrainConfig
@@ -40,43 +41,7 @@ class Training:
     state: Path | None
     made_by: dict[str, Any]
     losses: list[float]
-
-
-@dataclass
-class StepLosses:
-    """Losses of a training's steps. They stay on the device until `read`, because reading waits for the device."""
-
-    _unread: list[tuple[int, Tensor, float]] = field(default_factory=list)
-    _unseen: dict[int, tuple[float, float]] = field(default_factory=dict)
-    _read: dict[int, float] = field(default_factory=dict)
-
-    def add(self, step: int, loss: Tensor, rate: float) -> None:
-        """Add the loss of one forward pass, and the learning rate."""
-        self._unread.append((step, loss, rate))
-
-    def read(self) -> tuple[int, str] | None:
-        """Read all unread losses in one transfer; returns the first step with a bad loss, and what is wrong."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return None
-        for (step, _, rate), loss in zip(unread, torch.stack([loss for _, loss, _ in unread]).tolist(), strict=True):
-            if not math.isfinite(loss):
-                return step, f"the loss is {loss} at step {step}, learning rate {rate:.3g}"
-            self._unseen[step] = loss, rate
-            # The Trainer has divided a pass's loss by the number of passes.
-            self._read[step] = self._read.get(step, 0.0) + loss
-        return None
-
-    def take_unseen(self) -> list[tuple[int, float, float]]:
-        """Each step read since the last call, the loss of its last pass, and its learning rate."""
-        unseen, self._unseen = self._unseen, {}
-        return [(step, *found) for step, found in unseen.items()]
-
-    def means(self) -> list[float]:
-        """The loss of each step that was read, averaged over the ranks; collective."""
-        own = torch.tensor(list(self._read.values()), dtype=torch.float64)
-        all_reduce_sum([own])
-        return (own / rank_and_world()[1]).tolist()
+    name: str | None = None
 
 
 class SparseTrainer(Trainer):
@@ -94,10 +59,12 @@ class SparseTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(cast(Any, train_dataset or self.train_dataset))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # Only a record of the steps has the rate of tokens.
+        mask = None if self.training.name is None else inputs.get("attention_mask")
+        loss = super().training_step(model, inputs, *args, **kwargs)
         rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else 0.0
-        self.losses.add(self.step + 1, loss, float(rate))
+        self.losses.add(self.step + 1, loss, float(rate), mask)
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -105,7 +72,9 @@ class SparseTrainer(Trainer):
         return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm, left on the device: it is not used, and reading it waits for the device."""
+        """The norm, left on the device, because reading it waits for the device. DeepSpeed has none at stage 0."""
+        if grad_norm is not None:
+            self.losses.add_norm(self.step + 1, grad_norm)
         return grad_norm
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -151,7 +120,9 @@ def training_arguments(
         logging_strategy="no",
         # The filter waits for the device in each pass; `StepLosses` checks all losses.
         logging_nan_inf_filter=False,
+        # `irdscale.training.trackers` calls the trackers.
         report_to=[],
+        run_name=training.name,
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
         # A blocking copy of a batch waits for all earlier work of the device.

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any
 
+from irdscale.utils.formats import number
+
 # The first and the last of so many equal parts of the steps are compared.
 PARTS = 5
 # Fewest losses in a part to compute their variance.
@@ -35,7 +37,7 @@ def loss_trend(losses: Sequence[float]) -> dict[str, Any] | None:
 
 def rise_warning(trend: Mapping[str, Any]) -> str:
     """Warning about a loss that rose."""
-    return f"The loss rose from {trend['began']:.4g} to {trend['ended']:.4g}: {_ADVICE}"
+    return f"The loss rose from {number(trend['began'])} to {number(trend['ended'])}: {_ADVICE}"
 
 
 def rise_warnings(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
@@ -52,5 +54,5 @@ def rise_warnings(trends: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     trend = known[worst]
     return [
         f"The loss rose in {len(rose):,} of {len(known):,} trainings, most in {worst}: "
-        f"from {trend['began']:.4g} to {trend['ended']:.4g}; {_ADVICE}"
+        f"from {number(trend['began'])} to {number(trend['ended'])}; {_ADVICE}"
     ]

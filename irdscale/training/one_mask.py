@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import torch
 from irdscale.adapters import adapter_head, export_shira, push_adapter, save_adapter
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import failing_together, rank_and_world, remove_folder, same_on_every_rank
-from irdscale.errors import InputError
 from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
 from irdscale.runs.folder import held, mask_part, training_part
@@ -21,23 +20,25 @@ from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
 from irdscale.tasks.outputs import Outputs
 from irdscale.training.adapted import adapted_model
-from irdscale.training.control import Control
+from irdscale.training.control import shown
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.loss_trend import rise_warning
 from irdscale.training.mask_passes import MaskPass, kept_earlier, make_mask
-from irdscale.training.predict import check_target, predictions_of_test, write_predictions
+from irdscale.training.metrics_file import NAME as METRICS
+from irdscale.training.predict import predictions_of_test, write_predictions
+from irdscale.training.recorder import Records
+from irdscale.training.result import task_facts, versions
+from irdscale.training.targets import HUB, check_export, check_target
+from irdscale.training.trackers import require_trackers
 from irdscale.training.trainable import sparse_model
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar
-from irdscale.utils.suggestions import nearest
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 log = logging.getLogger(__name__)
-EXPORT_FORMATS = ("merged", "shira")
-HUB = "hub:"
 # Rows of the training data that ranks compare.
 COMPARED_ROWS = 16
 
@@ -80,19 +81,21 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
 def run_train(
     config: RunConfig, mask: str | None = None, progress: bool = True, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Train one mask, from a folder or computed like `run_fisher`'s, and write OUTPUT/adapter.
+    """Train one mask, from a folder or computed like `run_fisher`'s, and write OUTPUT/adapter and OUTPUT/result.json.
 
     The training uses the first of `search.seeds`. Collective where torch.distributed is initialised: the ranks share
     each batch, by DDP or by `train.deepspeed`, and rank 0 writes. A killed training resumes from its last saved state,
-    in OUTPUT/training; a signal (SIGINT, SIGTERM) saves one. A repeated call returns the stored result.
+    in OUTPUT/training; a signal (SIGINT, SIGTERM) saves one. OUTPUT/metrics.jsonl gets the metrics of every step. A
+    repeated call returns the stored result.
 
     Args:
         mask: folder of the mask; None to compute it.
         overwrite: whether to delete the contents of OUTPUT first.
 
     Returns:
-        {"adapter", "mask", "params", "head", "steps", "seed", "selection", "test", "test_error", "loss", "warnings",
-        "seconds"}: metrics by split, their standard errors on test, and the loss at the beginning and end.
+        The contents of OUTPUT/result.json: {"adapter", "mask", "params", "head", "steps", "kept_step", "seed",
+        "selection", "test", "test_error", "loss", "warnings", "seconds"}: metrics by split, their standard errors on
+        test, and the loss at the beginning and end; and as in a search's result {"best", "task", "config", "versions"}.
 
     Raises:
         InputError: the mask does not fit the model, the configuration does not fit the data, the model or the ranks, or
@@ -102,6 +105,7 @@ def run_train(
     with held(config, overwrite) as folder:
         output, seed = folder.output, config.search.seeds[0]
         with failing_together():
+            require_trackers(config)
             task = load_task(config)
             chosen = Mask.load(mask) if mask is not None else None
         part = training_part(config, None if chosen is None else chosen.hash)
@@ -112,6 +116,9 @@ def run_train(
         tell_classes(task, progress and rank_and_world()[0] == 0)
         chosen = chosen if chosen is not None else _own_mask(config, task, progress)
         result = _trained(config, task, chosen, seed, progress)
+        with failing_together():
+            if rank_and_world()[0] == 0:
+                write_json(output / "result.json", result)
         folder.keep("training", result)
         remove_folder(output / "training")
         return result
@@ -124,10 +131,11 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
         model = sparse_model(config, task, mask, seed)
         work = {**trained_on(model), "training data": _some_rows(task)}
     same_on_every_rank(work)
-    steps = training_steps(config.train, len(task.trained))
+    steps, kept = training_steps(config.train, len(task.trained)), list[int]()
+    records = Records(output / METRICS, output.absolute().name, output / "tensorboard")
     with bar("Training", steps, enabled=progress and rank_and_world()[0] == 0) as advance:
-        control = Control(advance, resumed=partial(advance, earlier=True))
-        trend = fine_tune(model, task, config, seed, control, output / "training")
+        control = replace(shown(advance), kept=kept.append)
+        trend = fine_tune(model, task, config, seed, control, output / "training", records)
     warnings = [rise_warning(trend)] if trend is not None and trend["rose"] else []
     for text in warnings if rank_and_world()[0] == 0 else ():
         log.warning(text)
@@ -141,6 +149,7 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
         "params": state_of.k,
         "head": state_of.dense_parameters,
         "steps": steps,
+        "kept_step": kept[0] if kept else steps,
         "seed": seed,
         "selection": selection,
         "test": test,
@@ -148,6 +157,17 @@ def _trained(config: RunConfig, task: Task, mask: Mask, seed: int, progress: boo
         "loss": trend,
         "warnings": warnings,
         "seconds": round(time.perf_counter() - started, 2),
+        "best": {
+            "params": state_of.k,
+            "metric": selection[task.metric],
+            "test_metric": test[task.metric],
+            "test_error": errors[task.metric],
+            "mask": mask.hash,
+            "adapter": "adapter",
+        },
+        "task": task_facts(task),
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
     }
 
 
@@ -243,17 +263,10 @@ def run_export(config: RunConfig, adapter: str, to: str, format: str | None = No
         InputError: `to` is not empty, the adapter is missing, damaged or of another base, or SHiRA cannot represent it.
         RunError: `to` cannot be written, or the hub refuses the upload.
     """
-    if format is not None and format not in EXPORT_FORMATS:
-        raise InputError(
-            f"found {format!r}{nearest(format, EXPORT_FORMATS)}", f"{' or '.join(EXPORT_FORMATS)}", key="format"
-        )
+    check_export(to, format)
     if to.startswith(HUB):
-        if format is not None:
-            raise InputError(f"found {format!r} with to={to}", "none: the adapter is uploaded unchanged", key="format")
         return {"hub": push_adapter(adapter, to.removeprefix(HUB)), "adapter": adapter}
     target = Path(to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{to} exists", "a new or empty folder", key="to")
     # One process merges the full model.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     task = load_task(config, adapter_head(adapter))

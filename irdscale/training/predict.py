@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irdscale.adapters import adapter_head
@@ -21,7 +20,8 @@ from irdscale.tasks.inputs import file_samples, prompts_of, text_samples
 from irdscale.tasks.outputs import Outputs
 from irdscale.training.adapted import adapted_model
 from irdscale.training.evaluate import sample_logits
-from irdscale.training.evaluate_language import generate_greedily, measure_choices
+from irdscale.training.evaluate_language import choice_scores, generate_greedily, measure_choices
+from irdscale.training.targets import check_predict
 from irdscale.utils.files import write_atomic
 from irdscale.utils.progress import bar
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from irdscale.tasks import Task
 
 log = logging.getLogger(__name__)
-# A file of predictions has one of these keys.
-PREDICTED = ("class", "value", "choice", "completion")
 
 Prediction = dict[str, Any]
 
@@ -66,11 +64,7 @@ def run_predict(
         RunError: `to` cannot be written.
     """
     with failing_together():
-        if input is not None and text is not None:
-            raise InputError("found text= beside input=", "one of them", "text")
-        if input is not None and to is not None and Path(input).resolve() == Path(to).resolve():
-            raise InputError(f"found {to}, which is input=", "another file", "to")
-        check_target(to)
+        check_predict(input, text, to)
         task = load_task(config, None if adapter is None else adapter_head(adapter))
         samples = _chosen_samples(config, task, input, text)
         model = _chosen_model(config, task, adapter)
@@ -101,27 +95,6 @@ def predictions_of_test(config: RunConfig, model: Any, task: Task, outputs: Outp
     """Predictions for the task's test split, with the `expected` values; see `predictions`."""
     samples = prompts_of(task, task.test, config.task.max_length)
     return list(_with_expected(task, samples, predictions(config, model, task, samples, outputs)))
-
-
-def check_target(to: str | None) -> None:
-    """Check that the file for predictions is new, empty, or holds predictions.
-
-    Raises:
-        InputError: it is a folder, or holds no predictions.
-    """
-    if to is None or not Path(to).exists():
-        return
-    expected = "a new file, or one of predictions"
-    if not Path(to).is_file():
-        raise InputError(f"{to} is a folder", expected, "to")
-    try:
-        with Path(to).open("rb") as stream:
-            line = stream.readline()
-        first = json.loads(line) if line else {"row": 0, PREDICTED[0]: ""}
-    except (OSError, ValueError):
-        first = None
-    if not isinstance(first, dict) or "row" not in first or not any(key in first for key in PREDICTED):
-        raise InputError(f"{to} exists, and holds no predictions", expected, "to")
 
 
 def _chosen_samples(config: RunConfig, task: Task, input: str | None, text: str | None) -> Dataset:
@@ -200,12 +173,9 @@ def _labels(task: Task, samples: Dataset, logits_NC: Tensor) -> Iterator[Predict
 
 
 def _choices(task: Task, samples: Dataset, table_NC: Tensor) -> Iterator[Prediction]:
-    scores_N = -table_NC[:, 0] / (table_NC[:, 1] if task.metric == "accuracy_norm" else 1)
-    scores, start = scores_N.tolist(), 0
-    for choices, prompts in zip(samples["choices"], samples["choice_prompts"], strict=True):
-        own = scores[start : start + len(choices)]
-        start += len(choices)
-        best = max(range(len(own)), key=own.__getitem__)
+    scores = choice_scores(samples, table_NC, task.metric)
+    for choices, prompts, own in zip(samples["choices"], samples["choice_prompts"], scores, strict=True):
+        best = own.index(max(own))
         text = str(task.tokenizer.decode(choices[best][prompts[best] :], skip_special_tokens=True)).strip()
         yield {"choice": best, "text": text, "scores": own}
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback
 
-from irdscale.config.schema import HOW_TO_TRAIN, RunConfig, training_steps
+from irdscale.config.schema import HOW_TO_TRAIN, RunConfig, TrainConfig, result_settings, training_steps
 from irdscale.distributed.deepspeed import forget_settings, micro_batch, zero_settings
 from irdscale.distributed.ranks import failing_together, largest_of, rank_and_world, same_on_every_rank
 from irdscale.distributed.watchdog import watched
@@ -29,10 +29,12 @@ from irdscale.fisher.capture import frozen
 from irdscale.models.checks import padding_known_to_matter, unheard, warn_once
 from irdscale.sparse import sparse_state, trained_on
 from irdscale.training.callback import TrainingCallback
-from irdscale.training.checkpoint import load_training, saved_losses, saved_step
+from irdscale.training.checkpoint import load_training, saved_best, saved_losses, saved_step
 from irdscale.training.control import Control
+from irdscale.training.evaluations import Evaluations
 from irdscale.training.hf_trainer import SparseTrainer, Training, training_arguments
 from irdscale.training.loss_trend import loss_trend
+from irdscale.training.recorder import Recorder, Records
 from irdscale.training.text_loss import text_loss
 from irdscale.utils.files import digest
 from irdscale.utils.interrupts import deferred
@@ -60,14 +62,17 @@ def fine_tune(
     seed: int,
     control: Control | None = None,
     state: Path | None = None,
+    records: Records | None = None,
 ) -> dict[str, Any] | None:
     """Train a sparse model in place on the train split. Collective where torch.distributed is initialised.
 
     At equal seed the batches are equal, whatever the mask and the number of ranks; each rank has its own dropout
-    stream. Weight decay leaves biases and norms alone, as in the Trainer.
+    stream. Weight decay leaves biases and norms alone, as in the Trainer. With `train.keep: best` the model ends with
+    the numbers of the best evaluation.
 
     Args:
         state: folder of the training's saved state, which all ranks share; a state of this training is continued.
+        records: where the metrics of its steps go, besides `control`.
 
     Returns:
         The loss at the beginning and at the end, steps of an earlier run included; see
@@ -83,11 +88,7 @@ def fine_tune(
     control, world = control or Control(), rank_and_world()[1]
     train, steps = config.train, training_steps(config.train, len(task.trained))
     settings, micro = zero_settings(config, world), micro_batch(config, world)
-    made_by = {
-        "train": train.model_dump(mode="json", exclude={*HOW_TO_TRAIN, "adapter_dtype"}),
-        "seed": seed,
-        **trained_on(model),
-    }
+    made_by = {"train": _settings(train), "seed": seed, **trained_on(model)}
     same_on_every_rank({"training": digest(made_by)})
     with failing_together():
         done = 0 if state is None else saved_step(state, made_by)
@@ -95,14 +96,28 @@ def fine_tune(
     (control.resumed or control.advance)(done)
     losses = saved_losses(state) if state is not None and done else []
     _make_absolute(model, train.decay == "weight" and train.weight_decay > 0)
+    evaluations = Evaluations(model, task, train, steps)
+    if state is not None and done and train.keep == "best":
+        evaluations.best = saved_best(state, model)
     if done < steps:
-        training = Training(train, seed, steps, done, control, state, made_by, losses)
-        losses = _train(model, task, training, settings, micro)
+        name = None if records is None else records.name
+        training = Training(train, seed, steps, done, control, state, made_by, losses, name)
+        callback = TrainingCallback(training, evaluations, Recorder(records, train, task, done))
+        losses = _train(model, task, callback, settings, micro)
     elif state is not None:
         load_training(state, model)
+    kept = evaluations.keep()
+    if train.keep == "best":
+        control.kept(kept)
     _make_absolute(model, False)
     model.eval()
     return loss_trend(losses)
+
+
+def _settings(train: TrainConfig) -> dict[str, Any]:
+    """The keys of `train` on which the numbers of a training depend."""
+    found = result_settings(train.model_dump(mode="json"))
+    return {key: value for key, value in found.items() if key not in (*HOW_TO_TRAIN, "adapter_dtype")}
 
 
 def _make_absolute(model: nn.Module, absolute: bool) -> None:
@@ -111,9 +126,10 @@ def _make_absolute(model: nn.Module, absolute: bool) -> None:
 
 
 def _train(
-    model: nn.Module, task: Task, training: Training, settings: dict[str, Any] | None, micro: int
+    model: nn.Module, task: Task, callback: TrainingCallback, settings: dict[str, Any] | None, micro: int
 ) -> list[float]:
     """Make the steps that are left; returns the loss of each step."""
+    training = callback.training
     batch = training.train.batch_size
     order = training_order(len(task.trained), training.steps * batch, training.seed)[training.done * batch :]
     losing: AbstractContextManager[None] = nullcontext()
@@ -124,7 +140,6 @@ def _train(
         _warn_if_padding_matters(model, task)
     if training.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-    callback = TrainingCallback(training)
     with tempfile.TemporaryDirectory() as scratch, watched():
         trainer = callback.trainer = SparseTrainer(
             training,
@@ -144,6 +159,7 @@ def _train(
             release_engine(trainer.model_wrapped)
             losses = callback.losses()
         finally:
+            callback.recorder.end()
             forget_settings()
     if training.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_disable()

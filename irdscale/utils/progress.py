@@ -1,15 +1,17 @@
-"""Progress on stderr: bars on a terminal, a plain line every 10 seconds in a log file."""
+"""Progress on stderr: bars on a terminal, each on one line; elsewhere a plain line every 10 seconds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress
+
+from irdscale.utils.bar_lines import Lines, count_of, fields_of, texts_of
+from irdscale.utils.terminal import print_line
 
 PLAIN_SECONDS = 10.0
 # The steps of a search take minutes. With rich's default of 30 seconds, their rate would stay unknown.
@@ -19,26 +21,22 @@ console = Console(stderr=True)
 
 
 class Advance(Protocol):
-    def __call__(self, n: float = 1, note: str = "", earlier: bool = False) -> None:
+    def __call__(self, n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
         """Add `n` finished items; `note` is shown after the bar until the next call.
 
         Args:
             earlier: whether an earlier run finished them; they do not count for the rate.
+            shown: values of `irdscale.utils.bar_lines.FIELDS`, each shown until a call replaces it; None removes it.
         """
 
 
 Listener = Callable[[str, float, float | None, str], None]
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(_rate(task.finished_speed or task.speed or 0.0), style="progress.data.speed")
-
-
 class _State:
     """The state that open bars share."""
 
-    live: Progress | None = None
+    live: _Bars | None = None
     below: RenderableType | None = None
     listener: Listener | None = None
     depth: int = 0
@@ -63,7 +61,7 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
         yield _listened(_State.listener, description, total)
         return
     if not enabled:
-        yield lambda n=1, note="", earlier=False: None
+        yield lambda n=1, note="", earlier=False, **shown: None
         return
     show = _live if console.is_terminal else _plain
     _State.depth += 1
@@ -75,11 +73,13 @@ def bar(description: str, total: int | None, enabled: bool = True) -> Iterator[A
 
 
 class _Bars(Progress):
-    """Bars, with the renderable of `show_below` below them."""
+    """Bars, one line each, with the renderable of `show_below` below them until they end."""
+
+    over = False
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        if _State.below is not None:
+        yield Lines(self.tasks, self.over)
+        if _State.below is not None and not self.over:
             yield _State.below
 
 
@@ -106,10 +106,10 @@ def progress_listener(listener: Listener) -> Iterator[None]:
 def _listened(listener: Listener, description: str, total: int | None) -> Advance:
     done = 0.0
 
-    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
+    def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
         nonlocal done
         done += n
-        listener(description, done, total, note)
+        listener(description, done, total, ", ".join(texts_of({**shown, "note": note})))
 
     return advance
 
@@ -118,32 +118,26 @@ def _listened(listener: Listener, description: str, total: int | None) -> Advanc
 def _live(description: str, total: int | None) -> Iterator[Advance]:
     outermost = _State.live is None
     if _State.live is None:
-        _State.live = _Bars(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.fields[of]}"),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False, style="dim"),
-            console=console,
-            speed_estimate_period=RATE_SECONDS,
-        )
+        _State.below = None
+        _State.live = _Bars(console=console, speed_estimate_period=RATE_SECONDS)
         _State.live.start()
     live = _State.live
-    task = live.add_task(description, total=total, of="?" if total is None else total, note="")
+    values: dict[str, Any] = {}
+    task = live.add_task(description, total=total, shown=values)
 
-    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
+    def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
         if earlier:
             # `update` would count them for the rate.
             next(each for each in live.tasks if each.id == task).completed += n
-        live.update(task, advance=0 if earlier else n, note=note)
+        values.update(shown, note=note)
+        live.update(task, advance=0 if earlier else n)
 
     try:
         yield advance
     finally:
         if outermost:
+            # What is below the bars may be set again by another thread.
+            live.over, _State.below = True, None
             live.stop()
             _State.live = None
         else:
@@ -152,60 +146,49 @@ def _live(description: str, total: int | None) -> Iterator[Advance]:
 
 @contextmanager
 def _plain(description: str, total: int | None) -> Iterator[Advance]:
-    start = time.monotonic()
-    if _State.depth == 1:
+    start = own = time.monotonic()
+    outermost = _State.depth == 1
+    if outermost:
         _State.printed = start
     done = before = 0.0
-    shown = -1.0
-    last_note = ""
+    printed = -1.0
+    values: dict[str, Any] = {}
 
-    def line() -> None:
-        nonlocal shown
-        shown, _State.printed = done, time.monotonic()
-        console.print(
-            _line(description, done, total, _State.printed - start, last_note, before),
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+    def line(over: bool = False) -> None:
+        nonlocal printed, own
+        printed, own = done, time.monotonic()
+        _State.printed = own
+        say(_line(description, done, total, own - start, values, before, over))
 
-    def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
-        nonlocal done, before, last_note
-        done, before, last_note = done + n, before + n * earlier, note
-        if time.monotonic() - _State.printed >= PLAIN_SECONDS:
+    def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
+        nonlocal done, before
+        done, before = done + n, before + n * earlier
+        values.update(shown, note=note)
+        # The lines of inner bars do not keep the outermost one from printing its own.
+        if time.monotonic() - (own if outermost else _State.printed) >= PLAIN_SECONDS:
             line()
 
     yield advance
-    if _State.depth == 1 and shown != done:
-        line()
+    # The total may be an upper bound.
+    if _State.depth == 1 and (printed != done or done < (total or 0)):
+        line(over=True)
 
 
-def _line(description: str, done: float, total: int | None, seconds: float, note: str, earlier: float = 0.0) -> str:
-    parts = [f"{done:g}/{total} ({100 * done / total:.0f} %)" if total else f"{done:g}"]
-    speed = (done - earlier) / seconds if seconds > 0 else 0.0
-    parts += [_rate(speed)] if speed else []
-    if total and speed and done < total:
-        parts.append(f"{duration((total - done) / speed)} left")
-    else:
-        parts.append(duration(seconds))
-    parts += [note] if note else []
-    return f"{description}: {', '.join(parts)}"
-
-
-def _rate(speed: float) -> str:
-    """Items per second, or seconds per item if that number is larger."""
-    if speed <= 0:
-        return ""
-    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
-
-
-def duration(seconds: float) -> str:
-    """`0:07`, `12:34` or `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _line(
+    description: str,
+    done: float,
+    total: int | None,
+    seconds: float,
+    shown: dict[str, Any],
+    earlier: float,
+    over: bool,
+) -> str:
+    pace = (done - earlier) / seconds if seconds > 0 else 0.0
+    share = f" ({100 * done / total:.0f} %)" if total else ""
+    fields = [text for field, text in fields_of(done, total, seconds, pace, shown, over) if field.name != "elapsed"]
+    return f"{description}: {', '.join([count_of(done, total) + share, *fields])}"
 
 
 def say(message: str) -> None:
-    """Print one line on stderr, above the open bars."""
-    console.print(message, soft_wrap=True, markup=False, highlight=False)
+    """Print one line on stderr, above the open bars; on a terminal, wrapped between words."""
+    print_line(console, message)

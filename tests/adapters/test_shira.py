@@ -224,7 +224,10 @@ def test_a_fresh_process_without_irdscale(tmp_path: Path) -> None:
     train(model, mask_of(model, dict.fromkeys(linear_weights(model), 9)), (r"^score\.",))
     export_shira(model, tmp_path / "shira")
     code = (
-        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
+        "import sys, torch\n"
+        # To import it takes as long as all the rest.
+        "sys.modules['bitsandbytes'] = None\n"
+        "from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
         "base, adapter, out = sys.argv[1:]\n"
         "model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype='float32')\n"
         "model = PeftModel.from_pretrained(model, adapter).eval()\n"

@@ -29,8 +29,16 @@ def process_restored(monkeypatch):
 
 
 @pytest.fixture
-def called(monkeypatch):
-    """Stand-ins for what the verbs call: each call is noted; `called.result` is returned or raised."""
+def called(monkeypatch, tmp_path):
+    """Stand-ins for what the verbs call: each call is noted; `called.result` is returned or raised.
+
+    The working folder has what the arguments name: adapters `a` and `x`, a mask, and a file of samples.
+    """
+    folder = tmp_path / "working"
+    for file in ("a/adapter.json", "x/adapter.json", "a/b=c/mask.json", "b.csv"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+    monkeypatch.chdir(folder)
     calls = types.SimpleNamespace(list=[], result={"steps": 1200, "metric": 0.98765432, "mask": "masks/abc"})
 
     def function(name):

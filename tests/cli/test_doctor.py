@@ -85,6 +85,18 @@ def test_what_deepspeed_lacks_is_said_and_blocks_no_search(monkeypatch):
     assert result["ray"] == {"version": None, "cluster": None}
 
 
+def test_a_tracker_without_its_package_is_a_problem(monkeypatch):
+    import transformers
+
+    train = types.SimpleNamespace(report_to=["tensorboard", "wandb"])
+    monkeypatch.setattr(transformers.integrations, "is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(transformers.integrations, "is_wandb_available", lambda: False)
+    problems = []
+    doctor._trackers(problems, types.SimpleNamespace(train=train))
+    why = "wandb is missing; run: pip install wandb"
+    assert problems == [{"cannot": "train with train.report_to=[wandb]", "why": why, "blocks_search": True}]
+
+
 def test_requirements_fall_back_to_the_checkout(monkeypatch):
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -128,7 +128,7 @@ def on_ray(toy, **ray):
 
 @pytest.mark.parametrize("mps", [False, True])
 def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
-    from irdscale.cli.console import search_lines
+    from irdscale.cli.show_doctor import search_lines
     from irdscale.cluster.share import Card
     from irdscale.search import ray_engine
 
@@ -146,7 +146,8 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
     assert lines[-1] == sharing["said"]
     how = "by CUDA MPS;" if mps else "by time slices (start nvidia-cuda-mps-control -d on its node for MPS);"
     assert (
-        f"search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU {how} a trial needs an estimated 0.5" in lines[-1]
+        f"search.ray.gpus_per_rank=0.25: up to 4 trials may share a GPU {how} a trial needs an estimated 0.5"
+        in lines[-1]
     )
     alone = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
     assert (alone["at_once"], alone["sharing"]) == (1, None)
@@ -166,7 +167,7 @@ def test_trials_that_do_not_fit_on_a_gpu_are_a_problem(toy, gpus_of_a_cluster):
     assert result["search"] is None
     assert result["problems"][-1] == {
         "cannot": "run trials that share a GPU",
-        "why": "search.ray.gpus_per_rank: found 0.25, 4 trials of 7.5 GiB each on a GPU of 22.0 GiB (L4 of one); "
+        "why": "search.ray.gpus_per_rank: found 0.25, 4 trials of 7.50 GiB each on a GPU of 22.0 GiB (L4 of one); "
         "expected at least 0.5, for 2 trials",
         "blocks_search": True,
     }

@@ -21,6 +21,7 @@ TRAINING = {
     "host": "a",
     "step": 20,
     "of": 60,
+    "loss": 0.69314,
     "metric": 0.5,
 }
 WAITING = {"name": "search_masks", "what": "search masks", "begun": None, "host": None}
@@ -28,18 +29,18 @@ PASS = {**WAITING, "begun": 30.0, "host": "b", "progress": ("Fisher traces", 64.
 
 
 def test_cells() -> None:
-    assert cells(TRAINING) == ("2", "8 samples", "20/60", "0.5000", "0:20", "a")
-    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "")
-    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "")
-    assert cells(PASS) == ("", "search masks", "64/256", "", "1:30", "b")
-    assert cells(TRAINING | {"step": 0})[2:5] == ("0/60", "0.5000", "")
+    assert cells(TRAINING) == ("2", "8 samples", "20/60", "0.6931", "0.5000", "20 s", "a")
+    assert cells(WAITING) == ("", "search masks", "waiting", "", "", "", "")
+    assert cells(WAITING | {"begun": 1.0}) == ("", "search masks", "starting", "", "", "", "")
+    assert cells(PASS) == ("", "search masks", "64/256", "", "", "1 min 30 s", "b")
+    assert cells(TRAINING | {"step": 0, "loss": 0.25})[2:6] == ("0/60", "0.2500", "0.5000", "")
 
 
 def test_lines() -> None:
-    assert line_of(TRAINING) == "8 samples, step 20/60, metric 0.5000, 0:20 left"
+    assert line_of(TRAINING) == "8 samples, step 20/60, loss 0.6931, metric 0.5000, 20 s left"
     assert line_of(WAITING) == "search masks, waiting"
-    assert line_of_all([WAITING, PASS]) == "Running: search masks, step 64/256, 1:30 left; search masks, waiting"
-    assert line_of_all([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1:30 left; 9 more, waiting"
+    assert line_of_all([WAITING, PASS]) == "Running: search masks, step 64/256, 1 min 30 s left; search masks, waiting"
+    assert line_of_all([WAITING] * 9 + [PASS]) == "Running: search masks, step 64/256, 1 min 30 s left; 9 more, waiting"
     assert summed_up([TRAINING, PASS, WAITING]) == [TRAINING, PASS, WAITING]
 
 
@@ -57,7 +58,7 @@ def test_log_lines_and_jobs_are_told_again_and_again(monkeypatch: pytest.MonkeyP
         until = time.monotonic() + 30
         while len(said) < 4 and time.monotonic() < until:
             time.sleep(0.01)
-    expected = ["irdscale: a line", "Running: search masks, step 64/256, 1:30 left; 2 more, waiting"]
+    expected = ["irdscale: a line", "Running: search masks, step 64/256, 1 min 30 s left; 2 more, waiting"]
     assert said[:4] == expected * 2
 
 
@@ -69,9 +70,20 @@ def test_the_table_stands_below_the_bars(monkeypatch: pytest.MonkeyPatch) -> Non
         assert progress.is_live()
         progress.show_below(table([TRAINING, WAITING]))
         advance()
-    progress.show_below(None)
-    said = text.getvalue()
+        progress._State.live.refresh()
+        said = text.getvalue()
+        text.truncate(0)
     assert said.rindex("Evaluations") < said.rindex("8 samples") < said.rindex("search masks")
+    assert "8 samples" not in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(60, set()), (50, {"on"}), (42, {"on", "round"}), (36, {"on", "round", "loss"})]
+)
+def test_a_narrow_terminal_leaves_whole_columns_out(width: int, left_out: set[str]) -> None:
+    head, *rows = [line for line, _ in table([TRAINING, WAITING]).lines(width)]
+    assert set(head.split()) == {"round", "running", "step", "loss", "metric", "left", "on"} - left_out
+    assert all(len(line) <= width for line in (head, *rows))
 
 
 def test_who_listens_hears_of_bars_and_none_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from irdscale.cluster.supervisor import Job  # noqa: E402
 from irdscale.cluster.worker import RankGroup, packed, unpacked  # noqa: E402
 from irdscale.errors import InputError, RunError  # noqa: E402
 from tests.cluster import works  # noqa: E402
+from tests.search import ray_toy  # noqa: E402
 
 TWO = RankGroup(size=2)
 
@@ -32,8 +33,7 @@ TWO = RankGroup(size=2)
 @pytest.fixture(scope="module")
 def supervisor() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
+        ray_toy.set_up(patch)
         patch.setattr(ray, "init", partial(ray.init, num_cpus=2, num_gpus=1))
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         with connect.connected() as cluster:
@@ -83,8 +83,8 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
         (works.failing, {}, RunError, "^ZeroDivisionError: by$"),
         (works.refusing, {}, RunError, "^RunError: the disk is full$"),
         (works.dying, {}, RunError, "a process was killed, or its node is gone .*step 3, on"),
-        (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2 s; last: step 7, on"),
-        (works.slow, {"limit_s": 2.0}, RunError, "not done after 2 s; last: step"),
+        (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2.0 s; last: step 7, on"),
+        (works.slow, {"limit_s": 2.0}, RunError, "not done after 2.0 s; last: step"),
     ],
 )
 def test_what_a_job_dies_of(supervisor: Any, work: Any, options: Any, error: type[Exception], message: str) -> None:

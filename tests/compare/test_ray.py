@@ -32,7 +32,7 @@ def progress_listener(result: dict[str, Any]) -> dict[str, Any]:
 def test_ray_and_local_tell_the_same_and_go_on_with_each_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    toy = write_config(tmp_path, compare=COMPARED, search__max_rounds=1, train__steps=6)
+    toy = write_config(tmp_path, compare=COMPARED, search__max_rounds=1, search__min_ratio=0.05, train__steps=4)
     local = load_config(toy, [f"output={tmp_path / 'local'}"])
     expected = run_compare(local, progress=False)
     ray_toy.two_processors(monkeypatch)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from irdscale.config.loader import config_changes, dump_config, load_config, same_search, settings_of_ranks
+from irdscale.config.loader import (
+    changes_of,
+    config_changes,
+    dump_config,
+    load_config,
+    refuse_repeated,
+    same_search,
+    settings_of_ranks,
+)
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 
@@ -99,7 +107,12 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         ("task.columns={text: [], label: y}", "task.columns.text: found []; expected at least 1 item"),
         ("task.columns={text: [a, b, c], label: y}", "expected at most 2 items"),
         ("search.seeds=[x]", "search.seeds.0: found 'x'; expected a valid integer"),
-        ("search.seeds=0", "search.seeds: found 0; expected a valid list"),
+        ("search.seeds=0", "search.seeds: found 0; expected a list: write [0]"),
+        ("search.seeds=0,1", "search.seeds: found '0,1'; expected a list: write [0,1]"),
+        ("search.seeds=zero", "search.seeds: found 'zero'; expected a list, in brackets"),
+        ("compare.learning_rates=1e-3", "compare.learning_rates: found 0.001; expected a list: write [0.001]"),
+        ("model.path=", "model.path: found nothing; expected a local folder, a hub id, a GGUF file or package:"),
+        ("task.delimiter=ab", "task.delimiter: found 'ab'; expected one character, such as ';', or tab"),
         ("search.ratio=0", "search.ratio: found 0; expected greater than 0"),
         ("search.ratio=1.5", "search.ratio: found 1.5; expected less than or equal to 1"),
         ("search.ratio=.nan", "search.ratio: found nan; expected a finite number"),
@@ -116,6 +129,50 @@ def test_wrong_values_say_where_and_what(file: Path, override: str, expected: st
     text = message(file, override)
     assert text.startswith("command line: ")
     assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("task.columns={text: a, label: y}", ["a"]),
+        ("fisher.include=a.*b", ["a.*b"]),
+        ("compare.methods=ird", ["ird"]),
+        ("compare.variants={x: ird}", {"x": ["ird"]}),
+    ],
+)
+def test_one_text_is_a_list_of_one(file: Path, override: str, read: object) -> None:
+    section, key = override.partition("=")[0].split(".")
+    found = getattr(getattr(load_config(file, [override]), section), key)
+    assert (found.text if key == "columns" else found) == read
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["search.ratio=0.1", "search.ratio=0.1"], "command line: search.ratio: given twice"),
+        (
+            ["search.ratio=0.1", "search={patience: 3}"],
+            "command line: search: found after search.ratio=, which it replaces; expected search= first",
+        ),
+    ],
+)
+def test_a_change_that_a_later_one_replaces_is_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        refuse_repeated(overrides, "command line")
+    assert str(caught.value) == line
+    with pytest.raises(InputError):
+        changes_of(overrides)
+    refuse_repeated(["search={patience: 3}", "search.ratio=0.1", "search.ratios=2"], "command line")
+
+
+def test_a_variant_changes_each_key_once(file: Path) -> None:
+    twice = message(file, "compare.variants={x: [ird, search.ratio=0.1, search.ratio=0.2]}")
+    assert twice == "command line: compare.variants.x: search.ratio: given twice"
+
+
+@pytest.mark.parametrize(("given", "read"), [("';'", ";"), ("tab", "\t"), ("'\\t'", "\t"), ('"\\t"', "\t")])
+def test_a_delimiter_is_one_character_or_tab(file: Path, given: str, read: str) -> None:
+    assert load_config(file, [f"task.delimiter={given}"]).task.delimiter == read
 
 
 @pytest.mark.parametrize("override", ["search.ratio", "=3", ""])

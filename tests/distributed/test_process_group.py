@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from irdscale.search.ledger import read_ledger
 from irdscale.search.run import run_search
 from irdscale.training.one_mask import run_fisher, run_train
 from tests.helpers import step_of, tiny_model
+from tests.spawned import Command, start_command_on_ranks
 from tests.training_oracle import NO_DROPOUT, toy
 
 ROOT, BIN = Path(__file__).parents[2], Path(sys.executable).parent
@@ -97,9 +97,10 @@ def test_search_on_two_ranks_under_zero_finds_the_same_winner(config: Path, tmp_
     changes = ["fisher.dtype=float64", "search.max_rounds=1", "search.seeds=[0]", "train.steps=6"]
     expected = run_search(load_config(config, [*changes, f"output={tmp_path / 'one'}"]), progress=False)
     zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero3.json'}"
-    done = torchrun("search", str(config), *changes, zero, f"output={tmp_path / 'two'}", "--json")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    ranks = start_command_on_ranks(["search", str(config), *changes, zero, f"output={tmp_path / 'two'}", "--json"], 2)
+    ended = [rank.ended() for rank in ranks]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    found: dict[str, Any] = json.loads(ended[0][1])
     assert found["best"] == expected["best"]
     assert found["pareto"] == expected["pareto"]
     assert found["baseline"]["fish_random"]["mask"] == expected["baseline"]["fish_random"]["mask"]
@@ -134,55 +135,44 @@ def test_a_killed_rank_ends_the_other_and_the_training_goes_on(config: Path, tmp
     zero = f"train.deepspeed={ROOT / 'configs/deepspeed/zero2.json'}"
     common = ["train", str(config), zero, "train.steps=60", "train.save_minutes=0"]
 
-    def ranks(output: str) -> list[subprocess.Popen[str]]:
-        port = free_port()
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", "irdscale", *common, f"output={tmp_path / output}"],
-                env={**ENVIRONMENT, **place(rank, port)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
+    def ranks(output: str) -> list[Command]:
+        return start_command_on_ranks([*common, f"output={tmp_path / output}"], 2)
 
-    whole = ranks("whole")
-    outputs = [process.communicate(timeout=300) for process in whole]
-    assert [process.returncode for process in whole] == [0, 0], outputs
+    ended = [rank.ended() for rank in ranks("whole")]
+    assert [code for code, _, _ in ended] == [0, 0], ended
     killed = ranks("killed")
     try:
         state, deadline = tmp_path / "killed/training/state.json", time.monotonic() + 200
         while not (state.exists() and step_of(state) >= 5):
             assert time.monotonic() < deadline
-            assert killed[1].poll() is None
+            assert killed[1].process.is_alive()
             time.sleep(0.02)
-        killed[1].send_signal(signal.SIGKILL)
+        killed[1].process.kill()
         died = time.monotonic()
-        _, errors = killed[0].communicate(timeout=200)
-        assert killed[0].returncode == 1
+        code, _, errors = killed[0].ended(200)
+        assert code == 1
         assert "rank 1 does not answer: killed, out of memory, or its machine is gone" in errors
         assert time.monotonic() - died < 60, "a machine under load is given four times as long"
     finally:
-        for process in killed:
-            process.kill()
-            process.communicate()
+        for rank in killed:
+            rank.process.kill()
+            rank.process.join()
     done = step_of(state)
     assert 5 <= done < 60
-    again = ranks("killed")
-    outputs = [process.communicate(timeout=300) for process in again]
-    assert [process.returncode for process in again] == [0, 0], outputs
+    ended = [rank.ended() for rank in ranks("killed")]
+    assert [code for code, _, _ in ended] == [0, 0], ended
     files = [tmp_path / name / "adapter/adapter.safetensors" for name in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_mistake_is_one_line_for_all_ranks(config: Path, tmp_path: Path) -> None:
-    done = torchrun("fisher", str(config), "fisher.include=[nothing_like_it]", f"output={tmp_path / 'x'}")
-    assert done.returncode != 0
-    ours = [line for line in done.stderr.splitlines() if line.startswith("irdscale: ")]
+    arguments = ["fisher", str(config), "fisher.include=[nothing_like_it]", f"output={tmp_path / 'x'}"]
+    ended = [rank.ended() for rank in start_command_on_ranks(arguments, 2)]
+    assert all(code != 0 for code, _, _ in ended)
+    ours = [line for _, _, errors in ended for line in errors.splitlines() if line.startswith("irdscale: ")]
     assert len(ours) == 1
     assert "fisher.include=['nothing_like_it']" in ours[0]
-    assert done.stdout == ""
+    assert [output for _, output, _ in ended] == ["", ""]
 
 
 @pytest.mark.parametrize("arguments", [["export", "CONFIG"]])
@@ -241,7 +231,7 @@ def test_ranks_with_other_versions_are_refused_on_all(package: str) -> None:
 def test_ranks_that_do_not_come_are_named() -> None:
     (problem,) = meet([versions()], world=3, seconds=0.6)
     assert isinstance(problem, RunError)
-    assert str(problem) == "ranks 1, 2 did not come within 0.01 minutes: ended before, or the node is gone"
+    assert str(problem) == "ranks 1, 2 did not come within 0.60 s: ended before, or the node is gone"
 
 
 def test_a_rank_that_cannot_come_tells_the_other_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
 from irdscale import accumulate_fisher
 from irdscale.distributed.ranks import end_rank
 from irdscale.fisher.memory_check import bytes_needed
 from irdscale.fisher.sums import MainMemoryAdder
+from tests.spawned import run_ranks
 from tests.tiny_models import collate, samples
 
 MIB = 2**20
+# Of malloc.h.
+MMAP_THRESHOLD = -3
 STATUS = Path("/proc/self/status")
 
 
@@ -48,6 +50,8 @@ def wide_model() -> Any:
 
 def on_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
+    # Large blocks go back to the system when they are freed, so that the peak is of what was held at one time.
+    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, MIB // 4) == 1
     store, timeout = f"file://{folder}/store", timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
     model, rows = wide_model(), samples(count=8)
@@ -69,12 +73,8 @@ def on_rank(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc to reset the peak")
-def test_sharded_sums_take_their_share_of_memory_and_a_layers_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Large blocks go back to the system when they are freed, so that the peak is of what was held at one time.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(MIB // 4))
-    mp.spawn(on_rank, args=(2, str(tmp_path)), nprocs=2)
+def test_sharded_sums_take_their_share_of_memory_and_a_layers_buffers(tmp_path: Path) -> None:
+    run_ranks(on_rank, 2, str(tmp_path))
     shapes = {name: tuple(p.shape) for name, p in wide_model().named_parameters()}
     whole = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())

@@ -46,8 +46,8 @@ def test_trials_that_fit(takes):
     }
     assert json.loads(json.dumps(asdict(found))) == asdict(found)
     assert describe(found) == (
-        "search.ray.gpus_per_rank=0.25: up to 4 trial(s) share a GPU by CUDA MPS; a trial needs an estimated 5.0 "
-        "GiB, its share of L4 is 5.5 GiB, and 4 trials would fit"
+        "search.ray.gpus_per_rank=0.25: up to 4 trials may share a GPU by CUDA MPS; a trial needs an estimated 5.00 "
+        "GiB, its share of L4 is 5.50 GiB, and 4 trials would fit"
     )
     assert sharing_of(CONFIG, 0.25, [H100]).most == 16
 
@@ -61,15 +61,20 @@ def test_what_a_plan_may_be_wrong_by_is_warned_of(takes, gib, fits):
 
 
 @pytest.mark.parametrize(
-    ("gib", "expected"),
-    [(5.51, "at least 0.3333, for 3 trials"), (7.0, "at least 0.5, for 2 trials"), (10.6, "1"), (99, "1")],
+    ("gib", "each", "expected"),
+    [
+        (5.51, "6.01", "at least 0.3333, for 3 trials"),
+        (7.0, "7.50", "at least 0.5, for 2 trials"),
+        (10.6, "11.1", "1"),
+        (99, "99.5", "1"),
+    ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(takes, gib, expected):
+def test_what_does_not_fit_is_refused_in_one_line(takes, gib, each, expected):
     takes(gib)
     with pytest.raises(InputError) as caught:
         sharing_of(CONFIG, 0.25, [H100, L4])
     assert str(caught.value) == (
-        f"search.ray.gpus_per_rank: found 0.25, 4 trials of {gib + 0.5:.1f} GiB each on a GPU of 22.0 GiB "
+        f"search.ray.gpus_per_rank: found 0.25, 4 trials of {each} GiB each on a GPU of 22.0 GiB "
         f"(L4 of two); expected {expected}"
     )
     if expected != "1":
@@ -104,7 +109,7 @@ def test_mps_counts_where_it_runs_on_every_node(takes):
 
 def test_a_share_less_than_cuda_takes(takes):
     takes(0.001)
-    with pytest.raises(InputError, match=r"found 0.02, 0.44 GiB of a GPU of 22.0 GiB; expected more than the 0.5 GiB"):
+    with pytest.raises(InputError, match=r"found 0.02, 0.44 GiB of a GPU of 22.0 GiB; expected more than the 0.50 GiB"):
         sharing_of(CONFIG, 0.02, [L4])
 
 
@@ -133,7 +138,7 @@ def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
     assert found["trial_room_gib"] == 0.95 * 20 - 2
     (said,) = [line for line in found["advice"] if "share a GPU" in line]
     assert said.startswith(
-        "4 trial(s) share a GPU (search.ray.gpus_per_rank=0.25), at an assumed 1/4 of its speed each"
+        "4 trials may share a GPU (search.ray.gpus_per_rank=0.25), at an assumed 1/4 of its speed each"
     )
     assert "it has room for " in said
     alone = run_plan(config.model_copy(update={"search": config.search.model_copy(update={"ray": WHOLE})}), tokens=32)

@@ -42,4 +42,13 @@ def test_room_and_links():
     assert gpu.room == 0.95 * 80 * 2**30 - 2 * 2**30
     assert (gpu.bandwidth(1), gpu.bandwidth(2)) == (0.7 * 450e9, 0.7 * 50e9)
     assert find_gpu("cpu", 1).room == 2 * find_gpu("cpu", 2).room
-    assert {"h200-141gb", "a100-40gb", "a100-80gb", "l40s-48gb", "rtx4090-24gb", "b200-180gb"} < set(GPUS)
+    assert {
+        "h200-141gb",
+        "a100-40gb",
+        "a100-80gb",
+        "l40s-48gb",
+        "rtx4090-24gb",
+        "l4-24gb",
+        "a10g-24gb",
+        "b200-180gb",
+    } < set(GPUS)

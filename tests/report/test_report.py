@@ -159,6 +159,10 @@ def test_a_failed_baseline(tmp_path: Path) -> None:
 
 
 def test_unfinished_or_broken(tmp_path: Path) -> None:
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained/result.json").write_text('{"kept_step": 8}')
+    with pytest.raises(InputError, match="trained: found a training; expected a finished search: run irdscale search"):
+        write_report(tmp_path / "trained")
     with pytest.raises(InputError, match="found no search; expected a finished one: run irdscale search"):
         write_report(tmp_path / "nothing")
     write_output(tmp_path)

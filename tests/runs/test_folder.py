@@ -16,7 +16,7 @@ from irdscale import Mask
 from irdscale.compare.run import run_compare
 from irdscale.config.loader import load_config
 from irdscale.config.schema import RunConfig
-from irdscale.errors import InputError
+from irdscale.errors import InputError, RunError
 from irdscale.runs.lock import NAME, locked
 from irdscale.search.run import run_search
 from irdscale.training import callback
@@ -131,6 +131,19 @@ def test_a_run_that_wrote_nothing_leaves_the_folder_to_others(toy: Path, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_metrics_of_a_diverged_training_stay_and_hold_no_folder(toy: Path, tmp_path: Path) -> None:
+    asked = [f"output={tmp_path / 'new'}", "train.warmup_ratio=0"]
+    with pytest.raises(RunError, match="the loss is "):
+        run_train(loaded(toy, *asked, "train.learning_rate=1e38"), mask=str(toy / "out/mask"), progress=False)
+    assert (tmp_path / "new/metrics.jsonl").exists()
+    assert not (tmp_path / "new/fisher").exists()
+    run_train(loaded(toy, *asked, "train.steps=2"), mask=str(toy / "out/mask"), progress=False)
+    lines = (tmp_path / "new/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    run_train(loaded(toy, *asked, "train.steps=3"), mask=str(toy / "out/mask"), progress=False, overwrite=True)
+    assert len((tmp_path / "new/metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_finished_search_is_not_shown_for_other_data(toy: Path, tmp_path: Path) -> None:
     asked = ["search.max_rounds=1", "search.seeds=[0]", "train.steps=2", f"output={tmp_path / 'search'}"]
     result = run_search(loaded(toy, *asked), progress=False)
@@ -176,7 +189,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert json.loads((toy / "again/training/state.json").read_text())["step"] == at
     steps: list[int] = []
     control = Control(lambda n=1: None, resumed=steps.append)
-    monkeypatch.setattr("irdscale.training.one_mask.Control", lambda *a, **k: control)
+    monkeypatch.setattr("irdscale.training.one_mask.shown", lambda advance: control)
     result = run_train(config, progress=False)
     assert steps == [at]
     assert result["test"] == done[1]["test"]

@@ -9,7 +9,7 @@ from typing import Any
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError, RunError
 
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 
 def meets(config: RunConfig, task: Any, output: Path, place: int, other: int) -> tuple[int, int]:

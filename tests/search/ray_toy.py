@@ -19,6 +19,15 @@ import ray
 
 # Saves at every step, so that a killed trial loses at most one.
 EVERY_STEP = ["train.save_minutes=0"]
+# Ray's processes would wait for those of the tests beside them: its own niceness is 15.
+SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process start a cluster of its own."""
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
 def two_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
@@ -26,8 +35,7 @@ def two_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     It takes the number of GPUs, too.
     """
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    set_up(monkeypatch)
     real = ray.init
 
     def prepare(setup: Callable[[], None] | None = None, gpus: int = 0) -> None:
@@ -45,6 +53,34 @@ def two_processors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return prepare
 
 
+@contextmanager
+def one_cluster() -> Iterator[None]:
+    """Have all searches of the body use one cluster of two processors, whose processes keep their imports.
+
+    Each of them connects and leaves as far as it can see.
+    """
+    real, real_shutdown, real_state = ray.init, ray.shutdown, ray.is_initialized
+    connected = False
+
+    def init(**options: Any) -> None:
+        nonlocal connected
+        connected = True
+        if not real_state():
+            real(**options, num_cpus=2, num_gpus=0)
+
+    def shutdown() -> None:
+        nonlocal connected
+        connected = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_up(patch)
+        patch.setattr(ray, "init", init)
+        patch.setattr(ray, "shutdown", shutdown)
+        patch.setattr(ray, "is_initialized", lambda: connected)
+        yield
+    real_shutdown()
+
+
 def result_of(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "result.json").read_text())
     return found
@@ -53,7 +89,7 @@ def result_of(output: Path) -> dict[str, Any]:
 def environment(**more: str) -> dict[str, str]:
     own = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "WORLD_SIZE")}
     path = os.pathsep.join(filter(None, sys.path))
-    return {**own, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+    return {**own, **SETTINGS, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 @contextmanager

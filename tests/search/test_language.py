@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_the_report_says_so(searched: tuple[Any, dict[str, Any]]) -> None:
         text = (Path(config.output) / name).read_text()
         assert "That is better than the base model for every seed" in text
         assert "It chose from all linear layers of the decoder blocks." in text
-        assert "AutoModelForCausalLM.from_pretrained(BASE)" in text
+        assert f"AutoModelForCausalLM.from_pretrained('{config.model.path}', dtype='float32')" in html.unescape(text)
     assert "smaller is better" in (Path(config.output) / "report.md").read_text()
 
 

@@ -15,7 +15,7 @@ ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.cli.command_line import run  # noqa: E402
 from irdscale.config.loader import load_config  # noqa: E402
-from irdscale.errors import InputError, RunError  # noqa: E402
+from irdscale.errors import InputError  # noqa: E402
 from irdscale.search.ledger import read_ledger  # noqa: E402
 from irdscale.search.ray_engine import ray_engine  # noqa: E402
 from irdscale.search.ray_jobs import rungs  # noqa: E402
@@ -24,6 +24,8 @@ from irdscale.search.runner import WorkItem  # noqa: E402
 from irdscale.tasks import load_task  # noqa: E402
 from tests.search import calls, ray_toy  # noqa: E402
 from tests.search.toy import essence, finished, write_config  # noqa: E402
+
+SHORT = [*ray_toy.EVERY_STEP, "search.max_rounds=2"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The search on the local runner, and its output folder."""
-    config = load_config(write_config(folder), [f"output={folder / 'local'}", *ray_toy.EVERY_STEP])
+    config = load_config(write_config(folder), [f"output={folder / 'local'}", *SHORT])
     return Path(config.output), run_search(config, progress=False)
 
 
@@ -87,7 +89,7 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     idle = next(r for r in records if (r["samples"], r["params"]) not in best)
     victim = next(r for r in records if (r["samples"], r["params"]) in best)
     on_ray(faulty(idle["key"], victim["key"], tmp_path))
-    config = load_config(folder / "toy.yaml", [f"output={folder / 'ray'}", "search.runner=ray", *ray_toy.EVERY_STEP])
+    config = load_config(folder / "toy.yaml", [f"output={folder / 'ray'}", "search.runner=ray", *SHORT])
     result = run_search(config, progress=False)
     assert not ray.is_initialized()
     assert essence(result) == essence(expected)
@@ -101,7 +103,8 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     del expected_metrics[idle["key"]]
     assert finished(folder / "ray") == expected_metrics
     left = sorted(p.name for p in (folder / "ray").iterdir())
-    assert left == ["adapter", "config.yaml", "fisher", "ledger.jsonl", "masks", "result.json", "tensorboard"]
+    whole = ["adapter", "config.yaml", "fisher", "ledger.jsonl", "masks", "result.json", "tensorboard", "trainings"]
+    assert left == whole
     curves = {p.name for p in (folder / "ray/tensorboard").iterdir()}
     assert f"round0-16samples-{expected['path'][0]['params']}parameters-seed1" in curves
     assert not list((folder / "ray").rglob("*.pkl"))
@@ -110,22 +113,6 @@ def test_the_same_winner_and_ledger_as_local_though_workers_die(
     # Two at a time, and one in the place of the killed one.
     assert 1 <= len(set(processes)) == len(processes) <= 4, loads
     assert all("load 1 of " in line for line in loads)
-
-
-def test_calls_run_side_by_side(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
-    config = load_config(folder / "toy.yaml", ["search.runner=ray", "search.ray.silent_minutes=5"])
-    other = config.model_copy(update={"fisher": config.fisher.model_copy(update={"seed": 7})})
-    ended: dict[int, Any] = {}
-    with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
-        # The last needs the place of one that has ended.
-        both = [WorkItem(calls.meets, (0, 1)), WorkItem(calls.meets, (1, 0), other), WorkItem(calls.fails_once)]
-        found = engine.call_all(both, ended.__setitem__)
-        assert found == [(0, config.fisher.seed), (1, 7), "done"]
-        assert ended == dict(enumerate(found))
-        with pytest.raises(InputError, match="found too few"):
-            engine.call_all([WorkItem(calls.meets, (5, 6)), WorkItem(calls.refuses)])
-        # Both processors are free again.
-        assert engine.call_all([WorkItem(calls.meets, (2, 3)), WorkItem(calls.meets, (3, 2))])[1][0] == 3
 
 
 def test_light_calls_share_a_gpu_as_trials_do(folder: Path, on_ray: Callable[..., None], tmp_path: Path) -> None:
@@ -139,47 +126,9 @@ def test_light_calls_share_a_gpu_as_trials_do(folder: Path, on_ray: Callable[...
 
 def test_a_local_search_goes_on_on_ray_and_back(local: tuple[Path, dict[str, Any]], folder: Path) -> None:
     """The runner does not make it another search; one that has ended starts no cluster."""
-    config = load_config(
-        folder / "toy.yaml", [f"output={local[0]}", "search.runner=ray", "search.ray.ranks=2", *ray_toy.EVERY_STEP]
-    )
+    config = load_config(folder / "toy.yaml", [f"output={local[0]}", "search.runner=ray", "search.ray.ranks=2", *SHORT])
     assert run_search(config, progress=False) == local[1]
     assert not ray.is_initialized()
-
-
-def test_all_failing_ends_with_the_error(folder: Path, on_ray: Callable[..., None]) -> None:
-    overrides = [f"output={folder / 'nan'}", "search.runner=ray", "search.seeds=[0]", "train.learning_rate=1e38"]
-    with pytest.raises(RunError, match=r"the start, .* could not be evaluated: TrainingError: the loss is .* at step"):
-        run_search(load_config(folder / "toy.yaml", [*overrides, "train.warmup_ratio=0"]), progress=False)
-    (record,) = read_ledger(folder / "nan/ledger.jsonl")
-    assert record["status"] == "failed"
-    assert "\n" not in record["error"]
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("search.ray.ranks=5", "train.batch_size"),
-        ("search.ray.ranks=8", r"search.ray.ranks: found 8 x 1 CPUs and 0 GPUs, which do not fit on the cluster"),
-        ("search.ray.cpus_per_rank=4", "search.ray.ranks: found 1 x 4 CPUs"),
-        ("search.ray.gpus_per_rank=0.5", "search.ray.ranks: found 1 x 1 CPUs and 0.5 GPUs"),
-        ("search.ray.gpus_per_rank=1", "search.ray.ranks: found 1 x 1 CPUs and 1 GPUs"),
-        ("search.ray.fisher_ranks=3", "search.ray.fisher_ranks: found 3 x 1 CPUs"),
-        ("search.ray.placement=pac", 'did you mean "pack"'),
-        ("fisher.samples=65", "fisher.samples: found 65; expected at most 64"),
-    ],
-)
-def test_bad_input_is_one_line(
-    folder: Path, on_ray: Callable[..., None], override: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_config(folder)
-    output = folder / "bad"
-    code = run(["search", str(folder / "toy.yaml"), "search.runner=ray", f"output={output}", override])
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert re.search(message, said), said
-    assert "Traceback" not in said
-    assert len(re.findall("irdscale:", said)) == 1, said
-    assert not (output / "ledger.jsonl").exists()
 
 
 def test_ray_under_a_launcher_is_refused(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +29,7 @@ from irdscale.training import mask_passes
 from irdscale.training.evaluate import evaluate_model
 from tests.search.toy import essence, write_config
 from tests.search.toy import finished as evaluations_of
+from tests.spawned import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +76,7 @@ def test_result_and_files(finished: tuple[Path, dict[str, Any]], folder: Path) -
         "ledger.jsonl",
         "masks",
         "result.json",
+        "trainings",
     ]
     traces = json.loads((output / "fisher/traces.json").read_text())
     ranked = [traces["trace"][i] for i in traces["order"]]
@@ -253,14 +252,10 @@ def test_samples_for_masks_are_of_the_population(folder: Path, monkeypatch: pyte
     assert traces["row"] == pool["row"]
 
 
-KILLED = """
-import sys
-from irdscale.config.loader import load_config
-from irdscale.search.run import run_search
-config = load_config(sys.argv[1], [f"output={sys.argv[2]}"])
-print("ready", flush=True)
-run_search(config, progress=False)
-"""
+def search_again(rank: int, world: int, toy: str, output: str) -> None:
+    config = load_config(toy, [f"output={output}"])
+    Path(f"{output}.ready").touch()
+    run_search(config, progress=False)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_winner(
@@ -268,20 +263,20 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
 ) -> None:
     """SIGKILL a real process again and again until a run comes to its end."""
     output, generator, kills = folder / "killed", random.Random(4), 0
-    command = [sys.executable, "-c", KILLED, str(folder / "toy.yaml"), str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ready = Path(f"{output}.ready")
     seen: dict[str, float] = {}
     while True:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            deadline = time.monotonic() + (generator.uniform(0.5, 6) if kills < 4 else 300)
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-        if process.returncode != 0:
+        (process,) = run_ranks(search_again, 1, str(folder / "toy.yaml"), str(output), join=False).processes
+        while not ready.exists():
+            assert process.is_alive()
+            time.sleep(0.02)
+        ready.unlink()
+        process.join(generator.uniform(0.5, 6) if kills < 4 else 300)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        if process.exitcode != 0:
             # A kill seldom hits the middle of a write, so its traces are laid too.
             for half in ("masks/.abc.123/mask.json", ".adapter.456/adapter.json", "candidates/.key.old.789/x"):
                 (output / half).parent.mkdir(parents=True, exist_ok=True)
@@ -289,9 +284,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_winner(
         now = evaluations_of(output)
         assert seen.items() <= now.items(), "a finished evaluation is neither lost nor run again"
         seen = now
-        if process.returncode == 0:
+        if process.exitcode == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
     assert kills >= 2
     assert not list(output.rglob(".*")), "nothing half-written stays"
     assert essence(json.loads((output / "result.json").read_text())) == essence(finished[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def write(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
     elif path.suffix == ".csv":
         lines = [",".join(rows[0]), *(",".join(json.dumps(value) for value in row.values()) for row in rows)]
         path.write_text("\n".join(lines) + "\n")
@@ -49,7 +52,7 @@ def refused(message: str, dataset: Path | str, **values: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
 def test_one_file_is_train(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"reviews{suffix}")
     assert find_source(task(path)).name == "reviews"
@@ -204,10 +207,50 @@ def test_missing_path(dataset: str) -> None:
     refused(r"task\.dataset: .*: no such file or folder", dataset)
 
 
+def test_json_files_of_lines_and_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read(path)["train"].labels == [0, 1]
+    for text, message in (
+        ("{}", "a.json: task.dataset: found dict; expected a list of JSON objects"),
+        ("[1]", "a.json, row 0: task.dataset: found int; expected a JSON object"),
+        ("[1", "a.json: task.dataset: not JSON: "),
+        (" ", "a.json: task.dataset: the file is empty"),
+    ):
+        path.write_text(text)
+        refused(re.escape(message), path)
+
+
+def test_json_that_describes_a_folder_is_no_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.json")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert list(read(tmp_path)) == ["train"]
+
+
+@pytest.mark.parametrize(("delimiter", "shown"), [(";", "';'"), ("\t", "tab"), ("|", "'|'")])
+def test_a_csv_of_another_delimiter_names_it(tmp_path: Path, delimiter: str, shown: str) -> None:
+    path = write(tmp_path / "a.csv")
+    path.write_text(path.read_text().replace('",', f'"{delimiter}').replace("text,label", f"text{delimiter}label"))
+    expected = f"a.csv: task.delimiter: found columns that {shown} parts, not ','; expected task.delimiter={shown}"
+    refused(re.escape(expected), path)
+    assert read(path, delimiter=delimiter)["train"].labels == [0, 1]
+    # A row that a comma parts unevenly is an error of the reader.
+    path.write_text(path.read_text() + f'"x, y, z"{delimiter}1\n' + f"p, q{delimiter}1\n")
+    refused(re.escape(expected), path)
+
+
+def test_a_tsv_has_tabs(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tlabel\none, or\t0\nx\t1\n")
+    assert read(tmp_path / "a.tsv")["train"].labels == [0, 1]
+    write(tmp_path / "b.csv").rename(tmp_path / "b.tsv")
+    expected = "b.tsv: task.delimiter: found columns that ',' parts, not tab; expected task.delimiter=','"
+    refused(re.escape(expected), tmp_path / "b.tsv")
+
+
 def test_unknown_file_type_and_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
     refused(
-        r"a\.xlsx: task\.dataset: found file type '\.xlsx'; expected one of \.parquet, \.jsonl, \.csv",
+        r"a\.xlsx: task\.dataset: found file type '\.xlsx'; expected one of \.parquet, \.jsonl, \.json, \.csv, \.tsv",
         tmp_path / "a.xlsx",
     )
     refused(r"found a\.xlsx; expected train\.parquet", tmp_path)

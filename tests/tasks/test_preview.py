@@ -145,8 +145,8 @@ def test_refused_rows_are_named_and_the_others_shown(
     assert result["splits"]["train"]["samples"] == 38
     assert command_line.run(["data", config]) == 2
     out, err = capsys.readouterr()
-    assert "refused: 9 row(s)" in out
-    assert err.startswith("irdscale: 9 row(s) refused; the first: ")
+    assert "refused: 9 rows" in out
+    assert err.startswith("irdscale: 9 rows refused; the first: ")
     assert "row 7" in err
     assert err.count("\n") == 1
     with pytest.raises(InputError, match="row 7"):

@@ -24,7 +24,8 @@ from irdscale.tasks import load_task
 from irdscale.tasks.inputs import file_samples, text_samples
 from irdscale.training import predict
 from irdscale.training.one_mask import run_evaluate, run_export
-from irdscale.training.predict import check_target, predictions, run_predict
+from irdscale.training.predict import predictions, run_predict
+from irdscale.training.targets import check_target
 from tests.helpers import tiny_model
 from tests.sparse.oracle import random_mask
 from tests.spawned import run_ranks

@@ -2,6 +2,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from irdscale.utils import progress
 
@@ -44,10 +45,10 @@ def test_plain_lines_every_ten_seconds_and_at_the_end(capsys, clock):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "train: 10/40 (25 %), 1.0/s, 0:30 left, loss 0.5",
-        "train: 20/40 (50 %), 1.0/s, 0:20 left, loss 0.5",
-        "train: 30/40 (75 %), 1.0/s, 0:10 left, loss 0.5",
-        "train: 40/40 (100 %), 1.0/s, 0:40, loss 0.5",
+        "train: 10/40 (25 %), 1.0/s, 30 s left, loss 0.5",
+        "train: 20/40 (50 %), 1.0/s, 20 s left, loss 0.5",
+        "train: 30/40 (75 %), 1.0/s, 10 s left, loss 0.5",
+        "train: 40/40 (100 %), 1.0/s, 40 s, loss 0.5",
     ]
 
 
@@ -55,7 +56,7 @@ def test_plain_quick_work_prints_one_line(capsys, clock):
     with progress.bar("fisher", 2) as advance:
         clock.now += 0.5
         advance(2)
-    assert capsys.readouterr().err == "fisher: 2/2 (100 %), 4.0/s, 0:00\n"
+    assert capsys.readouterr().err == "fisher: 2/2 (100 %), 4.0/s, 0.50 s\n"
 
 
 def test_plain_nested_bars_share_the_ten_seconds(capsys, clock):
@@ -70,11 +71,36 @@ def test_plain_nested_bars_share_the_ten_seconds(capsys, clock):
     assert [line.split(",")[0] for line in lines] == ["train: 2/4 (50 %)", "search: 3/3 (100 %)"]
 
 
+def test_plain_lines_of_inner_bars_do_not_silence_the_outer_one(capsys, clock):
+    with progress.bar("search", 3) as outer:
+        for _ in range(3):
+            with progress.bar("train", 11) as inner:
+                for _ in range(11):
+                    clock.now += 1
+                    inner(loss=0.5)
+            outer()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" (")[0] for line in lines if line.startswith("search")] == [f"search: {n}/3" for n in (1, 2, 3)]
+    assert sum(line.startswith("train") for line in lines) == 3
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_bar_that_is_over_has_no_time_left_although_its_total_was_too_large(capsys, clock, request, live):
+    stream = request.getfixturevalue("terminal") if live else None
+    with progress.bar("Evaluations", 12) as advance:
+        for _ in range(10):
+            clock.now += 1
+            advance()
+    last = (stream.getvalue() if stream else capsys.readouterr().err).rsplit("10/12")[-1]
+    assert "each" in last or "/s" in last
+    assert "left" not in last
+
+
 def test_unknown_total_shows_what_is_done(capsys, clock):
     with progress.bar("read", None) as advance:
         clock.now += 4
         advance(2)
-    assert capsys.readouterr().err == "read: 2, 2.0 s each, 0:04\n"
+    assert capsys.readouterr().err == "read: 2, 2.0 s each, 4.0 s\n"
 
 
 def test_a_failure_in_the_body_passes_through_and_leaves_no_bar_open(capsys, terminal):
@@ -102,21 +128,40 @@ def test_live_bars_nest_and_the_inner_one_disappears(terminal):
     assert "train" not in final
 
 
+def test_a_field_stays_until_it_is_replaced(terminal):
+    with progress.bar("search", 3) as advance:
+        advance(best=0.9, method="ird", note="seed 0")
+        advance()
+        progress._State.live.refresh()
+        shown = terminal.getvalue().splitlines()[-1]
+        assert "ird  best 0.9000" in shown
+        assert "seed 0" not in shown
+        advance(best=None)
+        terminal.truncate(0)
+    assert "best" not in terminal.getvalue()
+
+
+def test_nothing_stays_below_bars_that_are_over(terminal):
+    with progress.bar("search", 1) as advance:
+        progress.show_below(Text("a table of jobs"))
+        progress._State.live.refresh()
+        assert "a table of jobs" in terminal.getvalue()
+        terminal.truncate(0)
+        terminal.seek(0)
+        advance()
+        # Another thread shows it again while the bar ends.
+        stop = progress._State.live.stop
+        progress._State.live.stop = lambda: (progress.show_below(Text("a table of jobs")), stop())
+    final = terminal.getvalue()
+    assert "1/1" in final
+    assert "a table of jobs" not in final.rsplit("1/1")[-1]
+
+
 def test_say_keeps_brackets_and_goes_to_stderr(capsys):
     progress.say("skipped [bold]x[/bold] " + "y" * 200)
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "skipped [bold]x[/bold] " + "y" * 200 + "\n"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (754, "12:34"), (3723.4, "1:02:03"), (59.6, "1:00")])
-def test_duration(seconds, text):
-    assert progress.duration(seconds) == text
-
-
-@pytest.mark.parametrize(("speed", "text"), [(0, ""), (2.54, "2.5/s"), (0.5, "2.0 s each")])
-def test_rate_reads_as_the_larger_number(speed, text):
-    assert progress._rate(speed) == text
 
 
 def test_what_an_earlier_run_did_is_no_part_of_the_rate(capsys, clock, terminal):
@@ -134,4 +179,6 @@ def test_what_an_earlier_run_did_is_no_part_of_the_rate(capsys, clock, terminal)
             advance(90, earlier=True)
             clock.now += 10
             advance(5)
-    assert capsys.readouterr().err == "train: 95/100 (95 %), 2.0 s each, 0:10 left\n"
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "train: 95/100 (95 %), 2.0 s each, 10 s left"
+    assert last == "train: 95/100 (95 %), 2.0 s each, 10 s"
