@@ -8,7 +8,7 @@ from typing import Literal
 
 from irdscale.config.compare import SPARSE_LORA, LoraConfig, spelled_out
 from irdscale.config.loader import changed_config
-from irdscale.config.schema import RunConfig
+from irdscale.config.schema import BY_MEAN_GRADIENT, RunConfig
 from irdscale.errors import InputError
 
 # Methods whose masks come from a ranking of the samples -> direction of the ranking.
@@ -25,8 +25,10 @@ RANKINGS: dict[str, Literal["ird", "reverse", "random"]] = {
 SEARCHES = ("ird", "reverse")
 # Methods with one mask, from a search's smallest sample set.
 FEW = ("fish_small", "top_samples", "bottom_samples")
-# Methods whose masks read no samples -> their score.
-DRAWN: dict[str, Literal["random", "magnitude"]] = {"random_mask": "random", "magnitude_mask": "magnitude"}
+# Methods with one mask of all drawn samples by another score than the Fisher information, which has their name.
+SCORED = ("activation", "gem", "gallop")
+# Methods whose masks rank no samples -> their score.
+DRAWN = {"random_mask": "random", "magnitude_mask": "magnitude"} | {name: name for name in SCORED}
 DENSE = ("lora", "bitfit", "linear_probe", "full")
 # Offset of the seeds of further trainings, larger than any seed in `compare.seeds`.
 RESTART = 10**6
@@ -44,6 +46,12 @@ WORDS = {
     "bottom_samples": ("smallest traces", "one mask of the fewest samples, those with the smallest traces"),
     "random_mask": ("random mask", "entries drawn at random"),
     "magnitude_mask": ("magnitude mask", "the largest weights"),
+    "activation": (
+        "activation",
+        "one mask of all drawn samples: the largest |weight| x norm of its input (Wanda's score)",
+    ),
+    "gem": ("GEM", "one mask of all drawn samples: the largest |mean gradient / weight|"),
+    "gallop": ("GaLLoP", "one mask of all drawn samples: the largest |mean gradient| of small weights"),
     "lora": ("LoRA", "LoRA matrices (PEFT)"),
     "bitfit": ("BitFit", "all biases"),
     "linear_probe": ("linear probe", "the new head alone"),
@@ -60,6 +68,10 @@ WORDS = {
     ),
     "supertuning": ("Super-Tuning", "the largest weights of each parameter (arXiv 2607.09287)"),
     "supertuning_bottom": ("Super-Tuning, bottom", "the smallest weights of each parameter (arXiv 2607.09287)"),
+    "supertuning_inputs": (
+        "Super-Tuning, inputs",
+        "the largest |weight| x mean |input| of each parameter (arXiv 2607.09287)",
+    ),
     "rslora": ("rsLoRA", "LoRA matrices (PEFT) with the rank-stabilised scale"),
     "dora": ("DoRA", "LoRA matrices and norms of each output's weights (PEFT)"),
     "shira": ("SHiRA", "random entries of each weight (PEFT), as many as LoRA matrices"),
@@ -162,12 +174,13 @@ def check_methods(config: RunConfig, methods: Sequence[Method]) -> None:
 
 
 def asked_methods(config: RunConfig) -> list[Method]:
-    """The methods that the configuration names, or all.
+    """The methods that the configuration names, or all that its objective allows.
 
     Raises:
-        InputError: a variant's changes are invalid.
+        InputError: a variant's changes, or a method's score with `fisher.objective`, are invalid.
     """
-    return [_method(config, name) for name in config.compare.asked]
+    by_mean = () if config.compare.methods or config.fisher.objective != "expected" else BY_MEAN_GRADIENT
+    return [_method(config, name) for name in config.compare.asked if DRAWN.get(name) not in by_mean]
 
 
 def rates_of(config: RunConfig, name: str) -> list[float]:
@@ -180,7 +193,7 @@ def _method(config: RunConfig, name: str) -> Method:
     direction = RANKINGS.get(kind, "ird")
     own = config.model_copy(update={"search": config.search.model_copy(update={"direction": direction})})
     if kind in DRAWN:
-        own = own.model_copy(update={"fisher": own.fisher.model_copy(update={"score": DRAWN[kind]})})
+        own = changed_config(own, [f"fisher.score={DRAWN[kind]}"], f"compare.methods: {kind}")
     where = f"compare.variants.{name}"
     changed = changed_config(own, changes, where) if changes else own
     return Method(name, kind, changed, name in config.compare.variants)

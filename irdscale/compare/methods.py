@@ -87,7 +87,8 @@ def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], l
 
 def _budget(method: Method, model: dict[str, Any]) -> int:
     """Entries of a mask, which LoRA of rank `auto` has as many parameters as; half of them beside half a mask."""
-    k = max(1, round(method.config.search.ratio * model["parameters"]))
+    search = method.config.search
+    k = max(1, round(search.ratio * model["parameters"]) - (model["head"] if search.count_head else 0))
     return k - k // 2 if method.kind == SPARSE_LORA else k
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from irdscale.compare.method_specs import RANKINGS, SEARCHES, Method
+from irdscale.compare.method_specs import RANKINGS, SCORED, SEARCHES, Method
 from irdscale.compare.state import Study
 from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.compare import SPARSE_LORA
@@ -82,7 +82,8 @@ def _entry(
         )
     ended, within = [one for one in seeds if one["test"] is not None], METRIC_RANGES[study.task.metric]
     per_training = study.config.train.batch_size * study.steps
-    warming = method.config.fisher.head_warmup * study.config.train.batch_size if method.kind in RANKINGS else 0
+    warmed = method.kind in (*RANKINGS, *SCORED)
+    warming = method.config.fisher.head_warmup * study.config.train.batch_size if warmed else 0
     gradients = warming + _mean([_gradients(study, method, seed) for seed in study.seeds])
     spent = _mean([study.spent.get((method.name, seed), 1) for seed in study.seeds])
     return {
@@ -103,7 +104,12 @@ def _entry(
 
 
 def _gradients(study: Study, method: Method, seed: int) -> int:
-    """Sample gradients that a method's masks would take if it shared them with no other."""
+    """Sample gradients that a method's masks would take if it shared them with no other.
+
+    Of forward passes alone, three count as one gradient.
+    """
+    if method.kind in SCORED:
+        return method.config.fisher.samples // (3 if method.kind == "activation" else 1)
     if method.kind not in RANKINGS:
         return 0
     masks = study.ranking_masks[method.name, seed]

@@ -25,6 +25,7 @@ from irdscale.compare.method_specs import (
     FEW,
     RANKINGS,
     RESTART,
+    SCORED,
     SEARCHES,
     Method,
     asked_methods,
@@ -139,7 +140,7 @@ def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
         if method.kind in SEARCHES:
             # A search requests its start again, at the chosen rate.
             most += 1 + _most_searched(method, facts)
-        elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in RANKINGS):
+        elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in (*RANKINGS, *SCORED)):
             most += budget
     return most * len(config.compare.seeds)
 
@@ -245,7 +246,8 @@ def _draw_name(method: Method, seed: int, draw: int) -> str:
 def _draw(study: Study, method: Method, seed: int, draw: int) -> Candidate:
     """The candidate of a drawn mask, before a learning rate is set."""
     mask, params = study.drawn[_draw_name(method, seed, draw)]
-    return Candidate(mask, Pair(0, params), seed, None, method.name)
+    samples = method.config.fisher.samples if method.kind in SCORED else 0
+    return Candidate(mask, Pair(samples, params), seed, None, method.name)
 
 
 def _first(study: Study, method: Method, seed: int, rate: float) -> Candidate:
@@ -366,7 +368,7 @@ def _make_fish_draws(study: Study, asked: Sequence[tuple[Method, int]]) -> dict[
 
 def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
     """Further candidates of a method without ranking or search, for an equal budget."""
-    if method.kind in RANKINGS or not study.config.compare.equal_budget:
+    if method.kind in (*RANKINGS, *SCORED) or not study.config.compare.equal_budget:
         return []
     again = range(1, study.spent["ird", seed])
     if method.kind == "random_mask":

@@ -26,7 +26,7 @@ class Study:
         steps: optimizer steps of one training.
         ranking_masks: (method, seed) -> masks of its ranking.
         halves: (method, seed) -> hash of the mask of half the entries.
-        drawn: name -> hash and entries of a mask that reads no samples.
+        drawn: name -> hash and entries of a mask whose method ranks no samples.
         rates: method -> chosen learning rate; None if every training failed.
         grids: method -> mean on the selection split by learning rate.
         tried: (method, seed) -> its candidates at the chosen rate, the first one first.

@@ -18,7 +18,20 @@ from irdscale.errors import InputError
 
 Direction = Literal["ird", "reverse", "random"]
 RankBy = Literal["trace", "length", "loss"]
-Score = Literal["fisher", "gradient", "saliency", "magnitude", "small_magnitude", "random"]
+Score = Literal[
+    "fisher",
+    "gradient",
+    "saliency",
+    "gem",
+    "gallop",
+    "activation",
+    "mean_activation",
+    "magnitude",
+    "small_magnitude",
+    "random",
+]
+# Scores by the mean gradient, which is 0 in expectation over the model's own labels.
+BY_MEAN_GRADIENT = ("gradient", "saliency", "gem", "gallop")
 Scope = Literal["global", "layerwise"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Expressions = Annotated[list[str] | None, AfterValidator(check_expressions)]
@@ -64,8 +77,9 @@ class FisherConfig(Section):
     )
     score: Score = Field(
         "fisher",
-        description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |weight|, |weight| with the "
-        "smallest first (small_magnitude), or random.",
+        description="Score: squared gradient, |mean gradient|, |weight x mean gradient|, |mean gradient / weight| "
+        "(gem), |mean gradient| of small weights (gallop), |weight| x norm of its input (activation) or x mean |input| "
+        "(mean_activation), |weight|, |weight| with the smallest first (small_magnitude), or random.",
     )
     scope: Scope | None = Field(
         None,
@@ -99,7 +113,7 @@ class FisherConfig(Section):
 
     @model_validator(mode="after")
     def _score_fits_objective(self) -> FisherConfig:
-        if self.objective == "expected" and self.score in ("gradient", "saliency"):
+        if self.objective == "expected" and self.score in BY_MEAN_GRADIENT:
             fault = f"found {self.score!r} with objective 'expected', whose mean gradient is 0"
             raise InputError(fault, "objective 'label' or 'sampled'", "score")
         return self
@@ -163,6 +177,10 @@ class RayConfig(Section):
 
 class SearchConfig(Section):
     ratio: float = Field(0.005, gt=0, le=1, description="Share of the parameters at the start (K / parameters).")
+    count_head: bool = Field(
+        False,
+        description="Count of a new head inside the share `ratio`, as in FISH's script: K has so many entries less.",
+    )
     min_ratio: float | None = Field(None, gt=0, le=1, description="Smallest share of parameters; ratio / 8 if unset.")
     min_samples: int = Field(8, ge=1, description="Smallest number of samples of a candidate.")
     max_rounds: int = Field(8, ge=1, description="Largest number of rounds after the start.")
@@ -304,6 +322,9 @@ class RunConfig(Section):
         if kind in LANGUAGE_KINDS and self.fisher.head_warmup:
             fault = f"found {self.fisher.head_warmup} with task.kind {kind!r}"
             raise InputError(fault, "0: a language model has no new head", "fisher.head_warmup")
+        if kind in LANGUAGE_KINDS and self.search.count_head:
+            fault = f"found true with task.kind {kind!r}"
+            raise InputError(fault, "false: a language model has no new head", "search.count_head")
         if self.search.rank_by == "loss" and self.fisher.objective != "label":
             fault = f"found 'loss' with fisher.objective {self.fisher.objective!r}"
             expected = "objective 'label': traces are divided by the losses of the labels"

@@ -15,10 +15,11 @@ from torch import Tensor
 from irdscale.config.schema import Scope, Score
 from irdscale.distributed.ranks import rank_and_world
 from irdscale.fisher.accumulate import new_sums
+from irdscale.fisher.activations import input_sizes
 from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.passes import SampleGradients
-from irdscale.fisher.scores import entry_scores, summed
+from irdscale.fisher.scores import OF_INPUTS, entry_scores, summed
 from irdscale.masks.mask import Ranking, rank_entries
 
 
@@ -55,8 +56,8 @@ def ranked_entries_by_prefix(
 ) -> dict[int, Ranking]:
     """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
-    It takes one accumulation pass over the first max(sizes) samples, or none for a score that reads no samples. Sums
-    are ranked, which rank entries as their means do. Collective; all ranks get the same rankings.
+    It takes one pass over the first max(sizes) samples, forwards alone for a score of inputs, and none for one that
+    reads no samples. Sums are ranked, which rank entries as means do. Collective; all ranks get the same rankings.
 
     Args:
         scope: `global`, or `layerwise`, in proportion to each parameter's size (see `rank_entries`)
@@ -70,7 +71,10 @@ def ranked_entries_by_prefix(
     if add is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
-        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+        if score not in OF_INPUTS:
+            return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+        found = input_sizes(samples, order, sizes, score, dtype, layout, offload, progress)
+        return {size: _ranking(samples, score, found[size], layout, k, scope) for size in sizes}
     sums = new_sums(samples, order, layout=layout, dtype=dtype, add=add, offload=offload)
     rankings: dict[int, Ranking] = {}
 

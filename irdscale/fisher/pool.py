@@ -15,11 +15,12 @@ from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import numel_of, to_gpu
 from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
+from irdscale.fisher.activations import of_linear_layers
 from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.groups import groups_for, ranked_by_groups
 from irdscale.fisher.nested import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
-from irdscale.fisher.scores import summed
+from irdscale.fisher.scores import OF_INPUTS, summed
 from irdscale.masks.mask import Ranking
 from irdscale.models.build import decoder_linears
 from irdscale.models.chunked_losses import IGNORED
@@ -94,6 +95,8 @@ def _tokens(task: Task, rows: Any) -> list[int]:
 def scored_of(config: RunConfig, model: nn.Module, dense: Sequence[str], language: bool) -> dict[str, nn.Parameter]:
     """The parameters whose entries a mask may hold; the default of a language model is its decoder blocks' matrices.
 
+    A score of inputs takes the weights of linear layers alone.
+
     Args:
         dense: names of the parameters that are trained outside any mask
 
@@ -104,7 +107,14 @@ def scored_of(config: RunConfig, model: nn.Module, dense: Sequence[str], languag
     include = config.fisher.include
     if include is None and language:
         include = [f"^({'|'.join(map(re.escape, decoder_linears(cast(Any, model))))})$"]
-    return scored_parameters(model, include, exclude)
+    scored = scored_parameters(model, include, exclude)
+    if config.fisher.score not in OF_INPUTS:
+        return scored
+    linear = of_linear_layers(model, scored)
+    if not linear:
+        found = f"found {config.fisher.score} with {next(iter(scored))} and no linear layer's weight to score"
+        raise InputError(found, "weights of linear layers by fisher.include", "fisher.score")
+    return linear
 
 
 def scored_by(config: RunConfig, task: Task) -> str:
@@ -114,6 +124,8 @@ def scored_by(config: RunConfig, task: Task) -> str:
         "all linear layers of the decoder blocks" if task.is_language else "all parameters outside the new head"
     )
     chosen = by_default if include is None else f"parameters that match {' or '.join(include)}"
+    if config.fisher.score in OF_INPUTS:
+        chosen = f"weights of linear layers among {chosen}"
     return chosen if not exclude else f"{chosen}, except those that match {' or '.join(exclude)}"
 
 
@@ -157,19 +169,24 @@ def saved_pass(config: RunConfig, name: str) -> SavedPass:
     return SavedPass(Path(config.output) / "fisher" / f"state-{name}", config.fisher.save_minutes, also)
 
 
-def mask_size(config: RunConfig, model: nn.Module, scored: int) -> int:
-    """K = round(search.ratio * parameters of the model).
+def mask_size(config: RunConfig, model: nn.Module, scored: int, dense: int) -> int:
+    """K = round(search.ratio * parameters of the model), less `dense` with `search.count_head`.
+
+    FISH's script counts so: the new head is a part of the trained share (arXiv 2111.09839, generate_masks.py).
 
     Args:
         scored: number of entries that a mask may hold
+        dense: number of entries that are trained outside the mask, such as a new head's
 
     Raises:
         InputError: K is below 1 or above `scored`.
     """
     total = sum(map(numel_of, model.parameters()))
-    k = round(config.search.ratio * total)
+    counted = dense if config.search.count_head else 0
+    k = round(config.search.ratio * total) - counted
     if not 1 <= k <= scored:
-        found = f"found {config.search.ratio}, which gives {k} of {total} parameters"
+        beside = f" beside {counted} of the head" if config.search.count_head else ""
+        found = f"found {config.search.ratio}, which gives {k} of {total} parameters{beside}"
         raise InputError(found, f"1 to {scored}, the scored ones", "search.ratio")
     return k
 

@@ -119,18 +119,24 @@ def _generic(call: ModuleCall, dy: Tensor, wanted: set[str]) -> dict[str, Term]:
     return {name: Dense(gradient) for name, gradient in grads.items()}
 
 
+def input_dimension(module: nn.Module) -> int | None:
+    """The dimension of a linear layer's weight that its input multiplies, 1 in [O, I]; None for other modules."""
+    from transformers.pytorch_utils import Conv1D
+
+    forward = type(module).forward
+    if forward is nn.Linear.forward or dequantizes(type(module)):
+        return 1
+    return 0 if forward is Conv1D.forward else None
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule for a module's forward; None if no rule applies.
 
     A subclass that overrides `forward` gets the generic rule.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    forward = type(module).forward
-    if forward is nn.Linear.forward or dequantizes(type(module)):
-        return _linear
-    if forward is Conv1D.forward:
-        return _conv1d
+    dimension, forward = input_dimension(module), type(module).forward
+    if dimension is not None:
+        return _linear if dimension == 1 else _conv1d
     if forward is nn.Embedding.forward:
         return _embedding if module.max_norm is None and not module.scale_grad_by_freq else None
     if forward is nn.LayerNorm.forward:

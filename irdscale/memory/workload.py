@@ -121,7 +121,7 @@ def workload_of(
     model = meta_model(config)
     shapes = shapes_of(config, model)
     longest = config.task.max_length if tokens is None else tokens
-    k = mask_size(config, model, sum(shapes.scored_sizes))
+    k = mask_size(config, model, sum(shapes.scored_sizes), shapes.dense)
     if shapes.positions is not None and longest > shapes.positions:
         key = "task.max_length" if tokens is None else "tokens"
         raise InputError(f"found {longest}", f"at most {shapes.positions}, the model's positions", key=key)

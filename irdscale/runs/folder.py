@@ -91,9 +91,10 @@ CLASHING = {"training": "search", "search": "training"}
 
 def mask_part(config: RunConfig) -> dict[str, Any]:
     """What a mask of `fisher.samples` samples depends on, besides data and model."""
+    counted = {"count_head": True} if config.search.count_head else {}
     found: dict[str, Any] = {
         "fisher": config.fisher.model_dump(mode="json", exclude=HOW_TO_PASS) | {"scope": config.scope},
-        "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0]},
+        "search": {"ratio": config.search.ratio, "seeds[0]": config.search.seeds[0], **counted},
     }
     if config.fisher.head_warmup:
         # The head's warm-up has no evaluations.

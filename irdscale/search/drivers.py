@@ -15,7 +15,7 @@ from irdscale.errors import InputError, RunError
 from irdscale.fisher.accumulate import new_sums
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.pool import draw_samples, sample_gradients
-from irdscale.fisher.scores import summed
+from irdscale.fisher.scores import reads_samples, summed
 from irdscale.masks.mask import Mask
 from irdscale.runs.folder import refuse_other_input
 from irdscale.tasks import load_task
@@ -79,13 +79,15 @@ def write_drivers(output: Path, result: dict[str, Any], progress: bool = True) -
         result: contents of its result.json.
 
     Raises:
-        InputError: the mask's score reads no samples, or the data or the model differ from the search's.
+        InputError: the mask's score reads no samples or takes no gradients, or the data or the model differ from the
+            search's.
         RunError: the file cannot be written.
     """
     config = check_config(result["config"], str(output / "result.json"))
     if summed(config.fisher.score) is None:
-        fault = f"found {config.fisher.score}, a score that reads no samples"
-        raise InputError(fault, "fisher, gradient or saliency", key="fisher.score")
+        why = "takes no gradients" if reads_samples(config.fisher.score) else "reads no samples"
+        fault = f"found {config.fisher.score}, a score that {why}"
+        raise InputError(fault, "fisher, gradient, saliency, gem or gallop", key="fisher.score")
     # Partitioning changes no gradient, and there is one process.
     config = config.model_copy(update={"train": config.train.model_copy(update={"deepspeed": None})})
     traces = read_json(output / "fisher" / "traces.json", "list of traces")

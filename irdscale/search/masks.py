@@ -14,6 +14,7 @@ from irdscale.config.schema import RunConfig
 from irdscale.distributed.ranks import failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.fisher.pool import ranked_entries, ranked_samples, saved_pass, scored_by, traces_of
+from irdscale.fisher.scores import reads_samples
 from irdscale.masks.mask import Mask
 from irdscale.search.ird import Pair
 from irdscale.search.limits import reachable_sizes, smallest_pair
@@ -131,19 +132,24 @@ def random_draw_mask(
 
 
 def drawn_mask(config: RunConfig, task: Task, output: Path, name: str) -> tuple[str, int]:
-    """Hash and entries of the mask of K entries by a score that reads no samples, from an earlier run if there is one.
+    """Hash and entries of the mask of K entries by `fisher.score`, from an earlier run if there is one.
+
+    The samples, if the score reads any, are those of the pool.
 
     Args:
         name: name of the draw, for its file.
     """
-    # The head is not scored, so its warm-up would change nothing.
-    cold = config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})
+    count, scoring = config.fisher.samples, config
+    if not reads_samples(config.fisher.score):
+        # The head is not scored, so its warm-up would change nothing.
+        count, scoring = 1, config.model_copy(update={"fisher": config.fisher.model_copy(update={"head_warmup": 0})})
 
     def make() -> tuple[Mask, dict[str, Any]]:
-        mask, drawn = make_mask(cold, task, 1, "pool", name, progress=False)
+        mask, drawn = make_mask(scoring, task, count, "pool", name, progress=False)
         return mask, {"params": drawn.k}
 
     stored = _stored_mask(output, output / "fisher" / f"{name}.json", make)
+    saved_pass(scoring, name).remove()
     return stored["mask"], stored["params"]
 
 

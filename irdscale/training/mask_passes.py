@@ -72,8 +72,9 @@ def mask_pass(config: RunConfig, task: Task, count: int, purpose: str, progress:
             samples = sample_gradients(config, task, model, places, dense)
             sizes = {name: numel_of(parameter) for name, parameter in model.named_parameters()}
             scored = sum(map(numel_of, samples.scored.values()))
-            k = mask_size(config, model, scored)
-        yield MaskPass(samples, places, k, sum(sizes.values()), scored, sum(sizes[name] for name in dense), started)
+            head = sum(sizes[name] for name in dense)
+            k = mask_size(config, model, scored, head)
+        yield MaskPass(samples, places, k, sum(sizes.values()), scored, head, started)
 
 
 def make_mask(

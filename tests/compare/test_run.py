@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from irdscale.compare import run
-from irdscale.compare.method_specs import RESTART
+from irdscale.compare.method_specs import RESTART, asked_methods
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
 from irdscale.config.compare import LoraConfig
@@ -27,9 +27,11 @@ from irdscale.search.mask_store import SearchMasks
 from irdscale.search.runner import WorkItem
 from irdscale.training.base_model import KeptBase
 
+MEAN = "fisher.score=mean_activation"
 START, MINIMUM = Pair(16, 40), Pair(4, 10)
 METHODS = ["ird", "reverse", "fish_best", "fish", "fish_small", "top_samples", "bottom_samples", "random_mask"]
 DENSE = ["magnitude_mask", "lora", "bitfit", "linear_probe", "full"]
+SCORED = ["activation", "gem", "gallop"]
 FACTS = ModelFacts(
     ["head.weight"],
     ["a.bias"],
@@ -207,6 +209,34 @@ def search_alone(engine: Engine, repetition: int, how: str) -> Outcome:
         return metric_of(Candidate(f"{of}-{pair.params}", pair, seed, None, "", train))
 
     return ird(START, MINIMUM, [repetition], 3, 2, lambda _, wanted: [score(*one) for one in wanted])
+
+
+def test_other_scores_have_one_mask_of_all_samples(compare: Any) -> None:
+    result, engine = compare(methods=["ird", "fish", *SCORED, "mean"], variants={"mean": ["activation", MEAN]})
+    found = entries(result)
+    for name in (*SCORED, "mean"):
+        assert [one["evaluations"] for one in found[name]["seeds"]] == [3, 3, 3], "as many as FISH"
+        assert [one["samples"] for one in found[name]["seeds"]] == [16, 16, 16]
+        score = "mean_activation" if name == "mean" else name
+        assert {(c.mask, c.seed) for c in engine.asked if c.direction == name} == {
+            (f"{score}-{s}", s) for s in range(3)
+        }
+    # A training sees 4 x 8 samples; three forward passes count as one gradient.
+    assert found["gem"]["fine_tunings"] == found["gallop"]["fine_tunings"] == pytest.approx(1 + 16 / 32)
+    assert found["activation"]["fine_tunings"] == pytest.approx(1 + 5 / 32, abs=1e-3)
+
+
+def test_scores_by_mean_gradients_need_a_sampled_or_given_label() -> None:
+    config = {"model": {"path": "m"}, "task": {"dataset": "glue/rte"}, "fisher": {"objective": "expected"}}
+    names = [method.name for method in asked_methods(RunConfig.model_validate(config))]
+    assert "activation" in names
+    assert not {"gem", "gallop"} & set(names)
+    asked = RunConfig.model_validate({**config, "compare": {"methods": ["ird", "gem"]}})
+    message = (
+        r"compare.methods: gem: fisher.score: found 'gem' with objective 'expected', whose mean gradient is 0; exp"
+    )
+    with pytest.raises(InputError, match=message):
+        asked_methods(asked)
 
 
 def test_searches_side_by_side_are_those_of_one_alone(compare: Any) -> None:
@@ -388,6 +418,7 @@ def test_measured_costs_are_those_of_the_tested_trainings(compare: Any) -> None:
         ({"methods": ["ird", "short"], "variants": {"short": ["full", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "short"], "variants": {"short": ["fish_best", "search.max_rounds=1"]}}, False),
         ({"methods": ["ird", "long"], "variants": {"long": ["ird", "search.max_rounds=3"]}, "rounds": 1}, False),
+        ({"methods": ["ird", "fish", *SCORED], "rounds": 1}, True),
         ({"methods": ["both", "full"], "variants": {"both": ["ird", "search.max_rounds=1"]}}, True),
     ],
 )

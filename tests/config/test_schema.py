@@ -81,6 +81,7 @@ def message(*overrides: str) -> str:
             "fisher={score: saliency, objective: expected}",
             "fisher.score: found 'saliency' with objective 'expected', whose mean gradient is 0; expected objective",
         ),
+        ("fisher={score: gem, objective: expected}", "fisher.score: found 'gem' with objective 'expected', whose mean"),
         ("task.metric=acuracy", "task.metric: found 'acuracy' (did you mean \"accuracy\"?); expected one of accuracy"),
         ("task={dataset: x, kind: regression, metric: f1}", "task.metric: found 'f1' with kind 'regression'"),
         ("train={steps: 1, epochs: 2}", "train: found both steps and epochs; expected one of them"),
@@ -126,6 +127,10 @@ def test_values_that_are_refused(override: str, expected: str) -> None:
         (["task={kind: sft, dataset: a, packing: true}"], "task.packing: found true with kind 'sft'"),
         (["task={kind: causal-lm, dataset: a, truncate: left}"], "task.truncate: found 'left' with kind 'causal-lm'"),
         (["task={kind: sft, dataset: a, metric: accuracy}"], "task.metric: found 'accuracy' with kind 'sft'"),
+        (
+            ["task={kind: sft, dataset: a}", "search.count_head=true"],
+            "search.count_head: found true with task.kind 'sft'; expected false: a language model has no new head",
+        ),
         (
             ["task={kind: sft, dataset: a}", "fisher.head_warmup=5"],
             "fisher.head_warmup: found 5 with task.kind 'sft'; expected 0: a language model has no new head",

@@ -18,7 +18,9 @@ from irdscale.distributed.ranks import end_rank
 from irdscale.distributed.zero3 import unwrapped
 from irdscale.errors import InputError
 from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.fisher.activations import input_sizes
 from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.scores import entry_scores
 from irdscale.fisher.sums import ReplicatedSums, ShardedSums
 from tests.spawned import run_ranks
 from tests.tiny_models import collate, samples, tiny
@@ -165,9 +167,16 @@ def on_rank(rank: int, world: int, folder: str) -> None:
         check(rank, folder, family, head, include)
     for layout in ("replicated", "sharded"):
         rows, whole = samples(count=7), tiny("bert").float()
-        for score in ("saliency", "magnitude", "random"):
+        for score in ("saliency", "gem", "magnitude", "random"):
             found = hashes(partitioned(f"{folder}/bert-classification"), rows, score, layout)
-            assert score == "saliency" or found == hashes(whole, rows, score, layout), (score, layout)
+            assert score in ("saliency", "gem") or found == hashes(whole, rows, score, layout), (score, layout)
+        # Five samples for two ranks, so that one makes a pass that does not count.
+        models = [partitioned(f"{folder}/bert-classification"), whole]
+        own = [gradients_of(model, rows[:5], r"(query|dense)\.weight") for model in models]
+        sizes = [input_sizes(one, range(5), [5], "activation", layout=layout)[5] for one in own]
+        scores = [entry_scores("activation", one.scored, size, 0, layout) for one, size in zip(own, sizes, strict=True)]
+        for name, value in scores[1].items():
+            torch.testing.assert_close(scores[0][name], value, rtol=1e-5, atol=1e-6)
     gathered_at_once(rank, folder)
     one_that_fails(rank, folder)
     (Path(folder) / f"done-{rank}").touch()

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import irdscale
-from irdscale.fisher import passes
+from irdscale.fisher import SampleGradients, passes, scored_parameters
+from irdscale.fisher.nested import ranked_entries_by_prefix
+from irdscale.fisher.scores import entry_scores
+from irdscale.models.quantized import adopt
 from irdscale.utils.quantized import is_quantized
 from tests.fisher.oracle import brute_force
 from tests.quantized import KINDS, dense, loaded, needs_bitsandbytes, saved
@@ -79,10 +82,17 @@ def test_sums_in_main_memory_and_a_bfloat16_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_by_weight_are_those_of_the_dequantised_matrix(kind: str, tmp_path: Path) -> None:
-    from irdscale.fisher.accumulate import scored_parameters
-    from irdscale.fisher.scores import entry_scores
-
     model, oracle = loaded(saved(tmp_path), kind), dense(tmp_path, kind)
     found = entry_scores("magnitude", scored_parameters(model), {}, 0)
     for name, parameter in oracle.named_parameters():
         torch.testing.assert_close(found[name], parameter.detach().abs(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("score", ["activation", "gem", "gallop"])
+def test_other_scores_are_those_of_the_dequantised_matrix(score: Any, tmp_path: Path) -> None:
+    rows, masks = samples("lm", count=4), []
+    for model in (loaded(saved(tmp_path), "nf4"), dense(tmp_path, "nf4")):
+        gradients = SampleGradients(adopt(model), rows, collate, scored_parameters(model, r"layers.*proj\.weight"), 2)
+        masks.append(ranked_entries_by_prefix(gradients, range(4), [4], 50, score=score, dtype=torch.float64)[4])
+    entries = [{*zip(one.parameter.tolist(), one.index.tolist(), strict=True)} for one in masks]
+    assert len(entries[0] & entries[1]) >= 49, "but for one near tie"

@@ -24,6 +24,7 @@ from irdscale.distributed.ranks import (
 )
 from irdscale.errors import InputError, RunError
 from irdscale.fisher import SampleGradients, scored_parameters
+from irdscale.fisher.activations import of_linear_layers
 from irdscale.fisher.nested import ranked_entries_by_prefix
 from tests.spawned import run_ranks
 from tests.tiny_models import collate, samples, tiny
@@ -35,7 +36,8 @@ SIZES = [7, 3, 1]
 # Masks of so many entries, 1 to 10 % of the pretrained model's, show a difference of 0.001.
 MANY = (2600, 8000, 26000)
 PRETRAINED = Path(__file__).resolve().parents[2] / "configs/models/stories260K"
-SCORES: tuple[Any, ...] = ("gradient", "saliency", "magnitude", "random")
+SCORES: tuple[Any, ...] = ("gradient", "saliency", "gem", "gallop", "magnitude", "random")
+OF_INPUTS: tuple[Any, ...] = ("activation", "mean_activation")
 PAIRS = [(s, p) for s in SIZES for p in (200, 100, 50)]
 
 
@@ -78,6 +80,10 @@ def work(layout: Any) -> dict[str, Any]:
     model = tiny("bert")
     for score in SCORES:
         found[score] = {"hashes": mask_hashes(gradients_of(model), score=score, layout=layout)}
+    for score in OF_INPUTS:
+        gradients = gradients_of(model)
+        gradients.scored = of_linear_layers(model, gradients.scored)
+        found[score] = {"hashes": mask_hashes(gradients, score=score, layout=layout)}
     for objective in ("expected", "sampled"):
         gradients = gradients_of(model, objective=objective)
         found[objective] = {"hashes": mask_hashes(gradients, layout=layout), "taken": torch.tensor(gradients.taken)}

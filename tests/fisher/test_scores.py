@@ -30,12 +30,17 @@ def by_hand(score: str, model: Any, rows: list[dict[str, Any]]) -> dict[str, Ten
         return {name: g.abs() for name, g in mean.items()}
     if score == "saliency":
         return {name: (parameters[name].detach() * g).abs() for name, g in mean.items()}
+    if score == "gem":
+        return {name: g.abs() / (parameters[name].detach().abs() + 1e-8) for name, g in mean.items()}
+    if score == "gallop":
+        small = {name: p.detach().abs() <= p.detach().abs().sum() / p.numel() for name, p in parameters.items()}
+        return {name: torch.where(small[name], g.abs(), 0) for name, g in mean.items()}
     return {name: p.detach().abs() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("score", ["gradient", "saliency", "magnitude"])
+@pytest.mark.parametrize("score", ["gradient", "saliency", "gem", "gallop", "magnitude"])
 @pytest.mark.parametrize(
-    ("family", "head"), [("bert", "classification"), ("gpt2", "lm"), ("deberta", "classification")]
+    ("family", "head"), [("bert", "classification"), ("gpt2", "lm"), ("llama", "lm"), ("deberta", "classification")]
 )
 def test_masks_are_those_of_the_definition(score: Any, family: str, head: str) -> None:
     model, rows = tiny(family, head), samples(head, count=7)
@@ -75,6 +80,15 @@ def test_small_weights_come_first_as_in_super_tuning(dtype: torch.dtype) -> None
         index = layer.supertuning_indices["default"].long()
         taken = scores.double().flatten().topk(len(index)).values
         assert torch.equal(scores.double().flatten()[index].sort().values, taken.sort().values)
+
+
+def test_ratios_of_bfloat16_weights_and_of_zeros() -> None:
+    """Factors are formed in float32, and a weight of 0 with a gradient comes first."""
+    weights = torch.nn.Parameter(torch.tensor([0.0, 0.5, -0.25, 0.0]).bfloat16())
+    total = torch.tensor([0.3, 0.3, 0.3, 0.0])
+    found = entry_scores("gem", {"w": weights}, {"w": total}, 0)["w"]
+    torch.testing.assert_close(found, torch.tensor([3e7, 0.6, 1.2, 0.0]))
+    assert entry_scores("gallop", {"w": weights}, {"w": total}, 0)["w"].tolist() == pytest.approx([0.3, 0, 0, 0])
 
 
 def test_random_is_seeded_and_even() -> None:

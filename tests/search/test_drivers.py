@@ -91,6 +91,7 @@ def test_a_report_with_samples(output: Path) -> None:
     ("changes", "row", "message"),
     [
         ({"score": "random"}, None, "fisher.score: found random, a score that reads no samples; expected fisher"),
+        ({"score": "activation"}, None, "found activation, a score that takes no gradients; expected fisher"),
         ({"scores": "fisher"}, None, r"result.json: fisher.scores: unknown key"),
         ({}, 99, "found other samples than the search; expected the same"),
     ],

@@ -13,13 +13,14 @@ from irdscale import Fisher, Mask, accumulate_fisher, top_k
 from irdscale.config.loader import dump_config, load_config
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
-from irdscale.fisher.nested import rank_samples
-from irdscale.fisher.pool import draw_samples
+from irdscale.fisher import SampleGradients
+from irdscale.fisher.nested import rank_samples, ranked_entries_by_prefix
+from irdscale.fisher.pool import draw_samples, scored_of
 from irdscale.models.build import build_model
 from irdscale.search.folder import refuse_changes
 from irdscale.search.ird import Pair
 from irdscale.search.mask_store import keep_mask, load_mask, mask_folder
-from irdscale.search.masks import random_draw_mask, search_masks
+from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.tasks import load_task
 from irdscale.training.one_mask import run_fisher
 from tests.search.toy import write_config
@@ -126,3 +127,39 @@ def test_a_mask_that_another_job_saves_at_the_same_time(tmp_path: Path, monkeypa
     assert keep_mask(mask, tmp_path) == mask.hash
     assert load_mask(tmp_path, mask.hash).hash == mask.hash
     assert [path.name for path in folder.parent.iterdir()] == [mask.hash]
+
+
+@pytest.mark.parametrize("score", ["gem", "gallop", "activation", "magnitude"])
+def test_a_mask_by_another_score_is_that_of_the_pool(score: str, folder: Path, tmp_path: Path) -> None:
+    config = configured(folder, tmp_path, f"fisher.score={score}")
+    slow = Slow(config, 16)
+    hashed, k = drawn_mask(config, slow.task, tmp_path, score)
+    scored = scored_of(config, slow.model, slow.new, False)
+    gradients = SampleGradients(slow.model, slow.rows, slow.task.collate, scored, batch_size=4)
+    expected = ranked_entries_by_prefix(gradients, range(16), [16], k, score=config.fisher.score, dtype=torch.float64)
+    assert load_mask(tmp_path, hashed).hash == hashed == expected[16].prefix(k).hash
+    assert k == round(config.search.ratio * sum(p.numel() for p in slow.model.parameters()))
+    other = configured(folder, tmp_path / "other", f"fisher.score={score}", "fisher.seed=7")
+    assert (drawn_mask(other, slow.task, tmp_path / "other", score)[0] == hashed) is (score == "magnitude")
+    assert not list((tmp_path / "fisher").glob("state-*")), "what was kept of the pass is removed"
+    assert drawn_mask(config, slow.task, tmp_path, score) == (hashed, k)
+
+
+def test_a_head_that_counts_makes_the_mask_smaller(folder: Path, tmp_path: Path) -> None:
+    """Mask and head together are the share of the model that `search.ratio` names, as in FISH's script."""
+    config = configured(folder, tmp_path, "search.count_head=true")
+    slow = Slow(config, 16)
+    sizes = {name: p.numel() for name, p in slow.model.named_parameters()}
+    head = sum(sizes[name] for name in slow.new)
+    masks = search_masks(config, slow.task, tmp_path, progress=False)
+    assert masks.start.params + head == round(config.search.ratio * sum(sizes.values()))
+    assert masks.start.params == run_fisher(config.model_copy(update={"output": str(tmp_path / "mask")}))["params"]
+    ratio = head / 2 / sum(sizes.values())
+    few = ["search.count_head=true", f"search.ratio={ratio}", "search.min_ratio=null"]
+    small = configured(folder, tmp_path / "small", *few)
+    k = round(ratio * sum(sizes.values())) - head
+    message = (
+        rf"search.ratio: found {ratio}, which gives {k} of \d+ parameters beside {head} of the head; expected 1 to"
+    )
+    with pytest.raises(InputError, match=message):
+        search_masks(small, slow.task, tmp_path / "small", progress=False)

@@ -156,7 +156,7 @@ def test_directions(folder: Path, direction: str) -> None:
         assert result["sample_gradients"] == 16, "a shuffle needs no traces"
 
 
-@pytest.mark.parametrize(("score", "gradients"), [("saliency", 32), ("magnitude", 16)])
+@pytest.mark.parametrize(("score", "gradients"), [("saliency", 32), ("activation", 16), ("magnitude", 16)])
 def test_scores(folder: Path, score: str, gradients: int) -> None:
     overrides = [f"output={folder / score}", f"fisher.score={score}", "search.max_rounds=1", "search.seeds=[0]"]
     result = run_search(load_config(write_config(folder), overrides), progress=False)
