@@ -99,9 +99,11 @@ def far_from_budget(methods: Sequence[Method], facts: ModelFacts) -> list[str]:
         if method.lora is not None and method.lora.rank == "auto":
             size, budget = facts.sizes[method.name], _budget(method, facts.model)
             if abs(size - budget) > FAR * budget:
+                mask = "half a mask" if method.kind == SPARSE_LORA else "a mask"
+                more, rank = 100 * (size / budget - 1), facts.ranks[method.name]
                 lines.append(
-                    f"{method.label} trains {size:,} parameters with the nearest rank ({facts.ranks[method.name]}), a "
-                    f"mask {budget:,} ({size / budget - 1:+.0%}); other layers (compare.lora.targets) may come nearer."
+                    f"{method.label} trains {size:,} parameters with the nearest rank ({rank}), {mask} {budget:,} "
+                    f"({more:+.0f} %); other layers (compare.lora.targets) may come nearer."
                 )
     return lines
 
