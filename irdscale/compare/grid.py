@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Any
 
 
@@ -28,7 +27,7 @@ def edge_of(method: dict[str, Any]) -> str | None:
 
 
 def edge_notes(study: dict[str, Any]) -> list[str]:
-    """A note on each edge of the grid that a method chose, and the command that widens it."""
+    """A note on each edge of the grid that a method chose."""
     lines = []
     for word in ("smallest", "largest"):
         at_end = [method["label"] for method in study["methods"] if edge_of(method) == word]
@@ -36,15 +35,18 @@ def edge_notes(study: dict[str, Any]) -> list[str]:
             lines.append(
                 f"The {word} learning rate of the grid was chosen for {', '.join(at_end)}: the grid may be too narrow."
             )
-    if lines:
-        change = f"compare.learning_rates={_written(_widened(study))}"
-        command = shlex.join(["irdscale", "compare", f"{study['config']['output']}/config.yaml", change])
-        lines.append(f"A wider grid, which reuses the trainings so far: {command}")
     return lines
 
 
+def wider_grid(study: dict[str, Any]) -> str | None:
+    """The change of `compare.learning_rates` with one more rate at each edge that a method chose; None without any."""
+    if not any(edge_of(method) for method in study["methods"]):
+        return None
+    return f"compare.learning_rates={_written(_widened(study))}"
+
+
 def _widened(study: dict[str, Any]) -> list[float] | dict[str, list[float]]:
-    """`compare.learning_rates` with one more rate at each edge that a method chose; grids of one length stay so."""
+    """`compare.learning_rates` with one more rate at each chosen edge; grids of one length stay so."""
     methods, asked = study["methods"], study["config"]["compare"]["learning_rates"]
     if not isinstance(asked, dict):
         return _extended(study["learning_rates"], {edge for method in methods if (edge := edge_of(method))})
@@ -57,15 +59,15 @@ def _widened(study: dict[str, Any]) -> list[float] | dict[str, list[float]]:
 
 
 def _extended(rates: list[float], edges: set[str]) -> list[float]:
-    """Learning rates in ascending order, with one more at each edge, at the distance of the last two there."""
+    """Learning rates in ascending order, with one more at each edge, by a factor of about 3."""
     rates = sorted(rates)
-    below = [float(f"{rates[0] ** 2 / rates[1]:.2g}")] if "smallest" in edges else []
-    above = [float(f"{rates[-1] ** 2 / rates[-2]:.2g}")] if "largest" in edges else []
+    below = [float(f"{rates[0] / 3:.1g}")] if "smallest" in edges else []
+    above = [float(f"{rates[-1] * 3:.1g}")] if "largest" in edges else []
     return [*below, *rates, *above]
 
 
 def _written(rates: list[float] | dict[str, list[float]]) -> str:
     """Learning rates as YAML in one line."""
     if isinstance(rates, dict):
-        return "{" + ", ".join(f"{json.dumps(name)}: {_written(own)}" for name, own in rates.items()) + "}"
-    return f"[{', '.join(f'{rate:g}' for rate in rates)}]"
+        return "{" + ",".join(f"{json.dumps(name)}: {_written(own)}" for name, own in rates.items()) + "}"
+    return f"[{','.join(f'{rate:g}' for rate in rates)}]"

@@ -66,6 +66,10 @@ WORDS = {
     ),
     "supertuning": ("Super-Tuning", "the largest weights of each parameter (arXiv 2607.09287)"),
     "supertuning_bottom": ("Super-Tuning, bottom", "the smallest weights of each parameter (arXiv 2607.09287)"),
+    "supertuning_inputs": (
+        "Super-Tuning, inputs",
+        "the largest |weight| x mean |input| of each parameter (arXiv 2607.09287)",
+    ),
     "rslora": ("rsLoRA", "LoRA matrices (PEFT) with the rank-stabilised scale"),
     "dora": ("DoRA", "LoRA matrices and norms of each output's weights (PEFT)"),
     "shira": ("SHiRA", "random entries of each weight (PEFT), as many as LoRA matrices"),

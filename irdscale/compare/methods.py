@@ -87,7 +87,8 @@ def _counted(config: RunConfig, task: Task, model: nn.Module, head: list[str], l
 
 def _budget(method: Method, model: dict[str, Any]) -> int:
     """Entries of a mask, which LoRA of rank `auto` has as many parameters as; half of them beside half a mask."""
-    k = max(1, round(method.config.search.ratio * model["parameters"]))
+    search = method.config.search
+    k = max(1, round(search.ratio * model["parameters"]) - (model["head"] if search.count_head else 0))
     return k - k // 2 if method.kind == SPARSE_LORA else k
 
 
@@ -98,9 +99,11 @@ def far_from_budget(methods: Sequence[Method], facts: ModelFacts) -> list[str]:
         if method.lora is not None and method.lora.rank == "auto":
             size, budget = facts.sizes[method.name], _budget(method, facts.model)
             if abs(size - budget) > FAR * budget:
+                mask = "half a mask" if method.kind == SPARSE_LORA else "a mask"
+                more, rank = 100 * (size / budget - 1), facts.ranks[method.name]
                 lines.append(
-                    f"{method.label} trains {size:,} parameters with the nearest rank ({facts.ranks[method.name]}), a "
-                    f"mask {budget:,} ({size / budget - 1:+.0%}); other layers (compare.lora.targets) may come nearer."
+                    f"{method.label} trains {size:,} parameters with the nearest rank ({rank}), {mask} {budget:,} "
+                    f"({more:+.0f} %); other layers (compare.lora.targets) may come nearer."
                 )
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from irdscale.compare.grid import wider_grid
 from irdscale.compare.verdict import ENOUGH_SEEDS, failures, gain, method_named, reference_of, side
 from irdscale.report.commands import command
 
@@ -23,16 +24,22 @@ def next_steps(study: dict[str, Any], output: Path) -> tuple[str, list[str]]:
     if failed:
         sentences.append(f"{failed} training(s) failed; remove their cause before you rely on the other methods.")
     seeds = max(ENOUGH_SEEDS, len(study["seeds"]))
-    rates = _wider(study)
-    if rates or len(study["seeds"]) < ENOUGH_SEEDS:
+    wider = wider_grid(study)
+    if wider or len(study["seeds"]) < ENOUGH_SEEDS:
         first = [f"{ENOUGH_SEEDS} seeds"] if len(study["seeds"]) < ENOUGH_SEEDS else []
-        more = " and ".join([*first, *(["more learning rates"] if rates else [])])
+        more = " and ".join([*first, *(["more learning rates"] if wider else [])])
         sentences.append(f"Compare with {more}: the same folder keeps what is done already.")
         changes = [f"compare.seeds=[{','.join(map(str, _more_seeds(study['seeds'], seeds)))}]"]
-        changes += [f"compare.learning_rates=[{','.join(f'{rate:g}' for rate in rates)}]"] if rates else []
+        changes += [wider] if wider else []
         commands.append(_again(study, output, *changes))
     found = _use(study, output)
     return " ".join([*sentences, found[0]]), [*commands, *found[1]]
+
+
+def widening(study: dict[str, Any], output: Path) -> str | None:
+    """The command that compares with more learning rates where a method chose one at an edge; None if none did."""
+    wider = wider_grid(study)
+    return None if wider is None else _again(study, output, wider)
 
 
 def _again(study: dict[str, Any], output: Path, *changes: str) -> str:
@@ -43,17 +50,6 @@ def _more_seeds(seeds: list[int], count: int) -> list[int]:
     """The seeds, and further ones up to this number."""
     further = (seed for seed in range(count + len(seeds)) if seed not in seeds)
     return [*seeds, *(next(further) for _ in range(count - len(seeds)))]
-
-
-def _wider(study: dict[str, Any]) -> list[float]:
-    """The learning rates with further ones at an end that a method chose; empty if none did."""
-    rates = sorted(study["learning_rates"])
-    chosen = {method["learning_rate"] for method in study["methods"]}
-    if len(rates) < 2 or not chosen & {rates[0], rates[-1]}:
-        return []
-    below = [float(f"{rates[0] / 3:.1g}")] if rates[0] in chosen else []
-    above = [float(f"{rates[-1] * 3:.1g}")] if rates[-1] in chosen else []
-    return [*below, *rates, *above]
 
 
 def _use(study: dict[str, Any], output: Path) -> tuple[str, list[str]]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from irdscale.compare.next_steps import widening
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes
 from irdscale.utils.formats import counted, duration
 from irdscale.utils.terminal import Column, Table, print_line, print_table
 
-# Places of the columns that a narrow terminal leaves out, the first one first: seeds, selection, error of the test set,
-# p, trainings, the interval of the test metric, learning rate, cost, parameters. In 80 characters there is room for
-# method, test, difference, its interval and wins.
-_LEFT_OUT = (1, 8, 13, 7, 11, 3, 9, 12, 10)
+# Places of the columns that a narrow terminal leaves out, the first one first: seeds, selection, measured costs and
+# error of the test set, p, trainings, the interval of the test metric, learning rate, cost, parameters. In 80
+# characters there is room for method, test, difference, its interval and wins.
+_LEFT_OUT = (1, 8, 16, 15, 14, 13, 7, 11, 3, 9, 12, 10)
 
 
 def print_comparison(result: dict[str, Any], output: Path) -> None:
     """Print the methods, their differences to the reference, the conclusions and the path of the report."""
     from rich.console import Console
+    from rich.text import Text
 
     task, console = result["task"], Console()
     drops = {place: len(_LEFT_OUT) - number for number, place in enumerate(_LEFT_OUT)}
@@ -29,11 +31,15 @@ def print_comparison(result: dict[str, Any], output: Path) -> None:
     styles = ["bold" if method["name"] == result["reference"] else None for method in result["methods"]]
     title = f"{task['name']}: {task['metric']} on the test split, {counted(len(result['seeds']), 'seed')}"
     print_table(console, Table(heads, rows(result), title, styles))
-    lines = [
+    wider = widening(result, output)
+    # A command is not wrapped, so that it can be copied.
+    more: list[str | Text] = ["More learning rates, with the trainings so far:", Text(wider)] if wider else []
+    lines: list[str | Text] = [
         "",
         cost_and_gain(result),
         "",
         *notes(result),
+        *more,
         *(f"Failed: {line}" for line in failures(result)),
         "",
         f"{counted(result['evaluations'], 'training')} in {duration(result['seconds']['total'])}.",

@@ -12,7 +12,7 @@ from irdscale.utils.formats import count, number
 # Measured cost -> head of its column, and its text.
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "adapter_bytes": ("adapter, bytes", count),
-    "seconds": ("seconds a training", lambda value: f"{value:.3g}"),
+    "seconds": ("seconds a training", lambda value: number(value, 3)),
     "peak_bytes": ("peak GPU memory, GiB", lambda value: f"{value / 2**30:.2f}"),
 }
 

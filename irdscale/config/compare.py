@@ -38,6 +38,7 @@ PRESETS = {
     "random_layerwise": ["random_mask", "fisher.scope=layerwise"],
     "supertuning": ["magnitude_mask", "fisher.scope=layerwise"],
     "supertuning_bottom": ["magnitude_mask", "fisher.scope=layerwise", "fisher.score=small_magnitude"],
+    "supertuning_inputs": ["activation", "fisher.scope=layerwise", "fisher.score=mean_activation"],
     "rslora": ["lora", "compare.lora.rslora=true"],
     "dora": ["lora", "compare.lora.form=dora"],
     "shira": ["lora", "compare.lora.form=shira"],

@@ -172,8 +172,7 @@ def run_candidate(
         try:
             model = lent.enter_context(_untrained(config, task, output, candidate))
             trend = fine_tune(model, task, config, candidate.seed, control, state_folder(output, key), records)
-            peak = peak_bytes()
-            record |= {"metric": measure(), "status": "ok", "loss": trend, "peak_bytes": peak}
+            record |= {"peak_bytes": peak_bytes(), "metric": measure(), "status": "ok", "loss": trend}
         except Paused:
             raise
         except Exception as error:  # the search goes on without this candidate

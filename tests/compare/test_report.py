@@ -168,12 +168,15 @@ def test_methods_stand_as_they_are_listed_and_the_base_is_a_line() -> None:
 def test_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     compared = study({"ird": [0.7, 0.71], "fish": [0.6, None]}, changes={"fish": {"label": "[red]FISH"}})
+    compared["methods"][0]["learning_rate"] = 0.01
+    compared["costs"] = {name: {"seconds": 1.0, "adapter_bytes": 9, "peak_bytes": 2**30} for name in ("ird", "fish")}
     print_comparison(compared, tmp_path)
     text = capsys.readouterr().out
     assert re.search(r"\[red\]FISH .*  0\.6000  .*\+0\.1000  +-  +1-0-0", text)
     assert "One seed cannot tell a gain from chance." in text
     assert "Failed: [red]FISH, seed 1: TrainingError: the loss is nan <b>" in text
     assert f"Report: {tmp_path / 'compare.html'}" in text
+    assert f"output={tmp_path} 'compare.learning_rates=[0.001,0.003,0.01,0.03]'\n" in text
 
 
 def _broken(change: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from irdscale.compare.grid import wider_grid
 from irdscale.compare.table import rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on, side
 from tests.compare.fake import around, study
@@ -150,8 +151,8 @@ def test_rates_at_the_ends_of_the_grid() -> None:
         in (found)
     )
     assert "The smallest learning rate of the grid was chosen for FISH: the grid may be too narrow." in found
-    command = "irdscale compare runs/irdscale/config.yaml 'compare.learning_rates=[0.00033, 0.001, 0.003, 0.01, 0.033]'"
-    assert f"A wider grid, which reuses the trainings so far: {command}" in found
+    widest = wider_grid(study({"ird": IRD, "fish": FAR, "full": FAR, "lora": FAR}, changes=changes))
+    assert widest == "compare.learning_rates=[0.0003,0.001,0.003,0.01,0.03]"
     assert [row[9] for row in rows(study({"ird": IRD, "fish": FAR, "full": FAR, "lora": FAR}, changes=changes))] == [
         "0.01 (largest)",
         "0.001 (smallest)",
@@ -173,7 +174,10 @@ def test_grids_of_methods_are_widened_to_one_length() -> None:
     compared["config"]["compare"] |= {"learning_rates": {"ird": [0.001, 0.003], "lora": [0.1, 0.01]}}
     found = "\n".join(notes(compared))
     assert "Learning rate of each method: the best mean on the selection split of its own 2; all are 0.001" in found
-    assert """'compare.learning_rates={"ird": [0.001, 0.003, 0.009], "lora": [0.001, 0.01, 0.1]}'""" in found
+    assert wider_grid(compared) == 'compare.learning_rates={"ird": [0.001,0.003,0.009],"lora": [0.003,0.01,0.1]}'
+    for method in compared["methods"]:
+        method["learning_rate"] = None
+    assert wider_grid(compared) is None
 
 
 def test_intervals_are_not_corrected_and_the_reader_knows() -> None:
