@@ -68,21 +68,30 @@ def _arguments() -> list[dict[str, Any]]:
 
 
 def print_help(found: dict[str, Any]) -> None:
-    """Print what `describe` found: one key in full, or a line for each key of a section."""
+    """Print what `describe` found: one key in full, or a table of the keys of a section."""
+    from rich.console import Console
+
+    from irdscale.utils.terminal import Column, Table, print_line, print_table
+
+    console, lines = Console(), []
     if found["key"] is not None:
         # Only texts of single keys: top-level sections have none.
-        print(f"{found['key']}: {found['meaning']}" if found["meaning"] else f"{found['key']}: a section")
+        lines.append(f"{found['key']}: {found['meaning']}" if found["meaning"] else f"{found['key']}: a section")
         if not found["keys"]:
-            print(f"  values   {found['values']}")
-            print(f"  default  {found['default']}")
+            lines += [f"  values   {found['values']}", f"  default  {found['default']}"]
         if found["key"] in VERB_KEYS:
-            print(f"  of the verb of this name: irdscale {found['key']} --help")
+            lines.append(f"  of the verb of this name: irdscale {found['key']} --help")
         if found["verbs"]:
-            print(f"  taken by {', '.join(f'irdscale {verb}' for verb in found['verbs'])}")
-    width = max((len(part["key"]) for part in found["keys"]), default=0)
-    for part in found["keys"]:
-        if not part["keys"] and part["values"] != "section":
-            print(f"  {part['key']:{width}}  {' '.join(_short(part))}")
+            lines.append(f"  taken by {', '.join(f'irdscale {verb}' for verb in found['verbs'])}")
+    for line in lines:
+        print_line(console, line)
+    rows = [
+        (part["key"], " ".join(_short(part)))
+        for part in found["keys"]
+        if not part["keys"] and part["values"] != "section"
+    ]
+    if rows:
+        print_table(console, Table([Column("key", text=True), Column("meaning", text=True, wraps=True)], rows))
 
 
 def _short(part: dict[str, Any]) -> Iterator[str]:

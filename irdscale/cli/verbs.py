@@ -130,7 +130,7 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
 def compare(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Compare ways to fine-tune, over seeds: IRD, FISH, other masks, LoRA, BitFit, full fine-tuning; write the report.
 
-    Every method gets the same learning rates and number of trainings; all choices use the selection split, and the test
+    Every method gets as many learning rates and trainings; all choices use the selection split, and the test
     split measures the chosen. After an interrupt, the same command resumes; it also does with methods, seeds or
     learning rates added.
     """
