@@ -430,7 +430,7 @@ def test_the_bar_is_never_overrun(
     def bar(description: str, total: int, enabled: bool) -> Iterator[Any]:
         bars.append([total, 0])
 
-        def advance(n: float = 1, note: str = "", earlier: bool = False) -> None:
+        def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
             bars[-1][1] += n
 
         yield advance
