@@ -6,7 +6,7 @@ from typing import Any
 
 from irdscale.compare.grid import edge_notes, rates_in_words
 from irdscale.compare.method_specs import FEW, SEARCHES
-from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
+from irdscale.compare.statistics import ANY, FEWEST_SEEDS, as_gain, paired_methods
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
 from irdscale.utils.formats import number
@@ -38,11 +38,7 @@ def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any]
 def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[str, Any] | None:
     if difference is None or difference["mean"] is None:
         return None
-    mean, low, high = difference["mean"], difference["low"], difference["high"]
-    if study["task"]["lower_is_better"]:
-        # 0 - 0 is 0, where -(0.0) is -0.
-        mean, low, high = 0 - mean, None if high is None else -high, None if low is None else -low
-    return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
+    return as_gain(difference, study["task"]["lower_is_better"])
 
 
 def side(found: dict[str, Any] | None) -> int:
