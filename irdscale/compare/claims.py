@@ -12,7 +12,7 @@ from irdscale.compare.method_specs import FAR
 from irdscale.compare.statistics import ANY, FEWEST_SEEDS, as_gain, holm, paired
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
-from irdscale.utils.formats import count, number
+from irdscale.utils.formats import count, counted, number
 
 HOLDS, CONTRADICTED, NOT_TOLD_APART, TOO_FEW = "holds", "contradicted", "not told apart", "too few seeds"
 # Largest adjusted p of a claim that holds or is contradicted.
@@ -185,16 +185,22 @@ def p_in_words(p: float | None) -> str:
 
 
 def how_to_read(study: dict[str, Any], claims: list[dict[str, Any]]) -> str:
-    """What the columns of the claims are, and which verdicts there are."""
-    task, tested = study["task"], [claim for claim in claims if claim["p"] is not None]
-    better = "lower" if task["lower_is_better"] else "higher"
-    text = (
-        f"A gain is the paired difference in test {task['metric']} over the seeds, positive if the first method is "
-        f"better ({better} {task['metric']}). Wins are seeds where it is better. p is of the two-sided paired t-test; "
-        f"p (Holm) is adjusted for the {len(tested)} tested here, the intervals are not. At 5 % after Holm a claim "
-        f"holds, is contradicted, or its methods are not told apart; with fewer than {FEWEST_SEEDS} seeds there is no "
-        "test."
-    )
+    """What the columns of the claims are, and what each verdict means."""
+    metric, tested = study["task"]["metric"], [claim for claim in claims if claim["p"] is not None]
+    better = "lower" if study["task"]["lower_is_better"] else "higher"
+    sentences = [
+        f"The gain is the paired difference in test {metric}, positive if the first method is better "
+        f"({better} {metric}). Wins are seeds where it is better."
+    ]
+    if tested:
+        sentences.append(
+            "p is of the two-sided paired t-test. "
+            f"p (Holm) is p adjusted for {counted(len(tested), 'tested claim')}; the intervals are not adjusted. "
+            f"A claim with a p (Holm) of at most {LEVEL:g} holds or is contradicted; otherwise its two methods are "
+            "not told apart."
+        )
+    if any(claim["verdict"] == TOO_FEW for claim in claims):
+        sentences.append(f"A test needs {FEWEST_SEEDS} seeds that both methods finished.")
     if any(claim["low"] == claim["high"] for claim in tested):
-        text += " Where all differences are equal, p is of the sign test."
-    return text
+        sentences.append("Where all differences are equal, p is of the sign test.")
+    return " ".join(sentences)
