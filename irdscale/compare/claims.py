@@ -203,4 +203,6 @@ def how_to_read(study: dict[str, Any], claims: list[dict[str, Any]]) -> str:
         sentences.append(f"A test needs {FEWEST_SEEDS} seeds that both methods finished.")
     if any(claim["low"] == claim["high"] for claim in tested):
         sentences.append("Where all differences are equal, p is of the sign test.")
+    if any(claim["trainings"][0] != claim["trainings"][1] for claim in claims):
+        sentences.append("The method with more trainings has an advantage: its best one on the selection split counts.")
     return " ".join(sentences)

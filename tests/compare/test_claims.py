@@ -150,6 +150,15 @@ def test_lora_is_compared_at_equal_parameters(size: int, fits: bool) -> None:
     assert shown == ("contradicted" if fits else f"none: sizes differ (520 and {size:,} parameters)")
 
 
+def test_lora_of_equal_size_comes_before_a_plain_one() -> None:
+    compared = study({"fish": IRD, "lora": FAR, "bitfit": FAR}, reference="fish", changes={"bitfit": {"params": 530.0}})
+    (claim,) = claims_of(renamed(compared, {"bitfit": "fitted"}, {"fitted": ["lora", "compare.lora.rank=auto"]}))
+    assert (claim["than"], claim["params"], claim["verdict"]) == ("fitted", [520, 530], "holds")
+    compared["methods"][1]["params"] = 540.0
+    (claim,) = claims_of(renamed(compared, {"bitfit": "fitted"}, {"fitted": ["lora", "compare.lora.rank=auto"]}))
+    assert claim["than"] == "lora"
+
+
 def test_lora_without_a_verdict_is_not_counted_by_holm() -> None:
     over_fish, over_lora = claims_of(study({"ird": IRD, "fish": NEAR, "lora": FAR}))
     assert over_fish["p_holm"] == over_fish["p"]
@@ -191,7 +200,10 @@ def test_a_variant_that_is_another_method_proves_nothing(other: dict[str, str]) 
 def test_the_fisher_mask_of_as_many_trainings_is_compared() -> None:
     tests = {"ird": IRD, "fish_best": IRD, "fish": IRD, "random_mask": FAR}
     trainings = {"fish": {"evaluations": 3.0}, "random_mask": {"evaluations": 10.0}}
-    claim = claims_of(study(tests, changes=trainings))[-1]
+    unequal = study(tests, changes=trainings)
+    claim = claims_of(unequal)[-1]
+    assert "more trainings has an advantage" in how_to_read(unequal, claims_of(unequal))
+    assert "advantage" not in how_to_read(unequal, [claim])
     assert (claim["better"], claim["than"], claim["trainings"]) == ("fish_best", "random_mask", [10.0, 10.0])
     once = claims_of(study(tests, changes=trainings | {"random_mask": {"evaluations": 3.0}}))[-1]
     assert once["better"] == "fish"
