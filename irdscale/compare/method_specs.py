@@ -30,6 +30,8 @@ DRAWN = {"random_mask": "random", "magnitude_mask": "magnitude"} | {name: name f
 DENSE = ("lora", "bitfit", "linear_probe", "full")
 # Offset of the seeds of further trainings, larger than any seed in `compare.seeds`.
 RESTART = 10**6
+# Largest difference of equal numbers of trained parameters, as a share of the mask's.
+FAR = 0.05
 
 WORDS = {
     "ird": ("IRD", "the search, which keeps the samples with the larger traces"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from irdscale.compare.method_specs import Method, asked_methods, check_methods
+from irdscale.compare.method_specs import FAR, Method, asked_methods, check_methods
 from irdscale.config.compare import SPARSE_LORA, LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import numel_of
@@ -24,10 +24,6 @@ from irdscale.training.trainable import trained_densely
 
 if TYPE_CHECKING:
     from irdscale.tasks import Task
-
-
-# Largest difference of equal budgets, as a share of the mask's parameters.
-FAR = 0.05
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from irdscale.compare.claims import HOLDS, claim_on, claims_of
 from irdscale.compare.grid import wider_grid
-from irdscale.compare.verdict import ENOUGH_SEEDS, failures, gain, method_named, reference_of, side
+from irdscale.compare.verdict import ENOUGH_SEEDS, failures, method_named, reference_of
 from irdscale.report.commands import command
 
 # Methods that a verb of irdscale trains: name -> verb and its changes.
@@ -60,8 +61,8 @@ def _use(study: dict[str, Any], output: Path) -> tuple[str, list[str]]:
         return "", []
     chosen, why = best, f"{best['label']} has the best mean on the selection split"
     if reference["name"] == "ird" and fish is not None and best in (reference, fish):
-        where = side(gain(study, fish))
-        if where > 0:
+        claim = claim_on(claims_of(study), "ird", "fish")
+        if claim is not None and claim["verdict"] == HOLDS:
             chosen, why = reference, "IRD is better than one FISH mask beyond the chance of the seeds"
         else:
             chosen, why = fish, "nothing shows that the search is better than one FISH mask, which costs less"

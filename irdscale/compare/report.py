@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from irdscale.compare.claims import COLUMNS as CLAIM_COLUMNS
+from irdscale.compare.claims import claim_rows, claims_of, how_to_read
 from irdscale.compare.figures import draw_all
 from irdscale.compare.next_steps import next_steps
 from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
@@ -37,13 +39,22 @@ def write_files(output: Path) -> dict[str, Any]:
     """See `irdscale.compare.write_comparison`."""
     study = read_study(output)
     advice, commands = next_steps(study, output)
+    claims = claims_of(study)
+    told = [{claim["better"], claim["than"]} for claim in claims]
     values = {
         "result": study,
         "methods": study["methods"],
+        "claims": claim_rows(claims),
+        "claim_columns": CLAIM_COLUMNS,
+        "how_to_read": how_to_read(study, claims),
         "columns": columns(study),
         "rows": rows(study),
         "main": cost_and_gain(study),
-        "sentences": [sentence_on(study, method) for method in study["methods"]],
+        "sentences": [
+            sentence_on(study, method)
+            for method in study["methods"]
+            if {method["name"], study["reference"]} not in told
+        ],
         "notes": notes(study),
         "failures": failures(study),
         "samples": about_samples(output, study),

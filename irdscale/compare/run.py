@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from irdscale.compare.claims import claims_of
 from irdscale.compare.method_specs import (
     DRAWN,
     FEW,
@@ -168,7 +169,7 @@ def _compared(study: Study) -> dict[str, Any]:
     methods = method_entries(study, chosen, tests)
     ended = time.perf_counter()
     seconds = {"masks": masked - started, "train": trained - masked, "test": ended - trained, "total": ended - started}
-    return {
+    result = {
         **what_was_searched(study.config, study.task, study.facts.model),
         "reference": study.reference,
         "seeds": study.seeds,
@@ -184,6 +185,7 @@ def _compared(study: Study) -> dict[str, Any]:
         "evaluations": len(study.runner.asked),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+    return {**result, "claims": claims_of(result)}
 
 
 def _make_masks(study: Study) -> None:

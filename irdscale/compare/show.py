@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from irdscale.compare.claims import COLUMNS, claim_rows, claims_of, how_to_read
 from irdscale.compare.next_steps import widening
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes
@@ -17,17 +19,23 @@ from irdscale.utils.terminal import Column, Table, print_line, print_table
 _LEFT_OUT = (1, 8, 16, 15, 14, 13, 7, 11, 3, 9, 12, 10)
 
 
+# Places of the columns of claims that a narrow terminal leaves out, the first one first: trainings, uncorrected p.
+_CLAIMS_LEFT_OUT = (6, 4)
+
+
 def print_comparison(result: dict[str, Any], output: Path) -> None:
-    """Print the methods, their differences to the reference, the conclusions and the path of the report."""
+    """Print the claims, the methods with their differences to the reference, notes, and the path of the report."""
     from rich.console import Console
     from rich.text import Text
 
     task, console = result["task"], Console()
-    drops = {place: len(_LEFT_OUT) - number for number, place in enumerate(_LEFT_OUT)}
-    heads = [
-        Column(head, text=place == 0, wraps=place == 0, drop=drops.get(place, 0))
-        for place, head in enumerate(columns(result))
-    ]
+    claims = claims_of(result)
+    if claims:
+        of_claims = _heads(COLUMNS, (0, len(COLUMNS) - 1), _CLAIMS_LEFT_OUT)
+        print_table(console, Table(of_claims, claim_rows(claims), "What the seeds show"))
+        print_line(console, how_to_read(result, claims))
+        print_line(console)
+    heads = _heads(columns(result), (0,), _LEFT_OUT)
     styles = ["bold" if method["name"] == result["reference"] else None for method in result["methods"]]
     title = f"{task['name']}: {task['metric']} on the test split, {counted(len(result['seeds']), 'seed')}"
     print_table(console, Table(heads, rows(result), title, styles))
@@ -47,3 +55,12 @@ def print_comparison(result: dict[str, Any], output: Path) -> None:
     ]
     for line in lines:
         print_line(console, line)
+
+
+def _heads(names: Sequence[str], texts: Sequence[int], left_out: Sequence[int]) -> list[Column]:
+    """The columns of a table, by the places of those with text and of those to leave out, the first one first."""
+    drops = {place: len(left_out) - number for number, place in enumerate(left_out)}
+    return [
+        Column(name, text=place in texts, wraps=place in texts, drop=drops.get(place, 0))
+        for place, name in enumerate(names)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -71,6 +71,33 @@ def paired_methods(
     """`paired` for the test metrics of two methods in a comparison's result."""
     ours, others = ({one["seed"]: one["test"] for one in of["seeds"]} for of in (reference, other))
     return paired(ours, others, lower_is_better, within)
+
+
+def as_gain(difference: Mapping[str, Any], lower_is_better: bool) -> dict[str, Any]:
+    """A difference of `paired` as a gain: positive if the reference is better.
+
+    Returns:
+        {"mean", "low", "high", "n"}, as in `interval`.
+    """
+    mean, low, high = difference["mean"], difference["low"], difference["high"]
+    if lower_is_better:
+        # 0 - 0 is 0, where -(0.0) is -0.
+        mean, low, high = (None if value is None else 0 - value for value in (mean, high, low))
+    return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the same order.
+
+    Rejecting those of at most alpha keeps the probability of any false rejection at most alpha.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure. Scandinavian Journal of Statistics 6.
+    """
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=lambda place: values[place])):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def _spread(values: list[float], scale: float, within: tuple[float, float]) -> dict[str, Any]:

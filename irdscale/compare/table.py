@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from irdscale.compare.claims import p_in_words
 from irdscale.compare.grid import edge_of
 from irdscale.compare.verdict import reference_of
 from irdscale.utils.formats import count, number
@@ -77,7 +78,7 @@ def _row(method: dict[str, Any]) -> list[str]:
             f"{difference['mean']:+.4f}",
             _limits(difference, "+.4f"),
             f"{difference['wins']}-{difference['losses']}-{difference['ties']}",
-            _probability(difference["p"]),
+            p_in_words(difference["p"]),
         ]
     return [
         method["label"],
@@ -99,9 +100,3 @@ def _or_failed(mean: float | None) -> str:
 
 def _limits(found: dict[str, Any], form: str) -> str:
     return "-" if found["low"] is None else f"{found['low']:{form}} to {found['high']:{form}}"
-
-
-def _probability(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from irdscale.compare.claims import HOLDS, TOO_FEW, claim_on, claims_of
 from irdscale.compare.grid import edge_notes, rates_in_words
 from irdscale.compare.method_specs import FEW, SEARCHES
-from irdscale.compare.statistics import ANY, FEWEST_SEEDS, paired_methods
+from irdscale.compare.statistics import ANY, FEWEST_SEEDS, as_gain, paired_methods
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
 from irdscale.utils.formats import number
@@ -38,11 +39,7 @@ def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any]
 def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[str, Any] | None:
     if difference is None or difference["mean"] is None:
         return None
-    mean, low, high = difference["mean"], difference["low"], difference["high"]
-    if study["task"]["lower_is_better"]:
-        # 0 - 0 is 0, where -(0.0) is -0.
-        mean, low, high = 0 - mean, None if high is None else -high, None if low is None else -low
-    return {"mean": mean, "low": low, "high": high, "n": difference["n"]}
+    return as_gain(difference, study["task"]["lower_is_better"])
 
 
 def side(found: dict[str, Any] | None) -> int:
@@ -77,23 +74,15 @@ def sentence_on(study: dict[str, Any], method: dict[str, Any]) -> str:
 
 
 def cost_and_gain(study: dict[str, Any]) -> str:
-    """The paragraph on the search's cost and its gain over one FISH mask, as many random ones, and one mask of the
-    samples that rank first.
-    """
+    """The paragraph on the search's cost, what its claims leave open, and one mask of the samples that rank first."""
     reference = reference_of(study)
     fish, best = (method_named(study, name) for name in ("fish", "fish_best"))
     if reference["test"]["mean"] is None:
         return f"{reference['label']} failed for every seed, so there is no comparison."
     sentences = [_cost(reference, fish)]
-    over = [
-        _over(study, method, name)
-        for method, name in ((fish, "one FISH mask"), (best, "the best of as many random masks (equal budget)"))
-        if method is not None and method is not reference
-    ]
-    if over:
-        sentences += [f"Gains are on the test split, positive if {reference['label']} is better.", *over]
-        sentences.append(_FISH_MASKS if _dropped_none(study, reference) else _judged(study, fish, best))
-    return " ".join(sentences) + _without_search(study, " ".join(sentences))
+    if any(method is not None and method is not reference for method in (fish, best)):
+        sentences.append(_FISH_MASKS if _dropped_none(study, reference) else _where_from(study, reference))
+    return " ".join(filter(None, sentences)) + _without_search(study)
 
 
 _FISH_MASKS = (
@@ -128,56 +117,30 @@ def _cost(reference: dict[str, Any], fish: dict[str, Any] | None) -> str:
     )
 
 
-def _over(study: dict[str, Any], method: dict[str, Any], name: str) -> str:
-    found = gain(study, method)
-    if found is None:
-        return f"The gain over {name} is unknown: no seed finished for both."
-    return f"The gain over {name} is {signed_interval(found)}."
-
-
-def _judged(study: dict[str, Any], fish: dict[str, Any] | None, best: dict[str, Any] | None) -> str:
-    reference = reference_of(study)
-    label, gains = reference["label"], {"fish": gain(study, fish), "fish_best": gain(study, best)}
-    known = [found["n"] for found in gains.values() if found is not None]
-    if not known:
-        return "Whether it pays is unknown."
-    seeds = min(known)
-    if seeds < FEWEST_SEEDS:
-        return f"{_seeds(seeds).capitalize()} cannot tell a gain from chance."
-    one, many = side(gains["fish"]), side(gains["fish_best"])
-    if one > 0 and many > 0:
-        text = f"Here {label} pays: it is better than one FISH mask and than as many random ones"
-    elif one > 0 and gains["fish_best"] is None:
-        text = (
-            "It is better than one FISH mask, but without the baseline of equal budget it is unknown whether "
-            "that comes from ranking samples or from choosing among several masks"
+def _where_from(study: dict[str, Any], reference: dict[str, Any]) -> str:
+    """What is unknown of a gain over one FISH mask, because as many draws were not compared, or are as good."""
+    claims = claims_of(study)
+    one, many = (claim_on(claims, reference["name"], name) for name in ("fish", "fish_best"))
+    if one is None or one["verdict"] != HOLDS:
+        return ""
+    if many is None or many["verdict"] == TOO_FEW:
+        return (
+            "Without the baseline of equal budget it is unknown whether the gain over one FISH mask comes from ranking "
+            "samples or from choosing among several masks."
         )
-    elif one > 0:
-        text = "Most of the gain comes from choosing among several masks, not from ranking samples"
-        text += (
-            ": with the same budget random draws are better"
-            if many < 0
-            else f": over random draws with the same budget there is no gain that {seeds} seeds can show"
-        )
-    elif one < 0:
-        text = "It does not pay: one FISH mask is better"
-    elif gains["fish"] is None and many > 0:
-        text = "It is better than random draws with the same budget; its gain over one FISH mask is unknown"
-    elif many > 0:
-        text = (
-            "It is better than random draws with the same budget, but it does not pay: over one FISH mask there is "
-            f"no gain that {seeds} seeds can show"
-        )
-    else:
-        text = f"There is no gain that {seeds} seeds can show"
-    return f"{text}.{_hint(seeds)}"
+    if many["verdict"] == HOLDS:
+        return ""
+    return (
+        "Nothing shows that the gain over one FISH mask comes from ranking samples: choosing among several masks may "
+        "be all of it."
+    )
 
 
 def _hint(seeds: int) -> str:
     return f" With {seeds} seeds that is a hint, not a proof." if seeds < ENOUGH_SEEDS else ""
 
 
-def _without_search(study: dict[str, Any], before: str) -> str:
+def _without_search(study: dict[str, Any]) -> str:
     """Whether one mask of the fewest samples, the first of the search's ranking, does as well as the search."""
     reference = reference_of(study)
     kind, changes = _ranking(study, reference)
@@ -196,8 +159,7 @@ def _without_search(study: dict[str, Any], before: str) -> str:
         as_well = f"does as well as the search, as far as {seeds} seeds can show"
         does = "does better than the search" if where < 0 else as_well
         text = f" O{mask} {does} (gain of the search {signed_interval(found)}){cost}{_what_pays(study, top, where)}."
-    hint = _hint(seeds)
-    return text if hint in before else text + hint
+    return text + _hint(seeds)
 
 
 def _ranking(study: dict[str, Any], method: dict[str, Any]) -> tuple[str, list[str]]:
@@ -236,7 +198,7 @@ def notes(study: dict[str, Any]) -> list[str]:
         "Wins are seeds where the reference is better. p is of the two-sided paired t-test.",
         "Trainings are those of one seed, including the learning-rate grid. Cost is in trainings of one seed: those "
         "after the learning rate is chosen, and the Fisher passes.",
-        f"The 95 % t intervals and p are not corrected for the number of comparisons ({others}): "
+        f"The 95 % t intervals and p of the methods are not corrected for the number of comparisons ({others}): "
         "about 1 in 20 true-zero differences looks significant.",
     ]
     if study.get("costs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from irdscale.compare import write_comparison
 from irdscale.compare.figures import differences, score_by_parameters, scores
@@ -77,10 +79,56 @@ def test_the_population_of_the_samples_is_told(tmp_path: Path) -> None:
 def test_markdown_tables_are_whole(tmp_path: Path) -> None:
     markdown, _ = report(tmp_path, everything())
     lines = markdown.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| method |"))
-    table = lines[start : start + 2 + len(ALL)]
-    assert {len(re.findall(r"(?<!\\)\|", line.rstrip())) for line in table} == {14}
-    assert lines[start + 2 + len(ALL)] == ""
+    for head, rows, bars in (("| claim |", 6, 9), ("| method |", len(ALL), 14)):
+        start = next(i for i, line in enumerate(lines) if line.startswith(head))
+        table = lines[start : start + 2 + rows]
+        assert {len(re.findall(r"(?<!\\)\|", line.rstrip())) for line in table} == {bars}
+        assert lines[start + 2 + rows] == ""
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("irdscale.compare.report.draw_all", lambda compared: {})
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_claims_come_first_and_replace_sentences(tmp_path: Path) -> None:
+    markdown, page = report(tmp_path, study({"ird": around(0.7), "fish": around(0.65, turn=1), "full": around(0.6)}))
+    html = (tmp_path / "compare.html").read_text()
+    assert page.rows[0][0] == "claim"
+    assert page.rows[1] == [
+        "IRD over FISH",
+        "+0.0500",
+        "+0.0414 to +0.0586",
+        "5 of 5",
+        "<0.001",
+        "<0.001",
+        "10, 10",
+        "holds",
+    ]
+    for text in (html, markdown):
+        assert text.index("What the seeds show") < text.index("What the search cost") < text.index("one by one")
+        assert "full fine-tuning: accuracy 0.6000" in text
+        assert "FISH: accuracy" not in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_no_claims_no_table(tmp_path: Path) -> None:
+    markdown, page = report(tmp_path, study({"ird": around(0.7), "full": around(0.6)}))
+    assert "What the seeds show" not in markdown
+    assert page.rows[0][0] == "method"
+
+
+def test_claims_fit_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("rich.console.Console", lambda: console)
+    print_comparison(everything(), tmp_path / "x")
+    table = stream.getvalue().split("\nThe gain is")[0].splitlines()
+    assert table[0] == "What the seeds show"
+    assert re.split(r"  +", table[1]) == ["claim", "mean gain", "95 % interval", "wins", "p (Holm)", "verdict"]
+    assert max(map(len, table)) <= 80
+    assert sum(" over " in line for line in table) == 6
 
 
 def test_pictures_are_files_and_inside_the_page(tmp_path: Path) -> None:
@@ -116,6 +164,8 @@ def test_failures_and_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "full fine-tuning, seed 1: TrainingError: the loss is nan &lt;b&gt;" in html
     assert r"failed: full fine-tuning, seed 1: TrainingError: the loss is nan \<b\>" in markdown
     assert r"| \<b\>$x\_$\|\[red\] | 1 |" in markdown
+    assert ["IRD over <b>$x_$|[red]", "+0.1000", "-", "1 of 1", "-", "-", "10, 10", "too few seeds"] in page.rows
+    assert r"| IRD over \<b\>$x\_$\|\[red\] | +0.1000 |" in markdown
     assert ["full fine-tuning", "0", "failed", "-", "", "", "", "", "failed", "-", "-", "10", "8.4"] in page.rows
 
 
@@ -124,7 +174,10 @@ def test_one_seed(tmp_path: Path, lower: bool) -> None:
     markdown, page = report(tmp_path, study({"ird": [0.7], "fish": [0.6]}, lower))
     counts = "0-1-0" if lower else "1-0-0"
     assert ["FISH", "1", "0.6000", "-", "+0.1000", "-", counts, "-", "0.6100", "0.003", "520", "10", "8.4"] in page.rows
-    assert "One seed cannot tell a gain from chance." in markdown
+    gain = "-0.1000" if lower else "+0.1000"
+    wins = "0 of 1" if lower else "1 of 1"
+    assert ["IRD over FISH", gain, "-", wins, "-", "-", "10, 10", "too few seeds"] in page.rows
+    assert f"| IRD over FISH | {gain} | - | {wins} | - | - | 10, 10 | too few seeds |" in markdown
 
 
 def test_nothing_but_failures(tmp_path: Path) -> None:
@@ -173,7 +226,7 @@ def test_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     print_comparison(compared, tmp_path)
     text = capsys.readouterr().out
     assert re.search(r"\[red\]FISH .*  0\.6000  .*\+0\.1000  +-  +1-0-0", text)
-    assert "One seed cannot tell a gain from chance." in text
+    assert re.search(r"IRD over \[red\]FISH +\+0\.1000  .* 1 of 1  .* too few seeds\n", text)
     assert "Failed: [red]FISH, seed 1: TrainingError: the loss is nan <b>" in text
     assert f"Report: {tmp_path / 'compare.html'}" in text
     assert f"output={tmp_path} 'compare.learning_rates=[0.001,0.003,0.01,0.03]'\n" in text

@@ -355,6 +355,12 @@ def without_seconds(result: dict[str, Any]) -> dict[str, Any]:
 def test_the_report_reads_what_was_written(compare: Any, tmp_path: Path) -> None:
     result, _ = compare()
     assert json.loads(json.dumps(read_study(tmp_path / "out"))) == json.loads(json.dumps(result))
+    claims = {claim["claim"]: claim for claim in result["claims"]}
+    assert {"IRD over FISH", "IRD over reverse IRD", "IRD over FISH, best of draws"} < set(claims)
+    # IRD, its draws and random masks have as many trainings.
+    assert len(set(claims["FISH, best of draws over random mask"]["trainings"])) == 1
+    found = entries(result)["fish"]["difference"]
+    assert claims["IRD over FISH"]["mean"] == (-found["mean"] if result["task"]["lower_is_better"] else found["mean"])
 
 
 def test_costs_count_trainings_and_sample_gradients(compare: Any) -> None:
