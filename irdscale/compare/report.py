@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.figures import draw_all
+from irdscale.compare.missing import missing_notes
 from irdscale.compare.next_steps import next_steps
 from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
@@ -44,7 +45,7 @@ def write_files(output: Path) -> dict[str, Any]:
         "rows": rows(study),
         "main": cost_and_gain(study),
         "sentences": [sentence_on(study, method) for method in study["methods"]],
-        "notes": notes(study),
+        "notes": [*missing_notes(study), *notes(study)],
         "failures": failures(study),
         "samples": about_samples(output, study),
         "sample_columns": SAMPLE_COLUMNS,
