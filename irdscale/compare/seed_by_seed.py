@@ -120,6 +120,8 @@ def missing_of(part: Study, config: RunConfig, ledger: Ledger, complete: int, st
 
 
 def _next(stop: OutOfTime) -> str:
+    if stop.left <= 0:
+        return f"{stop.what}; no time is left"
     return f"{stop.what}, for which {duration(stop.seconds)} are expected, and {duration(stop.left)} are left"
 
 
