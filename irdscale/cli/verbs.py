@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,22 +128,40 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
 
 
 @verb("irdscale compare configs/studies/lm_mixed.yaml")
-def compare(config: Config, overrides: Overrides = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            metavar="N",
+            help="Start only what is expected to end within N minutes, seed after seed, and report the seeds that are "
+            "complete for all methods. The same command goes on. Not with search.runner=ray.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
     """Compare ways to fine-tune, over seeds: IRD, FISH, other masks, LoRA, BitFit, full fine-tuning; write the report.
 
     Every method gets as many learning rates and trainings; all choices use the selection split, and the test
     split measures the chosen. After an interrupt, the same command resumes; it also does with methods, seeds or
     learning rates added.
     """
+    started = monotonic()
     with _saving("compare", config, overrides) as (settings, _), candidate_ranks(settings):
         from irdscale.compare.method_specs import check_comparison
 
         check_comparison(settings)
         from irdscale.compare import write_comparison
+        from irdscale.compare.budget import Budget
         from irdscale.compare.run import run_compare
 
-        result = run_compare(settings, progress=True, overwrite=overwrite)
-        if launched()[0] == 0:
+        budget = None if minutes is None else Budget(minutes, started)
+        result = run_compare(settings, progress=True, overwrite=overwrite, budget=budget)
+        if launched()[0] == 0 and result.get("seeds") != []:
             write_comparison(Path(settings.output))
     from irdscale.compare.show import print_comparison
 

@@ -24,6 +24,10 @@ def next_steps(study: dict[str, Any], output: Path) -> tuple[str, list[str]]:
     failed = len(failures(study))
     if failed:
         sentences.append(f"{failed} training(s) failed; remove their cause before you rely on the other methods.")
+    if study.get("missing"):
+        text = "Seeds are missing: the first command goes on with them, after all evaluations so far."
+        found = _use(study, output)
+        return " ".join([*sentences, text, found[0]]), [_again(study, output), *found[1]]
     seeds = max(ENOUGH_SEEDS, len(study["seeds"]))
     wider = wider_grid(study)
     if wider or len(study["seeds"]) < ENOUGH_SEEDS:

@@ -10,6 +10,7 @@ from typing import Any
 from irdscale.compare.claims import COLUMNS as CLAIM_COLUMNS
 from irdscale.compare.claims import claim_rows, claims_of, how_to_read
 from irdscale.compare.figures import draw_all
+from irdscale.compare.missing import missing_notes
 from irdscale.compare.next_steps import next_steps
 from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
@@ -55,7 +56,7 @@ def write_files(output: Path) -> dict[str, Any]:
             for method in study["methods"]
             if {method["name"], study["reference"]} not in told
         ],
-        "notes": notes(study),
+        "notes": [*missing_notes(study), *notes(study)],
         "failures": failures(study),
         "samples": about_samples(output, study),
         "sample_columns": SAMPLE_COLUMNS,

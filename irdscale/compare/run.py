@@ -8,7 +8,8 @@
     4. test: the best candidate on the selection split per method and seed, evaluated once on the test split
 
 Nothing reads the test split before step 4. Methods share evaluations in one ledger, so a comparison that was killed, or
-got more methods or seeds, goes on.
+got more methods or seeds, goes on. With a budget of minutes, these steps are done for the first seed, then for the
+first two, and so on until time is up; no choice depends on the test split.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from irdscale.compare.budget import Budget, TimedEngine, check_budget
 from irdscale.compare.claims import claims_of
 from irdscale.compare.method_specs import (
     DRAWN,
@@ -33,11 +36,9 @@ from irdscale.compare.method_specs import (
     check_comparison,
     owner_of,
     ranking_name,
-    rates_of,
     slug,
 )
 from irdscale.compare.methods import (
-    ModelFacts,
     dense_candidate,
     far_from_budget,
     fitting_methods,
@@ -45,18 +46,20 @@ from irdscale.compare.methods import (
     trained,
     with_lora,
 )
+from irdscale.compare.on_test import base_scores, scores_on_test
 from irdscale.compare.results import fewest_samples, measured_costs, method_entries
+from irdscale.compare.seed_by_seed import most_evaluations, seed_by_seed, write_result
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
 from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
 from irdscale.runs.folder import held, search_part
-from irdscale.search.candidates import Candidate, score_base, score_on_test
+from irdscale.search.candidates import Candidate
 from irdscale.search.engines import running
 from irdscale.search.folder import open_ledger, refuse_changes
 from irdscale.search.ird import Pair, Wanted, rounds, together
-from irdscale.search.limits import most_of_rounds, smallest_pair
+from irdscale.search.ledger import Ledger
 from irdscale.search.mask_store import SearchMasks
 from irdscale.search.masks import drawn_mask, random_draw_mask, search_masks
 from irdscale.search.run import what_was_searched
@@ -64,7 +67,6 @@ from irdscale.search.runner import Runner, WorkItem
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.loss_trend import rise_warnings
 from irdscale.training.trackers import require_trackers
-from irdscale.utils.files import read_json, write_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = False) -> dict[str, Any]:
+def run_compare(
+    config: RunConfig, progress: bool = True, overwrite: bool = False, budget: Budget | None = None
+) -> dict[str, Any]:
     """Compare methods, or go on with a comparison that was interrupted or got more methods, seeds or rates.
 
     Writes config.yaml, fisher/, masks/, ledger.jsonl and compare.json into `config.output`. Collective if
@@ -81,17 +85,21 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
 
     Args:
         overwrite: whether to remove earlier files of irdscale from the folder.
+        budget: starts only what is expected to end in time, complete seeds first; by default all is run.
 
     Returns:
-        The contents of compare.json.
+        The contents of compare.json. Where the time was too short, "seeds" has the seeds that are complete for all
+        methods, and "missing" what is missing; without a complete seed, compare.json is not written.
 
     Raises:
         InputError: the configuration does not fit the data or the model, or the output folder holds other work (names
-            it) or is in use.
+            it) or is in use; or Ray runs the evaluations, which has no budget.
         RunError: masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
     check_comparison(config)
+    if budget is not None:
+        check_budget(config)
     with failing_together():
         require_trackers(config)
         if not overwrite:
@@ -103,13 +111,13 @@ def run_compare(config: RunConfig, progress: bool = True, overwrite: bool = Fals
         tell_classes(task, progress and rank_and_world()[0] == 0)
         if broadcast_flag((output / FILE).exists()):
             result = read_study(output)
-            if result["config"]["compare"] == config.compare.model_dump(mode="json"):
+            if result["config"]["compare"] == config.compare.model_dump(mode="json") and not result.get("missing"):
                 log.info("%s holds this comparison, finished; --overwrite runs it again", output)
                 return result
-        return _run(config, task, progress)
+        return _run(config, task, progress, budget)
 
 
-def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
+def _run(config: RunConfig, task: Task, progress: bool, budget: Budget | None) -> dict[str, Any]:
     output = Path(config.output)
     with running(config, task, output, progress) as engine:
         facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
@@ -118,39 +126,27 @@ def _run(config: RunConfig, task: Task, progress: bool) -> dict[str, Any]:
         for line in far_from_budget(methods, facts) if rank_and_world()[0] == 0 else ():
             log.warning("compare.lora.rank: %s", line)
         with open_ledger(config, output) as ledger:
-            first = rank_and_world()[0] == 0
-            with bar("Evaluations", _most(config, methods, facts), enabled=progress and first) as advance:
-                labels = {method.name: method.label for method in methods}
-                runner = Runner(config, ledger, engine, output, advance, task.lower_is_better, labels)
-                steps = training_steps(config.train, len(task.trained))
-                study = Study(config, task, engine, runner, output, progress, facts, methods, steps)
-                result = _compared(study)
-            with failing_together():
-                if first:
-                    write_json(output / FILE, result)
-            runner.clear()
+            steps = training_steps(config.train, len(task.trained))
+            runner = Runner(config, ledger, engine, output)
+            study = Study(config, task, engine, runner, output, progress, facts, methods, steps)
+            if budget is not None:
+                kinds = {method.name: method.kind for method in methods}
+                study.engine = TimedEngine(engine, budget, ledger, config, kinds)
+                return seed_by_seed(study, ledger, partial(_with_bar, ledger=ledger))
+            result = _with_bar(study, ledger)
+            write_result(study, result)
+            study.runner.clear()
     return result
 
 
-def _most(config: RunConfig, methods: list[Method], facts: ModelFacts) -> int:
-    """Upper bound of the requested evaluations, for the progress bar."""
-    budget = next((_most_searched(method, facts) for method in methods if method.name == "ird"), 0)
-    most = 0
-    for method in methods:
-        most += len(rates_of(config, method.name))
-        if method.kind in SEARCHES:
-            # A search requests its start again, at the chosen rate.
-            most += 1 + _most_searched(method, facts)
-        elif method.kind == "fish_best" or (config.compare.equal_budget and method.kind not in (*RANKINGS, *SCORED)):
-            most += budget
-    return most * len(config.compare.seeds)
-
-
-def _most_searched(method: Method, facts: ModelFacts) -> int:
-    """Upper bound of the evaluations after the start in one seed's search."""
-    search, parameters = method.config.search, facts.model["parameters"]
-    start = Pair(method.config.fisher.samples, max(1, round(search.ratio * parameters)))
-    return most_of_rounds(start, smallest_pair(method.config, start, parameters), search.max_rounds, 1)
+def _with_bar(study: Study, ledger: Ledger) -> dict[str, Any]:
+    """The result of a study, with a bar of its evaluations."""
+    most = most_evaluations(study.config, study.methods, study.facts)
+    labels = {method.name: method.label for method in study.methods}
+    with bar("Evaluations", most, enabled=study.progress and rank_and_world()[0] == 0) as advance:
+        lower = study.task.lower_is_better
+        study.runner = Runner(study.config, ledger, study.engine, study.output, advance, lower, labels)
+        return _compared(study)
 
 
 def _compared(study: Study) -> dict[str, Any]:
@@ -162,10 +158,8 @@ def _compared(study: Study) -> dict[str, Any]:
     _spend_budgets(study)
     trained = time.perf_counter()
     chosen = {of: study.best(tried) for of, tried in study.tried.items()}
-    tests = _test(study, [candidate for candidate in chosen.values() if candidate is not None])
-    base = None
-    if not study.facts.head:
-        base = dict(zip(("selection", "test", "test_error"), study.engine.call(score_base), strict=True))
+    tests = scores_on_test(study, [candidate for candidate in chosen.values() if candidate is not None])
+    base = None if study.facts.head else dict(zip(("selection", "test", "test_error"), base_scores(study), strict=True))
     methods = method_entries(study, chosen, tests)
     ended = time.perf_counter()
     seconds = {"masks": masked - started, "train": trained - masked, "test": ended - trained, "total": ended - started}
@@ -194,7 +188,7 @@ def _make_masks(study: Study) -> None:
         (method.name, seed): owner_of(study.methods, method, seed)
         for method in study.methods
         for seed in study.seeds
-        if method.kind in RANKINGS
+        if method.kind in RANKINGS and (method.name, seed) not in study.ranking_masks
     }
     own = {(owner.name, seed): owner for (_, seed), owner in owners.items()}
     calls = [
@@ -210,7 +204,8 @@ def _make_masks(study: Study) -> None:
 
 def _make_halves(study: Study) -> None:
     """Make the masks of half the entries, which LoRA matrices share a budget with: a search's, if it reaches them."""
-    wanted = [(method, seed) for method in study.methods for seed in study.seeds if method.kind == SPARSE_LORA]
+    every = [(method, seed) for method in study.methods for seed in study.seeds if method.kind == SPARSE_LORA]
+    wanted = [(method, seed) for method, seed in every if (method.name, seed) not in study.halves]
     calls = {}
     for method, seed in wanted:
         masks = study.ranking_masks[method.name, seed]
@@ -231,8 +226,9 @@ def halved(pair: Pair) -> Pair:
     return Pair(pair.samples, max(1, pair.params // 2))
 
 
-def _make_draws(study: Study, asked: Sequence[tuple[Method, int, int]]) -> None:
-    """Make drawn masks; `asked` has method, seed and number of the draw."""
+def _make_draws(study: Study, wanted: Sequence[tuple[Method, int, int]]) -> None:
+    """Make drawn masks; `wanted` has method, seed and number of the draw."""
+    asked = [one for one in wanted if _draw_name(*one) not in study.drawn]
     calls = [
         WorkItem(drawn_mask, (_draw_name(method, seed, draw),), method.of_seed(seed + RESTART * draw))
         for method, seed, draw in asked
@@ -274,7 +270,7 @@ def _choose_rates(study: Study) -> None:
         for method in study.methods
         for rate in study.grid_of(method)
     }
-    study.runner.evaluate([candidate for of_rate in firsts.values() for candidate in of_rate])
+    study.evaluate([candidate for of_rate in firsts.values() for candidate in of_rate])
     for method in study.methods:
         means = {}
         for rate in study.grid_of(method):
@@ -290,7 +286,8 @@ def _choose_rates(study: Study) -> None:
         kept = study.rates[method.name] or study.grid_of(method)[0]
         for seed, candidate in zip(study.seeds, firsts[method.name, kept], strict=True):
             study.tried[method.name, seed] = [candidate]
-    study.runner.drop_all_but({one.key(study.config) for tried in study.tried.values() for one in tried})
+    kept_keys = {one.key(study.config) for tried in study.tried.values() for one in tried}
+    study.runner.drop({one.key(study.config) for of_rate in firsts.values() for one in of_rate} - kept_keys)
 
 
 def _search(study: Study) -> None:
@@ -314,7 +311,7 @@ def _search(study: Study) -> None:
             for (method, _), of_one in zip(started, asked, strict=True)
             if of_one is not None
         ]
-        study.runner.evaluate([one for of_one in wanted for one in of_one])
+        study.evaluate([one for of_one in wanted for one in of_one])
         return [[study.runner.metric(one) for one in of_one] for of_one in wanted]
 
     lower, searches = study.task.lower_is_better, []
@@ -342,7 +339,7 @@ def _spend_budgets(study: Study) -> None:
     for method, seed, rate in spending:
         candidates = draws.get((method.name, seed)) or _further(study, method, seed)
         further[method.name, seed] = [trained(method, candidate, rate) for candidate in candidates]
-    study.runner.evaluate([candidate for of_one in further.values() for candidate in of_one])
+    study.evaluate([candidate for of_one in further.values() for candidate in of_one])
     for of, candidates in further.items():
         study.tried[of] += candidates
         study.spent.setdefault(of, len(study.tried[of]))
@@ -376,23 +373,3 @@ def _further(study: Study, method: Method, seed: int) -> list[Candidate]:
     if method.kind == "random_mask":
         return [_draw(study, method, seed, draw) for draw in again]
     return [replace(study.tried[method.name, seed][0], seed=seed + RESTART * start) for start in again]
-
-
-def _test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple[float, float]]:
-    """Key -> test metric of a chosen candidate and its standard error; each is written to disk at once."""
-    by_key = {candidate.key(study.config): candidate for candidate in chosen}
-    study.runner.drop_all_but(by_key.keys())
-    file = study.output / "test_scores.json"
-    with failing_together():
-        stored = read_json(file, "list of test scores") if file.exists() else {}
-    known: dict[str, tuple[float, float]] = {key: tuple(stored[key]) for key in by_key if key in stored}
-    missing = [key for key in by_key if key not in known]
-
-    def keep(place: int, scores: list[tuple[float, float]]) -> None:
-        (known[missing[place]],) = scores
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(file, stored | known)
-
-    study.engine.call_all([WorkItem(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
-    return known

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.compare.claims import COLUMNS, claim_rows, claims_of, how_to_read
+from irdscale.compare.missing import missing_notes, print_missing, progress_lines
 from irdscale.compare.next_steps import widening
 from irdscale.compare.table import columns, rows
 from irdscale.compare.verdict import cost_and_gain, failures, notes
@@ -28,6 +29,9 @@ def print_comparison(result: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    if not result["seeds"]:
+        print_missing(result)
+        return
     task, console = result["task"], Console()
     claims = claims_of(result)
     if claims:
@@ -46,12 +50,14 @@ def print_comparison(result: dict[str, Any], output: Path) -> None:
         "",
         cost_and_gain(result),
         "",
+        *missing_notes(result),
         *notes(result),
         *more,
         *(f"Failed: {line}" for line in failures(result)),
         "",
         f"{counted(result['evaluations'], 'training')} in {duration(result['seconds']['total'])}.",
         f"Report: {output.absolute() / 'compare.html'}",
+        *progress_lines(result),
     ]
     for line in lines:
         print_line(console, line)

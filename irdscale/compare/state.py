@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class Study:
         tried: (method, seed) -> its candidates at the chosen rate, the first one first.
         spent: (method, seed) -> number of evaluated candidates, if more than the first.
         gradients: (method, seed) -> sample gradients of FISH draws.
+        requested: candidates of all requests, in order.
     """
 
     config: RunConfig
@@ -51,6 +52,21 @@ class Study:
     tried: dict[tuple[str, int], list[Candidate]] = field(default_factory=dict)
     spent: dict[tuple[str, int], int] = field(default_factory=dict)
     gradients: dict[tuple[str, int], int] = field(default_factory=dict)
+    requested: list[Candidate] = field(default_factory=list)
+
+    def of_first(self, count: int) -> Study:
+        """The study of the first seeds, before its first evaluation; studies of more seeds share the masks."""
+        compare = self.config.compare.model_copy(update={"seeds": self.seeds[:count]})
+        config = self.config.model_copy(update={"compare": compare})
+        # A field for each: `replace` shares the others, the masks among them.
+        return replace(
+            self, config=config, rates={}, grids={}, tried={}, spent={}, gradients={}, requested=list[Candidate]()
+        )
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> None:
+        """Evaluate candidates that the ledger lacks."""
+        self.requested += candidates
+        self.runner.evaluate(candidates)
 
     def grid_of(self, method: Method) -> list[float]:
         """The learning rates that a method tries."""

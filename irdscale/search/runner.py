@@ -186,11 +186,10 @@ class Runner:
         """Total seconds of the requested evaluations, over all processes."""
         return sum(self._ledger.finished[key]["seconds"] for key in self.asked if key in self._ledger.finished)
 
-    def drop_all_but(self, keys: Collection[str]) -> None:
-        """Delete the adapters of all finished evaluations but these; they are trained again if needed."""
-        for key in self._ledger.finished:
-            if key not in keys:
-                remove_folder(candidate_adapter(self._output, key))
+    def drop(self, keys: Collection[str]) -> None:
+        """Delete the adapters of these evaluations; they are trained again if needed."""
+        for key in keys:
+            remove_folder(candidate_adapter(self._output, key))
 
     def clear(self) -> None:
         """Delete the adapters of all evaluations; the winner's is in OUTPUT/adapter."""

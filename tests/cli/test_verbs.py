@@ -322,3 +322,22 @@ def test_output_is_checked_before_anything_is_loaded(config, called, capsys, tmp
     assert command_line.run([verb, config, *extra]) == 2
     assert "is a file; expected a folder that can be written" in capsys.readouterr().err
     assert called.list == []
+
+
+def test_minutes_of_a_comparison_are_a_budget(config, called, capsys):
+    called.result = {"seeds": [], "missing": {"done": 5}}
+    assert command_line.run(["compare", config, "--minutes", "2.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == called.result
+    # Without a complete seed, no report is written.
+    ((name, _, kwargs),) = called.list
+    assert name == "run_compare"
+    assert 120 < kwargs["budget"].left() < 150 - 15 + 0.001
+    called.list.clear()
+    called.result = {"seeds": [0]}
+    assert command_line.run(["compare", config, "--json"]) == 0
+    assert [name for name, _, _ in called.list] == ["run_compare", "write_comparison"]
+    assert called.list[0][2]["budget"] is None
+    called.list.clear()
+    assert command_line.run(["compare", config, "--minutes", "0"]) == 2
+    assert "--minutes: found 0; expected minutes above 0" in capsys.readouterr().err
+    assert called.list == []

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from irdscale.compare import run
+from irdscale.compare import on_test, run
+from irdscale.compare.budget import Budget
 from irdscale.compare.method_specs import RESTART, asked_methods
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
@@ -62,13 +63,15 @@ test_of.__test__ = False  # type: ignore[attr-defined]
 
 
 class Engine:
-    """Remembers what it was asked for; may be killed after some evaluations."""
+    """Remembers what it was asked for; may be killed after some evaluations. Its clock counts what work takes."""
 
     def __init__(self, config: RunConfig, task: Any, output: Path, metric: Callable[[Candidate], Any]) -> None:
         self.given, self.metric = (config, task, output), metric
         self.asked: list[Candidate] = []
         self.tested: list[Candidate] = []
         self.left = 10**6
+        self.clock, self.in_time, self.mask_seconds, self.test_seconds = 0.0, False, 0.0, 0.0
+        self.made: list[str] = []
 
     def call(self, work: Callable[..., Any], *args: Any) -> Any:
         return work(*self.given, *args)
@@ -77,11 +80,12 @@ class Engine:
         self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> Any:
         # Test scores may share a GPU, passes that make masks may not.
-        assert all(call.light is (call.work is run.score_on_test) for call in calls)
+        assert all(call.light is (call.work is on_test.score_on_test) for call in calls)
         return LocalEngine(*self.given, KeptBase()).call_all(calls, ended)
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
-        assert not self.tested, "nothing may be chosen after the test split was read"
+        # In little time, complete seeds are tested before the next seed begins.
+        assert self.in_time or not self.tested, "nothing may be chosen after the test split was read"
         for candidate in candidates:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -90,6 +94,7 @@ class Engine:
             found = self.metric(candidate)
             ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
             costs = {"seconds": 1.0 + candidate.seed % RESTART, "peak_bytes": 2**30 + candidate.seed % RESTART}
+            self.clock += costs["seconds"]
             ended(candidate.record(self.given[0]) | costs | ok)
 
 
@@ -99,6 +104,8 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
     lower = False
 
     def masks(config: RunConfig, task: Any, output: Path, progress: bool, name: str) -> SearchMasks:
+        engine.clock += engine.mask_seconds
+        engine.made.append(name)
         how = f"{config.search.direction}-{config.search.rank_by}-{config.fisher.seed}"
         sizes, ks = reachable_sizes(START, MINIMUM)
         found = {
@@ -113,6 +120,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
 
     def tested(config: RunConfig, task: Any, output: Path, asked: list[tuple[Candidate, bool]]) -> Any:
         engine.tested += [candidate for candidate, _ in asked]
+        engine.clock += engine.test_seconds
         return [(test_of(candidate), 0.01) for candidate, _ in asked]
 
     @contextmanager
@@ -132,7 +140,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
     monkeypatch.setattr(
         run, "drawn_mask", lambda config, task, output, name: (f"{config.fisher.score}-{config.fisher.seed}", 40)
     )
-    monkeypatch.setattr(run, "score_on_test", tested)
+    monkeypatch.setattr(on_test, "score_on_test", tested)
 
     def compared(
         metric: Callable[[Candidate], Any] = metric_of,
@@ -141,6 +149,9 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         rounds: int = 3,
         patience: int = 2,
         search: dict[str, Any] | None = None,
+        minutes: float | None = None,
+        mask_seconds: float = 0.0,
+        test_seconds: float = 0.0,
         **changes: Any,
     ) -> tuple[dict[str, Any], Engine]:
         nonlocal engine, lower
@@ -159,8 +170,10 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         )
         engine = Engine(config, None, tmp_path / "out", metric)
         engine.given = config, task_of(config), tmp_path / "out"
-        engine.left = left
-        return run.run_compare(config, progress=False), engine
+        engine.left, engine.in_time = left, minutes is not None
+        engine.mask_seconds, engine.test_seconds = mask_seconds, test_seconds
+        budget = None if minutes is None else Budget(minutes, 0.0, lambda: engine.clock)
+        return run.run_compare(config, progress=False, budget=budget), engine
 
     return compared
 
