@@ -78,6 +78,19 @@ def test_a_seed_is_complete_before_the_next_one_begins(compare: Any) -> None:
     assert set(seeds) == {0, 1, 2}
 
 
+def test_a_rate_is_the_best_of_the_complete_seeds(compare: Any) -> None:
+    first = compare(turning, **FEW, seeds=[0])[0]
+    assert {entry["learning_rate"] for entry in first["methods"]} == {0.01}
+    whole = compare(turning, **FEW, minutes=10)[0]
+    assert {entry["learning_rate"] for entry in whole["methods"]} == {0.02}
+
+
+def test_what_failed_is_not_tried_again_by_the_same_call(compare: Any) -> None:
+    _, engine = compare(failing, **FEW, minutes=10)
+    tried = [(c.seed, c.train.learning_rate) for c in engine.asked if c.direction == "lora"]
+    assert len(tried) == len(set(tried)) == 3 * 2
+
+
 def test_an_evaluation_that_would_end_late_is_not_started(compare: Any, tmp_path: Path) -> None:
     # Trainings of seed 0 take 1 second. The report keeps a tenth of 6 seconds.
     result, engine = compare(**FEW, minutes=0.1)
