@@ -66,8 +66,8 @@ def test_fits_the_gpus_of_its_header(path):
     assert math.ceil(plan["memory_gib"]["total"]) == gib
 
 
-@pytest.mark.parametrize("gpu", ["rtx4090-24gb", "l4-24gb", "a10g-24gb"])
-def test_8b_on_a_card_of_24_gb_leaves_a_tenth_in_each_phase(gpu):
+@pytest.mark.parametrize(("gpu", "passes"), [("rtx4090-24gb", 2), ("l4-24gb", 3), ("a10g-24gb", 3)])
+def test_8b_on_a_card_of_24_gb_leaves_a_tenth_in_each_phase(gpu, passes):
     path = ROOT / "configs" / "llm" / "llama31_8b_gsm8k_24gb.yaml"
     plan = run_plan(planned(path), 1, 1, gpu)
     assert all(items["total"] <= 0.9 * plan["room_gib"] for items in plan["phases"].values())
@@ -77,13 +77,13 @@ def test_8b_on_a_card_of_24_gb_leaves_a_tenth_in_each_phase(gpu):
     assert f"{math.ceil(plan['main_memory_gib'])} GiB of main memory" in path.read_text()
     again = load_config(path, [f"model.path={MODELS / 'llama31_8b'}", "fisher.offload=false", "fisher.passes=auto"])
     grouped = run_plan(again, 1, 1, gpu)
-    assert grouped["fisher_passes"] == 2
+    assert grouped["fisher_passes"] == passes
     assert plan["fisher_passes"] == 1
     assert grouped["fits"]
     assert grouped["main_memory_gib"] == 0
-    assert grouped["phases"]["fisher"]["fisher"] == pytest.approx(sums / 2**30 / 2, rel=0.02)
+    assert grouped["phases"]["fisher"]["fisher"] == pytest.approx(sums / 2**30 / passes, rel=0.02)
     assert grouped["hours"]["fisher"] > 1.4 * plan["hours"]["fisher"]
-    assert any(line.startswith("Masks take 2 passes over the samples") for line in grouped["advice"])
+    assert any(line.startswith(f"Masks take {passes} passes over the samples") for line in grouped["advice"])
     # NF4 with double quantisation: 4 bits, and 8 for the scale of 64 entries, and 32 for that of 256 scales.
     layers = sums // 4 * (0.5 + 1 / 64 + 4 / (64 * 256))
     assert plan["phases"]["train"]["weights"] == pytest.approx((layers + 2 * 2 * 128_256 * 4096) / 2**30, rel=1e-3)

@@ -85,7 +85,12 @@ class LoraConfig(Section):
 def _check_rates(value: Any, key: str = "") -> None:
     """Refuse what is not a list of distinct learning rates; `key` is its key in `compare.learning_rates`."""
     if not isinstance(value, list) or not value:
-        raise InputError(f"found {value!r}", "a list of learning rates", key)
+        written = (
+            f": write [{value}]"
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else " of learning rates"
+        )
+        raise InputError(f"found {value!r}", f"a list{written}", key)
     for place, rate in enumerate(value):
         if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < float("inf"):
             raise InputError(f"found {rate!r}", "a number > 0", f"{key}.{place}".lstrip("."))

@@ -114,7 +114,7 @@ def test_step_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = list(gpu_steps.plan_rows(peaks))
     assert len(sound(plans)) == len(kinds)
     assert {(row["ratio"], row["met"]) for row in plans} == {(1.5, False)}
-    assert plans[0]["what"] == "plan (2.0 GiB) and measured peak (3.0 GiB) apart: limit"
+    assert plans[0]["what"] == "plan (2.00 GiB) and measured peak (3.00 GiB) apart: limit"
     # A Fisher pass and full fine-tuning are for the first size.
     others = sound(list(gpu_steps.step_rows("larger", {})))
     assert len([w for w in others if w.startswith("peak")]) == 4

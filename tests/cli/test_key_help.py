@@ -38,12 +38,13 @@ def test_a_key_shows_meaning_values_and_default(capsys: pytest.CaptureFixture[st
 def test_a_section_shows_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "search").splitlines()
     assert lines[:2] == ["search: a section", "  of the verb of this name: irdscale search --help"]
-    assert {line.split()[0] for line in lines[2:]} == {
+    assert lines[2].split() == ["key", "meaning"]
+    assert {line.split()[0] for line in lines[3:]} == {
         k.name for k in config_keys() if k.name.startswith("search.")
     } - {"search.ray"}
-    assert "[number > 0, <= 1; default 0.005]" in lines[2]
+    assert "[number > 0, <= 1; default 0.005]" in lines[3]
     every = shown(capsys)
-    assert all(f"  {key.name} " in every for key in config_keys() if not key.is_section)
+    assert all(f"\n{key.name} " in every for key in config_keys() if not key.is_section)
     assert "[irdscale export, predict" not in every
     assert "[irdscale evaluate, export, predict]" in every
 

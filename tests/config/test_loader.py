@@ -95,7 +95,7 @@ def test_an_override_replaces_a_whole_section(file: Path) -> None:
         ("task.limit={trian: 3}", 'task.limit.trian: unknown key (did you mean "train"?)'),
         ("task.columns={txt: [a], label: y}", 'task.columns.txt: unknown key (did you mean "text"?)'),
         ("search={ratio: x, ratoi: 1}", 'search.ratoi: unknown key (did you mean "ratio"?)'),
-        ("search=3", "search: found 3; expected a section with keys such as ratio, min_ratio, min_samples"),
+        ("search=3", "search: found 3; expected a section with keys such as ratio, count_head, min_ratio"),
         ("train=null", "train: found nothing; expected a section with keys such as steps, epochs, batch_size"),
         ("task.limit=3", "task.limit: found 3; expected a section with keys such as train, selection, test"),
         ("model={}", "model.path: missing; expected a value"),

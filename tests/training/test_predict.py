@@ -383,7 +383,7 @@ def test_the_base_model_predicts_only_with_a_head_of_its_own(
         (["text=good film"], ["0  0.", "1  0."]),
         (["text=good film", "--json"], ['"predictions": [', '"probabilities"']),
         ([], ['{"row": 0, "class": "', '{"row": 11, "class": "']),
-        (["to=TMP/out.jsonl"], ["samples                  12", "to "]),
+        (["to=TMP/out.jsonl"], ["samples  12", "to "]),
     ],
 )
 def test_what_the_verb_prints(
@@ -405,7 +405,7 @@ def test_what_the_verb_prints(
     [
         (["input="], "input: found no file; expected input=FILE"),
         (["to="], "to: found no file; expected to=FILE"),
-        (["text="], "text: found no text; expected text=TEXT"),
+        (["text="], "text: found no value; expected text=TEXT"),
         (["text=a", "input=b"], "text: found text= beside input=; expected one of them"),
     ],
 )
