@@ -45,7 +45,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 def test_metrics_equal_a_loop_of_their_own_across_a_stop(given: tuple[RunConfig, Task], tmp_path: Path) -> None:
     """A stop after step 10, whose state is that of step 9; then half a line. No step is lost or there twice."""
-    config, task = changed(given[0], save_minutes=0.0, eval_steps=8), given[1]
+    config, task = changed(given[0], steps=20, save_minutes=0.0, eval_steps=8), given[1]
     mask, records = mask_of(config, task), records_in(tmp_path)
     expected = oracle(config, task, mask, 3)
     control, state = Control(stopper(9)), tmp_path / "state"
