@@ -23,7 +23,8 @@ def check_early(config: RunConfig, reads: Reads) -> None:
 
     if reads == "nothing":
         return
-    if reads == "data" or not _is_missing_file(config.task.dataset):
+    # A plan needs the kind of task, and no data.
+    if reads == "data" or (config.task.kind is None and not _is_missing_file(config.task.dataset)):
         source = find_source(config.task)
         pool = config.task.pool
         if reads == "data" and pool is not None and pool.mixed_with is not None:

@@ -71,7 +71,8 @@ def test_the_kind_and_the_columns_are_needed(verb: str, folder: Path, capsys: py
     write(folder, COLUMNS)
     assert refused(capsys, verb).startswith("task.kind: missing; expected one of sequence-classification, ")
     write(folder, "kind: regression")
-    assert refused(capsys, verb).startswith("task.columns: missing; expected {text: .., label: ..}")
+    if verb in WITH_DATA:
+        assert refused(capsys, verb).startswith("task.columns: missing; expected {text: .., label: ..}")
     write(folder)
     assert refused(capsys, verb, "model.path=./none") == f"model.path: {folder}/none: no such folder"
     assert refused(capsys, verb, "adaptr=x").startswith("command line: adaptr: unknown key")

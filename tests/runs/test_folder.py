@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,12 @@ def test_the_lock_names_its_holder_and_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [5, 8])
 def test_an_interrupted_training_goes_on_to_the_same_bits(
-    done: tuple[Path, dict[str, Any]], toy: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int
+    done: tuple[Path, dict[str, Any]],
+    toy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    number: signal.Signals,
+    at: int,
 ) -> None:
     config = loaded(toy, f"output={toy / 'again'}")
 
@@ -180,6 +186,8 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
         if self.trainer.state.global_step == at - 1:
             os.kill(os.getpid(), number)
 
+    # Ray, if a test before has started it in this process, has set a handler of its own.
+    request.addfinalizer(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_DFL)))
     with monkeypatch.context() as patch:
         patch.setattr(callback.TrainingCallback, "on_step_begin", interrupt)
         patch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
