@@ -12,13 +12,14 @@ from torch import nn
 
 from irdscale.bench import gpu_models
 from irdscale.bench.gpu_models import SIZES, on_device, peak_of
-from irdscale.bench.gpu_steps import GIB, RATIO, Step, random_mask, training_step
+from irdscale.bench.gpu_steps import RATIO, Step, random_mask, training_step
 from irdscale.bench.gpu_trainer import NAME, SIZE
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.models.quantized import adopt
 from irdscale.sparse import sparsify
 from irdscale.tasks.tokens import pad_batch
 from irdscale.training.evaluate_language import generate_greedily
+from irdscale.utils.formats import GIB
 
 log = logging.getLogger(__name__)
 

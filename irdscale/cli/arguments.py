@@ -37,7 +37,7 @@ def load_arguments(
     """Read the configuration and the verb's own `key=value` arguments, and check what needs no data and no weights.
 
     Args:
-        reads: what the verb reads, which must then be where the configuration says.
+        reads: inputs of the verb, which must be where the configuration says.
 
     Raises:
         InputError: an argument is missing, empty, unknown or given twice; or as `irdscale.config.loader.load_config`

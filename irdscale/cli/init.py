@@ -76,7 +76,7 @@ def run_init(data: str, model: str | None, task: str | None, overrides: list[str
 
     Args:
         data: file, folder of splits, or glue/NAME.
-        model: as `model.path`; if None, the configuration lacks it, which the loader refuses.
+        model: value for `model.path`; if None, the configuration lacks it, which the loader refuses.
         task: kind of task; if None, the data decide.
         overrides: `section.key=value`, which are taken as they are.
         tell: whether to print what was assumed on stderr.

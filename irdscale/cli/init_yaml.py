@@ -22,7 +22,7 @@ def yaml_of(values: Values, title: str, metrics: Iterable[str]) -> str:
     """The configuration as YAML.
 
     Args:
-        title: what the configuration is for, in a line.
+        title: purpose of the configuration, in a line.
         metrics: metrics that fit the task, the default first.
     """
     first, *others = metrics

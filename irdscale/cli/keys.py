@@ -11,8 +11,8 @@ class VerbKey:
     """An argument of a verb.
 
     Attributes:
-        name: what stands before the equals sign.
-        value: what stands behind it, in capitals, or the values themselves.
+        name: text before the equals sign.
+        value: placeholder of the value, in capitals, or the allowed values themselves.
         meaning: description for `--help` and `irdscale help`.
         made_by_run: whether the value is an adapter or a mask, which an output folder of a run contains.
         required: whether the verb needs it.

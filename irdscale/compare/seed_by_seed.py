@@ -98,7 +98,7 @@ def missing_of(part: Study, config: RunConfig, ledger: Ledger, complete: int, st
         part: the study that was stopped or that is complete.
         config: configuration of the whole comparison.
         complete: number of seeds that are complete for all methods, the first ones.
-        stop: what did not fit into the time; None if nothing was stopped.
+        stop: evaluation or pass that did not fit into the time; None if nothing was stopped.
 
     Returns:
         "done" and "of" (evaluations; "of" is an upper bound), "exact" (whether "of" is exact), "next" (text, or None),

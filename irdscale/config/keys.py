@@ -19,7 +19,7 @@ class Key:
 
     Attributes:
         name: `section.key`.
-        values: what a value may be; choices stand in single quotes.
+        values: allowed values; choices stand in single quotes.
         default: default as YAML, "unset" or "required".
         text: description; empty for a top-level section.
         is_section: whether it contains keys.

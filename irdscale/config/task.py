@@ -192,7 +192,7 @@ def check_kind(task: TaskConfig, kind: Kind, section: str = "") -> None:
     """Check that the other keys of a task fit samples of this kind.
 
     Args:
-        section: what stands before each key in an error, such as `task.`.
+        section: prefix of each key in an error, such as `task.`.
 
     Raises:
         InputError: they do not.

@@ -33,7 +33,7 @@ class Glance:
     """A model by its files.
 
     Attributes:
-        where: what to write as `model.path`.
+        where: value for `model.path`.
         kind: unknown for a model on the hub.
         parameters: number of parameters, about; None if unknown.
         positions: most tokens of a text; None if unknown.

@@ -30,7 +30,7 @@ class Look:
     """What a data set holds, and its chosen use.
 
     Attributes:
-        dataset: what to write as `task.dataset`.
+        dataset: value for `task.dataset`.
         rows: rows of the split train.
         splits: names of the splits.
         table: rows of the split train; None for a GLUE task on the hub.
