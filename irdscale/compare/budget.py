@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from irdscale.config.schema import RunConfig
-from irdscale.distributed.ranks import broadcast_flag, failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, broadcast_json, failing_together, rank_and_world, write_json_once
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate, candidate_adapter
 from irdscale.search.ledger import Ledger
 from irdscale.search.runner import Engine, WorkItem
-from irdscale.utils.files import read_json, write_json
+from irdscale.utils.files import read_json
 
 T = TypeVar("T")
 # Seconds kept for the report, but no more than this share of the time.
@@ -172,9 +171,7 @@ class TimedEngine:
         if name in self._measured and seconds <= self._measured[name]:
             return
         self._measured[name] = seconds
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(_file(self._output), self._measured)
+        write_json_once(_file(self._output), self._measured)
 
 
 def _file(output: Path) -> Path:
@@ -194,7 +191,7 @@ def _read_seconds(file: Path) -> dict[str, float]:
             if not isinstance(found, dict) or not all(isinstance(value, int | float) for value in found.values()):
                 raise InputError("not a list of seconds", "this file deleted", where=file)
             stored = found
-    read: dict[str, float] = json.loads(gather_texts(json.dumps(stored))[0])
+    read: dict[str, float] = broadcast_json(stored)
     return read
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from irdscale.compare.state import Study
-from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import broadcast_json, failing_together, rank_and_world, write_json_once
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.runner import WorkItem
-from irdscale.utils.files import read_json, write_json
+from irdscale.utils.files import read_json
 
 SCORES = "test_scores.json"
 
@@ -25,9 +24,7 @@ def scores_on_test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple
 
     def keep(place: int, scores: list[tuple[float, float]]) -> None:
         (known[missing[place]],) = scores
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(study.output / SCORES, stored | known)
+        write_json_once(study.output / SCORES, stored | known)
 
     study.engine.call_all([WorkItem(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
     return known
@@ -39,7 +36,7 @@ def _stored_scores(study: Study) -> dict[str, Any]:
     with failing_together():
         if rank_and_world()[0] == 0 and file.exists():
             found = read_json(file, "list of test scores")
-    stored: dict[str, Any] = json.loads(gather_texts(json.dumps(found))[0])
+    stored: dict[str, Any] = broadcast_json(found)
     return stored
 
 
@@ -48,8 +45,6 @@ def base_scores(study: Study) -> list[float]:
     stored = _stored_scores(study)
     if "base" not in stored:
         stored["base"] = list(study.engine.call(score_base))
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(study.output / SCORES, stored)
+        write_json_once(study.output / SCORES, stored)
     base: list[float] = stored["base"]
     return base

@@ -48,12 +48,12 @@ from irdscale.compare.methods import (
 )
 from irdscale.compare.on_test import base_scores, scores_on_test
 from irdscale.compare.results import fewest_samples, measured_costs, method_entries
-from irdscale.compare.seed_by_seed import most_evaluations, seed_by_seed, write_result
+from irdscale.compare.seed_by_seed import most_evaluations, seed_by_seed
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
 from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, write_json_once
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate
 from irdscale.search.engines import running
@@ -134,7 +134,7 @@ def _run(config: RunConfig, task: Task, progress: bool, budget: Budget | None) -
                 study.engine = TimedEngine(engine, budget, ledger, config, kinds)
                 return seed_by_seed(study, ledger, partial(_with_bar, ledger=ledger))
             result = _with_bar(study, ledger)
-            write_result(study, result)
+            write_json_once(output / FILE, result)
             study.runner.clear()
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +11,12 @@ from irdscale.compare.methods import ModelFacts
 from irdscale.compare.state import Study
 from irdscale.compare.study import FILE, read_study
 from irdscale.config.schema import RunConfig
-from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import broadcast_json, failing_together, rank_and_world, write_json_once
 from irdscale.search.ird import Pair
 from irdscale.search.ledger import Ledger
 from irdscale.search.limits import most_of_rounds, smallest_pair
 from irdscale.search.run import what_was_searched
-from irdscale.utils.files import write_json
 from irdscale.utils.formats import duration
-
-
-def write_result(study: Study, result: dict[str, Any]) -> None:
-    """Write compare.json on rank 0."""
-    with failing_together():
-        if rank_and_world()[0] == 0:
-            write_json(study.output / FILE, result)
 
 
 def seed_by_seed(whole: Study, ledger: Ledger, compared: Callable[[Study], dict[str, Any]]) -> dict[str, Any]:
@@ -45,11 +36,11 @@ def seed_by_seed(whole: Study, ledger: Ledger, compared: Callable[[Study], dict[
         except OutOfTime as stop:
             result["missing"] = missing_of(part, whole.config, ledger, complete, stop)
             if complete:
-                write_result(whole, result)
+                write_json_once(whole.output / FILE, result)
             return result
         if part.seeds != seeds:
             result["missing"] = missing_of(part, whole.config, ledger, complete + 1, None)
-        write_result(whole, result)
+        write_json_once(whole.output / FILE, result)
     whole.runner.clear()
     return result
 
@@ -64,7 +55,7 @@ def _complete_seeds(whole: Study) -> dict[str, Any]:
             own = whole.of_first(count).config.compare.model_dump(mode="json")
             if count < len(whole.seeds) and stored["config"]["compare"] == own:
                 found = stored
-    found = json.loads(gather_texts(json.dumps(found))[0])
+    found = broadcast_json(found)
     return found or {**what_was_searched(whole.config, whole.task, whole.facts.model), "seeds": [], "methods": []}
 
 

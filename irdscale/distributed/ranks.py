@@ -5,6 +5,7 @@ Without a process group there is one rank, and these functions do nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from irdscale.errors import InputError, RunError
+from irdscale.utils.files import write_json
 
 # Entries of a flattened bucket of small tensors: many small messages cost more than a copy.
 BUCKET_ENTRIES = 4 * 2**20
@@ -131,6 +133,22 @@ def gather_texts(text: str) -> list[str]:
     if len(texts) > 1:
         dist.all_gather_object(texts, text)
     return texts
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's value, which JSON can hold, on every rank; as JSON reads it again, on one rank too."""
+    return json.loads(gather_texts(json.dumps(value))[0])
+
+
+def write_json_once(path: Path, value: Any) -> None:
+    """Write a JSON file on rank 0. Collective.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    with failing_together():
+        if rank_and_world()[0] == 0:
+            write_json(path, value)
 
 
 def broadcast_flag(flag: bool) -> bool:

@@ -9,7 +9,6 @@ A set becomes the state when every rank has written its file, so a kill at any m
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irdscale.distributed.ranks import all_reduce_sum, failing_together, gather_texts, rank_and_world, slice_of
+from irdscale.distributed.ranks import all_reduce_sum, broadcast_json, failing_together, rank_and_world, slice_of
 from irdscale.fisher.diagonal import Layout
 from irdscale.utils.files import digest, read_json, read_tensors, write_by, write_json
 
@@ -83,7 +82,7 @@ class SavedPass:
         self._made_by, self._layout = digest({**work, "also": self._also}), layout
         with failing_together():
             found = self._meta() if rank == 0 else None
-        meta = json.loads(gather_texts(json.dumps(found))[0])
+        meta = broadcast_json(found)
         if meta is None:
             if rank == 0:
                 shutil.rmtree(self._folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from irdscale.config.loader import config_changes, same_search, without_paths
 from irdscale.config.schema import HOW_TO_TRAIN, RunConfig, result_settings
 from irdscale.distributed.deepspeed import zero_file
-from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import broadcast_json, failing_together, rank_and_world
 from irdscale.errors import InputError, RunError
 from irdscale.runs.identity import data_digests, model_changes, model_digests
 from irdscale.runs.lock import locked
@@ -194,7 +194,7 @@ class RunFolder:
     def result(self, part: str, needs: str) -> dict[str, Any] | None:
         """The result of this part from a finished run; None if there is none or the file `needs` is missing."""
         kept = self._record.get("parts", {}).get(part, {}).get("result") if (self.output / needs).exists() else None
-        found: dict[str, Any] | None = json.loads(gather_texts(json.dumps(kept))[0])
+        found: dict[str, Any] | None = broadcast_json(kept)
         if found is not None:
             log.info("%s holds this work, finished; --overwrite runs it again", self.output)
         return found

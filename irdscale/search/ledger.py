@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from irdscale.distributed.ranks import failing_together, gather_texts, rank_and_world
+from irdscale.distributed.ranks import broadcast_json, failing_together, rank_and_world
 from irdscale.errors import InputError
 from irdscale.utils.files import digest, fsync_folder, writing
 
@@ -83,7 +83,7 @@ class Ledger:
         with failing_together():
             if rank_and_world()[0] == 0:
                 self._descriptor, own = _locked(self.path)
-        self.records: list[dict[str, Any]] = json.loads(gather_texts(json.dumps(own))[0])
+        self.records: list[dict[str, Any]] = broadcast_json(own)
         self.finished = {record["key"]: record for record in self.records if record["status"] == "ok"}
 
     def __enter__(self) -> Ledger:
@@ -100,7 +100,7 @@ class Ledger:
             ValueError: a field is missing, the metric of an ok record is not finite, or its key is in the ledger.
             RunError: the file cannot be written.
         """
-        record = json.loads(gather_texts(json.dumps(record))[0])
+        record = broadcast_json(record)
         if set(FIELDS) - set(record):
             raise ValueError(f"ledger record lacks {', '.join(sorted(set(FIELDS) - set(record)))}")
         finished = record["status"] == "ok"

@@ -12,7 +12,13 @@ import torch
 
 from irdscale.adapters import adapter_head, export_shira, push_adapter, save_adapter
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import failing_together, rank_and_world, remove_folder, same_on_every_rank
+from irdscale.distributed.ranks import (
+    failing_together,
+    rank_and_world,
+    remove_folder,
+    same_on_every_rank,
+    write_json_once,
+)
 from irdscale.fisher.pool import saved_pass, traces_of
 from irdscale.masks.mask import Mask
 from irdscale.runs.folder import held, mask_part, training_part
@@ -69,9 +75,7 @@ def run_fisher(config: RunConfig, progress: bool = True, overwrite: bool = False
             return earlier | {"mask": str(output / "mask")}
         tell_classes(task, progress and rank_and_world()[0] == 0)
         mask, traces, drawn = _make_mask(config, task, progress)
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(output / "traces.json", traces)
+        write_json_once(output / "traces.json", traces)
         sizes = {"params": mask.k, "samples": len(drawn.places)}
         result = {"mask": str(output / "mask"), "hash": mask.hash, **sizes, **drawn.facts()}
         folder.keep("mask", result)
@@ -116,9 +120,7 @@ def run_train(
         tell_classes(task, progress and rank_and_world()[0] == 0)
         chosen = chosen if chosen is not None else _own_mask(config, task, progress)
         result = _trained(config, task, chosen, seed, progress)
-        with failing_together():
-            if rank_and_world()[0] == 0:
-                write_json(output / "result.json", result)
+        write_json_once(output / "result.json", result)
         folder.keep("training", result)
         remove_folder(output / "training")
         return result
