@@ -5,10 +5,10 @@ The names below are imported on first use, so that `import irdscale` is fast and
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from irdscale.errors import InputError, RunError
+from irdscale.utils.late import late_names
 
 if TYPE_CHECKING:
     from irdscale.adapters import export_shira, load_adapter, pull_adapter, push_adapter, save_adapter, switch_adapter
@@ -52,11 +52,7 @@ _HOME = {
     "unload": "irdscale.sparse",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__ = late_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ The names below are imported on first use: `irdscale.tasks.sources` and the read
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from irdscale.utils.late import late_names
 
 if TYPE_CHECKING:
     from irdscale.models.build import build_model
@@ -22,8 +23,4 @@ _HOME = {
     "tell_classes": "irdscale.tasks.counts",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+__getattr__ = late_names(__name__, _HOME)
