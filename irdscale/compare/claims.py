@@ -9,9 +9,9 @@ from math import isfinite
 from typing import Any
 
 from irdscale.compare.method_specs import FAR
-from irdscale.compare.statistics import ANY, FEWEST_SEEDS, as_gain, holm, paired
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
+from irdscale.report.statistics import ANY, FEWEST_SEEDS, as_gain, holm, paired
 from irdscale.utils.formats import count, counted, number
 
 HOLDS, CONTRADICTED, NOT_TOLD_APART, TOO_FEW = "holds", "contradicted", "not told apart", "too few seeds"

@@ -7,8 +7,9 @@ from typing import Any
 
 from irdscale.compare.claims import HOLDS, claim_on, claims_of
 from irdscale.compare.grid import wider_grid
-from irdscale.compare.verdict import ENOUGH_SEEDS, failures, method_named, reference_of
+from irdscale.compare.verdict import failures, method_named, reference_of
 from irdscale.report.commands import command
+from irdscale.report.statistics import ENOUGH_SEEDS
 
 # Methods that a verb of irdscale trains: name -> verb and its changes.
 _VERBS = {"ird": ("search", []), "reverse": ("search", ["search.direction=reverse"]), "fish": ("train", [])}

@@ -7,9 +7,9 @@ from typing import Any
 
 from irdscale.compare.method_specs import RANKINGS, SCORED, SEARCHES, Method
 from irdscale.compare.state import Study
-from irdscale.compare.statistics import interval, paired_methods
 from irdscale.config.compare import SPARSE_LORA
 from irdscale.config.kinds import METRIC_RANGES
+from irdscale.report.statistics import interval, paired_methods
 from irdscale.search.candidates import Candidate
 from irdscale.search.limits import reachable_sizes
 

@@ -7,12 +7,11 @@ from typing import Any
 from irdscale.compare.claims import HOLDS, TOO_FEW, claim_on, claims_of
 from irdscale.compare.grid import edge_notes, rates_in_words
 from irdscale.compare.method_specs import FEW, SEARCHES
-from irdscale.compare.statistics import ANY, FEWEST_SEEDS, as_gain, paired_methods
 from irdscale.config.compare import spelled_out
 from irdscale.config.kinds import METRIC_RANGES
+from irdscale.report.statistics import ANY, ENOUGH_SEEDS, FEWEST_SEEDS, as_gain, paired_methods
 from irdscale.utils.formats import number
 
-ENOUGH_SEEDS = 5
 # Options that change a search's rounds, but not the mask of its fewest samples.
 _WAY = ("search.max_rounds=", "search.patience=")
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from irdscale.report.commands import command
+from irdscale.report.statistics import ENOUGH_SEEDS, interval
 from irdscale.report.verdict import is_fish_mask
-
-# Fewer paired differences give no useful interval; with this many a difference is no longer only a hint.
-FEWEST_SEEDS, ENOUGH_SEEDS = 3, 5
 
 
 def next_steps(result: Mapping[str, Any], output: Path) -> tuple[str, list[str]]:
@@ -31,14 +27,9 @@ def next_steps(result: Mapping[str, Any], output: Path) -> tuple[str, list[str]]
 
 
 def seed_interval(differences: Sequence[float]) -> tuple[float, float, float] | None:
-    """Mean of differences by seed and its 95 % t interval; None with fewer than `FEWEST_SEEDS`."""
-    from scipy.stats import t
-
-    if len(differences) < FEWEST_SEEDS:
-        return None
-    mean = fmean(differences)
-    half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+    """Mean of differences by seed and its 95 % t interval; None with fewer than three."""
+    found = interval(differences)
+    return None if found["low"] is None else (found["mean"], found["low"], found["high"])
 
 
 def gains(best: Mapping[str, Any], other: Mapping[str, Any], lower_is_better: bool) -> list[float]:
@@ -85,13 +76,9 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
         text = "There is no mask of random samples to compare with. Compare the methods before you rely on the ranking."
         return [text], [_compare(result, output)]
     found = gains(best, fish, result["task"]["lower_is_better"])
-    interval = seed_interval(found)
-    shown = (
-        ""
-        if interval is None
-        else f" (gain {interval[0]:+.4f}, 95 % interval {interval[1]:+.4f} to {interval[2]:+.4f})"
-    )
-    low, high = (min(found), max(found)) if interval is None else interval[1:]
+    spread = seed_interval(found)
+    shown = "" if spread is None else f" (gain {spread[0]:+.4f}, 95 % interval {spread[1]:+.4f} to {spread[2]:+.4f})"
+    low, high = (min(found), max(found)) if spread is None else spread[1:]
     if low > 0 and len(found) >= ENOUGH_SEEDS:
         return [f"The winner beats random samples beyond the chance of the seeds{shown}: use it."], []
     sure = "" if len(found) >= ENOUGH_SEEDS else f", which {_seeds(len(found))} cannot prove"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from irdscale.compare.statistics import interval, paired
 from irdscale.config.schema import RunConfig
+from irdscale.report.statistics import interval, paired
 from irdscale.utils.files import write_json
 
 ALL = {

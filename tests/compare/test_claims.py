@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from irdscale.compare.claims import claim_rows, claims_of, how_to_read
-from irdscale.compare.statistics import holm
+from irdscale.report.statistics import holm
 from tests.compare.fake import ALL, around, everything, study
 
 # At turn 1 the differences to IRD vary by seed.

@@ -7,11 +7,11 @@ from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from scipy.stats import t, ttest_1samp
-
 CONFIDENCE = 0.95
 # With two values t is 12.7, and an interval covers the metric's whole range.
 FEWEST_SEEDS = 3
+# With so many seeds, a difference is no longer only a hint.
+ENOUGH_SEEDS = 5
 ANY = (-inf, inf)
 # Relative spread that counts as rounding error of equal values.
 _ROUNDING = 1e-12
@@ -60,6 +60,8 @@ def paired(
     found = _spread(differences, scale, (-widest, widest))
     p = None
     if found["n"] >= FEWEST_SEEDS and found["high"] > found["low"]:
+        from scipy.stats import ttest_1samp
+
         p = float(ttest_1samp(differences, 0.0).pvalue)
     wins, losses = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     return {**found, "wins": wins, "losses": losses, "ties": len(gains) - wins - losses, "p": p}
@@ -107,6 +109,8 @@ def _spread(values: list[float], scale: float, within: tuple[float, float]) -> d
         return {"mean": mean, "low": None, "high": None, "n": n}
     low = high = mean
     if (deviation := stdev(values)) > _ROUNDING * scale:
+        from scipy.stats import t
+
         low, high = map(float, t.interval(CONFIDENCE, n - 1, mean, deviation / sqrt(n)))
     # Rounding may move the mean of equal values outside.
     return {"mean": mean, "low": min(mean, max(within[0], low)), "high": max(mean, min(within[1], high)), "n": n}

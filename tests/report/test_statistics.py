@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
-from irdscale.compare.statistics import interval, paired
+from irdscale.report.statistics import interval, paired
 
 
 def test_interval_by_hand() -> None:
