@@ -22,7 +22,7 @@ from irdscale.cli.ranks import candidate_ranks, launched_ranks
 from irdscale.cli.show_doctor import print_doctor
 from irdscale.distributed.process_group import alone, launched
 from irdscale.errors import InputError
-from irdscale.training.targets import check_export, check_target
+from irdscale.training.targets import HUB, check_export, check_target
 from irdscale.utils.files import check_writable
 from irdscale.utils.suggestions import nearest
 
@@ -118,9 +118,9 @@ def export(config: Config, overrides: Overrides = None, as_json: Json = False) -
     with ending():
         alone("export")
         settings, given = load_arguments("export", config, overrides)
-        check_export(given["to"], given.get("format"))
-        if not given["to"].startswith("hub:"):
+        if not given["to"].startswith(HUB):
             check_writable(given["to"], "to")
+        check_export(given["to"], given.get("format"))
         from irdscale.training.one_mask import run_export
 
         result = run_export(settings, **given)

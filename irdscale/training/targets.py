@@ -74,7 +74,5 @@ def check_export(to: str, format: str | None) -> None:
             raise InputError(f"found {format!r} with to={to}", "none: the adapter is uploaded unchanged", key="format")
         return
     target = Path(to)
-    if target.is_file():
-        raise InputError(f"{to} is a file", "a folder that can be written", key="to")
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{to} exists", "a new or empty folder", key="to")
