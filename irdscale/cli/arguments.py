@@ -84,7 +84,7 @@ def _own_arguments(verb: str, overrides: list[str]) -> tuple[dict[str, str], lis
 
 def _refuse_unknown(verb: str, overrides: list[str]) -> None:
     """Refuse a `key=value` whose key is neither the verb's nor the configuration's; the error names the nearest."""
-    from irdscale.config.keys import key_names
+    from irdscale.config.keys import key_ending_in
     from irdscale.config.schema import RunConfig
 
     own = [key.name for key in VERB_KEYS[verb]]
@@ -96,8 +96,8 @@ def _refuse_unknown(verb: str, overrides: list[str]) -> None:
         if takers:
             taken = f"(irdscale {' and irdscale '.join(takers)} {'takes' if len(takers) == 1 else 'take'} it)"
             raise InputError(f"unknown key of irdscale {verb} {taken}", key=key, where="command line")
-        inside = [name for name in key_names() if name.rpartition(".")[2] == key]
-        near = f' (did you mean "{inside[0]}"?)' if inside else nearest(key.partition(".")[0], [*own, *_sections()])
+        inside = key_ending_in(key)
+        near = inside or nearest(key.partition(".")[0], [*own, *_sections()])
         if inside or own:
             expected = "" if near else f"one of {', '.join([*own, *_sections()])}"
             raise InputError(f"unknown key{near}", expected, key, "command line")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from irdscale.cli.app import VERB_KEYS
-from irdscale.config.keys import Key, config_keys, inside, key_names
+from irdscale.config.keys import Key, config_keys, inside, key_ending_in, key_names
 from irdscale.errors import InputError
 from irdscale.utils.suggestions import nearest
 
@@ -33,8 +33,7 @@ def describe(name: str | None) -> dict[str, Any]:
     key = known.get(name if shared is None else f"{shared.like}{name.removeprefix(shared.name)}")
     if key is None:
         own = {argument["key"]: None for argument in _arguments()}
-        last = [each for each in key_names() if each.rpartition(".")[2] == name]
-        near = f' (did you mean "{last[0]}"?)' if last else nearest(name, [*key_names(), *own])
+        near = key_ending_in(name) or nearest(name, [*key_names(), *own])
         expected = "" if near else "a key, such as search.ratio, or a section, such as search"
         raise InputError(f"unknown key{near}", expected, name)
     parts = [_facts(each) for each in inside(key.like or key.name, keys)] if key.is_section else []

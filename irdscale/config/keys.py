@@ -56,6 +56,12 @@ def key_names() -> list[str]:
     return names
 
 
+def key_ending_in(name: str) -> str:
+    """` (did you mean "..."?)` with the first key whose last part is this name, or nothing."""
+    found = next((key for key in key_names() if key.rpartition(".")[2] == name), None)
+    return "" if found is None else f' (did you mean "{found}"?)'
+
+
 def inside(section: str, keys: list[Key]) -> list[Key]:
     """The keys of a section, at every depth."""
     return [key for key in keys if key.name.startswith(f"{section}.")]

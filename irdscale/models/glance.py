@@ -10,8 +10,8 @@ from typing import Any, Literal
 from irdscale.models.places import is_gguf, resolve_model_path
 
 ModelKind = Literal["encoder", "decoder", "encoder-decoder", "unknown"]
-_ENCODERS = (
-    *(
+_ENCODERS = frozenset(
+    [
         "albert",
         "bert",
         "camembert",
@@ -22,8 +22,13 @@ _ENCODERS = (
         "ernie",
         "eurobert",
         "modernbert",
-    ),
-    *("mpnet", "nomic_bert", "roberta", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    ]
 )
 _HALF = ("bfloat16", "float16")
 

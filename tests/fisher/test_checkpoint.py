@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -166,7 +165,7 @@ def test_the_state_of_any_ranks_and_layout_is_shared_out(
         monkeypatch.setattr(module, "rank_and_world", lambda: here)
     monkeypatch.setattr(checkpoint, "failing_together", nullcontext)
     monkeypatch.setattr(checkpoint, "all_reduce_sum", lambda tensors: None)
-    monkeypatch.setattr(checkpoint, "gather_texts", lambda text: [json.dumps(SavedPass._meta(going_on))])
+    monkeypatch.setattr(checkpoint, "broadcast_json", lambda _: SavedPass._meta(going_on))
 
     def held(layout: str, shape: tuple[int, ...]) -> torch.Tensor:
         start, stop = ranks.slice_of(math.prod(shape))
