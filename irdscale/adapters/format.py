@@ -209,7 +209,8 @@ def check_base(adapter: Adapter, found_hash: str) -> None:
     if found_hash != adapter.base_hash:
         raise InputError(
             f"adapter for another base: found weights {found_hash[:12]}",
-            f"{adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'})",
+            f"{adapter.base_hash[:12]} ({adapter.base_model or 'unnamed model'}, with model.dtype and model.quantize "
+            "as in the adapter's training)",
             where=adapter.folder,
         )
 

@@ -71,7 +71,7 @@ def test_an_adapter_knows_its_base(toy: tuple[RunConfig, Task], tmp_path: Path) 
     for other in (None, "int8"):
         base = config.model.model_copy(update={"quantize": other})
         fresh = build_model(config.model_copy(update={"model": base}), task, 0)[0]
-        with pytest.raises(InputError, match="adapter for another base: found weights"):
+        with pytest.raises(InputError, match=r"adapter for another base: found weights .*model\.quantize as in"):
             irdscale.load_adapter(fresh, tmp_path / "adapter")
 
 
