@@ -16,7 +16,6 @@ from irdscale.report.axes import (
     INK,
     ORANGE,
     RED,
-    blues,
     broken,
     canvas,
     plain_axis,
@@ -25,7 +24,6 @@ from irdscale.report.axes import (
     stacked,
 )
 from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
-from irdscale.report.mask_overlap import SHOWN
 from irdscale.report.numbers import plain
 from irdscale.utils.formats import count, duration
 
@@ -48,7 +46,6 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         density=mask_density(facts),
         traces=trace_distribution(facts),
         overlap=mask_overlap(facts),
-        drift=layer_drift(facts),
         cost=cost(facts),
     )
 
@@ -164,36 +161,6 @@ def trace_distribution(facts: Facts) -> Figure | None:
     plain_axis(axes.xaxis)
     axes.set(xlabel="sample, by rank", ylabel="Fisher trace (sum of squared gradients)")
     axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def layer_drift(facts: Facts) -> Figure | None:
-    """The change of each layer's share of the mask, a line for each sample set but the largest.
-
-    None if no share changes by more than rounding.
-    """
-    layers, sizes = facts.analysis.layers, facts.analysis.sizes
-    changes = [[100 * (layer.shares[i] - layer.shares[0]) for layer in layers] for i in range(1, len(sizes))]
-    largest = max((abs(value) for line in changes for value in line), default=0.0)
-    if len(layers) < 2 or largest < 100 * SHOWN:
-        return None
-    figure, axes = canvas(max(7.6, 2.5 + 0.22 * len(layers)))
-    axes.axhline(0, color=GREY, linewidth=1)
-    colors = blues()
-    shifts = side_by_side([0] * len(changes), 0.3)
-    for i, (values, shift) in enumerate(zip(changes, shifts, strict=True), start=1):
-        color = ORANGE if i == len(changes) else colors(0.2 + 0.7 * i / len(sizes))
-        xs = [place + shift for place in range(len(layers))]
-        axes.plot(xs, values, marker="o", markersize=3.5, linewidth=1.3, color=color, label=count(sizes[i]))
-    step = -(-len(layers) // 32)
-    # The last layer is the rest, whose name is a word.
-    ticks = sorted({*(place for place in range(0, len(layers), step) if place < len(layers) - step), len(layers) - 1})
-    axes.set_xticks(ticks, [layers[i].name for i in ticks], fontsize=8)
-    plain_axis(axes.yaxis)
-    axes.set(xlabel="layer", ylabel=f"change from {count(sizes[0])} samples, points")
-    axes.legend(
-        frameon=False, fontsize=8, title="samples s", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
     return figure
 
 

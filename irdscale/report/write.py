@@ -27,7 +27,6 @@ CAPTIONS = {
     "density": "Share of each module's parameters in the winner's mask, in per cent, by layer.",
     "traces": "Fisher traces of the pool's samples, largest first; blue: samples of the winner's mask.",
     "overlap": "Shared entries of the masks of two sample sets, in per cent. Random masks share {chance}.",
-    "drift": "Change of each layer's share of the mask as samples are dropped; orange: smallest set.",
     "cost": "Time by phase.",
 }
 # With more seeds, tables have no column for each.

@@ -48,12 +48,12 @@ def test_tables_hold_the_figures_of_the_files(tmp_path: Path) -> None:
     assert "1,234 training steps" in html
     for name in re.findall(r"\]\((figures/\w+\.png)\)", markdown):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "figures").iterdir())) == 7
+    assert len(list((tmp_path / "figures").iterdir())) == 6
 
 
 def test_html_is_one_file(tmp_path: Path) -> None:
     page = Cells(report(tmp_path)[1])
-    assert len(page.loads) == 7
+    assert len(page.loads) == 6
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert not {"link", "script", "iframe"} & set(page.tags)
 
