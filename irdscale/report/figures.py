@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator
 
 from irdscale.report.axes import (
     BLUE,
@@ -24,8 +24,7 @@ from irdscale.report.axes import (
     stacked,
 )
 from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
-from irdscale.report.numbers import plain
-from irdscale.utils.formats import count, duration
+from irdscale.utils.formats import count
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Candidate, Facts
@@ -46,7 +45,6 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         density=mask_density(facts),
         traces=trace_distribution(facts),
         overlap=mask_overlap(facts),
-        cost=cost(facts),
     )
 
 
@@ -162,35 +160,3 @@ def trace_distribution(facts: Facts) -> Figure | None:
     axes.set(xlabel="sample, by rank", ylabel="Fisher trace (sum of squared gradients)")
     axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def cost(facts: Facts) -> Figure | None:
-    """Seconds by phase; None if only one phase took any."""
-    names = {"fisher": "Fisher passes and masks", "train": "candidates", "baseline": "baselines", "test": "test split"}
-    spent = facts.result["seconds"]
-    present = [name for name in reversed(names) if spent.get(name)]
-    if len(present) < 2:
-        return None
-    figure, axes = canvas(height=0.9 + 0.36 * len(present))
-    bars = axes.barh([names[n] for n in present], [spent[n] for n in present], color=BLUE, alpha=0.8)
-    axes.bar_label(bars, labels=[duration(spent[n]) for n in present], padding=4, fontsize=8)
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.14)
-    unit, name = next((size, name) for size, name in _UNITS if max(spent[n] for n in present) >= 2 * size)
-    _ticks_in(axes, unit or 1.0)
-    axes.set_xlabel(name)
-    return figure
-
-
-_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (0.0, "seconds"))
-
-
-def _ticks_in(axes: Any, unit: float) -> None:
-    """Ticks at round multiples of a unit of time, in this unit."""
-    low, high = axes.get_xlim()
-    shown = [
-        place
-        for place in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low / unit, high / unit)
-        if 0 <= place * unit <= high
-    ]
-    axes.set_xticks([place * unit for place in shown], [plain(place) for place in shown])
