@@ -16,7 +16,7 @@ from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
 from irdscale.compare.study import read_study
 from irdscale.compare.table import columns, rows
-from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on
+from irdscale.compare.verdict import cost_and_gain, failures, notes
 from irdscale.compare.where import COLUMNS as MASK_COLUMNS
 from irdscale.compare.where import where_masks_lie
 from irdscale.report.pages import write_pages
@@ -41,7 +41,6 @@ def write_files(output: Path) -> dict[str, Any]:
     study = read_study(output)
     advice, commands = next_steps(study, output)
     claims = claims_of(study)
-    told = [{claim["better"], claim["than"]} for claim in claims]
     values = {
         "result": study,
         "methods": study["methods"],
@@ -51,11 +50,6 @@ def write_files(output: Path) -> dict[str, Any]:
         "columns": columns(study),
         "rows": rows(study),
         "main": cost_and_gain(study),
-        "sentences": [
-            sentence_on(study, method)
-            for method in study["methods"]
-            if {method["name"], study["reference"]} not in told
-        ],
         "notes": [*missing_notes(study), *notes(study)],
         "failures": failures(study),
         "samples": about_samples(output, study),

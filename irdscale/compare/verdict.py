@@ -48,30 +48,6 @@ def side(found: dict[str, Any] | None) -> int:
     return int(found["low"] > 0) - int(found["high"] < 0)
 
 
-def sentence_on(study: dict[str, Any], method: dict[str, Any]) -> str:
-    """One sentence on a method against the reference on the test split."""
-    reference = reference_of(study)
-    label, against = method["label"], reference["label"]
-    if method["test"]["mean"] is None:
-        return f"{label}: no test metric, because every seed failed."
-    figures = f"{label}: {study['task']['metric']} {with_interval(method['test'])}"
-    if method is reference:
-        return f"{figures}, the reference."
-    found = gain(study, method)
-    if found is None:
-        return f"{figures}; no seed finished for both it and {against}."
-    difference = method["difference"]
-    shown = f"difference {signed_interval(difference)}"
-    if found["n"] < FEWEST_SEEDS:
-        return f"{figures}; {shown}, and {_seeds(found['n'])} cannot tell a difference from chance."
-    where = side(found)
-    if where == 0:
-        return f"{figures}; it cannot be told apart from {against} ({shown})."
-    count = difference["wins"] if where > 0 else difference["losses"]
-    seeds = f"for {count} of {found['n']} seeds"
-    return f"{figures}; {against} is {'better' if where > 0 else 'worse'} {seeds} ({shown})."
-
-
 def cost_and_gain(study: dict[str, Any]) -> str:
     """The paragraph on the search's cost, what its claims leave open, and one mask of the samples that rank first."""
     reference = reference_of(study)
@@ -213,7 +189,7 @@ def notes(study: dict[str, Any]) -> list[str]:
                 "its mask there is a FISH mask."
             )
     if seeds < ENOUGH_SEEDS:
-        count = f"{_seeds(seeds).capitalize()} give{'s' if seeds == 1 else ''}"
+        count = "One seed gives" if seeds == 1 else f"{seeds} seeds give"
         count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
         lines.append(f"{count}: these results are a hint, not a proof; use {ENOUGH_SEEDS} or more.")
     errors = [method["test_error"] for method in study["methods"] if method["test_error"] is not None]
@@ -258,18 +234,7 @@ def failures(study: dict[str, Any]) -> list[str]:
     ]
 
 
-def with_interval(found: dict[str, Any]) -> str:
-    """A mean with its interval as text: 0.6900 (0.6800 to 0.7000, 5 seeds)."""
-    seeds = "1 seed" if found["n"] == 1 else f"{found['n']} seeds"
-    limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}, "
-    return f"{found['mean']:.4f} ({limits}{seeds})"
-
-
 def signed_interval(found: dict[str, Any]) -> str:
     """A difference with its interval as text: +0.0100, 95 % interval +0.0020 to +0.0180."""
     limits = "" if found["low"] is None else f", 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
     return f"{found['mean']:+.4f}{limits}"
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"

@@ -92,7 +92,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_claims_come_first_and_replace_sentences(tmp_path: Path) -> None:
+def test_claims_come_first(tmp_path: Path) -> None:
     markdown, page = report(tmp_path, study({"ird": around(0.7), "fish": around(0.65, turn=1), "full": around(0.6)}))
     html = (tmp_path / "compare.html").read_text()
     assert page.rows[0][0] == "claim"
@@ -107,9 +107,7 @@ def test_claims_come_first_and_replace_sentences(tmp_path: Path) -> None:
         "holds",
     ]
     for text in (html, markdown):
-        assert text.index("What the seeds show") < text.index("What the search cost") < text.index("one by one")
-        assert "full fine-tuning: accuracy 0.6000" in text
-        assert "FISH: accuracy" not in text
+        assert text.index("What the seeds show") < text.index("What the search cost")
 
 
 @pytest.mark.usefixtures("no_figures")
