@@ -103,7 +103,6 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     altered = []
     if flags is not None and 0 < sum(flags) < len(flags):
         altered = [(s, sum(flags[i] for i in traces["order"][:s]) / s) for s in sizes]
-        sentences.append(_describe_altered(found, altered, sum(flags) / len(flags)))
 
     @functools.cache
     def load(mask: str) -> Mask:
@@ -140,15 +139,6 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         overlap,
         layers,
         drivers(measured, traces) if same else None,
-    )
-
-
-def _describe_altered(found: list[Relation], altered: list[tuple[int, float]], base: float) -> str:
-    auc = next(r.value for r in found if r.measure == "AUC")
-    size, share = altered[-1]
-    return (
-        f"An altered sample ranks above another with probability {auc:.2f} (0.5: no relation); altered samples are "
-        f"{percent(base)} of the pool and {percent(share)} of the smallest set, of {size:,} samples."
     )
 
 
