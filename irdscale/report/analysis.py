@@ -17,7 +17,6 @@ from irdscale.report.mask_overlap import (
     by_layer,
     common_entries,
     concentration,
-    describe_layers,
     describe_overlap,
     overlaps,
     scored_parameters,
@@ -115,7 +114,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         fish = result["baseline"]["fish_random"]
         with_fish = {"FISH": load(Path(fish["mask"]).name)} if fish["params"] == p else {}
         overlap = overlaps({**of_sets, **with_fish}, p)
-        sentences += [describe_overlap(overlap, sizes), *describe_layers(layers, sizes)]
+        sentences.append(describe_overlap(overlap, sizes))
     elif len(sizes) > 1:
         sentences.append("The masks of all sample sets are the same.")
     best = Path(result["best"]["mask"]).name
