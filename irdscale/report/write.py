@@ -16,7 +16,7 @@ from irdscale.report.pages import write_pages
 from irdscale.report.relations import by_chance
 from irdscale.report.sample_texts import class_name, label_word, with_texts
 from irdscale.report.terms import RELATIONS, of_search
-from irdscale.report.verdict import verdict, warnings
+from irdscale.report.verdict import verdict
 from irdscale.utils.formats import duration, percent
 
 CAPTIONS = {
@@ -55,7 +55,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     values = {
         "facts": facts,
         "result": facts.result,
-        "verdict": [*verdict(facts.result), *warnings(facts.result)],
+        "verdict": [*verdict(facts.result), *(f"Warning: {text}" for text in facts.result["warnings"])],
         "captions": {name: caption.format(better=better, chance=chance) for name, caption in CAPTIONS.items()},
         "terms": of_search(facts.result, len(facts.traces)),
         "measures": [RELATIONS[name] for name in dict.fromkeys(r.measure for r in facts.analysis.relations)],
