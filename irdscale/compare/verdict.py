@@ -32,10 +32,7 @@ def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any]
     Returns:
         {"mean", "low", "high", "n"}; None if no seed has both.
     """
-    return _as_gain(study, method["difference"] if method else None)
-
-
-def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[str, Any] | None:
+    difference = method["difference"] if method else None
     if difference is None or difference["mean"] is None:
         return None
     return as_gain(difference, study["task"]["lower_is_better"])
@@ -152,10 +149,9 @@ def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
     ):
         control = method_named(study, name)
         if control is not None:
-            task = study["task"]
-            within = METRIC_RANGES.get(task["metric"], ANY)
-            over = _as_gain(study, paired_methods(top, control, task["lower_is_better"], within))
-            if over is None or side(over) <= 0:
+            lower, within = study["task"]["lower_is_better"], METRIC_RANGES.get(study["task"]["metric"], ANY)
+            over = as_gain(paired_methods(top, control, lower, within), lower)
+            if side(over) <= 0:
                 return ""
             pays = "is what pays, not the search" if where < 0 else "pays, and nothing shows that the search adds to it"
             return f"; over one mask of {words} it gained {signed_interval(over)}: {what} {pays}"
