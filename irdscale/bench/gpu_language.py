@@ -12,8 +12,9 @@ from torch import nn
 
 from irdscale.bench import gpu_models
 from irdscale.bench.gpu_models import SIZES, on_device, peak_of
-from irdscale.bench.gpu_steps import RATIO, Step, random_mask, training_step
+from irdscale.bench.gpu_steps import RATIO, random_mask
 from irdscale.bench.gpu_trainer import NAME, SIZE
+from irdscale.bench.models import Step, training_step
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.models.quantized import adopt
 from irdscale.sparse import sparsify

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from irdscale.bench import gpu_models
 from irdscale.bench.gpu_models import (
@@ -26,6 +26,7 @@ from irdscale.bench.gpu_models import (
     on_device,
     peak_of,
 )
+from irdscale.bench.models import Step, training_step
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.fisher import accumulate_fisher, scored_parameters
 from irdscale.masks.mask import Mask, index_dtype, top_k
@@ -42,7 +43,6 @@ LORA_RANK = 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_BAR = 0.65
 PLAN_BAR = 1.1
-Step = Callable[[], None]
 # Size and kind of step -> peak bytes.
 Peaks = dict[tuple[str, str], int]
 FISHER, SCATTERED, LESS = "Fisher mask 0.5 %", "random mask 0.5 %", "random mask 0.2 %"
@@ -118,21 +118,6 @@ def _makers(model: Any, data: list[dict[str, Any]]) -> dict[str, Callable[[], An
         FISHER: lambda: sparsify(gpu_models.sharing(model), _fisher_mask(model, data)),
         "full": lambda: copy.deepcopy(model).requires_grad_(True),
     }
-
-
-def training_step(model: Any, batch: dict[str, Tensor], trains: bool = True) -> Step:
-    """A function that makes one step: forward and backward pass, and fused AdamW if the model trains."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trains else None
-
-    def step() -> None:
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-
-    return step
 
 
 def _at_the_limit(model: Any) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from irdscale.fisher import accumulate_fisher
 from irdscale.masks.mask import Mask, top_k
 from irdscale.sparse import sparsify
 
+Step = Callable[[], None]
 BATCH = 8
 RATIO = 0.005
 HEAD = r"^(classifier|score)\."
@@ -67,3 +69,22 @@ def fisher_mask(name: str, rows: list[dict[str, Any]], top_half: bool = False) -
 def sparse_model(name: str, mask: Mask) -> Any:
     """A random classifier that trains the mask and the head."""
     return sparsify(make_model(name), mask, always_train=[HEAD])
+
+
+def training_step(model: Any, batch: dict[str, Tensor], trains: bool = True) -> Step:
+    """A function that makes one step: forward and backward pass, and fused AdamW if the model trains."""
+    optimizer = adamw(model) if trains else None
+
+    def step() -> None:
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Fused AdamW of the model's trained parameters."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)

@@ -92,29 +92,26 @@ def _workers(folder: Path) -> list[dict[str, Any]]:
     found = results[2]
     path = [Pair(step["samples"], step["params"]) for step in found["path"]]
     minimum = smallest_pair(config, path[0], found["model"]["parameters"])
-    gradients, evaluations = naive_work(path, minimum, len(config.search.seeds))
     times = {"1 worker": round(seconds[1], 1), "2 workers": round(seconds[2], 1)}
     return [
         _figure("search with 1 worker / with 2", value=seconds[1] / seconds[2], at_least=1.7) | {"seconds": times},
         _figure(
             "sample gradients of a naive search / of this one",
-            value=gradients / found["sample_gradients"],
+            value=naive_gradients(path, minimum) / found["sample_gradients"],
             at_least=3.0,
         ),
-        _figure("evaluations of a naive search / of this one", value=evaluations / found["evaluations"]),
     ]
 
 
-def naive_work(path: list[Pair], minimum: Pair, seeds: int) -> tuple[int, int]:
-    """Sample gradients and evaluations of a search on the same path without reuse between candidates.
+def naive_gradients(path: list[Pair], minimum: Pair) -> int:
+    """Sample gradients of a search on the same path without reuse between candidates.
 
-    It ranks the state's samples for each candidate that halves them (a gradient each), computes the Fisher information
-    of the kept ones (a gradient each), and repeats the evaluation of pairs from earlier rounds.
+    It ranks the state's samples for each candidate that halves them (a gradient each), and computes the Fisher
+    information of the kept ones (a gradient each).
     """
-    gradients, evaluations = path[0].samples, seeds
+    gradients = path[0].samples
     for state in path[:-1]:
         for candidate in candidates(state, minimum):
             ranking = state.samples if candidate.samples < state.samples else 0
             gradients += ranking + candidate.samples
-            evaluations += seeds
-    return gradients, evaluations
+    return gradients

@@ -14,12 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from irdscale.bench.models import BATCH, HEAD, collate, fisher_mask, make_model, make_rows, sparse_model
+from irdscale.bench.models import (
+    BATCH,
+    HEAD,
+    Step,
+    adamw,
+    collate,
+    fisher_mask,
+    make_model,
+    make_rows,
+    sparse_model,
+    training_step,
+)
 from irdscale.bench.timing import figure, row, side_by_side
 from irdscale.bench.trainer import trainer_row
 from irdscale.bench.zero import bench_zero
 from irdscale.errors import InputError
-from irdscale.masks.mask import Mask, index_dtype
+from irdscale.fisher import Fisher
+from irdscale.masks.mask import Mask, top_k
 from irdscale.sparse import entries_of, sparsify
 from irdscale.sparse.functions import needed_input
 from irdscale.sparse.products import Side
@@ -44,13 +56,13 @@ def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
         mask = fisher_mask(name, data)
         scattered = random_mask(make_model(name), mask.k)
         steps = {
-            "sparse": _step(sparse_model(name, mask), batch),
-            "random": _step(sparse_model(name, scattered), batch),
-            "top": _step(sparse_model(name, fisher_mask(name, data, top_half=True)), batch),
-            "full": _step(make_model(name), batch),
+            "sparse": training_step(sparse_model(name, mask), batch),
+            "random": training_step(sparse_model(name, scattered), batch),
+            "top": training_step(sparse_model(name, fisher_mask(name, data, top_half=True)), batch),
+            "full": training_step(make_model(name), batch),
             "limit": _limit(make_model(name), batch),
-            "lora": _step(_with_lora(name), batch),
-            "shira": _step(_with_shira(name, mask.k), batch),
+            "lora": training_step(_with_lora(name), batch),
+            "shira": training_step(_with_shira(name, mask.k), batch),
         }
         seconds = side_by_side(steps, REPEATS)
         for what, over, under, bar in (
@@ -71,45 +83,20 @@ def bench_train(advance: Callable[..., None]) -> list[dict[str, Any]]:
     return rows
 
 
-def random_mask(model: nn.Module, k: int, seed: int = 0) -> Mask:
+def random_mask(model: nn.Module, k: int) -> Mask:
     """k scattered entries, drawn uniformly from all matrices outside the head."""
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and not re.search(HEAD, n)}
-    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-    drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:k].sort().values
-    indices, start = {}, 0
-    for name, size in zip(shapes, sizes, strict=True):
-        inside = drawn[(drawn >= start) & (drawn < start + size)] - start
-        if len(inside):
-            indices[name] = inside.to(index_dtype(size))
-        start += size
-    return Mask(indices, shapes)
+    generator = torch.Generator().manual_seed(0)
+    matrices = {n: p for n, p in model.named_parameters() if p.dim() == 2 and not re.search(HEAD, n)}
+    scores = {name: torch.rand(matrix.shape, generator=generator) for name, matrix in matrices.items()}
+    return top_k(Fisher(scores, torch.zeros(0, dtype=torch.float64)), k)
 
 
-def _step(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
-    optimizer = _optimizer(model)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-
-def _limit(model: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+def _limit(model: Any, batch: dict[str, Tensor]) -> Step:
     """Forward and input gradients with nothing trainable: a lower bound for training these layers."""
     model.requires_grad_(False)
     root = torch.zeros((), requires_grad=True)
     model.get_input_embeddings().register_forward_hook(lambda _module, _args, y: _Enter.apply(y, root))
-
-    def step() -> None:
-        model(**batch).loss.backward()
-
-    return step
+    return training_step(model, batch, trains=False)
 
 
 def _with_lora(name: str) -> Any:
@@ -185,7 +172,7 @@ def _memory_rows(name: str, mask: Mask, batch: dict[str, Tensor]) -> list[dict[s
             # Multiplies by its weight in a separate operation, which keeps its input.
             module.register_forward_hook(lambda _module, _args, y: _Hold.apply(y, y.detach().clone()))
     limit = _limit(frozen, batch)
-    optimizer = _optimizer(sparse)
+    optimizer = adamw(sparse)
 
     def step() -> None:
         sparse(**batch).loss.backward()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from irdscale.bench.models import make_rows
+from irdscale.bench.models import adamw, make_rows
 from irdscale.bench.timing import row
 from irdscale.config.schema import RunConfig
 from irdscale.distributed.zero3 import device_of
@@ -68,7 +68,7 @@ def _stepping(model: Any, task: Any, size: int) -> Iterator[Callable[[int], None
     rows, device = list(task.trained), device_of(model)
     batches = [task.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = adamw(model)
 
     def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -77,6 +77,8 @@ def _own_arguments(verb: str, overrides: list[str]) -> tuple[dict[str, str], lis
             raise InputError(
                 f"found {value!r}{nearest(value, own[name].choices)}", " or ".join(own[name].choices), name
             )
+        elif own[name].value == "N" and not (value.isdecimal() and int(value) >= 1):
+            raise InputError(f"found {value!r}", "a number of at least 1", name)
         else:
             given[name] = value
     return given, rest

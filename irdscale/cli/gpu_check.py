@@ -85,6 +85,7 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
     from irdscale.bench.gpu_exact import CONFIG, checked
     from irdscale.bench.timing import figure
     from irdscale.config.loader import load_config
+    from irdscale.search.ledger import read_ledger
     from irdscale.search.masks import search_masks
     from irdscale.tasks import load_task
 
@@ -93,7 +94,7 @@ def run_search_check(folder: Path) -> Iterator[Check | dict[str, Any]]:
         "search configs/quickstart_llm.yaml, the winner's perplexity over the base's", 1.0, partial(_search, output)
     )
     found = partial(figure, "search", model="260K", tokens=128)
-    seconds = _evaluation_seconds(output)
+    seconds = [record["seconds"] for record in read_ledger(output / "ledger.jsonl") if record["status"] == "ok"]
     if seconds:
         what = f"an evaluation of {load_config(CONFIG, []).train.steps} steps, s"
         spread = (min(seconds), max(seconds))
@@ -112,14 +113,6 @@ def _search(output: Path) -> float:
     assert code == 0, f"exit code {code}; expected 0"
     result = json.loads((output / "result.json").read_text())
     return float(result["best"]["metric"] / result["baseline"]["base"]["metric"])
-
-
-def _evaluation_seconds(output: Path) -> list[float]:
-    ledger = output / "ledger.jsonl"
-    if not ledger.exists():
-        return []
-    records = [json.loads(line) for line in ledger.read_text().splitlines() if line]
-    return [record["seconds"] for record in records if record["status"] == "ok"]
 
 
 def run_rank_checks(device: torch.device) -> Iterator[Check | dict[str, Any]]:

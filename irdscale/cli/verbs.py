@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -241,13 +241,11 @@ def plan(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     """
     with ending():
         alone("plan")
-        from irdscale.plan.options import split_options
-
-        given, _ = split_options(overrides or [])
-        settings, _ = load_arguments("plan", config, overrides, "model")
+        settings, given = load_arguments("plan", config, overrides, "model")
         from irdscale.plan import run_plan
 
-        result = run_plan(settings, **given)
+        options: dict[str, Any] = {name: int(value) if value.isdecimal() else value for name, value in given.items()}
+        result = run_plan(settings, **options)
     from irdscale.plan.show import print_plan
 
     show(result, as_json, lambda: print_plan(result))

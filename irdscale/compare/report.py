@@ -16,7 +16,7 @@ from irdscale.compare.samples import COLUMNS as SAMPLE_COLUMNS
 from irdscale.compare.samples import about_samples
 from irdscale.compare.study import read_study
 from irdscale.compare.table import columns, rows
-from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on
+from irdscale.compare.verdict import cost_and_gain, failures, notes
 from irdscale.compare.where import COLUMNS as MASK_COLUMNS
 from irdscale.compare.where import where_masks_lie
 from irdscale.report.pages import write_pages
@@ -27,8 +27,6 @@ from irdscale.utils.files import write_atomic
 CAPTIONS = {
     "scores": "Test score by method: mean and 95 % t interval over the seeds. Grey dots are seeds. "
     "The band is the reference's interval. Slanted marks are breaks of the axis.",
-    "parameters": "Test score against the number of trainable parameters beside the head. Methods of the same size "
-    "are side by side; dashed lines are methods that train only the head. Slanted marks are breaks of the axis.",
     "differences": "Paired differences to the reference over the seeds, with 95 % t intervals. Blue: the reference is "
     "better. Orange: it is worse. Grey: the interval includes zero.",
     "rates": "Mean metric on the selection split by learning rate. The methods are side by side at each rate; rings "
@@ -41,7 +39,6 @@ def write_files(output: Path) -> dict[str, Any]:
     study = read_study(output)
     advice, commands = next_steps(study, output)
     claims = claims_of(study)
-    told = [{claim["better"], claim["than"]} for claim in claims]
     values = {
         "result": study,
         "methods": study["methods"],
@@ -51,11 +48,6 @@ def write_files(output: Path) -> dict[str, Any]:
         "columns": columns(study),
         "rows": rows(study),
         "main": cost_and_gain(study),
-        "sentences": [
-            sentence_on(study, method)
-            for method in study["methods"]
-            if {method["name"], study["reference"]} not in told
-        ],
         "notes": [*missing_notes(study), *notes(study)],
         "failures": failures(study),
         "samples": about_samples(output, study),

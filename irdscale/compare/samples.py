@@ -50,13 +50,11 @@ class _Seed:
     """The samples of one seed.
 
     Attributes:
-        rows: rows of the pool's samples in their split.
         altered: shares of altered samples in the pool and in the smallest sample set; None if none was altered.
         start, fewest: samples and entries of the masks.
         pool_mask, first_mask: hashes of the masks of all samples, and of those that rank first.
     """
 
-    rows: list[int]
     relations: dict[str, Relation]
     altered: tuple[float, float] | None
     start: Pair
@@ -82,7 +80,7 @@ def about_samples(output: Path, study: dict[str, Any]) -> Samples | None:
             seeds = [_read(output, name, study["task"]["kind"], method.config.search.direction) for name in names]
             folders = [mask_folder(output, mask) for one in seeds for mask in (one.pool_mask, one.first_mask)]
             if all(folder.exists() for folder in folders):
-                described = _described(output, study, method, seeds)
+                described = _described(output, method, seeds)
                 return _with_texts(described, method.of_seed(study["seeds"][0]), traces_file(output, names[0]))
             return _without(folders) if any(folder.exists() for folder in folders) else None
     return None
@@ -111,20 +109,18 @@ def _read(output: Path, name: str, kind: str, direction: str) -> _Seed:
         if flags is not None and 0 < sum(flags) < len(flags):
             altered = fmean(flags), fmean(flags[place] for place in traces["order"][: fewest.samples])
         found = {one.name: one for one in ranking_relations(traces, direction, kind)[1]}
-        return _Seed(traces["row"], found, altered, start, fewest, masks.masks[start], masks.masks[fewest])
+        return _Seed(found, altered, start, fewest, masks.masks[start], masks.masks[fewest])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"not the traces of a search: {type(error).__name__} {error}", where=file) from error
 
 
-def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[_Seed]) -> Samples:
+def _described(output: Path, method: Method, seeds: list[_Seed]) -> Samples:
     size, few = f"{seeds[0].start.samples:,}", f"{seeds[0].fewest.samples:,}"
     drawn = "For one seed" if len(seeds) == 1 else f"For each of {len(seeds)} seeds"
     means = "" if len(seeds) == 1 else "; figures are means over the seeds"
     shared = [name for name in seeds[0].relations if all(name in seed.relations for seed in seeds)]
     of_seeds = [[seed.relations[name] for seed in seeds] for name in shared]
     related = [_mean(found) for found in of_seeds]
-    sentences = [f"{drawn} {size} samples were drawn, and ranked as for {method.label}{means}."]
-    sentences.append(headline(related, "ranking"))
     rows = [
         _row(f"ranking and {mean.name}", mean.measure, [one.value for one in found], by_chance(mean))
         for mean, found in zip(related, of_seeds, strict=True)
@@ -132,14 +128,10 @@ def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[
     altered = [seed.altered for seed in seeds if seed.altered is not None]
     if altered:
         pool, first = ([shares[place] for shares in altered] for place in (0, 1))
-        base = percent(fmean(pool))
-        sentences.append(
-            f"{base} of the pool and {percent(fmean(first))} of the first {few} in the ranking are altered."
-        )
         rows.append(_row(f"altered ones of all {size} samples", "share", pool))
-        rows.append(_row(f"altered ones of the first {few}", "share", first, base))
+        rows.append(_row(f"altered ones of the first {few}", "share", first, percent(fmean(pool))))
     pool_masks = {str(place): load_mask(output, seed.pool_mask) for place, seed in enumerate(seeds)}
-    params, shares = seeds[0].start.params, []
+    params = seeds[0].start.params
     between = overlaps(pool_masks, params)
     chance = percent(between.chance)
     if few != size:
@@ -147,18 +139,13 @@ def _described(output: Path, study: dict[str, Any], method: Method, seeds: list[
             overlaps({"pool": mask, "first": load_mask(output, seed.first_mask)}, params).shares[0][1]
             for seed, mask in zip(seeds, pool_masks.values(), strict=True)
         ]
-        shares.append(f"the mask of the first {few} samples shares {percent(fmean(firsts))} with that of all")
         rows.append(_row(f"masks of the first {few} and of all", "shared entries", firsts, chance))
     if len(seeds) > 1:
         pairs = [between.shares[a][b] for a, b in itertools.combinations(range(len(seeds)), 2)]
-        same = all(seed.rows == seeds[0].rows for seed in seeds)
-        by = [*([] if same else ["the draw of samples"]), *(["the new head"] if study["model"]["head"] else [])]
-        rest = f", the rest depends on {' and '.join(by)}" if by else ""
-        shares.append(f"the masks of all samples of two seeds share {percent(fmean(pairs))}{rest}")
         rows.append(_row("masks of all, of two seeds", "shared entries", pairs, chance))
-    if shares:
-        sentences.append(f"Of {params:,} entries, {'; '.join(shares)}; random masks would share {chance}.")
-    return Samples(sentences, rows, list(dict.fromkeys(mean.measure for mean in related)))
+    drawn = f"{drawn} {size} samples were drawn, and ranked as for {method.label}{means}."
+    measures = list(dict.fromkeys(mean.measure for mean in related))
+    return Samples([drawn, headline(related, "ranking")], rows, measures)
 
 
 def _with_texts(found: Samples, config: RunConfig, file: Path) -> Samples:

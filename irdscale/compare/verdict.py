@@ -32,10 +32,7 @@ def gain(study: dict[str, Any], method: dict[str, Any] | None) -> dict[str, Any]
     Returns:
         {"mean", "low", "high", "n"}; None if no seed has both.
     """
-    return _as_gain(study, method["difference"] if method else None)
-
-
-def _as_gain(study: dict[str, Any], difference: dict[str, Any] | None) -> dict[str, Any] | None:
+    difference = method["difference"] if method else None
     if difference is None or difference["mean"] is None:
         return None
     return as_gain(difference, study["task"]["lower_is_better"])
@@ -46,30 +43,6 @@ def side(found: dict[str, Any] | None) -> int:
     if found is None or found["low"] is None:
         return 0
     return int(found["low"] > 0) - int(found["high"] < 0)
-
-
-def sentence_on(study: dict[str, Any], method: dict[str, Any]) -> str:
-    """One sentence on a method against the reference on the test split."""
-    reference = reference_of(study)
-    label, against = method["label"], reference["label"]
-    if method["test"]["mean"] is None:
-        return f"{label}: no test metric, because every seed failed."
-    figures = f"{label}: {study['task']['metric']} {with_interval(method['test'])}"
-    if method is reference:
-        return f"{figures}, the reference."
-    found = gain(study, method)
-    if found is None:
-        return f"{figures}; no seed finished for both it and {against}."
-    difference = method["difference"]
-    shown = f"difference {signed_interval(difference)}"
-    if found["n"] < FEWEST_SEEDS:
-        return f"{figures}; {shown}, and {_seeds(found['n'])} cannot tell a difference from chance."
-    where = side(found)
-    if where == 0:
-        return f"{figures}; it cannot be told apart from {against} ({shown})."
-    count = difference["wins"] if where > 0 else difference["losses"]
-    seeds = f"for {count} of {found['n']} seeds"
-    return f"{figures}; {against} is {'better' if where > 0 else 'worse'} {seeds} ({shown})."
 
 
 def cost_and_gain(study: dict[str, Any]) -> str:
@@ -176,10 +149,9 @@ def _what_pays(study: dict[str, Any], top: dict[str, Any], where: int) -> str:
     ):
         control = method_named(study, name)
         if control is not None:
-            task = study["task"]
-            within = METRIC_RANGES.get(task["metric"], ANY)
-            over = _as_gain(study, paired_methods(top, control, task["lower_is_better"], within))
-            if over is None or side(over) <= 0:
+            lower, within = study["task"]["lower_is_better"], METRIC_RANGES.get(study["task"]["metric"], ANY)
+            over = as_gain(paired_methods(top, control, lower, within), lower)
+            if side(over) <= 0:
                 return ""
             pays = "is what pays, not the search" if where < 0 else "pays, and nothing shows that the search adds to it"
             return f"; over one mask of {words} it gained {signed_interval(over)}: {what} {pays}"
@@ -213,7 +185,7 @@ def notes(study: dict[str, Any]) -> list[str]:
                 "its mask there is a FISH mask."
             )
     if seeds < ENOUGH_SEEDS:
-        count = f"{_seeds(seeds).capitalize()} give{'s' if seeds == 1 else ''}"
+        count = "One seed gives" if seeds == 1 else f"{seeds} seeds give"
         count += " no intervals" if seeds < FEWEST_SEEDS else " wide intervals"
         lines.append(f"{count}: these results are a hint, not a proof; use {ENOUGH_SEEDS} or more.")
     errors = [method["test_error"] for method in study["methods"] if method["test_error"] is not None]
@@ -258,18 +230,7 @@ def failures(study: dict[str, Any]) -> list[str]:
     ]
 
 
-def with_interval(found: dict[str, Any]) -> str:
-    """A mean with its interval as text: 0.6900 (0.6800 to 0.7000, 5 seeds)."""
-    seeds = "1 seed" if found["n"] == 1 else f"{found['n']} seeds"
-    limits = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}, "
-    return f"{found['mean']:.4f} ({limits}{seeds})"
-
-
 def signed_interval(found: dict[str, Any]) -> str:
     """A difference with its interval as text: +0.0100, 95 % interval +0.0020 to +0.0180."""
     limits = "" if found["low"] is None else f", 95 % interval {found['low']:+.4f} to {found['high']:+.4f}"
     return f"{found['mean']:+.4f}{limits}"
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"

@@ -126,17 +126,6 @@ class CompareConfig(Section):
     )
     lora: LoraConfig = Field(default_factory=lambda: LoraConfig())
 
-    @model_validator(mode="before")
-    @classmethod
-    def _older_rank(cls, values: Any) -> Any:
-        """Read `lora_rank`, as `lora.rank` was called in earlier versions."""
-        if not isinstance(values, dict) or "lora_rank" not in values:
-            return values
-        if "lora" in values:
-            raise InputError("found both lora_rank and lora", "lora.rank", "lora_rank")
-        others = {key: value for key, value in values.items() if key != "lora_rank"}
-        return others | {"lora": {"rank": values["lora_rank"]}}
-
     @field_validator("learning_rates", mode="before")
     @classmethod
     def _rates(cls, value: Any) -> Any:

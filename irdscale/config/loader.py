@@ -176,15 +176,14 @@ def _override(values: dict[str, Any], override: str) -> str:
     if not equals or not key:
         raise InputError(f"found {override!r}", "key=value, such as search.ratio=0.01", where="command line")
     parsed, _ = _parse_yaml(raw, f"{key}={raw}")
-    branch: dict[str, Any] = {}
-    leaf = branch
+    section = values
     *parents, last = key.split(".")
     for parent in parents:
-        leaf[parent] = {}
-        leaf = leaf[parent]
-    leaf[last] = parsed
-    _resolve_paths(branch, Path.cwd())
-    _merge(values, branch, key)
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    section[last] = parsed
+    _resolve_paths(values, Path.cwd())
     return key
 
 
@@ -195,15 +194,6 @@ def check_config(values: dict[str, Any], where: str) -> RunConfig:
         InputError: this version does not know one of its keys or values.
     """
     return _validate(values, where, {}, set())
-
-
-def _merge(values: dict[str, Any], branch: dict[str, Any], key: str) -> None:
-    for name, value in branch.items():
-        inside = values.get(name)
-        if isinstance(value, dict) and isinstance(inside, dict) and len(value) == 1 and "." in key:
-            _merge(inside, value, key.partition(".")[2])
-        else:
-            values[name] = value
 
 
 def _validate(values: dict[str, Any], where: str, lines: dict[str, int], overridden: set[str]) -> RunConfig:

@@ -17,7 +17,6 @@ from irdscale.report.mask_overlap import (
     by_layer,
     common_entries,
     concentration,
-    describe_layers,
     describe_overlap,
     overlaps,
     scored_parameters,
@@ -103,7 +102,6 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
     altered = []
     if flags is not None and 0 < sum(flags) < len(flags):
         altered = [(s, sum(flags[i] for i in traces["order"][:s]) / s) for s in sizes]
-        sentences.append(_describe_altered(found, altered, sum(flags) / len(flags)))
 
     @functools.cache
     def load(mask: str) -> Mask:
@@ -116,7 +114,7 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         fish = result["baseline"]["fish_random"]
         with_fish = {"FISH": load(Path(fish["mask"]).name)} if fish["params"] == p else {}
         overlap = overlaps({**of_sets, **with_fish}, p)
-        sentences += [describe_overlap(overlap, sizes), *describe_layers(layers, sizes)]
+        sentences.append(describe_overlap(overlap, sizes))
     elif len(sizes) > 1:
         sentences.append("The masks of all sample sets are the same.")
     best = Path(result["best"]["mask"]).name
@@ -140,15 +138,6 @@ def analyse(output: Path, result: dict[str, Any], traces: dict[str, Any], masks:
         overlap,
         layers,
         drivers(measured, traces) if same else None,
-    )
-
-
-def _describe_altered(found: list[Relation], altered: list[tuple[int, float]], base: float) -> str:
-    auc = next(r.value for r in found if r.measure == "AUC")
-    size, share = altered[-1]
-    return (
-        f"An altered sample ranks above another with probability {auc:.2f} (0.5: no relation); altered samples are "
-        f"{percent(base)} of the pool and {percent(share)} of the smallest set, of {size:,} samples."
     )
 
 

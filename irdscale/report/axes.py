@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import Formatter, MaxNLocator, NullFormatter, NullLocator
 
-from irdscale.report.numbers import plain
+from irdscale.utils.formats import number
 
 BLUE, ORANGE, GREEN, GREY, RED = "#2563eb", "#ea7317", "#15803d", "#94a3b8", "#b91c1c"
 INK = "#334155"
@@ -151,6 +151,11 @@ def luminance(color: Sequence[float]) -> float:
 def ink_on(color: Sequence[float]) -> str:
     """Colour of a text that can be read on a cell of this colour."""
     return "white" if luminance(color) < 0.5 else "black"
+
+
+def plain(value: float) -> str:
+    """A number in full, without an exponent: 0.00001, 12, 1,200,000."""
+    return number(value, 10)
 
 
 class _Plain(Formatter):

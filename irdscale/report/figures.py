@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator
 
 from irdscale.report.axes import (
     BLUE,
@@ -16,7 +16,6 @@ from irdscale.report.axes import (
     INK,
     ORANGE,
     RED,
-    blues,
     broken,
     canvas,
     plain_axis,
@@ -25,9 +24,7 @@ from irdscale.report.axes import (
     stacked,
 )
 from irdscale.report.heat_maps import mask_density, mask_overlap, path_of_rounds
-from irdscale.report.mask_overlap import SHOWN
-from irdscale.report.numbers import plain
-from irdscale.utils.formats import count, duration
+from irdscale.utils.formats import count
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Candidate, Facts
@@ -48,8 +45,6 @@ def draw_all(facts: Facts) -> dict[str, bytes]:
         density=mask_density(facts),
         traces=trace_distribution(facts),
         overlap=mask_overlap(facts),
-        drift=layer_drift(facts),
-        cost=cost(facts),
     )
 
 
@@ -165,65 +160,3 @@ def trace_distribution(facts: Facts) -> Figure | None:
     axes.set(xlabel="sample, by rank", ylabel="Fisher trace (sum of squared gradients)")
     axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def layer_drift(facts: Facts) -> Figure | None:
-    """The change of each layer's share of the mask, a line for each sample set but the largest.
-
-    None if no share changes by more than rounding.
-    """
-    layers, sizes = facts.analysis.layers, facts.analysis.sizes
-    changes = [[100 * (layer.shares[i] - layer.shares[0]) for layer in layers] for i in range(1, len(sizes))]
-    largest = max((abs(value) for line in changes for value in line), default=0.0)
-    if len(layers) < 2 or largest < 100 * SHOWN:
-        return None
-    figure, axes = canvas(max(7.6, 2.5 + 0.22 * len(layers)))
-    axes.axhline(0, color=GREY, linewidth=1)
-    colors = blues()
-    shifts = side_by_side([0] * len(changes), 0.3)
-    for i, (values, shift) in enumerate(zip(changes, shifts, strict=True), start=1):
-        color = ORANGE if i == len(changes) else colors(0.2 + 0.7 * i / len(sizes))
-        xs = [place + shift for place in range(len(layers))]
-        axes.plot(xs, values, marker="o", markersize=3.5, linewidth=1.3, color=color, label=count(sizes[i]))
-    step = -(-len(layers) // 32)
-    # The last layer is the rest, whose name is a word.
-    ticks = sorted({*(place for place in range(0, len(layers), step) if place < len(layers) - step), len(layers) - 1})
-    axes.set_xticks(ticks, [layers[i].name for i in ticks], fontsize=8)
-    plain_axis(axes.yaxis)
-    axes.set(xlabel="layer", ylabel=f"change from {count(sizes[0])} samples, points")
-    axes.legend(
-        frameon=False, fontsize=8, title="samples s", title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
-    return figure
-
-
-def cost(facts: Facts) -> Figure | None:
-    """Seconds by phase; None if only one phase took any."""
-    names = {"fisher": "Fisher passes and masks", "train": "candidates", "baseline": "baselines", "test": "test split"}
-    spent = facts.result["seconds"]
-    present = [name for name in reversed(names) if spent.get(name)]
-    if len(present) < 2:
-        return None
-    figure, axes = canvas(height=0.9 + 0.36 * len(present))
-    bars = axes.barh([names[n] for n in present], [spent[n] for n in present], color=BLUE, alpha=0.8)
-    axes.bar_label(bars, labels=[duration(spent[n]) for n in present], padding=4, fontsize=8)
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.14)
-    unit, name = next((size, name) for size, name in _UNITS if max(spent[n] for n in present) >= 2 * size)
-    _ticks_in(axes, unit or 1.0)
-    axes.set_xlabel(name)
-    return figure
-
-
-_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (0.0, "seconds"))
-
-
-def _ticks_in(axes: Any, unit: float) -> None:
-    """Ticks at round multiples of a unit of time, in this unit."""
-    low, high = axes.get_xlim()
-    shown = [
-        place
-        for place in MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low / unit, high / unit)
-        if 0 <= place * unit <= high
-    ]
-    axes.set_xticks([place * unit for place in shown], [plain(place) for place in shown])

@@ -10,9 +10,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from irdscale.report.axes import INK, ORANGE, RED, blues, canvas, ink_on, plain_axis, shades
-from irdscale.report.numbers import plain, rounded
-from irdscale.utils.formats import count
+from irdscale.report.axes import INK, ORANGE, RED, blues, canvas, ink_on, plain, plain_axis, shades
+from irdscale.utils.formats import count, number
 
 if TYPE_CHECKING:
     from irdscale.report.facts import Facts
@@ -110,7 +109,7 @@ def mask_density(facts: Facts) -> Figure | None:
         for x, value in enumerate(row):
             if value == value:
                 ink = ink_on(colors(norm(float(f"{value:.2g}")))) if value > 0 else INK
-                axes.text(x, y, rounded(value), ha="center", va="center", fontsize=7.5, color=ink)
+                axes.text(x, y, number(value, 2), ha="center", va="center", fontsize=7.5, color=ink)
     axes.set_xticks(range(len(modules)), modules, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(facts.layers)), [str(layer) for layer in facts.layers])
     axes.set_ylabel("layer")
@@ -123,7 +122,7 @@ def equal_density(facts: Facts) -> str | None:
     shares = [share for row in facts.layers.values() for share in row.values()]
     if not shares or min(shares) == 0 or max(shares) > 1.05 * min(shares):
         return None
-    low, high = rounded(100 * min(shares)), rounded(100 * max(shares))
+    low, high = number(100 * min(shares), 2), number(100 * max(shares), 2)
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 

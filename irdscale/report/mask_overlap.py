@@ -15,8 +15,6 @@ from irdscale.utils.formats import percent
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 OTHER = "other"
-# Smallest change of a share that one decimal of a percentage point shows.
-SHOWN = 0.0005
 
 
 @dataclass(frozen=True)
@@ -144,18 +142,3 @@ def describe_overlap(overlap: Overlap, sizes: list[int]) -> str:
     if len(sizes) > 2:
         text += f", those of {sizes[0]:,} and {sizes[-1]:,} samples {percent(overlap.shares[0][len(sizes) - 1])}"
     return f"{text}; random masks would share {percent(overlap.chance)}. The smaller sets are subsets of the larger."
-
-
-def describe_layers(layers: list[Layer], sizes: list[int]) -> list[str]:
-    """A sentence on the layers that gain and lose most of the mask, if any gains more than rounding."""
-    most, least = max(layers, key=lambda row: row.gain), min(layers, key=lambda row: row.gain)
-    if len(layers) < 2 or most.gain < SHOWN:
-        return []
-    return [
-        f"From {sizes[0]:,} to {sizes[-1]:,} samples, {_named(most)} gains most of the mask "
-        f"({100 * most.gain:+.1f} percentage points) and {_named(least)} loses most ({100 * least.gain:+.1f})."
-    ]
-
-
-def _named(layer: Layer) -> str:
-    return "the rest outside the layers" if layer.name == OTHER else f"layer {layer.name}"

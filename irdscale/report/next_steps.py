@@ -9,6 +9,7 @@ from typing import Any
 from irdscale.report.commands import command
 from irdscale.report.statistics import ENOUGH_SEEDS, interval
 from irdscale.report.verdict import is_fish_mask
+from irdscale.utils.formats import counted
 
 
 def next_steps(result: Mapping[str, Any], output: Path) -> tuple[str, list[str]]:
@@ -81,7 +82,7 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
     low, high = (min(found), max(found)) if spread is None else spread[1:]
     if low > 0 and len(found) >= ENOUGH_SEEDS:
         return [f"The winner beats random samples beyond the chance of the seeds{shown}: use it."], []
-    sure = "" if len(found) >= ENOUGH_SEEDS else f", which {_seeds(len(found))} cannot prove"
+    sure = "" if len(found) >= ENOUGH_SEEDS else f", which {counted(len(found), 'seed')} cannot prove"
     if high < 0:
         text = f"Random samples gave the better mask{shown}{sure}: if a comparison confirms it, use one FISH mask of "
         text += "this size, which needs no search. Compare the methods"
@@ -136,7 +137,3 @@ def _beside(output: Path, name: str) -> Path:
     """A folder beside the output of the search."""
     absolute = output.absolute()
     return absolute.with_name(f"{absolute.name}-{name}")
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"

@@ -9,11 +9,10 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from irdscale.report.numbers import sized
 from irdscale.report.terms import as_html, as_markdown
 from irdscale.report.verdict import with_error
 from irdscale.utils.files import write_atomic
-from irdscale.utils.formats import count, duration, percent
+from irdscale.utils.formats import count, duration, number, percent
 
 # Pixels of a figure's file for one pixel of the page.
 _SCALE = 1.5
@@ -77,6 +76,13 @@ def score(value: float | None) -> str:
 def tested(entry: Mapping[str, Any]) -> str:
     """The test metric of a result's entry, with its standard error if known."""
     return with_error(entry["test_metric"], entry["test_error"], absent="failed")
+
+
+def sized(value: object) -> str:
+    """A label, length, loss or trace; a dash if unknown."""
+    if value is None:
+        return "–"
+    return count(value) if isinstance(value, int) else number(value) if isinstance(value, float) else str(value)
 
 
 def _markdown_cell(value: object) -> str:

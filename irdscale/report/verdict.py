@@ -45,11 +45,6 @@ def verdict(result: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def warnings(result: dict[str, Any]) -> list[str]:
-    """The warnings of the search."""
-    return [f"Warning: {text}" for text in result["warnings"]]
-
-
 def is_fish_mask(result: Mapping[str, Any]) -> bool:
     """Whether the samples of the winner's mask are a random draw: none of the pool was dropped, or by shuffling."""
     return bool(result["direction"] == "random" or result["best"]["samples"] == result["path"][0]["samples"])

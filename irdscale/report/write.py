@@ -16,8 +16,8 @@ from irdscale.report.pages import write_pages
 from irdscale.report.relations import by_chance
 from irdscale.report.sample_texts import class_name, label_word, with_texts
 from irdscale.report.terms import RELATIONS, of_search
-from irdscale.report.verdict import verdict, warnings
-from irdscale.utils.formats import percent
+from irdscale.report.verdict import verdict
+from irdscale.utils.formats import duration, percent
 
 CAPTIONS = {
     "metric": "Metric against trainable parameters; {better} is better. Candidates of one size are beside each other, "
@@ -27,8 +27,14 @@ CAPTIONS = {
     "density": "Share of each module's parameters in the winner's mask, in per cent, by layer.",
     "traces": "Fisher traces of the pool's samples, largest first; blue: samples of the winner's mask.",
     "overlap": "Shared entries of the masks of two sample sets, in per cent. Random masks share {chance}.",
-    "drift": "Change of each layer's share of the mask as samples are dropped; orange: smallest set.",
-    "cost": "Time by phase.",
+}
+# Part of a search's seconds -> its name.
+PARTS = {
+    "fisher": "Fisher passes and masks",
+    "train": "candidates",
+    "baseline": "baselines",
+    "test": "test split",
+    "total": "in total",
 }
 # With more seeds, tables have no column for each.
 MOST_SEEDS = 8
@@ -43,13 +49,13 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
     facts = gather(output)
     task = facts.result["task"]
     better = "smaller" if task["lower_is_better"] else "larger"
-    seeds = facts.result["config"]["search"]["seeds"]
+    seeds, spent = facts.result["config"]["search"]["seeds"], facts.result["seconds"]
     advice, commands = next_steps(facts.result, output)
     chance = percent(facts.analysis.overlap.chance) if facts.analysis.overlap else ""
     values = {
         "facts": facts,
         "result": facts.result,
-        "verdict": [*verdict(facts.result), *warnings(facts.result)],
+        "verdict": [*verdict(facts.result), *(f"Warning: {text}" for text in facts.result["warnings"])],
         "captions": {name: caption.format(better=better, chance=chance) for name, caption in CAPTIONS.items()},
         "terms": of_search(facts.result, len(facts.traces)),
         "measures": [RELATIONS[name] for name in dict.fromkeys(r.measure for r in facts.analysis.relations)],
@@ -62,6 +68,7 @@ def write_files(output: Path, samples: bool, progress: bool) -> dict[str, Any]:
         "lowest": with_texts(facts.analysis.lowest, facts.texts),
         "drivers": with_texts(facts.analysis.drivers.top if facts.analysis.drivers else [], facts.texts),
         "label": label_word(task["kind"]),
+        "times": ", ".join(f"{duration(spent[name])} {words}" for name, words in PARTS.items() if spent.get(name)),
         "seeds": seeds if len(seeds) <= MOST_SEEDS else [],
     }
     filters: dict[str, Callable[[Any], Any]] = {

@@ -120,7 +120,11 @@ def test_the_data_are_needed(verb: str, folder: Path, capsys: pytest.CaptureFixt
             "command line: compare.variants.x: search.ratio: ",
         ),
         ("plan", ["gpu=h100", "train.steps=3"], "gpu: found 'h100' (did you mean \"h100-80gb\"?)"),
-        ("plan", ["node=2"], 'node: unknown key (did you mean "nodes"?)'),
+        ("plan", ["node=2"], 'command line: node: unknown key (did you mean "nodes"?)'),
+        ("plan", ["gpus=2"], "command line: gpus: unknown key"),
+        ("plan", ["nodes=two"], "nodes: found 'two'; expected a number of at least 1"),
+        ("plan", ["nodes=0"], "nodes: found '0'; expected a number of at least 1"),
+        ("plan", ["nodes=1", "nodes=2"], "nodes: given twice"),
         (
             "search",
             ["learning_rate=1"],

@@ -22,6 +22,7 @@ from irdscale.bench.timing import figure
 from irdscale.cli import command_line, gpu_check
 from irdscale.config.loader import load_config
 from irdscale.distributed.ranks import end_rank
+from irdscale.search.ledger import FIELDS
 from tests.spawned import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +192,8 @@ def test_search_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         result = {"best": {"metric": metrics["best"]}, "baseline": {"base": {"metric": metrics["base"]}}}
         (folder / "result.json").write_text(json.dumps(result))
-        records = [{"seconds": s, "status": "ok"} for s in (3.0, 0.5, 0.6)] + [{"seconds": 9.0, "status": "failed"}]
+        ends = {3.0: "ok", 0.5: "ok", 0.6: "ok", 9.0: "failed"}
+        records = [dict.fromkeys(FIELDS) | {"seconds": s, "status": end, "key": str(s)} for s, end in ends.items()]
         (folder / "ledger.jsonl").write_text("".join("\n" + json.dumps(record) for record in records))
         return 0
 

@@ -99,10 +99,6 @@ def test_means_over_the_seeds(tmp_path: Path) -> None:
     assert found.sentences == [
         "For each of 3 seeds 8 samples were drawn, and ranked as for IRD; figures are means over the seeds.",
         f"The ranking is largely length in disguise: Spearman {sum(rhos) / 3:+.2f} with length.",
-        "25 % of the pool and 50 % of the first 2 in the ranking are altered.",
-        "Of 10 entries, the mask of the first 2 samples shares 66.7 % with that of all; the masks of all samples of "
-        "two seeds share 66.7 %, the rest depends on the draw of samples and the new head; random masks would share "
-        "10 %.",
     ]
 
 
@@ -112,8 +108,7 @@ def test_one_seed_has_no_range_and_no_other_draw(tmp_path: Path) -> None:
     found = progress_listener(tmp_path, given)
     assert [row[3] for row in found.rows] == ["-"] * len(found.rows)
     assert found.sentences[0] == "For one seed 8 samples were drawn, and ranked as for IRD."
-    assert "two seeds" not in " ".join(found.sentences)
-    assert "Altered" not in " ".join(found.sentences)
+    assert not [row[0] for row in found.rows if "two seeds" in row[0] or "altered" in row[0]]
 
 
 def test_a_relation_that_one_seed_does_not_show_is_weak(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from irdscale.compare.claims import claims_of
 from irdscale.compare.grid import wider_grid
 from irdscale.compare.table import rows
-from irdscale.compare.verdict import cost_and_gain, failures, notes, sentence_on, side
+from irdscale.compare.verdict import cost_and_gain, failures, notes, side
 from tests.compare.fake import around, study
 
 # Differences to IRD at turns 0 and 1 vary by seed, so that intervals have a width: 0.0086 on each side.
@@ -50,13 +50,9 @@ def test_a_lower_loss_is_a_gain() -> None:
     lower = study(losses, True)
     assert [claim["verdict"] for claim in claims_of(lower)] == ["holds", "holds"]
     assert [f"{claim['mean']:+.4f}" for claim in claims_of(lower)] == ["+0.0700", "+0.0400"]
-    assert "IRD is better for 5 of 5 seeds (difference -0.0700, 95 % interval -0.0" in sentence_on(
-        lower, lower["methods"][2]
-    )
     assert any("lower is better" in note for note in notes(lower))
     higher = study(losses)
     assert [claim["verdict"] for claim in claims_of(higher)] == ["contradicted", "contradicted"]
-    assert "IRD is worse for 5 of 5 seeds" in sentence_on(higher, higher["methods"][2])
 
 
 def test_the_cost() -> None:
@@ -103,19 +99,7 @@ def test_one_seed_says_nothing() -> None:
     one = study({"ird": [0.7], "fish_best": [0.6], "fish": [0.6]})
     assert [claim["verdict"] for claim in claims_of(one)] == ["too few seeds"] * 2
     assert not any(said in cost_and_gain(one) for said in (UNKNOWN, NOTHING))
-    assert sentence_on(one, one["methods"][1]) == (
-        "FISH, best of draws: accuracy 0.6000 (1 seed); difference +0.1000, and one seed cannot tell a difference "
-        "from chance."
-    )
     assert any(note.startswith("One seed gives no intervals") for note in notes(one))
-
-
-def test_sentences() -> None:
-    found = study({"ird": IRD, "reverse": NEAR, "full": FAR})
-    ird, reverse, full = (sentence_on(found, method) for method in found["methods"])
-    assert ird == "IRD: accuracy 0.7000 (0.6954 to 0.7046, 5 seeds), the reference."
-    assert "it cannot be told apart from IRD (difference +0.0010, 95 % interval -0.00" in reverse
-    assert "IRD is better for 5 of 5 seeds (difference +0.0500, 95 % interval +0.04" in full
 
 
 def test_failures_are_told() -> None:
@@ -124,16 +108,13 @@ def test_failures_are_told() -> None:
         "IRD, seed 1: TrainingError: the loss is nan <b>",
         *(f"full fine-tuning, seed {seed}: TrainingError: the loss is nan <b>" for seed in range(3)),
     ]
-    assert sentence_on(found, found["methods"][2]) == "full fine-tuning: no test metric, because every seed failed."
-    assert sentence_on(found, found["methods"][1]).endswith("and 2 seeds cannot tell a difference from chance.")
     assert [claim["verdict"] for claim in claims_of(found)] == ["too few seeds"]
-    assert not any("interval" in said for said in (cost_and_gain(found), sentence_on(found, found["methods"][1])[40:]))
+    assert "interval" not in cost_and_gain(found)
 
 
 def test_a_reference_that_failed() -> None:
     found = study({"ird": [None] * 5, "fish": FAR})
     assert cost_and_gain(found) == "IRD failed for every seed, so there is no comparison."
-    assert sentence_on(found, found["methods"][1]).endswith("; no seed finished for both it and IRD.")
 
 
 def test_another_reference() -> None:

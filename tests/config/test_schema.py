@@ -37,10 +37,6 @@ def message(*overrides: str) -> str:
             "compare.methods: found 'lorra' (did you mean \"lora\"?); expected one of ird",
         ),
         ("compare.lora.rank=0", "compare.lora.rank: found 0; expected an integer >= 1, or auto"),
-        (
-            "compare={lora: {rank: 2}, lora_rank: 2}",
-            "compare.lora_rank: found both lora_rank and lora; expected lora.rank",
-        ),
         ("compare.learning_rates=[1e-3, -1]", "compare.learning_rates.1: found -1; expected a number > 0"),
         (
             "compare.learning_rates={ird: [1e-3], lora: [1e-4, 1e-3]}",
@@ -205,7 +201,3 @@ def test_learning_rates_of_a_method_are_those_of_what_it_varies() -> None:
     names = ("ird", "lora", "rslora", "big", "small", "full")
     assert [found.rates_of(name) for name in names] == [[1e-2], [1e-3], [1e-3], [1e-4], [1e-3], [1e-1]]
     assert CompareConfig.model_validate({"learning_rates": [1, 0.5]}).rates_of("ird") == [1, 0.5]
-
-
-def test_the_rank_of_an_older_configuration_is_read() -> None:
-    assert CompareConfig.model_validate({"lora_rank": 3}) == CompareConfig.model_validate({"lora": {"rank": 3}})

@@ -105,7 +105,9 @@ def test_a_mask_and_matrices_are_trained_together(tmp_path: Path) -> None:
 
 def test_dense_methods_train_what_they_say_and_come_back_from_disk(tmp_path: Path) -> None:
     methods = ["lora", "dora", "shira", "bitfit", "linear_probe", "full"]
-    path = write_config(tmp_path, train__steps=2, compare={"methods": methods, "reference": "full", "lora_rank": 2})
+    path = write_config(
+        tmp_path, train__steps=2, compare={"methods": methods, "reference": "full", "lora": {"rank": 2}}
+    )
     config = load_config(path)
     task, output = load_task(config), tmp_path / "out"
     facts = model_facts(config, task, output, True)

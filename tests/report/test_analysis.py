@@ -68,8 +68,7 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
         "Of their 40 entries, the masks of neighbouring sample sets share 97.5 %; random masks would share 8.33 %"
         in (html)
     )
-    assert "An altered sample ranks above another with probability 1.00" in html
-    assert "12.5 % of the pool and 25 % of the smallest set, of 16 samples" in html
+    assert ["32", "12.5 %"] in rows
     assert ["16", "25 %"] in rows
     assert ["31", "6.06 %", "32", "8", "15.5", "1"] in rows, "row, share of the traces, trace, length, loss, label"
     assert ["0", "16", "16"] in rows, "class, samples, mean trace"
@@ -80,9 +79,8 @@ def test_the_section_of_a_report(tmp_path: Path) -> None:
     rho = stats.spearmanr(range(32), [5 + i % 7 for i in range(32)]).statistic
     assert f"| length | Spearman | {rho:+.2f} | ±0.35 |" in markdown
     assert "2 of the 32 samples behind the winner's mask hold half" in markdown
-    for name in ("overlap", "drift"):
-        assert f"(figures/{name}.png)" in markdown
-        assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "(figures/overlap.png)" in markdown
+    assert (tmp_path / "figures/overlap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_drivers_of_another_mask(tmp_path: Path) -> None:

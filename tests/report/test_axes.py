@@ -10,6 +10,7 @@ from irdscale.report.axes import (
     broken,
     canvas,
     luminance,
+    plain,
     plain_axis,
     shades,
     side_by_side,
@@ -17,7 +18,8 @@ from irdscale.report.axes import (
     value_ranges,
     without_far,
 )
-from irdscale.report.numbers import plain, rounded, sized
+from irdscale.report.pages import sized
+from irdscale.utils.formats import number
 
 CLOSE = [0.70, 0.71, 0.72, 0.74, 0.75]
 
@@ -39,7 +41,7 @@ def test_numbers_are_written_in_full(value: float, text: str) -> None:
 
 
 def test_rounded_numbers_have_no_exponent() -> None:
-    assert (rounded(123456.0), rounded(0.0000123), rounded(99.7)) == ("120,000", "0.000012", "100")
+    assert (number(12.34, 2), number(0.0000123, 2), number(99.7, 2)) == ("12", "0.000012", "100")
     assert (sized(None), sized(1234), sized(0.123456), sized("a class")) == ("–", "1,234", "0.1235", "a class")
 
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from irdscale.report import write_report
 from irdscale.report.axes import luminance
 from irdscale.report.facts import Facts, gather
-from irdscale.report.figures import cost, layer_drift, metric_by_parameters, trace_distribution
+from irdscale.report.figures import metric_by_parameters, trace_distribution
 from irdscale.report.heat_maps import equal_density, mask_density, mask_overlap, path_of_rounds
 from tests.report.fake import write_output
 
@@ -96,7 +96,7 @@ def ticks(figure: Any) -> Iterator[str]:
 
 def test_ticks_are_plain_numbers(facts: Facts) -> None:
     wide = replace(facts, traces=[(10.0**-i, i < 4) for i in range(8)])
-    for figure in (metric_by_parameters(facts), trace_distribution(wide), mask_density(facts), cost(facts)):
+    for figure in (metric_by_parameters(facts), trace_distribution(wide), mask_density(facts)):
         assert figure is not None
         found = list(ticks(figure))
         assert any(found)
@@ -126,12 +126,7 @@ def test_figures_with_nothing_to_show_are_left_out(facts: Facts) -> None:
     assert path_of_rounds(alone) is None
     bare = {"fish_random": {**facts.result["baseline"]["fish_random"], "metric": None}}
     assert metric_by_parameters(with_result(alone, baseline=bare)) is None
-    assert cost(with_result(facts, seconds={"train": 3.0, "test": 0.0, "total": 3.0})) is None
-    analysis = facts.analysis
-    assert mask_overlap(replace(facts, analysis=replace(analysis, overlap=None))) is None
-    for share, shown in ((0.2002, False), (0.202, True)):
-        moved = [replace(layer, shares=[0.2, share]) for layer in analysis.layers]
-        assert (layer_drift(replace(facts, analysis=replace(analysis, layers=moved))) is not None) == shown
+    assert mask_overlap(replace(facts, analysis=replace(facts.analysis, overlap=None))) is None
 
 
 def test_a_report_names_no_figure_that_is_left_out(tmp_path: Path) -> None:
