@@ -116,6 +116,10 @@ def language_samples(
     if cut is not None:
         pieces = Counter(sample.row for sample in samples)
         cut += [sample.row for sample in samples if sample.cut or pieces[sample.row] > 1]
+    return datasets.Dataset(_table(kind, samples))
+
+
+def _table(kind: Kind, samples: Sequence[_Sample]) -> pa.Table:
     arrays: dict[str, pa.Array] = {
         "input_ids": pa.array([sample.input_ids for sample in samples], _TOKENS),
         "labels": pa.array([sample.labels for sample in samples], _TOKENS),
@@ -130,7 +134,7 @@ def language_samples(
     if kind == "multiple-choice":
         arrays["choices"] = pa.array([[ids for ids, _ in s.choices] for s in samples], pa.list_(_TOKENS))
         arrays["choice_prompts"] = pa.array([[prompt for _, prompt in s.choices] for s in samples], _TOKENS)
-    return datasets.Dataset(pa.table(arrays))
+    return pa.table(arrays)
 
 
 def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
