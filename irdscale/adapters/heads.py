@@ -72,12 +72,20 @@ def adapter_head(folder: Path | str) -> HeadClasses | None:
     """
     folder = find_adapter(folder)
     meta = read_json(folder / "adapter.json", "adapter")
-    head = read_head(meta.get("head") if isinstance(meta, dict) else None, folder)
-    made_with = meta.get("config") if isinstance(meta, dict) else None
-    counted = made_with.get("counted") if isinstance(made_with, dict) else None
+    head, counted = read_head(_value(meta, "head"), folder), _value(_value(meta, "config"), "counted")
     if head is None:
         return None
     return replace(head, counted=tuple(map(str, counted)) if isinstance(counted, list) else head.names)
+
+
+def adapter_seed(folder: Path) -> int | None:
+    """The seed of an adapter's training, by which a new head was initialised; None if unknown."""
+    seed = _value(_value(read_json(folder / "adapter.json", "adapter"), "config"), "seed")
+    return seed if isinstance(seed, int) else None
+
+
+def _value(stored: Any, key: str) -> Any:
+    return stored.get(key) if isinstance(stored, dict) else None
 
 
 def check_head(model: nn.Module, head: HeadClasses | None, changed: Mapping[str, Any] | None = None) -> None:

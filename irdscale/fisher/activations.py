@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from irdscale.config.schema import Score
-from irdscale.distributed.ranks import all_reduce_sum, failing_together, largest_of, rank_and_world, same_on_every_rank
-from irdscale.distributed.watchdog import watched
-from irdscale.distributed.zero3 import gathering
+from irdscale.distributed.ranks import all_reduce_sum, rank_and_world, same_on_every_rank
 from irdscale.errors import InputError
-from irdscale.fisher.capture import frozen, holders
+from irdscale.fisher.capture import holders
 from irdscale.fisher.diagonal import Layout
 from irdscale.fisher.memory_check import check_memory
 from irdscale.fisher.passes import SampleGradients
@@ -70,15 +68,8 @@ def input_sizes(
     check_memory(samples.shapes, dtype, layout, samples.device, offload)
     inputs = _Inputs(samples, score, dtype)
     losses_N = torch.zeros(len(samples.dataset), dtype=torch.float64)
-    # The smallest size of all ranks, since all must divide the samples alike.
-    together = 1 if samples.loss.uses_own else -largest_of([-samples.fitting])[0]
-    # Ranks of a partitioned model agree inside a pass.
-    agreeing = nullcontext() if samples.loss.partitioned else failing_together()
     shown = bar("Activations", max(sizes), enabled=progress and rank_and_world()[0] == 0)
-    held = (watched(), gathering(samples.model), frozen(samples.model), torch.no_grad(), agreeing, inputs)
-    with ExitStack() as stack, shown as advance:
-        for each in held:
-            stack.enter_context(each)
+    with shown as advance, samples.forward_only(samples.loss) as together, inputs:
         inputs.try_two(samples, order)
         found = _totals(samples, order, sizes, inputs, losses_N, together, advance)
     all_reduce_sum([losses_N, *(total_C for totals in found.values() for total_C in totals.values())])

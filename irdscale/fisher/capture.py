@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from irdscale.fisher.quantized import QuantizedTerms
 from irdscale.fisher.rules import ModuleCall, Rule, rule_for
 from irdscale.fisher.terms import Dense, Term
 from irdscale.utils.quantized import is_quantized
@@ -68,10 +67,13 @@ class Capture:
     `forward` runs the model. Each `backward` then calls `arrived(name, terms)` once for each scored parameter that the
     loss depends on, as soon as all its uses are behind. With gradient checkpointing, layers keep only their inputs and
     run again in the backward pass.
+
+    Args:
+        recompute: whether layers run again; False keeps all activations
     """
 
-    def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter], recompute: bool = True) -> None:
+        self._model, self._recompute = model, recompute
         self._arrived: Arrived = lambda name, terms: None
         self._held = holders(model, scored)
         self._rules: dict[nn.Module, Rule] = {}
@@ -92,7 +94,7 @@ class Capture:
         for module in self._held:
             handle = module.register_forward_hook(self._on_forward, with_kwargs=True)
             self._cleaning.callback(handle.remove)
-        layers = checkpointed_layers(self._model)
+        layers = checkpointed_layers(self._model) if self._recompute else []
         for layer in layers:
             vars(layer)["forward"] = partial(_recomputed, layer.forward)
             self._cleaning.callback(vars(layer).pop, "forward")
@@ -167,14 +169,14 @@ class Capture:
 class SampleCapture:
     """Gradients of one sample at a time by autograd, delivered like those of `Capture`; exact for any model.
 
-    Those of quantised weights come from `QuantizedTerms`.
+    Autograd computes none of quantised weights, whose gradients are outer products of their linear layers. For one
+    sample this rule is exact whatever else the model does: all tokens that a layer sees are the sample's.
     """
 
     def __init__(self, model: nn.Module, scored: dict[str, nn.Parameter]) -> None:
         quantized = {name: p for name, p in scored.items() if is_quantized(p)}
-        self._model = model
         self._scored = {name: p for name, p in scored.items() if name not in quantized}
-        self._quantized = QuantizedTerms(holders(model, quantized), lambda name, terms: self._arrived(name, terms))
+        self._quantized = Capture(model, quantized, recompute=False)
         self._arrived: Arrived = lambda name, terms: None
         self._cleaning = ExitStack()
 
@@ -192,16 +194,12 @@ class SampleCapture:
 
     def forward(self, inputs: dict[str, Any], size: int) -> Any:
         """Run the model on one sample."""
-        self._quantized.begin_forward()
-        return self._model(**inputs)
+        return self._quantized.forward(inputs, size)
 
     def backward(self, loss_1: Tensor, arrived: Arrived, *, retain_graph: bool = False) -> None:
         """Back-propagate the sample's loss and deliver every parameter's gradient as soon as it is complete."""
         self._arrived = arrived
-        self._quantized.begin_backward()
-        if loss_1.requires_grad:
-            loss_1.sum().backward(retain_graph=retain_graph)
-        self._quantized.end_backward()
+        self._quantized.backward(loss_1, arrived, retain_graph=retain_graph)
 
     def _deliver(self, name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

@@ -26,7 +26,7 @@ from irdscale.utils.files import digest, read_json, read_tensors, write_by, writ
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 SUM = "sum/"
 # Named in errors.
 WHAT = "state of a Fisher pass (all ranks share its folder)"

@@ -2,12 +2,19 @@
 
 Every sample set of a search is a prefix of one ranking, so one pass over the ranked samples gives the scores (the
 Fisher information, by default) of every prefix. Every smaller mask is a prefix of the ranked entries.
+
+If the sums of all parameters do not fit in memory together, each group of parameters takes a pass of its own, with its
+gradients alone. A group is a run of parameters in the model's order, such as some of its layers. Its sums equal those
+of one pass over all parameters bit for bit.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +28,9 @@ from irdscale.fisher.checkpoint import SavedPass
 from irdscale.fisher.diagonal import Fisher, Layout
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.scores import OF_INPUTS, entry_scores, summed
-from irdscale.masks.mask import Ranking, rank_entries
+from irdscale.masks.mask import Candidates, Ranking, candidates_of, rank_entries, ranking_of
+
+log = logging.getLogger(__name__)
 
 
 def rank_samples(values: Tensor, direction: str, seed: int) -> list[int]:
@@ -48,12 +57,11 @@ def ranked_entries_by_prefix(
     *,
     score: Score = "fisher",
     scope: Scope = "global",
-    dtype: torch.dtype = torch.float32,
-    layout: Layout = "replicated",
-    offload: bool = False,
+    groups: Sequence[Sequence[str]] = (),
     traces: Tensor | None = None,
     progress: bool = False,
-    saved: SavedPass | None = None,
+    saved: Sequence[SavedPass] = (),
+    **options: Any,
 ) -> dict[int, Ranking]:
     """For each s in `sizes`, the k entries with the largest scores over the first s ordered samples.
 
@@ -63,47 +71,69 @@ def ranked_entries_by_prefix(
 
     Args:
         scope: `global`, or `layerwise`, in proportion to each parameter's size (see `rank_entries`)
-        layout, offload: options of the sums, as in `accumulate_fisher`
+        groups: names of the scored parameters in groups, in their order, each of which takes a pass of its own
         traces: float64 [N], to which each visited sample's Fisher trace is added
-        saved: saves the state of the pass and its finished rankings
+        saved: saves the state of the pass, or of each group's, and its finished rankings
+        options: `dtype`, `layout` and `offload` of the sums, as in `accumulate_fisher`
     """
-    add = summed(score)
-    layout = layout if rank_and_world()[1] > 1 else "replicated"
-    options: dict[str, Any] = {"dtype": dtype, "layout": layout, "offload": offload}
-    if add is None:
+    options |= {"layout": options.get("layout", "replicated") if rank_and_world()[1] > 1 else "replicated"}
+    if summed(score) is None:
         if traces is not None:
             samples.add_traces(order[: max(sizes)], traces, progress=progress)
         if score in OF_INPUTS:
             of = input_sizes(samples, order, sizes, score, progress=progress, **options)
-            return {size: _ranking(samples, score, of[size], layout, k, scope) for size in sizes}
-        return dict.fromkeys(sizes, _ranking(samples, score, {}, layout, k, scope))
+            return {s: rank_entries(_scores(samples, score, of[s], **options), k, scope) for s in sizes}
+        return dict.fromkeys(sizes, rank_entries(_scores(samples, score, {}, **options), k, scope))
+    found: dict[int, list[Candidates]] = {size: [] for size in sizes}
+    ranked = partial(candidates_of, k=k, scope=scope, shapes=samples.shapes)
+    if len(groups) < 2:
+        groups = [list(samples.scored)]
+    elif rank_and_world()[0] == 0:
+        log.info("fisher.passes: %d passes over the samples, each with the sums of some parameters", len(groups))
+    states: Sequence[SavedPass | None] = saved or [None] * len(groups)
+    for place, (names, state) in enumerate(zip(groups, states, strict=True)):
+        part, description = samples, "Masks"
+        if len(groups) > 1:
+            part = replace(samples, scored={name: samples.scored[name] for name in names}, taken=0)
+            description = f"Masks {place + 1}/{len(groups)}"
+        run = {"traces": traces, "progress": progress, "description": description}
+        for size, candidates in _candidates(part, order, sizes, score, ranked, options, state, **run).items():
+            found[size].append(candidates)
+        samples.taken += part.taken if part is not samples else 0
+    for one in saved if len(groups) > 1 else ():
+        one.remove()
+    return {size: ranking_of(found.pop(size), k, scope, samples.shapes) for size in sizes}
+
+
+def _candidates(
+    samples: SampleGradients,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    score: Score,
+    ranked: Callable[[Fisher], Candidates],
+    options: dict[str, Any],
+    saved: SavedPass | None,
+    **run: Any,
+) -> dict[int, Candidates]:
+    """The candidates at each size of sample sets, from one accumulation pass."""
+    add = summed(score)
+    assert add is not None, "a score that reads no samples has no sums"
     sums = new_sums(samples, order, add=add, **options)
-    rankings: dict[int, Ranking] = {}
+    found: dict[int, Candidates] = {}
 
     def snapshot(size: int) -> None:
-        ranking = rankings[size] = _ranking(samples, score, sums.tensors, layout, k, scope)
+        found[size] = ranked(_scores(samples, score, sums.tensors, **options))
         if saved is not None:
-            saved.save_result(f"ranking-{size}", {"parameter": ranking.parameter, "index": ranking.index})
+            saved.save_result(f"candidates-{size}", found[size].tensors())
 
-    samples.accumulate(
-        order[: max(sizes)],
-        sums,
-        traces,
-        boundaries=sizes,
-        at_boundary=snapshot,
-        progress=progress,
-        description="Masks",
-        saved=saved,
-    )
+    samples.accumulate(order[: max(sizes)], sums, boundaries=sizes, at_boundary=snapshot, saved=saved, **run)
     for size in sizes:
-        if size not in rankings:
+        if size not in found:
             assert saved is not None, "only a continued pass skips a boundary"
-            rankings[size] = Ranking(**saved.load_result(f"ranking-{size}"), shapes=samples.shapes)
-    return rankings
+            found[size] = Candidates.of_tensors(saved.load_result(f"candidates-{size}"))
+    return found
 
 
-def _ranking(
-    samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, k: int, scope: Scope
-) -> Ranking:
+def _scores(samples: SampleGradients, score: Score, sums: dict[str, Tensor], layout: Layout, **_: Any) -> Fisher:
     scores = entry_scores(score, samples.scored, sums, samples.seed, layout)
-    return rank_entries(Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, samples.shapes), k, scope)
+    return Fisher(scores, torch.zeros(0, dtype=torch.float64), 0, layout, samples.shapes)

@@ -168,16 +168,22 @@ class SampleGradients:
             if places:
                 found.add(places, loss_B)
 
-        # The smallest size of all ranks, since all must divide the samples alike.
-        fitting = 1 if by_label.uses_own else -largest_of([-self.fitting])[0]
-        # Ranks of a partitioned model agree inside a pass.
-        agreeing = nullcontext() if self.loss.partitioned else failing_together()
-        with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
+        with self.forward_only(by_label) as fitting:
             shared_batches(self.model, lengths, fitting, measure)
             found.read()
         all_reduce_sum([losses_N])
         self.loss.check_finite(range(len(losses_N)), losses_N)
         return losses_N
+
+    @contextmanager
+    def forward_only(self, loss: SampleLoss) -> Iterator[int]:
+        """The model ready for forward passes inside; yields the samples in a batch, the same number on all ranks."""
+        # The smallest size of all ranks, since all must divide the samples alike.
+        fitting = 1 if loss.uses_own else -largest_of([-self.fitting])[0]
+        # Ranks of a partitioned model agree inside a pass.
+        agreeing = nullcontext() if loss.partitioned else failing_together()
+        with watched(), gathering(self.model), frozen(self.model), torch.no_grad(), agreeing:
+            yield fitting
 
     def arrival_order(self, index: int) -> list[str]:
         """The scored names in the order in which a backward pass delivers them, the same on every rank."""

@@ -17,7 +17,7 @@ from irdscale.errors import InputError
 from irdscale.fisher.accumulate import scored_parameters
 from irdscale.fisher.activations import of_linear_layers
 from irdscale.fisher.checkpoint import SavedPass
-from irdscale.fisher.groups import groups_for, ranked_by_groups
+from irdscale.fisher.memory_check import groups_for
 from irdscale.fisher.nested import rank_samples, ranked_entries_by_prefix
 from irdscale.fisher.passes import SampleGradients
 from irdscale.fisher.scores import OF_INPUTS, summed
@@ -150,15 +150,14 @@ def ranked_entries(
     **more: Any,
 ) -> dict[int, Ranking]:
     """`ranked_entries_by_prefix` by a configuration; `name` is that of the pass's saved state."""
-    options = {**pass_options(config), **more}
+    options, names, groups = {**pass_options(config), **more}, [name], list[list[str]]()
     if config.fisher.passes != 1 and summed(config.fisher.score) is not None:
         # Checks of the ranks' work, and a choice of how to take batches, come before the free memory is read.
         samples.prepare(order)
         groups = groups_for(samples, config.fisher.passes, options["dtype"], options["layout"], options["offload"])
-        if len(groups) > 1:
-            parts = [saved_pass(config, f"{name}-part-{place}") for place in range(len(groups))]
-            return ranked_by_groups(samples, order, sizes, k, groups, saved=parts, **options)
-    return ranked_entries_by_prefix(samples, order, sizes, k, saved=saved_pass(config, name), **options)
+        names = names if len(groups) == 1 else [f"{name}-part-{place}" for place in range(len(groups))]
+    saved = [saved_pass(config, each) for each in names]
+    return ranked_entries_by_prefix(samples, order, sizes, k, groups=groups, saved=saved, **options)
 
 
 def saved_pass(config: RunConfig, name: str) -> SavedPass:

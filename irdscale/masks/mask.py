@@ -1,8 +1,9 @@
-"""Masks: the entries of the parameters that are trained."""
+"""Masks: the entries of the parameters that are trained, and rankings, whose prefixes are masks."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from irdscale.config.schema import Scope
-from irdscale.distributed.ranks import all_reduce_sum, gather_texts
+from irdscale.distributed.ranks import gather_texts
 from irdscale.errors import InputError
 from irdscale.masks.topk import Chosen, Slice, check_scores, largest, largest_of_checked, read
 from irdscale.utils.files import read_tensors, read_versioned, write_folder, write_json
@@ -128,13 +129,14 @@ def top_k(fisher: Fisher, k: int, scope: Scope = "global") -> Mask:
     """
     if scope == "layerwise":
         return rank_entries(fisher, k, scope).prefix(k)
-    _check_k(fisher, k)
-    chosen, shapes = largest(fisher.slices(), k, fisher.layout == "sharded"), fisher.shapes
+    shapes = fisher.shapes
+    _check_k(shapes, k)
+    chosen = largest(fisher.slices(), k, fisher.layout == "sharded")
     return Mask({name: _stored(entries.index, shapes[name]) for name, entries in chosen.items()}, shapes)
 
 
-def _check_k(fisher: Fisher, k: int) -> None:
-    total = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
+def _check_k(shapes: dict[str, tuple[int, ...]], k: int) -> None:
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
     if not 0 <= k <= total:
         raise InputError(f"found k = {k}", f"0 to {total}, the number of scored entries", "top_k")
 
@@ -177,39 +179,90 @@ def rank_entries(fisher: Fisher, k: int, scope: Scope = "global") -> Ranking:
             largest count as 0, so that the entries of a parameter without gradient (a key's bias) do not depend on the
             number of ranks.
     """
-    _check_k(fisher, k)
-    shapes = fisher.shapes
+    return ranking_of([candidates_of(fisher, k, scope, fisher.shapes)], k, scope, fisher.shapes)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Entries of a group of parameters that may be among the first k of all groups.
+
+    The scores of one group after another need less memory than all scores together.
+
+    Attributes:
+        chosen: name -> entries of that parameter, sorted by flat index
+        largest: largest score of the group; 0 unless ranked layerwise
+    """
+
+    chosen: dict[str, Chosen]
+    largest: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The candidates as tensors by name, for a file."""
+        found = {"largest": torch.tensor(self.largest, dtype=torch.float64)}
+        for name, entries in self.chosen.items():
+            found |= {f"index.{name}": entries.index, f"scores.{name}": entries.scores.contiguous()}
+        return found
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> Candidates:
+        """The candidates that `tensors` returned."""
+        names = [key.removeprefix("index.") for key in tensors if key.startswith("index.")]
+        chosen = {name: Chosen(tensors[f"index.{name}"], tensors[f"scores.{name}"]) for name in names}
+        return cls(chosen, float(tensors["largest"]))
+
+
+def candidates_of(fisher: Fisher, k: int, scope: Scope, shapes: dict[str, tuple[int, ...]]) -> Candidates:
+    """The candidates of one group; collective if its scores are sharded.
+
+    Args:
+        fisher: scores of the group's parameters
+        shapes: name -> shape of every scored parameter of all groups
+
+    Raises:
+        InputError: k is not within 0 and the number of entries, or a score is NaN, infinite or negative (named).
+    """
+    _check_k(shapes, k)
+    shared, pieces = fisher.layout == "sharded", fisher.slices()
     if scope == "global":
-        chosen = largest(fisher.slices(), k, fisher.layout == "sharded")
-        keys = [entries.scores for entries in chosen.values()]
-    else:
-        chosen = _largest_of_each(fisher, k)
-        keys = [-positions_of(entries.scores, torch.Size(shapes[name]).numel()) for name, entries in chosen.items()]
-    if not chosen:
+        own = sum(torch.Size(shape).numel() for shape in fisher.shapes.values())
+        return Candidates(largest(pieces, min(k, own), shared), 0.0)
+    check_scores(pieces, shared)
+    counts, chosen = counts_within(k, shapes), dict[str, Chosen]()
+    for name, piece in pieces.items():
+        chosen |= largest_of_checked({name: piece}, counts[name], shared)
+    return Candidates(chosen, largest_score(pieces, shared))
+
+
+def ranking_of(groups: Sequence[Candidates], k: int, scope: Scope, shapes: dict[str, tuple[int, ...]]) -> Ranking:
+    """The first k entries of all groups in descending order, as `rank_entries` ranks all scores together."""
+    found = {name: entries for group in groups for name, entries in group.chosen.items()}
+    if scope == "layerwise":
+        floor = ROUNDING * max((group.largest for group in groups), default=0.0)
+        found = {name: _cleared(entries, floor) for name, entries in found.items()}
+    keys, parameters, indices = [], [], []
+    for place, (name, shape) in enumerate(shapes.items()):
+        if name in found:
+            entries, numel = found[name], torch.Size(shape).numel()
+            keys.append(-positions_of(entries.scores, numel) if scope == "layerwise" else entries.scores)
+            parameters.append(torch.full_like(entries.index, place))
+            indices.append(entries.index)
+    if not keys:
         none = torch.zeros(0, dtype=torch.int64)
         return Ranking(none, none, shapes)
-    places = {name: place for place, name in enumerate(shapes)}
     order = torch.cat(keys).sort(descending=True, stable=True).indices[:k]
-    parameter = torch.cat([torch.full_like(entries.index, places[name]) for name, entries in chosen.items()])
-    return Ranking(parameter[order], torch.cat([entries.index for entries in chosen.values()])[order], shapes)
+    return Ranking(torch.cat(parameters)[order], torch.cat(indices)[order], shapes)
 
 
-def _largest_of_each(fisher: Fisher, k: int) -> dict[str, Chosen]:
-    """The largest entries of every parameter, as many as the first k by position can contain."""
-    counts = counts_within(k, fisher.shapes)
-    shared, pieces = fisher.layout == "sharded", fisher.slices()
-    check_scores(pieces, shared)
-    floor = ROUNDING * largest_score(pieces, shared)
-    real_P = read([(piece.scores >= floor).sum() for piece in pieces.values()], torch.int64)
-    if shared:
-        all_reduce_sum([real_P])
-    chosen: dict[str, Chosen] = {}
-    for (name, piece), real in zip(pieces.items(), real_P.tolist(), strict=True):
-        # The scores are copied only if rounding errors would be among the largest.
-        if real < counts[name]:
-            piece = Slice(piece.start, piece.scores.where(piece.scores >= floor, 0))
-        chosen |= largest_of_checked({name: piece}, counts[name], shared)
-    return chosen
+def _cleared(entries: Chosen, floor: float) -> Chosen:
+    """As many entries of the parameter as given, with those below `floor` replaced by its first ones, of score 0."""
+    kept = entries.scores >= floor
+    index, scores, missing = entries.index[kept], entries.scores[kept], int((~kept).sum())
+    if not missing:
+        return entries
+    first = torch.arange(len(entries.index))
+    fill = first[~torch.isin(first, index)][:missing]
+    index, order = torch.cat([index, fill]).sort()
+    return Chosen(index, torch.cat([scores, scores.new_zeros(missing)])[order])
 
 
 def counts_within(k: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:

@@ -17,9 +17,8 @@ from irdscale.errors import InputError
 from irdscale.models.checks import padding_matters, uneven_rows
 from irdscale.models.classes import HeadClasses, are_placeholders, names_of
 from irdscale.models.dequantised import checkpoint_folder, settings_folder
-from irdscale.models.places import is_gguf, resolve_model_path
+from irdscale.models.places import WEIGHT_FILES, is_gguf, resolve_model_path
 from irdscale.models.quantize import after_loading, quantizing
-from irdscale.models.weight_files import WEIGHT_FILES
 from irdscale.utils.hub import hub_access, one_line, quiet
 
 if TYPE_CHECKING:

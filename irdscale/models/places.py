@@ -10,6 +10,13 @@ from irdscale.errors import InputError
 from irdscale.utils.hub import hub_access, is_hub_id, one_line
 from irdscale.utils.suggestions import nearest
 
+# Names of the files that hold a checkpoint's weights, in the order of transformers, which loads the first that exists.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 PACKAGE = "package:"
 GGUF = ".gguf"
 

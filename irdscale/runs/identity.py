@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from irdscale.config.schema import ModelConfig
 from irdscale.errors import InputError
 from irdscale.models.dequantised import file_hash
-from irdscale.models.places import find_gguf, is_gguf, resolve_model_path
-from irdscale.models.weight_files import WEIGHT_FILES
+from irdscale.models.places import WEIGHT_FILES, find_gguf, is_gguf, resolve_model_path
 from irdscale.utils.files import digest
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ Each record begins with a newline, so a line torn by a crash does not damage the
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -68,21 +67,27 @@ def read_ledger(path: Path | str) -> list[dict[str, Any]]:
 
 
 class Ledger:
-    """The ledger of one output folder; collective. Rank 0 writes and holds the lock, every rank has the records.
+    """The ledger of one output folder; collective. Rank 0 writes, every rank has the records.
+
+    The folder's lock (`irdscale.runs.folder.held`) keeps other processes from writing it.
 
     Attributes:
         records: all records in order.
         finished: key -> record with status ok.
 
     Raises:
-        InputError: another process has the file open, or a record is damaged.
+        InputError: a record is damaged.
+        RunError: the file cannot be written.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path, self._descriptor, own = Path(path), None, list[dict[str, Any]]()
-        with failing_together():
+        with failing_together(), writing(self.path):
             if rank_and_world()[0] == 0:
-                self._descriptor, own = _locked(self.path)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                own = read_ledger(self.path)
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                fsync_folder(self.path.parent)
         self.records: list[dict[str, Any]] = broadcast_json(own)
         self.finished = {record["key"]: record for record in self.records if record["status"] == "ok"}
 
@@ -118,20 +123,3 @@ class Ledger:
         self.records.append(record)
         if finished:
             self.finished[record["key"]] = record
-
-
-def _locked(path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """The descriptor of a ledger locked for appending, and its records."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        fsync_folder(path.parent)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor, read_ledger(path)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise InputError("another irdscale is writing it", "one at a time", where=path) from None
-    except InputError:
-        os.close(descriptor)
-        raise

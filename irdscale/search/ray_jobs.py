@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from irdscale.cluster.worker import SupervisorClient
 from irdscale.config.schema import RunConfig, training_steps
+from irdscale.distributed.ranks import rank_and_world
 from irdscale.search.candidates import Candidate, records_of, run_candidate
-from irdscale.search.curves import curves
 from irdscale.tasks import load_task
 from irdscale.training.base_model import KeptBase, keeping
 from irdscale.training.control import Control, Paused, SmoothedLoss
@@ -44,6 +45,26 @@ def rungs(config: RunConfig, steps: int) -> frozenset[int]:
         found.add(rung)
         rung *= config.search.ray.reduction_factor
     return frozenset(found)
+
+
+@contextmanager
+def _curves(folder: Path) -> Iterator[Callable[..., None]]:
+    """A function `draw(step, name=value, ...)` for an evaluation's TensorBoard curves in `folder`, on rank 0."""
+    if rank_and_world()[0] > 0:
+        yield lambda step, **values: None
+        return
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+
+    def draw(step: int, **values: float) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    try:
+        yield draw
+    finally:
+        writer.close()
 
 
 def run_work(
@@ -87,7 +108,7 @@ def evaluate_candidate(
             draw(step, loss=loss, learning_rate=rate)
 
     early = config.search.ray.early_stopping and candidate.round is not None
-    with curves(records_of(config, output, candidate).tensorboard) as draw, keeping(_kept_base()):
+    with _curves(records_of(config, output, candidate).tensorboard) as draw, keeping(_kept_base()):
         control = Control(
             advance,
             client.pausing,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irdscale.config.schema import RunConfig, training_steps
-from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world
+from irdscale.distributed.ranks import broadcast_flag, failing_together, rank_and_world, write_json_once
 from irdscale.errors import RunError
 from irdscale.runs.folder import held, search_part
 from irdscale.search.candidates import Candidate, score_base, score_on_test
@@ -24,7 +24,7 @@ from irdscale.search.runner import Engine, Runner, evaluated
 from irdscale.tasks import load_task, tell_classes
 from irdscale.training.result import task_facts, versions
 from irdscale.training.trackers import require_trackers
-from irdscale.utils.files import read_json, write_json
+from irdscale.utils.files import read_json
 from irdscale.utils.progress import bar
 
 if TYPE_CHECKING:
@@ -73,11 +73,10 @@ def run_search(config: RunConfig, progress: bool = True, overwrite: bool = False
 
 
 def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progress: bool) -> dict[str, Any]:
-    first = rank_and_world()[0] == 0
     masks = stored_masks(config, output) or engine.call(search_masks, progress)
     with open_ledger(config, output) as ledger:
         most = most_evaluations(masks.start, masks.minimum, config.search.max_rounds, len(config.search.seeds))
-        with bar("Evaluations", most, enabled=progress and first) as advance:
+        with bar("Evaluations", most, enabled=progress and rank_and_world()[0] == 0) as advance:
             runner = Runner(config, ledger, engine, output, advance, task.lower_is_better)
             outcome = _rounds(config, runner, masks, task.lower_is_better)
             evaluations, reused, train_seconds = len(runner.asked), runner.reused, runner.seconds()
@@ -119,9 +118,7 @@ def _search(config: RunConfig, task: Task, engine: Engine, output: Path, progres
             "warnings": runner.rises(),
             **what_was_searched(config, task, masks.facts),
         }
-        with failing_together():
-            if first:
-                write_json(output / "result.json", result)
+        write_json_once(output / "result.json", result)
         runner.clear()
     return result
 

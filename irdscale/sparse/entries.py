@@ -2,7 +2,7 @@
 
 The parameter stays where it is. The k entries are patched into it (base + delta), so no copy of a weight exists; the k
 base values are kept, and restore it bit for bit. A quantised parameter is not patched: its dequantised matrix is, for
-each use (`irdscale.sparse.quantized`).
+each use.
 """
 
 from __future__ import annotations
@@ -193,6 +193,17 @@ def write_entries(flat_N: Tensor, index_k: Tensor, weights_k: Tensor) -> None:
         flat_N.index_copy_(0, index_k, weights_k)
     else:
         flat_N.scatter_(0, index_k, weights_k)
+
+
+def effective_matrix(weight: nn.Parameter, entries: Entries | None) -> Tensor:
+    """A quantised weight's dequantised matrix [O, I] with base + delta at the entries, as a new tensor."""
+    matrix = dequantized(weight)
+    if entries is not None:
+        entries.follow()
+        with unlowered(matrix.device.type):
+            weights = entries.effective().to(matrix.dtype)
+        write_entries(matrix.view(-1), entries.index.long(), weights)
+    return matrix
 
 
 def make_entries(name: str, parameter: nn.Parameter, index: Tensor) -> Entries:

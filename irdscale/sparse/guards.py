@@ -89,17 +89,6 @@ def _resize_token_embeddings(
     return _original(module, "resize_token_embeddings")(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
-def _resize_position_embeddings(module: Any, dense: Sequence[nn.Parameter], *args: Any, **kwargs: Any) -> Any:
-    try:
-        held = module.get_position_embeddings()
-    except NotImplementedError:
-        held = None
-    parts = held if isinstance(held, tuple | list) else [held]
-    if any(_is_trained(part, dense) for part in parts):
-        raise _refused("resize_position_embeddings", "found trained entries in them")
-    return _original(module, "resize_position_embeddings")(*args, **kwargs)
-
-
 def _put_embeddings(what: str, module: Any, dense: Sequence[nn.Parameter], value: Any) -> Any:
     held = _embeddings(module)[what == "set_output_embeddings"]
     if held is not value and _is_trained(held, dense):
@@ -135,8 +124,8 @@ def _requires_grad_(module: Any, dense: Sequence[nn.Parameter], requires_grad: b
     return module
 
 
-def _to_empty(_module: Any, _dense: Sequence[nn.Parameter], **_: Any) -> Any:
-    raise _refused("to_empty", "it would lose the trained parameters")
+def _lose(what: str, _module: Any, _dense: Sequence[nn.Parameter], *_: Any, **__: Any) -> Any:
+    raise _refused(what, "it would lose the trained parameters")
 
 
 def _save_pretrained(
@@ -177,11 +166,11 @@ def _effective(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
 
 _GUARDS: dict[str, Callable[..., Any]] = {
     "resize_token_embeddings": _resize_token_embeddings,
-    "resize_position_embeddings": _resize_position_embeddings,
+    "resize_position_embeddings": partial(_lose, "resize_position_embeddings"),
     "set_input_embeddings": partial(_put_embeddings, "set_input_embeddings"),
     "set_output_embeddings": partial(_put_embeddings, "set_output_embeddings"),
     "tie_weights": _tie_weights,
     "requires_grad_": _requires_grad_,
-    "to_empty": _to_empty,
+    "to_empty": partial(_lose, "to_empty"),
     "save_pretrained": _save_pretrained,
 }

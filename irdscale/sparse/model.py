@@ -17,10 +17,9 @@ from irdscale.distributed.zero3 import gathered_parameters, numel_of, shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask, index_dtype
 from irdscale.models.quantized import adopt, make_plain, refuse_quantized
-from irdscale.sparse.entries import Entries, make_entries, patch_all
+from irdscale.sparse.entries import Entries, effective_matrix, make_entries, patch_all
 from irdscale.sparse.guards import guard, unguard
 from irdscale.sparse.modules import attach_all, detach_all, outside_graphs
-from irdscale.sparse.quantized import effective_matrix
 from irdscale.utils.quantized import any_quantized, is_quantized, parts_of
 from irdscale.utils.suggestions import nearest
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from irdscale.distributed.zero3 import numel_of
 from irdscale.errors import InputError
 from irdscale.models.quantized import dequantizes
-from irdscale.sparse.entries import Entries, patch_all
+from irdscale.sparse.entries import Entries, effective_matrix, patch_all
 from irdscale.sparse.functions import Patched, SparseEmbedding, SparseMatmul, lowered
-from irdscale.sparse.quantized import at_each_use
 from irdscale.utils.quantized import dtype_of, is_quantized
 
 # Excludes a function from the graphs of `torch.compile`: they do not see writes through `.data`, and would use stale
@@ -216,7 +215,7 @@ def _matmul_forward(module: Any, x: Tensor) -> Tensor:
             entries.ready()
     return SparseMatmul.apply(
         lowered(x),
-        at_each_use(held, weight) if is_quantized(held) else held,
+        partial(effective_matrix, held, weight) if is_quantized(held) else held,
         module._parameters.get("bias"),
         weight.values if weight else None,
         bias.values if bias else None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from irdscale.config.task import ColumnsConfig
 from irdscale.errors import InputError, kind_of
+from irdscale.tasks.class_names import declared_names
 from irdscale.tasks.data import Rows
 from irdscale.tasks.labels import is_missing
 from irdscale.utils.suggestions import nearest
@@ -70,7 +71,7 @@ class RightChoices:
         self._rows, self._choices, self._columns = rows, choices, columns
         labels = rows.column(columns.label, "label").to_pylist()
         self._called = _called(rows, columns)
-        declared = rows.class_names(columns.label)
+        declared = declared_names(rows.table, columns.label)
         if declared is not None and self._by_name(declared):
             labels = [
                 declared[label] if isinstance(label, int) and 0 <= label < len(declared) else label for label in labels

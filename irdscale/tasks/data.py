@@ -58,10 +58,6 @@ class Rows:
             raise InputError("found no text", "one in every row", key, f"{where}, row {row}")
         return values
 
-    def class_names(self, name: str) -> list[str] | None:
-        """The names of a column's class numbers, or None where the data set has none."""
-        return declared_names(self.table, name)
-
 
 @dataclass(frozen=True)
 class Split:

@@ -22,7 +22,6 @@ from irdscale.utils.suggestions import nearest
 
 # Most uses that an error lists.
 LISTED = 6
-_SECTIONS = ("task", "columns")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A sample has tokens and labels. A label is -100 where the loss leaves it out, as
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class _Sample:
         choices: tokens and prompt length of each choice.
         opening: text that a chat template writes before the answer's content.
         ends: texts that end the answer in a chat.
+        cut: whether it was longer than `task.max_length`.
     """
 
     row: int
@@ -55,10 +57,17 @@ class _Sample:
     choices: Sequence[tuple[list[int], int]] = ()
     opening: str = ""
     ends: Sequence[str] = ()
+    cut: bool = False
 
 
 def language_samples(
-    kind: Kind, tokenizer: PreTrainedTokenizerBase, rows: Rows, part: Part, task: TaskConfig, columns: ColumnsConfig
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    part: Part,
+    task: TaskConfig,
+    columns: ColumnsConfig,
+    cut: list[int] | None = None,
 ) -> datasets.Dataset:
     """Tokenise the rows of `part` in memory, without padding.
 
@@ -67,6 +76,9 @@ def language_samples(
     - sft: a prompt, a line break, and a completion with the end-of-sequence token, which are the labels; or a chat by
       the tokenizer's template, whose labels are all answers, or the last one (`task.train_on`).
     - multiple-choice: a prompt, a space and the right choice, which is the label.
+
+    Args:
+        cut: gets the rows that are cut, or cut into several samples.
 
     Returns:
         Columns `input_ids`, `labels` and `row` (of the source split). sft adds `prompt_length` (tokens before the last
@@ -101,6 +113,13 @@ def language_samples(
             )
     if not samples:
         raise InputError(f"{rows.where}: found no text in {len(part.rows)} rows", "some", key="task.dataset")
+    if cut is not None:
+        pieces = Counter(sample.row for sample in samples)
+        cut += [sample.row for sample in samples if sample.cut or pieces[sample.row] > 1]
+    return datasets.Dataset(_table(kind, samples))
+
+
+def _table(kind: Kind, samples: Sequence[_Sample]) -> pa.Table:
     arrays: dict[str, pa.Array] = {
         "input_ids": pa.array([sample.input_ids for sample in samples], _TOKENS),
         "labels": pa.array([sample.labels for sample in samples], _TOKENS),
@@ -115,7 +134,7 @@ def language_samples(
     if kind == "multiple-choice":
         arrays["choices"] = pa.array([[ids for ids, _ in s.choices] for s in samples], pa.list_(_TOKENS))
         arrays["choice_prompts"] = pa.array([[prompt for _, prompt in s.choices] for s in samples], _TOKENS)
-    return datasets.Dataset(pa.table(arrays))
+    return pa.table(arrays)
 
 
 def packed(samples: datasets.Dataset, max_length: int) -> datasets.Dataset:
@@ -184,8 +203,9 @@ def _completions(
                     "them)",
                     key="task.columns.completion",
                 )
-            tokens, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
-            yield _Sample(row, tokens, labelled(tokens, prompt), prompt, completions[row])
+            kept, prompt = _fitting(tokenizer, tokens, prompt, task, f"{rows.where}, row {row}")
+            cut = len(kept) < len(tokens)
+            yield _Sample(row, kept, labelled(kept, prompt), prompt, completions[row], cut=cut)
 
 
 def _joined(
@@ -248,10 +268,8 @@ def _choices(
             raise InputError(f"{where}: found {choices[row]}", "two texts or more", key="task.columns.choices")
         label = numbers.number(row)
         pairs = [(prompts[row], choice) for choice in choices[row]]
-        encoded = [
-            _fitting(tokenizer, tokens, prompt, task, where)
-            for tokens, prompt in _joined(tokenizer, pairs, _JOINTS["multiple-choice"], [])
-        ]
+        whole = _joined(tokenizer, pairs, _JOINTS["multiple-choice"], [])
+        encoded = [_fitting(tokenizer, tokens, prompt, task, where) for tokens, prompt in whole]
         if not all(prompt for _, prompt in encoded):
             # Without a prompt, no token predicts the first token of a choice.
             raise InputError(
@@ -261,7 +279,8 @@ def _choices(
             if prompt == len(tokens):
                 raise InputError(f"{where}: found {choice!r}, without tokens", "some text", key="task.columns.choices")
         tokens, prompt = encoded[label]
-        yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded)
+        cut = any(len(tokens) > task.max_length for tokens, _ in whole)
+        yield _Sample(row, tokens, labelled(tokens, prompt), prompt, label, encoded, cut=cut)
 
 
 def _chats(
@@ -283,7 +302,8 @@ def _chats(
         labels = [IGNORED, *chat.labels[len(chat.labels) - len(tokens) + 1 :]]
         if not chat.as_asked:
             other_prompts.append(row)
-        yield _Sample(row, tokens, labels, prompt, chat.answer, opening=chat.opening, ends=chat.ends)
+        cut = len(tokens) < len(chat.input_ids)
+        yield _Sample(row, tokens, labels, prompt, chat.answer, opening=chat.opening, ends=chat.ends, cut=cut)
     if other_prompts:
         log.warning(
             "%s: %d of %d chats, such as row %d: the chat template writes another prompt before the last answer than "

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from irdscale.config.kinds import Kind
 from irdscale.config.schema import RunConfig
 from irdscale.models.chunked_losses import IGNORED
-from irdscale.tasks.cut import NO_LIMIT, sample_lengths, what_is_done
+from irdscale.tasks.counts import what_is_done
 from irdscale.tasks.refused import Refused
 from irdscale.tasks.splits import PARTS
 from irdscale.tasks.task import Task, load_task
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+# More tokens than any sample has.
+NO_LIMIT = 2**30
 # Most samples shown of each split, and most refused rows named.
 SHOWN = 3
 NAMED = 20
@@ -55,7 +58,7 @@ def run_data(config: RunConfig) -> dict[str, Any]:
     refused = Refused()
     uncut = load_task(_limited(config, NO_LIMIT), refused=refused)
     longer_are = what_is_done(uncut.kind, config.task)
-    lengths = {name: sample_lengths(uncut.kind, getattr(uncut, name)) for name in PARTS}
+    lengths = {name: _sample_lengths(uncut.kind, getattr(uncut, name)) for name in PARTS}
     shown, first = uncut, list(refused.rows)
     if longer_are == "refused":
         first += _too_long(uncut, lengths, limit)
@@ -103,6 +106,13 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _sample_lengths(kind: Kind, samples: Dataset) -> np.ndarray:
+    """Tokens of each sample [N]; for multiple choice, with the longest choice."""
+    if kind == "multiple-choice":
+        return np.asarray([max(map(len, choices)) for choices in samples["choices"]], dtype=np.int64)
+    return np.asarray([len(tokens) for tokens in samples["input_ids"]], dtype=np.int64)
 
 
 def _too_long(task: Task, lengths: dict[str, np.ndarray], limit: int) -> list[tuple[str, int, str]]:
@@ -153,7 +163,7 @@ def _lengths(task: Task, samples: Dataset, lengths_N: np.ndarray, limit: int) ->
 
 def _shown(task: Task, samples: Dataset, limit: int) -> list[dict[str, Any]]:
     """The first, the middle and the last sample that fit `limit` tokens."""
-    places = np.flatnonzero(sample_lengths(task.kind, samples) <= limit)
+    places = np.flatnonzero(_sample_lengths(task.kind, samples) <= limit)
     chosen = sorted({int(places[(len(places) - 1) * i // (SHOWN - 1)]) for i in range(SHOWN)}) if places.size else []
     return [_sample(task, samples[place]) for place in chosen]
 

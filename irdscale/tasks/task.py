@@ -14,12 +14,12 @@ from datasets import Dataset
 
 from irdscale.config.kinds import LANGUAGE_KINDS, LOWER_IS_BETTER, METRICS, Kind
 from irdscale.config.schema import RunConfig
-from irdscale.config.task import LimitConfig, TaskConfig
+from irdscale.config.task import LimitConfig
 from irdscale.errors import InputError
 from irdscale.models.build import load_model_config, load_tokenizer, trained_head
 from irdscale.models.classes import HeadClasses, are_placeholders, listed, order_of, other_classes, places_of
 from irdscale.tasks.chat_templates import with_chat_template
-from irdscale.tasks.cut import Cut, cut_texts, what_is_done
+from irdscale.tasks.counts import Cut, cut_of
 from irdscale.tasks.data import Split, read_rows, read_splits
 from irdscale.tasks.labels import are_names, class_labels, is_unlabelled, regression_labels
 from irdscale.tasks.language import language_samples, packed
@@ -191,8 +191,6 @@ def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None, 
         return encode(tokenizer, split.texts, labels[part.split], part, length, segments, split.where, cut[name])
 
     encoded = {name: accepted(name, part, partial(made, name), refused) for name, part in parts.items()}
-    # Rows of a halved part are encoded twice.
-    count, how = len(set(cut["train"])), what_is_done(source.kind, config.task)
     pool, pool_in_words = shaped_pool(config, source.kind, encoded["train"], tokenizer, data_names, order, segments)
     return Task(
         name=source.name,
@@ -207,7 +205,7 @@ def _labelled_task(config: RunConfig, source: Source, head: HeadClasses | None, 
         pool=pool,
         pool_in_words=pool_in_words,
         class_order=_counted(head, data_names, label_names, splits["train"], source),
-        cut=Cut(count, len(encoded["train"]), config.task.max_length, how),
+        cut=cut_of(source.kind, config.task, cut["train"], encoded["train"]),
     )
 
 
@@ -224,13 +222,13 @@ def _language_task(config: RunConfig, source: Source, refused: Refused | None) -
             del splits["test"]
     parts = _parts({name: np.zeros(split.table.num_rows) for name, split in splits.items()}, False, config)
 
-    def made(part: Part, task: TaskConfig) -> Dataset:
-        return language_samples(source.kind, tokenizer, splits[part.split], part, task, source.columns)
+    cut: dict[str, list[int]] = {name: [] for name in parts}
 
-    def made_of_train(rows: np.ndarray, task: TaskConfig) -> Dataset:
-        return made(Part(parts["train"].split, rows, ""), task)
+    def made(name: str, part: Part) -> Dataset:
+        rows = splits[part.split]
+        return language_samples(source.kind, tokenizer, rows, part, config.task, source.columns, cut[name])
 
-    samples = {name: accepted(name, part, partial(made, task=config.task), refused) for name, part in parts.items()}
+    samples = {name: accepted(name, part, partial(made, name), refused) for name, part in parts.items()}
     if "exact_match" in metrics:
         for name in PARTS[1:]:
             _check_prompts(samples[name], splits[parts[name].split].where, source.columns.prompt is not None)
@@ -251,7 +249,7 @@ def _language_task(config: RunConfig, source: Source, refused: Refused | None) -
         max_new_tokens=config.task.max_new_tokens,
         pool=pool,
         pool_in_words=pool_in_words,
-        cut=cut_texts(source.kind, samples["train"], config.task, made_of_train),
+        cut=cut_of(source.kind, config.task, cut["train"], samples["train"]),
     )
 
 

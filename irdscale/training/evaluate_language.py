@@ -57,13 +57,7 @@ def evaluate_language(
     Args:
         outputs: receives the measured choices or the generated answers.
     """
-    with own_forward(model):
-        return _metrics(model, task, split, batch_size, outputs or Outputs())
-
-
-def _metrics(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs
-) -> tuple[dict[str, float], dict[str, float]]:
+    outputs = outputs or Outputs()
     if task.kind == "multiple-choice":
         outputs.choices = measure_choices(model, task, split, batch_size)
         return _choice_accuracies(task, split, outputs.choices)
@@ -92,8 +86,7 @@ def measure_choices(model: nn.Module, task: Task, split: Dataset, batch_size: in
     texts: list[tuple[list[int], list[int]]] = []
     for sample, prompts in zip(split["choices"], split["choice_prompts"], strict=True):
         texts += [(ids, labelled(ids, prompt)) for ids, prompt in zip(sample, prompts, strict=True)]
-    with own_forward(model):
-        return _text_table(model, task, texts, batch_size)
+    return _text_table(model, task, texts, batch_size)
 
 
 def choice_scores(split: Dataset, table_NC: Tensor, metric: str) -> list[list[float]]:
@@ -119,7 +112,7 @@ def _text_table(model: nn.Module, task: Task, texts: Sequence[tuple[list[int], l
     pad = task.tokenizer.pad_token_id
     device, table_NC = device_of(model), torch.zeros(len(texts), COLUMNS, dtype=torch.float64)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in texts]
-    with gathering(model), frozen(model), torch.no_grad():
+    with own_forward(model), gathering(model), frozen(model), torch.no_grad():
         first = pad_batch(rows[:1], pad)
         require_causal(model, first)
         parts = headless(model, first)

@@ -25,7 +25,6 @@ from irdscale.runs.folder import held, mask_part, training_part
 from irdscale.sparse import merge, sparse_state, trained_on
 from irdscale.tasks import load_task, tell_classes
 from irdscale.tasks.outputs import Outputs
-from irdscale.training.adapted import adapted_model
 from irdscale.training.control import shown
 from irdscale.training.evaluate import evaluate_model, evaluate_with_errors
 from irdscale.training.loss_trend import rise_warning
@@ -36,7 +35,7 @@ from irdscale.training.recorder import Records
 from irdscale.training.result import task_facts, versions
 from irdscale.training.targets import HUB, check_export, check_target
 from irdscale.training.trackers import require_trackers
-from irdscale.training.trainable import sparse_model
+from irdscale.training.trainable import adapted_model, sparse_model
 from irdscale.training.trainer import adapter_config, adapter_dtype, fine_tune
 from irdscale.utils.files import digest, read_json, write_folder, write_json
 from irdscale.utils.progress import bar

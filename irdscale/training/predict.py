@@ -18,10 +18,10 @@ from irdscale.tasks import load_task
 from irdscale.tasks.answers import AnswerEnds, end_tokens
 from irdscale.tasks.inputs import file_samples, prompts_of, text_samples
 from irdscale.tasks.outputs import Outputs
-from irdscale.training.adapted import adapted_model
 from irdscale.training.evaluate import sample_logits
 from irdscale.training.evaluate_language import choice_scores, generate_greedily, measure_choices
 from irdscale.training.targets import check_predict
+from irdscale.training.trainable import adapted_model
 from irdscale.utils.files import write_atomic
 from irdscale.utils.progress import bar
 

@@ -1,12 +1,15 @@
-"""The model of a training: which parameters are trained, sparsely or densely."""
+"""The model of a training: which parameters are trained, sparsely or densely; and the base model with an adapter."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from irdscale.adapters import load_adapter
+from irdscale.adapters.heads import adapter_seed
+from irdscale.adapters.hub import find_adapter
 from irdscale.config.compare import LoraConfig
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
@@ -93,3 +96,17 @@ def _by_new_names(mask: Mask, model: nn.Module) -> Mask:
 
     indices = {new(name): index for name, index in mask.indices.items()}
     return Mask(indices, {new(name): shape for name, shape in mask.shapes.items()})
+
+
+def adapted_model(config: RunConfig, task: Task, adapter: str) -> tuple[Any, list[str]]:
+    """The model with an adapter, and the names of the parameters that are not in the base checkpoint.
+
+    A new head that is not in the adapter is initialised by the seed of the adapter's training.
+
+    Raises:
+        InputError: as `build_model` and `load_adapter`.
+    """
+    folder = find_adapter(adapter)
+    seed = adapter_seed(folder)
+    model, new = build_model(config, task, config.search.seeds[0] if seed is None else seed)
+    return load_adapter(model, folder), new

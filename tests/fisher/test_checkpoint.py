@@ -120,11 +120,11 @@ def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
 def test_a_pass_over_prefixes_continues_with_its_finished_rankings(stop_after: int, tmp_path: Path) -> None:
     model, rows = tiny("bert").float(), samples(count=ROWS)
 
-    def run(collate_fn: Any, saved: SavedPass | None) -> tuple[dict[int, Any], SampleGradients]:
+    def run(collate_fn: Any, *saved: SavedPass) -> tuple[dict[int, Any], SampleGradients]:
         gradients = SampleGradients(model, rows, collate_fn, scored_parameters(model), batch_size=1)
         return ranked_entries_by_prefix(gradients, range(ROWS), SIZES, 300, saved=saved), gradients
 
-    expected, _ = run(collate, None)
+    expected, _ = run(collate)
     with pytest.raises(Interrupted):
         run(Collate(stop_after), SavedPass(tmp_path, 0))
     rankings, gradients = run(collate, SavedPass(tmp_path, 0))

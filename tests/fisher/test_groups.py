@@ -11,8 +11,7 @@ import torch
 from irdscale.config.schema import RunConfig
 from irdscale.fisher import SampleGradients, scored_parameters
 from irdscale.fisher.checkpoint import SavedPass
-from irdscale.fisher.groups import fewest, groups_for, ranked_by_groups
-from irdscale.fisher.memory_check import bytes_needed
+from irdscale.fisher.memory_check import bytes_needed, fewest, groups_for
 from irdscale.fisher.nested import ranked_entries_by_prefix
 from irdscale.fisher.pool import ranked_entries
 from irdscale.utils.groups import divided
@@ -39,12 +38,12 @@ def test_masks_are_those_of_one_pass(family: str, score: Any, scope: Any, tmp_pa
     many = _gradients(family)
     groups = divided(many.shapes, 3)
     assert [name for group in groups for name in group] == list(many.scored)
-    found = ranked_by_groups(
+    found = ranked_entries_by_prefix(
         many,
         order,
         SIZES,
         K,
-        groups,
+        groups=groups,
         traces=traces,
         saved=[SavedPass(tmp_path / str(place), 0.0) for place in range(3)],
         **options,
@@ -69,7 +68,7 @@ def test_as_few_passes_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = _gradients("llama")
     needed = bytes_needed(gradients.shapes, 4, "replicated", 1)
     for free, passes in ((10 * needed, 1), (needed, 2)):
-        monkeypatch.setattr("irdscale.fisher.groups.free_main_memory", lambda free=free: free)
+        monkeypatch.setattr("irdscale.fisher.memory_check.free_main_memory", lambda free=free: free)
         assert len(groups_for(gradients, "auto", torch.float32, "replicated", False)) == passes
     assert len(groups_for(gradients, 4, torch.float32, "replicated", False)) == 4
 

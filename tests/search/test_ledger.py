@@ -86,13 +86,6 @@ def test_what_must_not_be_written(tmp_path: Path) -> None:
     assert len(read_ledger(tmp_path / "ledger.jsonl")) == 1
 
 
-def test_one_writer(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with Ledger(path), pytest.raises(InputError, match="another irdscale is writing it"):
-        Ledger(path)
-    Ledger(path).__exit__()
-
-
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):

@@ -17,8 +17,8 @@ import irdscale
 from irdscale.distributed.zero3 import shape_of
 from irdscale.errors import InputError
 from irdscale.masks.mask import Mask
+from irdscale.sparse.entries import effective_matrix
 from irdscale.sparse.model import entries_of
-from irdscale.sparse.quantized import effective_matrix
 from irdscale.utils.quantized import dequantized, is_quantized
 from tests.quantized import KINDS, dense, loaded, needs_bitsandbytes, saved
 from tests.sparse.oracle import MaskedAdamW, batches, dense_masks, random_mask

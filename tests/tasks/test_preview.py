@@ -185,7 +185,7 @@ def test_cut_from_the_left(models: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert (train["tokens"]["cut"], train["tokens"]["longest"]) == (1, 23)
     assert [len(sample["tokens"]) for sample in train["shown"]] == [5, 11, 12]
     shown: list[str] = []
-    monkeypatch.setattr("irdscale.tasks.cut.say", shown.append)
+    monkeypatch.setattr("irdscale.tasks.counts.say", shown.append)
     tell_classes(load_task(load_config(config)), True)
     assert shown == [
         "Longer than task.max_length (12 tokens): 1 of 4 samples of train (25 %); they are cut from the left"
