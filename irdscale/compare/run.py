@@ -117,7 +117,8 @@ def run_compare(
 
 def _run(config: RunConfig, task: Task, progress: bool, budget: Budget | None) -> dict[str, Any]:
     output = Path(config.output)
-    with running(config, task, output, progress) as engine:
+    dense = any(method.kind == "full" for method in asked_methods(config))
+    with running(config, task, output, progress, 1.0 if dense else None) as engine:
         facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
         with failing_together():
             methods = fitting_methods(config, facts)

@@ -23,8 +23,14 @@ T = TypeVar("T")
 
 
 @contextmanager
-def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[AskingEngine]:
-    """The engine that `search.runner` names, for the body."""
+def running(
+    config: RunConfig, task: Task, output: Path, progress: bool, ratio: float | None = None
+) -> Iterator[AskingEngine]:
+    """The engine that `search.runner` names, for the body.
+
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
+    """
     if config.search.runner == "local":
         base = KeptBase()
         try:
@@ -35,7 +41,7 @@ def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
     require_ray()
     from irdscale.search.ray_engine import ray_engine
 
-    with ray_engine(config, task, output, progress) as engine:
+    with ray_engine(config, task, output, progress, ratio) as engine:
         yield engine
 
 

@@ -29,13 +29,13 @@ from ray.tune.search import BasicVariantGenerator
 
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.live_table import watching
-from irdscale.cluster.share import cards, counted, is_share
+from irdscale.cluster.share import cards, counted, is_share, share_of
 from irdscale.cluster.supervisor import Job
 from irdscale.cluster.trial import JobTrial
 from irdscale.cluster.worker import RankGroup, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
-from irdscale.memory.gpu_sharing import Sharing, describe, sharing_of
+from irdscale.memory.gpu_sharing import MOST_TRIALS, Sharing, describe, share_by_memory, sharing_of
 from irdscale.search.candidates import Candidate
 from irdscale.search.early_stopping import AshaByPair
 from irdscale.search.ray_jobs import evaluate_candidate, run_work
@@ -51,8 +51,13 @@ PAUSE_S = 30.0
 
 
 @contextmanager
-def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[RayEngine]:
+def ray_engine(
+    config: RunConfig, task: Task, output: Path, progress: bool, ratio: float | None = None
+) -> Iterator[RayEngine]:
     """Connect to the cluster, check its nodes and run the body; on an interrupt, trials save their state first.
+
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
 
     Raises:
         InputError: there is no cluster, a node does not share the output folder, a trial cannot fit, or trials that
@@ -60,6 +65,7 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
     """
     with connected() as cluster:
         check_nodes(output)
+        config = with_share(config, task, ratio)
         steps = training_steps(config.train, len(task.trained))
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         if config.search.ray.shares_gpus:
@@ -81,11 +87,21 @@ def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> Ran
         exclusive: each rank has a GPU to itself, even where trials share one.
     """
     asked = config.search.ray
-    gpus: float = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
+    given = asked.gpus_per_rank
+    gpus: float = given if isinstance(given, int | float) else int(has_gpus())
     if is_share(gpus):
         gpus = 1 if exclusive else counted(gpus)
     grouped = config.train.deepspeed is not None
     return RankGroup(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
+
+
+def with_share(config: RunConfig, task: Task, ratio: float | None = None) -> RunConfig:
+    """The configuration with the GPUs of a rank on the connected cluster, if they are `auto`; `ratio` as above."""
+    if config.search.ray.gpus_per_rank != "auto":
+        return config
+    gpus = share_by_memory(config, cards(share_of(MOST_TRIALS)), task.longest, ratio) if has_gpus() else 0
+    ray_config = config.search.ray.model_copy(update={"gpus_per_rank": gpus})
+    return config.model_copy(update={"search": config.search.model_copy(update={"ray": ray_config})})
 
 
 def sharing(config: RunConfig, task: Task) -> Sharing:

@@ -149,7 +149,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         return [(test_of(candidate), 0.01) for candidate, _ in asked]
 
     @contextmanager
-    def running(config: RunConfig, task: Any, output: Path, progress: bool) -> Any:
+    def running(config: RunConfig, task: Any, output: Path, progress: bool, ratio: float | None) -> Any:
         yield engine
 
     def task_of(config: RunConfig) -> Any:
