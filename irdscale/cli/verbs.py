@@ -137,7 +137,7 @@ def compare(
             "--minutes",
             metavar="N",
             help="Start only what is expected to end within N minutes, seed after seed, and report the seeds that are "
-            "complete for all methods. The same command goes on. Not with search.runner=ray.",
+            "complete for all methods. The same command goes on.",
             show_default=False,
         ),
     ] = None,

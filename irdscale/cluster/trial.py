@@ -19,13 +19,13 @@ from irdscale.errors import InputError
 class JobTrial(tune.Trainable):
     """Hands a job's reports to Tune as {"steps", "metric"}, and its end as {"result"} or {"bad_input"}."""
 
-    def setup(self, config: dict[str, Any], supervisor: Any) -> None:
-        self._supervisor, self._started = supervisor, False
+    def setup(self, config: dict[str, Any], supervisor: Any, jobs: dict[str, Job]) -> None:
+        self._supervisor, self._jobs, self._started = supervisor, jobs, False
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.cleanup()
-        self._job: Job = new_config["job"]
+        self._job = self._jobs[new_config["name"]]
         self._seen = 0
         return True
 

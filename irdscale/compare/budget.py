@@ -12,12 +12,14 @@ from irdscale.distributed.ranks import broadcast_flag, broadcast_json, failing_t
 from irdscale.errors import InputError
 from irdscale.search.candidates import Candidate, candidate_adapter
 from irdscale.search.ledger import Ledger
-from irdscale.search.runner import Engine, WorkItem
+from irdscale.search.runner import AskingEngine, WorkItem
 from irdscale.utils.files import read_json
 
 T = TypeVar("T")
 # Seconds kept for the report, but no more than this share of the time.
 REPORT_S, REPORT_SHARE = 15.0, 0.1
+# Seconds of an evaluation beside those in the ledger, such as the start of its process on Ray; the last measured.
+BESIDE = "beside_evaluation"
 
 
 class OutOfTime(Exception):  # noqa: N818 - no error: the call ends with what there is
@@ -71,22 +73,12 @@ class Budget:
             raise OutOfTime(what, seconds, left)
 
 
-def check_budget(config: RunConfig) -> None:
-    """Check that a comparison can keep to a deadline.
-
-    Raises:
-        InputError: Ray runs its evaluations, many at once.
-    """
-    if config.search.runner != "local":
-        fault = f"found {config.search.runner} with --minutes"
-        raise InputError(fault, "local, which starts one evaluation after another", key="search.runner")
-
-
 class TimedEngine:
-    """An engine that asks a budget before each evaluation and each pass, and runs them one after another.
+    """An engine that asks a budget before each evaluation and each pass starts, also where several run side by side.
 
-    The expected seconds of an evaluation are the longest in the ledger of its kind of method, else of any. Those of a
-    pass are the longest of its kind in OUTPUT/fisher/seconds.json. What was never measured is started.
+    The expected seconds of an evaluation are the longest in the ledger of its kind of method, else of any, and those of
+    its start. Those of a pass are the longest of its kind in OUTPUT/fisher/seconds.json. What was never measured is
+    started. After a refusal nothing more starts, and what runs ends.
 
     Args:
         kinds: method -> its kind.
@@ -94,7 +86,7 @@ class TimedEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AskingEngine,
         budget: Budget,
         ledger: Ledger,
         config: RunConfig,
@@ -111,42 +103,51 @@ class TimedEngine:
         self._budget.ask(self._longest(kind), kind)
         started = self._budget.clock()
         result = self._engine.call(work, *args)
-        self._keep(kind, kind, started)
+        self._keep(kind, started)
         return result
 
     def call_all(
         self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
     ) -> list[Any]:
         """See `Engine.call_all`."""
-        results = []
-        for place, call in enumerate(calls):
-            kind, name = _kind(call.work), _name(call)
+        started = dict[int, float]()
+
+        def starting(place: int) -> None:
+            call = calls[place]
+            kind = _kind(call.work)
             if call.light:
                 self._ask_test(kind, call.args[0][0][0])
-            elif name not in self._measured:
-                self._budget.ask(
-                    self._longest(kind), f"masks of {next(one for one in call.args if isinstance(one, str))}"
-                )
-            started = self._budget.clock()
-            results += self._engine.call_all([call])
-            self._keep(kind, kind if call.light else name, started)
-            ended(place, results[-1])
-        return results
+            elif _name(call) not in self._measured:
+                words = next(one for one in call.args if isinstance(one, str))
+                self._budget.ask(self._longest(kind), f"masks of {words}")
+            started[place] = self._budget.clock()
+
+        def keep(place: int, result: Any) -> None:
+            kind = _kind(calls[place].work)
+            self._keep(kind if calls[place].light else _name(calls[place]), started[place])
+            ended(place, result)
+
+        return self._engine.call_all(calls, keep, starting)
 
     def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
         """See `Engine.evaluate`; what failed in this process is not tried again by it."""
-        for candidate in candidates:
-            key = candidate.key(self._config)
-            if key in self._failed:
-                continue
+        started = dict[str, float]()
+
+        def starting(candidate: Candidate) -> None:
             self._budget.ask(self._evaluation(candidate), f"{candidate.direction}, seed {candidate.seed}")
+            started[candidate.key(self._config)] = self._budget.clock()
 
-            def keep(record: dict[str, Any]) -> None:
-                if record["status"] == "failed":
-                    self._failed.add(record["key"])
-                ended(record)
+        def keep(record: dict[str, Any]) -> None:
+            if record["status"] == "failed":
+                self._failed.add(record["key"])
+            else:
+                self._measured.pop(BESIDE, None)
+                self._keep(BESIDE, started[record["key"]] + record["seconds"])
+            ended(record)
 
-            self._engine.evaluate([candidate], keep)
+        wanted = [candidate for candidate in candidates if candidate.key(self._config) not in self._failed]
+        if wanted:
+            self._engine.evaluate(wanted, keep, starting)
 
     def _ask_test(self, kind: str, candidate: Candidate) -> None:
         """Ask for a test score; without its adapter, the candidate is trained again."""
@@ -159,16 +160,18 @@ class TimedEngine:
         """Expected seconds of an evaluation."""
         kind = self._kinds.get(candidate.direction)
         of_kind = [record["seconds"] for record in self._ledger.records if self._kinds.get(record["direction"]) == kind]
-        return float(max(of_kind or [record["seconds"] for record in self._ledger.records], default=0.0))
+        longest = max(of_kind or [record["seconds"] for record in self._ledger.records], default=0.0)
+        return float(longest) + self._longest(BESIDE)
 
     def _longest(self, kind: str) -> float:
         """Longest seconds of a pass of this kind; 0 if none was measured."""
         return max((seconds for name, seconds in self._measured.items() if name.split()[0] == kind), default=0.0)
 
-    def _keep(self, kind: str, name: str, started: float) -> None:
+    def _keep(self, name: str, started: float) -> None:
         """Write a pass's seconds to disk; a pass that only read its masks keeps the earlier number."""
-        seconds = round(self._budget.clock() - started, 3)
-        if name in self._measured and seconds <= self._measured[name]:
+        seconds = max(0.0, round(self._budget.clock() - started, 3))
+        # Each rank has its own clock, and all must write together.
+        if broadcast_flag(seconds <= self._measured.get(name, -1.0)):
             return
         self._measured[name] = seconds
         write_json_once(_file(self._output), self._measured)

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irdscale.compare.budget import Budget, TimedEngine, check_budget
+from irdscale.compare.budget import Budget, TimedEngine
 from irdscale.compare.claims import claims_of
 from irdscale.compare.method_specs import (
     DRAWN,
@@ -93,13 +93,11 @@ def run_compare(
 
     Raises:
         InputError: the configuration does not fit the data or the model, or the output folder holds other work (names
-            it) or is in use; or Ray runs the evaluations, which has no budget.
+            it) or is in use.
         RunError: masks could not be made, or the output cannot be written.
     """
     output = Path(config.output)
     check_comparison(config)
-    if budget is not None:
-        check_budget(config)
     with failing_together():
         require_trackers(config)
         if not overwrite:
@@ -119,7 +117,8 @@ def run_compare(
 
 def _run(config: RunConfig, task: Task, progress: bool, budget: Budget | None) -> dict[str, Any]:
     output = Path(config.output)
-    with running(config, task, output, progress) as engine:
+    dense = any(method.kind == "full" for method in asked_methods(config))
+    with running(config, task, output, progress, 1.0 if dense else None) as engine:
         facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
         with failing_together():
             methods = fitting_methods(config, facts)

@@ -126,10 +126,10 @@ LEAST_SHARE = 0.0001
 class RayConfig(Section):
     ranks: int = Field(1, ge=1, description="Ranks that train one candidate together.")
     cpus_per_rank: int = Field(1, ge=1, description="CPU cores of one rank, and its threads.")
-    gpus_per_rank: Annotated[int | float, Field(ge=0, le=1)] | None = Field(
+    gpus_per_rank: Annotated[int | float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
         None,
         description="GPUs of one rank; one where the cluster has any, if unset. With a fraction such as 0.25, four "
-        "trials share a GPU; Fisher passes take whole GPUs.",
+        "trials share a GPU; with `auto` as many as its memory holds, 8 at most. Fisher passes take whole GPUs.",
     )
     placement: Literal["pack", "spread"] = Field(
         "pack", description="Placement of ranks and candidates: on few nodes (pack), or on many (spread)."
@@ -152,11 +152,11 @@ class RayConfig(Section):
     @field_validator("gpus_per_rank", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
-        if value is None:
-            return None
+        if value is None or value == "auto":
+            return value
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (value == 0 or LEAST_SHARE <= value <= 1):
-            expected = f"0, 1, or a share of a GPU from {LEAST_SHARE} up, such as 0.25 for 4 trials"
+            expected = f"0, 1, auto, or a share of a GPU from {LEAST_SHARE} up, such as 0.25 for 4 trials"
             raise InputError(f"found {value!r}", expected)
         # 1.0 is 1, also where the configuration is dumped.
         return int(value) if value in (0, 1) else value
@@ -172,7 +172,7 @@ class RayConfig(Section):
     @property
     def shares_gpus(self) -> bool:
         """Whether several trials may share a GPU."""
-        return self.gpus_per_rank is not None and 0 < self.gpus_per_rank < 1
+        return self.gpus_per_rank == "auto" or isinstance(self.gpus_per_rank, float)
 
 
 class SearchConfig(Section):

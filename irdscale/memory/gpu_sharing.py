@@ -17,6 +17,8 @@ from irdscale.utils.formats import GIB, counted, gib, size
 ESTIMATE_ERROR = 0.1
 # Bytes of the GPU in an estimate. They only limit how many tokens' logits are formed at once.
 GPU_MEMORY = 80 * GIB
+# Most trials on one GPU with `search.ray.gpus_per_rank: auto`; each more gains less.
+MOST_TRIALS = 8
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +79,25 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
         raise InputError(found, expected, key="search.ray.gpus_per_rank")
     trial_gib = round((needed + CONTEXT) / GIB, 2)
     return Sharing(share, trials, card.name, gpu_gib, mps, phase, trial_gib, most, needed <= room)
+
+
+def share_by_memory(
+    config: RunConfig, cards: Sequence[Card], tokens: int | None = None, ratio: float | None = None
+) -> float:
+    """The GPUs of a trial with which as many trials as fit share a GPU; 1 if only one fits, or nothing is known.
+
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
+    """
+    if ratio is not None:
+        config = config.model_copy(update={"search": config.search.model_copy(update={"ratio": ratio})})
+    try:
+        needed = trial_peak(config, tokens)[1] * (1 + ESTIMATE_ERROR) + CONTEXT
+    except Exception as unknown:  # each trial has a GPU alone
+        log.warning("search.ray.gpus_per_rank: how many trials fit is not known: %s", " ".join(str(unknown).split()))
+        return 1
+    most = min((int(card.memory // needed) for card in cards), default=1)
+    return share_of(min(most, MOST_TRIALS)) if most > 1 else 1
 
 
 def trial_peak(config: RunConfig, tokens: int | None = None) -> tuple[str, int]:

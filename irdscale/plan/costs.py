@@ -63,7 +63,7 @@ def job_of(config: RunConfig, work: Workload, gpu: Gpu, steps: int) -> Job:
     """
     search, start = config.search, Pair(work.samples, work.k)
     minimum = smallest_pair(config, start, work.shapes.parameters)
-    shared = search.runner == "ray" and search.ray.shares_gpus and gpu.name != "cpu"
+    given = search.ray.gpus_per_rank if search.runner == "ray" and gpu.name != "cpu" else None
     return Job(
         **(vars(work) | {"fisher_room": gpu.room}),
         gpu=gpu,
@@ -72,7 +72,7 @@ def job_of(config: RunConfig, work: Workload, gpu: Gpu, steps: int) -> Job:
         head_steps=2 * config.fisher.head_warmup,
         sizes=len(reachable_sizes(start, minimum)[0]),
         evaluations=most_evaluations(start, minimum, search.max_rounds, len(search.seeds)),
-        share=counted(search.ray.gpus_per_rank or 1) if shared else 1,
+        share=counted(given) if isinstance(given, float) else 1,
     )
 
 

@@ -34,7 +34,7 @@ class AshaByPair(AsyncHyperBandScheduler):
         self._seed, self._candidates, self._stopped_pairs = config.search.seeds[0], candidates, set[Pair]()
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        candidate = self._candidates[trial.config["job"].name]
+        candidate = self._candidates[trial.config["name"]]
         if candidate.seed != self._seed:
             return TrialScheduler.STOP if candidate.pair in self._stopped_pairs else TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(controller, trial, result)

@@ -11,7 +11,7 @@ from irdscale.cluster import require_ray
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.distributed.ranks import rank_and_world
 from irdscale.search.candidates import Candidate, run_candidate
-from irdscale.search.runner import Engine, WorkItem
+from irdscale.search.runner import AskingEngine, WorkItem
 from irdscale.training.base_model import KeptBase, keeping
 from irdscale.training.control import shown
 from irdscale.utils.progress import bar
@@ -23,8 +23,14 @@ T = TypeVar("T")
 
 
 @contextmanager
-def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[Engine]:
-    """The engine that `search.runner` names, for the body."""
+def running(
+    config: RunConfig, task: Task, output: Path, progress: bool, ratio: float | None = None
+) -> Iterator[AskingEngine]:
+    """The engine that `search.runner` names, for the body.
+
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
+    """
     if config.search.runner == "local":
         base = KeptBase()
         try:
@@ -35,7 +41,7 @@ def running(config: RunConfig, task: Task, output: Path, progress: bool) -> Iter
     require_ray()
     from irdscale.search.ray_engine import ray_engine
 
-    with ray_engine(config, task, output, progress) as engine:
+    with ray_engine(config, task, output, progress, ratio) as engine:
         yield engine
 
 
@@ -56,18 +62,30 @@ class LocalEngine:
             return work(*self._given, *args)
 
     def call_all(
-        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
+        self,
+        calls: Sequence[WorkItem],
+        ended: Callable[[int, Any], None] = lambda place, result: None,
+        starting: Callable[[int], None] | None = None,
     ) -> list[Any]:
         (own, task, output), results = self._given, []
         for place, call in enumerate(calls):
+            if starting is not None:
+                starting(place)
             with keeping(self._base):
                 results.append(call.work(call.config or own, task, output, *call.args))
             ended(place, results[-1])
         return results
 
-    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
+    def evaluate(
+        self,
+        candidates: Sequence[Candidate],
+        ended: Callable[[dict[str, Any]], None],
+        starting: Callable[[Candidate], None] | None = None,
+    ) -> None:
         config, task, _ = self._given
         for candidate in candidates:
+            if starting is not None:
+                starting(candidate)
             steps = training_steps(candidate.config(config).train, len(task.trained))
             with bar("Training", steps, enabled=self._progress) as advance:
                 record = self.call(run_candidate, candidate, shown(advance))

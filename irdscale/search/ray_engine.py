@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 from ray import tune
+from ray.tune.search import BasicVariantGenerator
 
 from irdscale.cluster.connect import Cluster, answer, beside, check_nodes, connected, fitting, has_gpus, nodes
 from irdscale.cluster.live_table import watching
-from irdscale.cluster.share import cards, counted, is_share
+from irdscale.cluster.share import cards, counted, is_share, share_of
 from irdscale.cluster.supervisor import Job
 from irdscale.cluster.trial import JobTrial
 from irdscale.cluster.worker import RankGroup, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
-from irdscale.memory.gpu_sharing import Sharing, describe, sharing_of
+from irdscale.memory.gpu_sharing import MOST_TRIALS, Sharing, describe, share_by_memory, sharing_of
 from irdscale.search.candidates import Candidate
 from irdscale.search.early_stopping import AshaByPair
 from irdscale.search.ray_jobs import evaluate_candidate, run_work
@@ -50,8 +51,13 @@ PAUSE_S = 30.0
 
 
 @contextmanager
-def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> Iterator[RayEngine]:
+def ray_engine(
+    config: RunConfig, task: Task, output: Path, progress: bool, ratio: float | None = None
+) -> Iterator[RayEngine]:
     """Connect to the cluster, check its nodes and run the body; on an interrupt, trials save their state first.
+
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
 
     Raises:
         InputError: there is no cluster, a node does not share the output folder, a trial cannot fit, or trials that
@@ -59,6 +65,7 @@ def ray_engine(config: RunConfig, task: Task, output: Path, progress: bool) -> I
     """
     with connected() as cluster:
         check_nodes(output)
+        config = with_share(config, task, ratio)
         steps = training_steps(config.train, len(task.trained))
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
         if config.search.ray.shares_gpus:
@@ -80,11 +87,21 @@ def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> Ran
         exclusive: each rank has a GPU to itself, even where trials share one.
     """
     asked = config.search.ray
-    gpus: float = int(has_gpus()) if asked.gpus_per_rank is None else asked.gpus_per_rank
+    given = asked.gpus_per_rank
+    gpus: float = given if isinstance(given, int | float) else int(has_gpus())
     if is_share(gpus):
         gpus = 1 if exclusive else counted(gpus)
     grouped = config.train.deepspeed is not None
     return RankGroup(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
+
+
+def with_share(config: RunConfig, task: Task, ratio: float | None = None) -> RunConfig:
+    """The configuration with the GPUs of a rank on the connected cluster, if they are `auto`; `ratio` as above."""
+    if config.search.ray.gpus_per_rank != "auto":
+        return config
+    gpus = share_by_memory(config, cards(share_of(MOST_TRIALS)), task.longest, ratio) if has_gpus() else 0
+    ray_config = config.search.ray.model_copy(update={"gpus_per_rank": gpus})
+    return config.model_copy(update={"search": config.search.model_copy(update={"ray": ray_config})})
 
 
 def sharing(config: RunConfig, task: Task) -> Sharing:
@@ -137,18 +154,26 @@ class RayEngine:
         return cast(T, result)
 
     def call_all(
-        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
+        self,
+        calls: Sequence[WorkItem],
+        ended: Callable[[int, Any], None] = lambda place, result: None,
+        starting: Callable[[int], None] | None = None,
     ) -> list[Any]:
         asked, supervisor = self._config.search.ray, self._cluster.supervisor
         results: list[Any] = [None] * len(calls)
         failures, left, following = [0] * len(calls), deque(range(len(calls))), dict[Any, int]()
+        # The items of a comparison's call are alike.
+        fits = fitting(self._ranks_of(calls[0])) if starting is not None and calls else len(calls)
+        room, refusal = max(1, min(fits, asked.concurrent or fits)), None
         try:
-            while left or following:
-                while left and len(following) < (asked.concurrent or len(calls)):
-                    place = left.popleft()
-                    following[self._begin(calls, place)] = place
+            while following or (left and refusal is None):
+                while left and refusal is None and len(following) < room:
+                    refusal = _refusal(starting, left[0])
+                    if refusal is None:
+                        place = left.popleft()
+                        following[self._begin(calls, place)] = place
                 # The timeout lets an interrupt through.
-                for over in ray.wait(list(following), timeout=1.0)[0]:
+                for over in ray.wait(list(following), timeout=1.0)[0] if following else ():
                     place = following.pop(over)
                     try:
                         results[place] = unpacked(answer(over)["result"])
@@ -164,6 +189,8 @@ class RayEngine:
             for place in following.values():
                 answer(supervisor.stop.remote(_name(calls, place)))
             raise
+        if refusal is not None:
+            raise refusal
         return results
 
     def _begin(self, calls: Sequence[WorkItem], place: int) -> Any:
@@ -171,32 +198,42 @@ class RayEngine:
         call, supervisor, silent_s = calls[place], self._cluster.supervisor, 60 * self._config.search.ray.silent_minutes
         work = partial(run_work, self._config, call.config or self._config, self._output, call.work, call.args)
         label = {"what": _described_item(calls, place)}
-        rank_group = self._trial if call.light and is_share(self._trial.gpus) else self._fisher
-        answer(supervisor.start.remote(Job(_name(calls, place), packed(work), rank_group, silent_s, label=label)))
+        job = Job(_name(calls, place), packed(work), self._ranks_of(call), silent_s, label=label)
+        answer(supervisor.start.remote(job))
         return supervisor.follow.remote(_name(calls, place))
 
-    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
+    def _ranks_of(self, call: WorkItem) -> RankGroup:
+        return self._trial if call.light and is_share(self._trial.gpus) else self._fisher
+
+    def evaluate(
+        self,
+        candidates: Sequence[Candidate],
+        ended: Callable[[dict[str, Any]], None],
+        starting: Callable[[Candidate], None] | None = None,
+    ) -> None:
         asked, supervisor = self._config.search.ray, self._cluster.supervisor
         by_name = {candidate.key(self._config): candidate for candidate in candidates}
-        records = _RecordWriter(self._config, by_name, ended, supervisor)
+        records = _RecordWriter(self._config, by_name, ended, supervisor, starting)
         fits = fitting(self._trial)
-        room = asked.concurrent or (fits if self._cluster.own else max(fits, len(candidates)))
+        # A trial that Ray queues has started for Tune.
+        room = fits if self._cluster.own or starting is not None else max(fits, len(candidates))
+        room = max(1, min(room, asked.concurrent or room, len(candidates)))
         # Baselines (round None) do not compete with each other.
         early = asked.early_stopping and all(candidate.round is not None for candidate in candidates)
-        jobs = [self._job(name, candidate) for name, candidate in by_name.items()]
+        jobs = {name: self._job(name, candidate) for name, candidate in by_name.items()}
         ray.get(supervisor.close.remote(False))
         with tempfile.TemporaryDirectory(prefix="irdscale-tune-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(
-                    tune.with_parameters(JobTrial, supervisor=supervisor),
+                    tune.with_parameters(JobTrial, supervisor=supervisor, jobs=jobs),
                     tune.PlacementGroupFactory([beside() or {"memory": 1}]),
                 ),
-                param_space={"job": tune.grid_search(jobs)},
+                param_space={"name": tune.grid_search(list(jobs))},
                 tune_config=tune.TuneConfig(
                     trial_dirname_creator=lambda trial: trial.trial_id,
                     scheduler=AshaByPair(self._config, self._steps, by_name, self._lower_is_better) if early else None,
                     reuse_actors=True,
-                    max_concurrent_trials=max(1, min(room, len(jobs))),
+                    search_alg=_AskedTrials(records.may_start, room),
                 ),
                 run_config=tune.RunConfig(
                     name="round",
@@ -222,6 +259,16 @@ class RayEngine:
         )
 
 
+def _refusal(starting: Callable[[T], None] | None, what: T) -> Exception | None:
+    """What `starting` raises; None if this may start."""
+    try:
+        if starting is not None:
+            starting(what)
+    except Exception as refusal:
+        return refusal
+    return None
+
+
 def _name(calls: Sequence[WorkItem], place: int) -> str:
     return f"{calls[place].work.__name__}-{place}"
 
@@ -232,11 +279,26 @@ def _described_item(calls: Sequence[WorkItem], place: int) -> str:
     return words if len(calls) == 1 else f"{words}, {place + 1} of {len(calls)}"
 
 
+class _AskedTrials(BasicVariantGenerator):
+    """Tune's trials, which start while `may_start` agrees to the name of the next job, at most `room` at once."""
+
+    def __init__(self, may_start: Callable[[str], bool], room: int) -> None:
+        super().__init__(max_concurrent=room)
+        self._may_start = may_start
+
+    def next_trial(self) -> Any:
+        trial = super().next_trial()
+        if trial is None or self._may_start(trial.config["name"]):
+            return trial
+        self.set_finished()
+        return None
+
+
 class _RecordWriter(tune.Callback):
-    """Hands the record of each finished trial to `ended`, in this process.
+    """Hands the record of each finished trial to `ended`, in this process, and asks `starting` before each one.
 
     Attributes:
-        error: error that ends the search; None if there is none.
+        error: error or refusal that ends the search; None if there is none.
     """
 
     def __init__(
@@ -245,16 +307,23 @@ class _RecordWriter(tune.Callback):
         candidates: dict[str, Candidate],
         ended: Callable[[dict[str, Any]], None],
         supervisor: Any,
+        starting: Callable[[Candidate], None] | None,
     ) -> None:
         self._config, self._candidates, self._ended, self._supervisor = config, candidates, ended, supervisor
+        self._starting = starting
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks to restore experiments, which this package never does.
         return {}
 
+    def may_start(self, name: str) -> bool:
+        """Whether this trial may start; after a refusal, running ones go on."""
+        self.error = self.error or _refusal(self._starting, self._candidates[name])
+        return self.error is None
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        result, name = trial.last_result or {}, trial.config["job"].name
+        result, name = trial.last_result or {}, trial.config["name"]
         if "bad_input" in result:
             self._fail(InputError(result["bad_input"]))
         elif "result" in result:
@@ -268,7 +337,7 @@ class _RecordWriter(tune.Callback):
             self._end(self._candidates[name].record(self._config) | stopped)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = trial.config["job"].name
+        name = trial.config["name"]
         text = ray.get(self._supervisor.why.remote(name)) or "the trial's process or node was lost"
         log.warning("%s failed: %s", self._candidates[name], text)
         self._end(self._candidates[name].record(self._config) | {"error": text})

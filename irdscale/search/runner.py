@@ -63,6 +63,28 @@ class Engine(Protocol):
         """Evaluate candidates with distinct keys; calls `ended` with the record of each when it ends."""
 
 
+class AskingEngine(Engine, Protocol):
+    """An engine that asks before each start.
+
+    `starting` is called with the candidate, or the position of the work item, that would start now. What it raises is
+    raised when all that runs has ended, and nothing more starts.
+    """
+
+    def call_all(
+        self,
+        calls: Sequence[WorkItem],
+        ended: Callable[[int, Any], None] = lambda place, result: None,
+        starting: Callable[[int], None] | None = None,
+    ) -> list[Any]: ...
+
+    def evaluate(
+        self,
+        candidates: Sequence[Candidate],
+        ended: Callable[[dict[str, Any]], None],
+        starting: Callable[[Candidate], None] | None = None,
+    ) -> None: ...
+
+
 class Runner:
     """Evaluates candidates and records them in the ledger; evaluations in the ledger are not run again.
 

@@ -149,6 +149,8 @@ def test_doctor_says_how_trials_share_a_gpu(toy, gpus_of_a_cluster, mps):
         f"search.ray.gpus_per_rank=0.25: up to 4 trials may share a GPU {how} a trial needs an estimated 0.5"
         in lines[-1]
     )
+    auto = doctor.diagnose(on_ray(toy, gpus_per_rank="auto"))["search"]["ray"]
+    assert (auto["at_once"], auto["sharing"]["share"]) == (8, 0.125)
     alone = doctor.diagnose(on_ray(toy, gpus_per_rank=1))["search"]["ray"]
     assert (alone["at_once"], alone["sharing"]) == (1, None)
     # Steps take as long for all, models are loaded side by side.

@@ -1,4 +1,4 @@
-"""A toy comparison on Ray against the local runner: the same trainings, the same choice, the same test metrics."""
+"""A toy comparison on Ray, seed by seed, against the local runner: the same trainings, choice and test metrics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs ray[tune]")
 
+from irdscale.compare.budget import Budget  # noqa: E402
 from irdscale.compare.run import run_compare  # noqa: E402
 from irdscale.config.loader import load_config  # noqa: E402
 from irdscale.search.ledger import Ledger, read_ledger  # noqa: E402
@@ -43,7 +44,9 @@ def test_ray_and_local_tell_the_same_and_go_on_with_each_others(
             run_compare(load_config(toy, [f"output={tmp_path / 'ray'}"]), progress=False)
     begun = read_ledger(tmp_path / "ray" / "ledger.jsonl")
     assert len(begun) == 9
-    assert progress_listener(run_compare(on_ray, progress=False)) == progress_listener(expected)
+    # Seed by seed, and all of it fits into the time.
+    found = run_compare(on_ray, progress=False, budget=Budget(60))
+    assert progress_listener(found) == progress_listener(expected)
     records = read_ledger(tmp_path / "ray" / "ledger.jsonl")
     assert records[:9] == begun
     assert len({record["key"] for record in records}) == len(records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from irdscale.compare import on_test, run
-from irdscale.compare.budget import Budget
+from irdscale.compare.budget import Budget, OutOfTime
 from irdscale.compare.method_specs import RESTART, asked_methods
 from irdscale.compare.methods import ModelFacts
 from irdscale.compare.study import read_study
@@ -63,13 +64,17 @@ test_of.__test__ = False  # type: ignore[attr-defined]
 
 
 class Engine:
-    """Remembers what it was asked for; may be killed after some evaluations. Its clock counts what work takes."""
+    """Remembers what it was asked for; may be killed after some evaluations. Its clock counts what work takes.
+
+    It runs `room` evaluations side by side.
+    """
 
     def __init__(self, config: RunConfig, task: Any, output: Path, metric: Callable[[Candidate], Any]) -> None:
         self.given, self.metric = (config, task, output), metric
         self.asked: list[Candidate] = []
         self.tested: list[Candidate] = []
         self.left = 10**6
+        self.room = 1
         self.clock, self.in_time, self.mask_seconds, self.test_seconds = 0.0, False, 0.0, 0.0
         self.made: list[str] = []
 
@@ -77,25 +82,45 @@ class Engine:
         return work(*self.given, *args)
 
     def call_all(
-        self, calls: Sequence[WorkItem], ended: Callable[[int, Any], None] = lambda place, result: None
+        self,
+        calls: Sequence[WorkItem],
+        ended: Callable[[int, Any], None] = lambda place, result: None,
+        starting: Callable[[int], None] | None = None,
     ) -> Any:
         # Test scores may share a GPU, passes that make masks may not.
         assert all(call.light is (call.work is on_test.score_on_test) for call in calls)
-        return LocalEngine(*self.given, KeptBase()).call_all(calls, ended)
+        return LocalEngine(*self.given, KeptBase()).call_all(calls, ended, starting)
 
-    def evaluate(self, candidates: Sequence[Candidate], ended: Callable[[dict[str, Any]], None]) -> None:
+    def evaluate(
+        self,
+        candidates: Sequence[Candidate],
+        ended: Callable[[dict[str, Any]], None],
+        starting: Callable[[Candidate], None] = lambda candidate: None,
+    ) -> None:
         # In little time, complete seeds are tested before the next seed begins.
         assert self.in_time or not self.tested, "nothing may be chosen after the test split was read"
-        for candidate in candidates:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            self.asked.append(candidate)
-            found = self.metric(candidate)
-            ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
-            costs = {"seconds": 1.0 + candidate.seed % RESTART, "peak_bytes": 2**30 + candidate.seed % RESTART}
-            self.clock += costs["seconds"]
-            ended(candidate.record(self.given[0]) | costs | ok)
+        waiting, running, refusal = list(candidates), list[tuple[float, int, Candidate]](), None
+        while running or (waiting and refusal is None):
+            while waiting and refusal is None and len(running) < self.room:
+                try:
+                    starting(waiting[0])
+                except OutOfTime as stop:
+                    refusal = stop
+                    continue
+                if self.left == 0:
+                    raise KeyboardInterrupt
+                self.left -= 1
+                self.asked.append(waiting[0])
+                ends = self.clock + 1.0 + waiting[0].seed % RESTART
+                heapq.heappush(running, (ends, len(self.asked), waiting.pop(0)))
+            if running:
+                self.clock, _, candidate = heapq.heappop(running)
+                found = self.metric(candidate)
+                ok = {"metric": found, "status": "ok"} if isinstance(found, float) else {"error": found}
+                costs = {"seconds": 1.0 + candidate.seed % RESTART, "peak_bytes": 2**30 + candidate.seed % RESTART}
+                ended(candidate.record(self.given[0]) | costs | ok)
+        if refusal is not None:
+            raise refusal
 
 
 @pytest.fixture
@@ -124,7 +149,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         return [(test_of(candidate), 0.01) for candidate, _ in asked]
 
     @contextmanager
-    def running(config: RunConfig, task: Any, output: Path, progress: bool) -> Any:
+    def running(config: RunConfig, task: Any, output: Path, progress: bool, ratio: float | None) -> Any:
         yield engine
 
     def task_of(config: RunConfig) -> Any:
@@ -152,6 +177,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         minutes: float | None = None,
         mask_seconds: float = 0.0,
         test_seconds: float = 0.0,
+        room: int = 1,
         **changes: Any,
     ) -> tuple[dict[str, Any], Engine]:
         nonlocal engine, lower
@@ -170,7 +196,7 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tu
         )
         engine = Engine(config, None, tmp_path / "out", metric)
         engine.given = config, task_of(config), tmp_path / "out"
-        engine.left, engine.in_time = left, minutes is not None
+        engine.left, engine.in_time, engine.room = left, minutes is not None, room
         engine.mask_seconds, engine.test_seconds = mask_seconds, test_seconds
         budget = None if minutes is None else Budget(minutes, 0.0, lambda: engine.clock)
         return run.run_compare(config, progress=False, budget=budget), engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from irdscale.compare import budget as budgets
-from irdscale.compare.budget import Budget, OutOfTime, TimedEngine, check_budget
+from irdscale.compare.budget import Budget, OutOfTime, TimedEngine
 from irdscale.compare.method_specs import RESTART
 from irdscale.compare.missing import missing_notes, print_missing, progress_lines
 from irdscale.compare.next_steps import next_steps
@@ -42,14 +43,14 @@ def failing(candidate: Candidate) -> Any:
     return "TrainingError: the loss is nan" if candidate.direction == "lora" else metric_of(candidate)
 
 
-@pytest.mark.parametrize("metric", [metric_of, turning, failing])
-def test_calls_add_up_to_one_without_a_deadline(metric: Any, compare: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("metric", "room"), [(metric_of, 1), (turning, 4), (failing, 1)])
+def test_calls_add_up_to_one_without_a_deadline(metric: Any, room: int, compare: Any, tmp_path: Path) -> None:
     whole, _ = compare(metric, **FEW)
     alone = {1: compare(metric, **FEW, seeds=[0])[0]}
     shutil.rmtree(tmp_path / "out")
-    minutes, sizes = 1.0, []
+    minutes, sizes = 1.0 / room, []
     for _ in range(20):
-        result, engine = compare(metric, **FEW, minutes=minutes)
+        result, engine = compare(metric, **FEW, minutes=minutes, room=room)
         assert engine.clock <= 60 * minutes * KEPT
         assert engine.asked, "every call gets on"
         sizes.append(len(result["seeds"]))
@@ -103,6 +104,26 @@ def test_an_evaluation_that_would_end_late_is_not_started(compare: Any, tmp_path
     assert found == {"ird": 2, "fish_best": 2, "random_mask": 2, "lora": 1}, "IRD and FISH share their first"
 
 
+def test_side_by_side_each_start_is_asked_for(compare: Any) -> None:
+    # Trainings of seed 0 take 1 second. The report keeps a tenth of 3 seconds.
+    result, engine = compare(**FEW, minutes=0.05, room=3)
+    assert engine.clock == 2
+    assert result["missing"]["done"] == len(engine.asked) == 6
+    assert result["missing"]["next"].endswith("for which 1.0 s are expected, and 0.70 s are left")
+
+
+def test_seconds_beside_an_evaluation_are_expected_too(compare: Any, tmp_path: Path) -> None:
+    compare(**FEW, minutes=0.1)
+    file = tmp_path / "out" / "fisher" / "seconds.json"
+    measured = json.loads(file.read_text())
+    assert measured[budgets.BESIDE] == 0
+    file.write_text(json.dumps(measured | {budgets.BESIDE: 4.5}))
+    assert compare(**FEW, minutes=0.1)[1].asked == []
+    file.write_text(json.dumps(measured | {budgets.BESIDE: 4.4}))
+    # The one that starts is faster, and that is kept.
+    assert len(compare(**FEW, minutes=0.1)[1].asked) == 5
+
+
 def test_a_pass_that_would_end_late_is_not_started(compare: Any) -> None:
     result, engine = compare(**FEW, minutes=1, mask_seconds=20.0)
     assert engine.made == ["ird-0"], "of 54 seconds, too few are left for those of the second seed"
@@ -134,7 +155,13 @@ def test_expected_are_the_longest_of_the_kind_else_of_any(direction: str, second
     candidate = Candidate("a", Pair(4, 10), 0, None, direction, config.train)
     kinds = {"lora": "lora", "own": "lora", "ird": "ird", "full": "full"}
     asked: list[Candidate] = []
-    inner: Any = SimpleNamespace(evaluate=lambda candidates, ended: asked.extend(candidates))
+
+    def evaluate(candidates: list[Candidate], ended: Any, starting: Any) -> None:
+        for one in candidates:
+            starting(one)
+            asked.append(one)
+
+    inner: Any = SimpleNamespace(evaluate=evaluate)
     for left, starts in ((seconds, True), (seconds - 0.01, False)):
         # Of one minute, 6 seconds are kept for the report.
         budget = Budget(1, 0.0, lambda left=left: 54.0 - left)  # type: ignore[misc]
@@ -166,12 +193,6 @@ def test_rank_0_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_minutes_are_above_0(minutes: float) -> None:
     with pytest.raises(InputError, match=r"--minutes: found .*; expected minutes above 0"):
         Budget(minutes)
-
-
-def test_ray_has_no_deadline() -> None:
-    asked = {"model": {"path": "m"}, "task": {"dataset": "glue/rte"}, "search": {"runner": "ray"}}
-    with pytest.raises(InputError, match=r"search\.runner: found ray with --minutes; expected local"):
-        check_budget(RunConfig.model_validate(asked))
 
 
 MISSING = {

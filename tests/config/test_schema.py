@@ -59,11 +59,15 @@ def message(*overrides: str) -> str:
         *(
             (
                 f"search.ray.gpus_per_rank={found}",
-                f"search.ray.gpus_per_rank: found {shown}; expected 0, 1, or a share of",
+                f"search.ray.gpus_per_rank: found {shown}; expected 0, 1, auto, or a share of",
             )
             for found, shown in (("2", "2"), ("1.5", "1.5"), ("-0.5", "-0.5"), ("0.00009", "9e-05"), ("true", "True"))
         ),
-        ("search.ray.gpus_per_rank=half", "search.ray.gpus_per_rank: found 'half'; expected 0, 1, or a share of a GPU"),
+        (
+            "search.ray.gpus_per_rank=half",
+            "search.ray.gpus_per_rank: found 'half'; expected 0, 1, auto, or a share of a GPU",
+        ),
+        ("search.ray={gpus_per_rank: auto, ranks: 2}", "search.ray.gpus_per_rank: found auto with ranks 2; expected"),
         (
             "search.ray={gpus_per_rank: 0.5, ranks: 2}",
             "search.ray.gpus_per_rank: found 0.5 with ranks 2; expected 0 or 1: ranks of one candidate communicate by",
@@ -159,14 +163,15 @@ def test_language_tasks_that_contradict_themselves(overrides: list[str], expecte
         ("1.0", 1, "1"),
         ("0.25", 0.25, "0.25"),
         ("0.0001", 0.0001, "0.0001"),
+        ("auto", "auto", "auto"),
     ],
 )
-def test_gpus_of_a_rank_are_kept_as_they_were(given: str, kept: float | None, dumped: str) -> None:
+def test_gpus_of_a_rank_are_kept_as_they_were(given: str, kept: float | str | None, dumped: str) -> None:
     """Whole ones as integers, for configurations that were dumped before there were shares."""
     config = changed_config(CONFIG, [f"search.ray.gpus_per_rank={given}"], "here")
     found = config.search.ray.gpus_per_rank
     assert (found, type(found)) == (kept, type(kept))
-    assert config.search.ray.shares_gpus is isinstance(kept, float)
+    assert config.search.ray.shares_gpus is isinstance(kept, float | str)
     assert f"\n    gpus_per_rank: {dumped}\n" in dump_config(config)
     assert changed_config(config, [], "here") == config
     # It is another way to run the same search.

@@ -12,7 +12,7 @@ from irdscale.cluster.share import Card
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.memory import gpu_sharing
-from irdscale.memory.gpu_sharing import describe, sharing_of
+from irdscale.memory.gpu_sharing import describe, share_by_memory, sharing_of
 from irdscale.memory.sizes import GIB
 
 H100, L4 = Card("one", "H100", 80 * GIB, True), Card("two", "L4", 22 * GIB, True)
@@ -81,6 +81,29 @@ def test_what_does_not_fit_is_refused_in_one_line(takes, gib, each, expected):
         sharing_of(CONFIG, float(expected.split(",")[0].split()[-1]), [L4])
 
 
+@pytest.mark.parametrize(
+    ("gib", "share"),
+    # CUDA's 0.5 GiB, and a tenth more than estimated.
+    [(0.1, 0.125), (2.0, 0.125), (2.1, 0.1428), (9.5, 0.5), (9.6, 1), (30, 1)],
+)
+def test_as_many_trials_as_the_smallest_gpu_holds_share_it(takes, gib, share):
+    takes(gib)
+    assert share_by_memory(CONFIG, [H100, L4]) == share
+    # None on a GPU alone is checked.
+    if share < 1:
+        assert sharing_of(CONFIG, share, [H100, L4]).fits
+
+
+def test_shares_are_for_the_largest_training_and_need_a_gpu_and_an_estimate(monkeypatch, caplog):
+    monkeypatch.setattr(gpu_sharing, "trial_peak", lambda config, tokens: ("train", config.search.ratio * 20 * GIB))
+    assert share_by_memory(CONFIG, [L4]) == 0.125
+    assert share_by_memory(CONFIG, [L4], ratio=0.4) == 0.5
+    assert share_by_memory(CONFIG, []) == 1
+    monkeypatch.setattr(gpu_sharing, "trial_peak", None)
+    assert share_by_memory(CONFIG, [L4]) == 1
+    assert "search.ray.gpus_per_rank: how many trials fit is not known" in caplog.text
+
+
 def test_without_a_gpu_in_truth_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(gpu_sharing, "trial_peak", None)
     found = sharing_of(CONFIG, 0.1, [])
@@ -147,6 +170,9 @@ def test_the_peak_of_a_trial_is_a_plans(tmp_path: Path):
     # One GPU takes as long for all of them, however many share it.
     assert found["hours"]["search"] == alone["hours"]["search"]
     assert found["hours"]["fisher"] == alone["hours"]["fisher"]
+    ray = config.search.ray.model_copy(update={"gpus_per_rank": "auto"})
+    auto = run_plan(config.model_copy(update={"search": config.search.model_copy(update={"ray": ray})}), tokens=32)
+    assert (auto["trials_a_gpu"], auto["fits"]) == (8, True)
     assert (alone["trials_a_gpu"], alone["trial_room_gib"]) == (1, alone["room_gib"])
     assert not [line for line in alone["advice"] if "share a GPU" in line]
 

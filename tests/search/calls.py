@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from irdscale.cluster.worker import SupervisorClient
 from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError, RunError
+from irdscale.search.candidates import Candidate
 
 PATIENCE_S = 240
 
@@ -32,6 +34,20 @@ def fails_once(config: RunConfig, task: Any, output: Path) -> str:
         return "done"
     (output / "failed").touch()
     raise RunError("once")
+
+
+def evaluates(
+    config: RunConfig, output: Path, candidate: Candidate, client: SupervisorClient | None = None
+) -> dict[str, Any]:
+    """A candidate's record; seed 0 lasts until another one is refused."""
+    last_or_not(config, None, output, candidate.seed)
+    return candidate.record(config)
+
+
+def last_or_not(config: RunConfig, task: Any, output: Path, seed: int) -> int:
+    if seed == 0:
+        _wait_for(output / "refused")
+    return seed
 
 
 def refuses(config: RunConfig, task: Any, output: Path) -> None:

@@ -12,8 +12,12 @@ import pytest
 pytest.importorskip("ray", reason="needs ray[tune]")
 
 from irdscale.cli.command_line import run
+from irdscale.compare.budget import OutOfTime
 from irdscale.config.loader import load_config
 from irdscale.errors import InputError, RunError
+from irdscale.search import ray_engine as engine_module
+from irdscale.search.candidates import Candidate
+from irdscale.search.ird import Pair
 from irdscale.search.ledger import read_ledger
 from irdscale.search.ray_engine import ray_engine
 from irdscale.search.run import run_search
@@ -50,6 +54,41 @@ def test_calls_run_side_by_side(folder: Path, tmp_path: Path) -> None:
             engine.call_all([WorkItem(calls.meets, (5, 6)), WorkItem(calls.refuses)])
         # Both processors are free again.
         assert engine.call_all([WorkItem(calls.meets, (2, 3)), WorkItem(calls.meets, (3, 2))])[1][0] == 3
+
+
+def test_what_starts_is_asked_for_and_after_a_refusal_what_runs_ends(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 0 runs beside seeds 1 and 2, until seed 3 is refused."""
+    monkeypatch.setattr(engine_module, "evaluate_candidate", calls.evaluates)
+    config = load_config(folder / "toy.yaml", ["search.runner=ray"])
+    events: list[str] = []
+    expected = ["starts 0", "starts 1", "ends 1", "starts 2", "ends 2", "refuses 3", "ends 0"]
+
+    def starting(what: Any) -> None:
+        seed = what if isinstance(what, int) else what.seed
+        events.append(f"starts {seed}" if seed < 3 else f"refuses {seed}")
+        if seed == 3:
+            (tmp_path / "refused").touch()
+            raise OutOfTime("too late", 1.0, 0.0)
+
+    with ray_engine(config, load_task(config), tmp_path, progress=False) as engine:
+        candidates = [Candidate("mask", Pair(4, 4), seed, None, "ird") for seed in range(5)]
+        with pytest.raises(OutOfTime, match="too late"):
+            engine.evaluate(candidates, lambda record: events.append(f"ends {record['seed']}"), starting)
+        assert events == expected
+        events.clear()
+        (tmp_path / "refused").unlink()
+        items = [WorkItem(calls.last_or_not, (seed,)) for seed in range(5)]
+        with pytest.raises(OutOfTime, match="too late"):
+            engine.call_all(items, lambda place, result: events.append(f"ends {place}"), starting)
+        assert events == expected
+        events.clear()
+        with pytest.raises(OutOfTime):
+            engine.evaluate(candidates[3:], lambda record: None, starting)
+        with pytest.raises(OutOfTime):
+            engine.call_all(items, lambda place, result: None, lambda place: starting(place + 3))
+        assert events == 2 * ["refuses 3"]
 
 
 def test_all_failing_ends_with_the_error(folder: Path) -> None:
