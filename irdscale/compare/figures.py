@@ -28,6 +28,8 @@ from irdscale.report.figures import pngs
 _FURTHER = ("#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78350f", "#475569", "#eab308", "#a78bfa", "#111827")
 _COLORS = (BLUE, ORANGE, GREEN, RED, *_FURTHER)
 _MARKERS = "osD^vP*X<>hdp"
+# Distance of points with equal parameters, as a share of the axis.
+_APART = 0.025
 # Space between two learning rates that the points of all methods take, as a share.
 _ROOM = 0.4
 # Scores closer than this share of the axis are drawn on different heights.
@@ -38,6 +40,7 @@ def draw_all(study: dict[str, Any]) -> dict[str, bytes]:
     """Figure name -> PNG, for each figure with data."""
     return pngs(
         scores=scores(study),
+        parameters=score_by_parameters(study),
         differences=differences(study),
         rates=selection_by_rate(study),
     )
@@ -80,6 +83,44 @@ def scores(study: dict[str, Any]) -> Figure | None:
     panels.figure.supxlabel(f"{_plain(study['task']['metric'])} on the test split, {_better(study)}", fontsize=10)
     handles, labels = panels.main.get_legend_handles_labels()
     panels.figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=4)
+    return panels.figure
+
+
+def score_by_parameters(study: dict[str, Any]) -> Figure | None:
+    """Test score against trainable parameters; a method that trains only the head is a line.
+
+    None if fewer than two methods train parameters beside the head.
+    """
+    tested = [(m, style) for m, style in _styled(study["methods"]) if m["test"]["mean"] is not None]
+    placed = [m for m, _ in tested if m["params"]]
+    if len(placed) < 2:
+        return None
+    logs = [log10(m["params"]) for m in placed]
+    span = max(max(logs) - min(logs), 0.5)
+    shifts = _side_by_side(logs, span)
+    ends = [m["test"][end] for m, _ in tested for end in ("mean", "low", "high")]
+    panels = broken(_known(ends), 9.6, 4.8)
+    handles: list[Any] = []
+    for axes in panels.parts:
+        handles = []
+        for method, style in tested:
+            test, label = method["test"], _plain(method["label"])
+            if method["params"] == 0:
+                line = axes.axhline(test["mean"], color=style["color"], linewidth=1.2, linestyle="--", label=label)
+                handles.append(line)
+            elif method["params"]:
+                x = 10 ** (log10(method["params"]) + shifts[placed.index(method)])
+                half = None if test["low"] is None else [[test["mean"] - test["low"]], [test["high"] - test["mean"]]]
+                bar = {"markersize": 6, "linewidth": 1.1, "linestyle": "none", "label": label, **style}
+                handles.append(axes.errorbar(x, test["mean"], yerr=half, **bar))
+    lowest = panels.parts[0]
+    lowest.set_xscale("log")
+    plain_ticks(lowest.xaxis, _apart({round(m["params"]) for m in placed}, span))
+    low, high = min(logs) + min(shifts), max(logs) + max(shifts)
+    lowest.set_xlim(10 ** (low - 0.08 * span), 10 ** (high + 0.08 * span))
+    lowest.set_xlabel("trainable parameters beside the head")
+    panels.main.set_ylabel(f"{_plain(study['task']['metric'])} on the test split, {_better(study)}")
+    _legend(panels, handles)
     return panels.figure
 
 
@@ -141,8 +182,7 @@ def selection_by_rate(study: dict[str, Any]) -> Figure | None:
     lowest.margins(x=0.08)
     lowest.set_xlabel("learning rate")
     panels.main.set_ylabel(f"{_plain(study['task']['metric'])} on the selection split, {_better(study)}")
-    handles = panels.main.get_legend_handles_labels()[0]
-    panels.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside right center")
+    _legend(panels, panels.main.get_legend_handles_labels()[0])
     return panels.figure
 
 
@@ -172,6 +212,35 @@ def _styled(methods: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dic
     """Each method with a colour and a marker; more than 13 share them."""
     for number, method in enumerate(methods):
         yield method, {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)]}
+
+
+def _apart(values: Iterable[int], span: float) -> list[int]:
+    """The values without those whose tick labels would touch the one before."""
+    kept: list[int] = []
+    for value in sorted(values):
+        if not kept or log10(value / kept[-1]) > 0.12 * span:
+            kept.append(value)
+    return kept
+
+
+def _side_by_side(logs: list[float], span: float) -> list[float]:
+    """Shift of each point, in units of `logs`, so that no two overlap."""
+    step = _APART * span
+    moved: list[float] = [0.0] * len(logs)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(logs)), key=lambda i: logs[i]):
+        if groups and logs[i] - logs[groups[-1][0]] < step:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    for group in groups:
+        for place, i in enumerate(sorted(group)):
+            moved[i] = (place - (len(group) - 1) / 2) * step
+    return moved
+
+
+def _legend(panels: Panels, handles: list[Any]) -> None:
+    panels.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside right center")
 
 
 def _better(study: dict[str, Any]) -> str:

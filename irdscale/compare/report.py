@@ -27,6 +27,8 @@ from irdscale.utils.files import write_atomic
 CAPTIONS = {
     "scores": "Test score by method: mean and 95 % t interval over the seeds. Grey dots are seeds. "
     "The band is the reference's interval. Slanted marks are breaks of the axis.",
+    "parameters": "Test score against the number of trainable parameters beside the head. Methods of the same size "
+    "are side by side; dashed lines are methods that train only the head. Slanted marks are breaks of the axis.",
     "differences": "Paired differences to the reference over the seeds, with 95 % t intervals. Blue: the reference is "
     "better. Orange: it is worse. Grey: the interval includes zero.",
     "rates": "Mean metric on the selection split by learning rate. The methods are side by side at each rate; rings "

@@ -36,7 +36,7 @@ DO = "the same command, another folder (output=...), or --overwrite"
 HOW_TO_PASS = {"batch_size", "save_minutes", "layout", "offload", "passes"}
 _ADAPTER = ("adapter/adapter.json", "adapter/adapter.safetensors", "adapter/README.md")
 _FIGURES = ("metric", "path", "density", "traces", "overlap")
-_COMPARED = ("scores", "differences", "rates")
+_COMPARED = ("scores", "parameters", "differences", "rates")
 # Files of each part. In a folder without a record, the first `SHOWING` of them show that there was a run.
 WRITTEN = {
     "mask": (

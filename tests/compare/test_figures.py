@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.collections import PathCollection
 
-from irdscale.compare.figures import differences, scores, selection_by_rate
+from irdscale.compare.figures import differences, score_by_parameters, scores, selection_by_rate
 from tests.compare.fake import ALL, around, everything, study
 
 CLOSE = {name: around(0.72 - 0.01 * i) for i, name in enumerate(("ird", "fish", "reverse", "lora"))}
@@ -29,6 +29,7 @@ def panel(figure: Any, value: float, axis: str) -> tuple[Any, float, float]:
     ("draw", "axis", "value", "far", "span"),
     [
         (scores, "x", 0.70, 9.0, 0.03),
+        (score_by_parameters, "y", 0.70, 9.0, 0.03),
         (differences, "x", 0.01, -8.28, 0.03),
         (selection_by_rate, "y", 0.70, 9.01, 0.05),
     ],
@@ -43,7 +44,7 @@ def test_a_far_method_does_not_squash_the_others(draw: Any, axis: str, value: fl
     assert panel(figure, far, axis)[0] is not main, "the far method is shown in a part of its own"
 
 
-@pytest.mark.parametrize("draw", [scores, differences, selection_by_rate])
+@pytest.mark.parametrize("draw", [scores, score_by_parameters, differences, selection_by_rate])
 def test_ticks_are_plain_numbers(draw: Any) -> None:
     compared = everything()
     for method in compared["methods"]:
@@ -81,6 +82,7 @@ def test_points_at_one_learning_rate_are_beside_each_other() -> None:
 
 def test_figures_with_nothing_to_show_are_left_out() -> None:
     one = study({"ird": around(0.7), "linear_probe": around(0.6)})
+    assert score_by_parameters(one) is None, "one method trains parameters"
     for method in one["methods"]:
         method["grid"] = method["grid"][1:2]
     assert selection_by_rate(one) is None, "one learning rate"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from irdscale.compare import write_comparison
-from irdscale.compare.figures import differences, scores
+from irdscale.compare.figures import differences, score_by_parameters, scores
 from irdscale.compare.show import print_comparison
 from irdscale.errors import InputError
 from tests.compare.fake import ALL, around, everything, study, write_study
@@ -131,9 +132,9 @@ def test_claims_fit_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_pictures_are_files_and_inside_the_page(tmp_path: Path) -> None:
     markdown, page = report(tmp_path, everything())
     names = re.findall(r"\]\((figures/\w+\.png)\)", markdown)
-    assert len(names) == 3
+    assert len(names) == 4
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    assert len(page.loads) == 3
+    assert len(page.loads) == 4
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert not {"link", "script", "iframe"} & set(page.tags)
 
@@ -193,6 +194,15 @@ def test_the_better_side_of_the_differences_is_named() -> None:
         axes = figure.axes[0]
         assert figure.get_supxlabel() == label
         assert axes.get_xlim()[0] < 0 < axes.get_xlim()[1]
+
+
+def test_no_two_points_of_one_size_stand_on_each_other() -> None:
+    figure = score_by_parameters(everything())
+    assert figure is not None
+    xs = sorted(container.lines[0].get_xdata()[0] for container in figure.axes[0].containers)
+    assert len(xs) == len(ALL) - 1
+    assert all(right / left > 1.05 for left, right in itertools.pairwise(xs))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [label for label, _ in ALL.values()]
 
 
 def test_methods_stand_as_they_are_listed_and_the_base_is_a_line() -> None:
