@@ -61,7 +61,7 @@ def texts_of(config: RunConfig, traces: Mapping[str, Any], places: Iterable[int]
         with without_warnings():
             task = load_task(config)
         pool = draw_samples(config, task, min(config.fisher.samples, len(task.population)), "pool")
-        if list(task.population.select(pool)["row"]) != traces["row"]:
+        if list(task.population.select(pool)["row"]) != traces.get("row"):
             raise InputError("found other samples than the search", "the same", "task.dataset", config.task.dataset)
     except (InputError, RunError) as error:
         return Texts(missing=_missing(error))
