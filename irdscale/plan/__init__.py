@@ -8,7 +8,7 @@ from typing import Any
 from irdscale.cluster.share import share_of
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError
-from irdscale.memory.gpu_sharing import MOST_TRIALS
+from irdscale.memory.gpu_sharing import AUTO_TRIALS
 from irdscale.memory.phases import fisher_passes, main_memory, phases
 from irdscale.memory.workload import Layout, workload_of
 from irdscale.plan.advice import STAGES, advise, fits, peak, with_stage
@@ -53,7 +53,7 @@ def run_plan(
     work, layout = workload_of(config, nodes, gpus_per_node, memory, tokens)
     job = job_of(config, work, card, steps)
     if job.ray_ranks and card.name != "cpu" and config.search.ray.gpus_per_rank == "auto":
-        most = min(MOST_TRIALS, job.most_trials(phases(job, layout)))
+        most = min(AUTO_TRIALS, job.most_trials(phases(job, layout)))
         job = replace(job, share=share_of(max(1, most)))
     (phase, items), price = peak(job, layout), cost(job, layout)
     return {
