@@ -96,23 +96,21 @@ def estimate(config: RunConfig, ray: dict[str, Any]) -> dict[str, Any]:
 
     from irdscale.cluster.connect import check_nodes, connected, fitting, has_gpus
     from irdscale.memory.gpu_sharing import describe
-    from irdscale.search.ray_engine import rank_group_of, sharing, with_share
+    from irdscale.search.ray_engine import rank_group_of, sharing
     from irdscale.tasks import load_task
 
     with connected() as cluster:
         ray["cluster"] = {**_connected_cluster(), "started_here": cluster.own}
         check_nodes(Path(config.output))
-        task = load_task(config) if config.search.ray.shares_gpus else None
-        config = config if task is None else with_share(config, task)
+        try:
+            config, shared = sharing(config, load_task(config)) if config.search.ray.shares_gpus else (config, None)
+        except InputError as error:
+            raise CapacityError("run trials that share a GPU", str(error)) from None
         asked, rank_group = config.search.ray, rank_group_of(config, config.search.ray.ranks)
         trials = fitting(rank_group)
         if trials == 0:
             asks = f"{rank_group.size} x {rank_group.cpus} CPUs and {rank_group.gpus:g} GPUs (search.ray)"
             raise CapacityError("run a trial", f"{asks} do not fit on the cluster")
-        try:
-            shared = sharing(config, task) if task is not None and asked.shares_gpus else None
-        except InputError as error:
-            raise CapacityError("run trials that share a GPU", str(error)) from None
         costs, size = _on_cluster(config, rank_group)
         at_once = min(trials, asked.concurrent or trials)
         per_gpu = 1 if shared is None else shared.trials

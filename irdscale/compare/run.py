@@ -117,9 +117,10 @@ def run_compare(
 
 def _run(config: RunConfig, task: Task, progress: bool, budget: Budget | None) -> dict[str, Any]:
     output = Path(config.output)
-    dense = any(method.kind == "full" for method in asked_methods(config))
+    asked = asked_methods(config)
+    dense = any(method.kind == "full" for method in asked)
     with running(config, task, output, progress, 1.0 if dense else None) as engine:
-        facts = engine.call(model_facts, any(method.lora is not None for method in asked_methods(config)))
+        facts = engine.call(model_facts, any(method.lora is not None for method in asked))
         with failing_together():
             methods = fitting_methods(config, facts)
         for line in far_from_budget(methods, facts) if rank_and_world()[0] == 0 else ():

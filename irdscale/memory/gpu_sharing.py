@@ -18,7 +18,7 @@ ESTIMATE_ERROR = 0.1
 # Bytes of the GPU in an estimate. They only limit how many tokens' logits are formed at once.
 GPU_MEMORY = 80 * GIB
 # Most trials on one GPU with `search.ray.gpus_per_rank: auto`; each more gains less.
-MOST_TRIALS = 8
+AUTO_TRIALS = 8
 log = logging.getLogger(__name__)
 
 
@@ -97,7 +97,7 @@ def share_by_memory(
         log.warning("search.ray.gpus_per_rank: how many trials fit is not known: %s", " ".join(str(unknown).split()))
         return 1
     most = min((int(card.memory // needed) for card in cards), default=1)
-    return share_of(min(most, MOST_TRIALS)) if most > 1 else 1
+    return share_of(min(most, AUTO_TRIALS)) if most > 1 else 1
 
 
 def trial_peak(config: RunConfig, tokens: int | None = None) -> tuple[str, int]:

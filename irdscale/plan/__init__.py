@@ -8,12 +8,12 @@ from typing import Any
 from irdscale.cluster.share import share_of
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError
-from irdscale.memory.gpu_sharing import MOST_TRIALS
+from irdscale.memory.gpu_sharing import AUTO_TRIALS
 from irdscale.memory.phases import fisher_passes, main_memory, phases
-from irdscale.memory.workload import Layout, workload_of
+from irdscale.memory.workload import Layout, Workload, workload_of
 from irdscale.plan.advice import STAGES, advise, fits, peak, with_stage
 from irdscale.plan.costs import Cost, Job, cost, job_of
-from irdscale.plan.hardware import find_gpu
+from irdscale.plan.hardware import Gpu, find_gpu
 from irdscale.utils.formats import GIB
 
 
@@ -51,10 +51,7 @@ def run_plan(
     steps = _steps(config, train_samples)
     memory = None if card.name == "cpu" else int(card.memory)
     work, layout = workload_of(config, nodes, gpus_per_node, memory, tokens)
-    job = job_of(config, work, card, steps)
-    if job.ray_ranks and card.name != "cpu" and config.search.ray.gpus_per_rank == "auto":
-        most = min(MOST_TRIALS, job.most_trials(phases(job, layout)))
-        job = replace(job, share=share_of(max(1, most)))
+    job = _job(config, work, layout, card, steps)
     (phase, items), price = peak(job, layout), cost(job, layout)
     return {
         "parameters": job.shapes.parameters,
@@ -80,6 +77,15 @@ def run_plan(
         "tokens": job.tokens,
         "rates": {"device": job.gpu.rates.device, "own": job.gpu.measured},
     }
+
+
+def _job(config: RunConfig, work: Workload, layout: Layout, card: Gpu, steps: int) -> Job:
+    """The job; with `search.ray.gpus_per_rank: auto`, as many of its trials share a GPU as fit."""
+    job = job_of(config, work, card, steps)
+    if job.ray_ranks and card.name != "cpu" and config.search.ray.gpus_per_rank == "auto":
+        most = min(AUTO_TRIALS, job.most_trials(phases(job, layout)))
+        return replace(job, share=share_of(max(1, most)))
+    return job
 
 
 def _costs(job: Job, price: Cost) -> dict[str, Any]:

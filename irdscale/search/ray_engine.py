@@ -35,7 +35,7 @@ from irdscale.cluster.trial import JobTrial
 from irdscale.cluster.worker import RankGroup, packed, unpacked
 from irdscale.config.schema import RunConfig, training_steps
 from irdscale.errors import InputError, RunError
-from irdscale.memory.gpu_sharing import MOST_TRIALS, Sharing, describe, share_by_memory, sharing_of
+from irdscale.memory.gpu_sharing import AUTO_TRIALS, Sharing, describe, share_by_memory, sharing_of
 from irdscale.search.candidates import Candidate
 from irdscale.search.early_stopping import AshaByPair
 from irdscale.search.ray_jobs import evaluate_candidate, run_work
@@ -65,11 +65,10 @@ def ray_engine(
     """
     with connected() as cluster:
         check_nodes(output)
-        config = with_share(config, task, ratio)
+        config, shared = sharing(config, task, ratio)
         steps = training_steps(config.train, len(task.trained))
         engine = RayEngine(config, steps, output, cluster, lower_is_better=task.lower_is_better)
-        if config.search.ray.shares_gpus:
-            shared = sharing(config, task)
+        if shared is not None:
             log.log(logging.WARNING if shared.fits is False else logging.INFO, describe(shared))
         with watching(cluster.supervisor, enabled=progress):
             try:
@@ -95,23 +94,28 @@ def rank_group_of(config: RunConfig, ranks: int, exclusive: bool = False) -> Ran
     return RankGroup(ranks, asked.cpus_per_rank, gpus, asked.placement == "spread", grouped, config.distributed)
 
 
-def with_share(config: RunConfig, task: Task, ratio: float | None = None) -> RunConfig:
-    """The configuration with the GPUs of a rank on the connected cluster, if they are `auto`; `ratio` as above."""
-    if config.search.ray.gpus_per_rank != "auto":
-        return config
-    gpus = share_by_memory(config, cards(share_of(MOST_TRIALS)), task.longest, ratio) if has_gpus() else 0
-    ray_config = config.search.ray.model_copy(update={"gpus_per_rank": gpus})
-    return config.model_copy(update={"search": config.search.model_copy(update={"ray": ray_config})})
+def sharing(config: RunConfig, task: Task, ratio: float | None = None) -> tuple[RunConfig, Sharing | None]:
+    """How trials share the GPUs of the connected cluster; None if they do not.
 
+    Args:
+        ratio: share of the parameters that the largest training trains; `search.ratio` if None.
 
-def sharing(config: RunConfig, task: Task) -> Sharing:
-    """How trials share the GPUs of the connected cluster.
+    Returns:
+        The configuration, with a number for `search.ray.gpus_per_rank: auto`, and the sharing.
 
     Raises:
         InputError: they need more memory than the smallest GPU has.
     """
+    given = config.search.ray.gpus_per_rank
+    if given == "auto":
+        found = cards(share_of(AUTO_TRIALS))
+        gpus = share_by_memory(config, found, task.longest, ratio) if has_gpus() else 0
+        asked = config.search.ray.model_copy(update={"gpus_per_rank": gpus})
+        config = config.model_copy(update={"search": config.search.model_copy(update={"ray": asked})})
     share = rank_group_of(config, config.search.ray.ranks).gpus
-    return sharing_of(config, share, cards(share), task.longest)
+    if not is_share(share):
+        return config, None
+    return config, sharing_of(config, share, found if given == "auto" else cards(share), task.longest)
 
 
 class RayEngine:
@@ -244,8 +248,9 @@ class RayEngine:
                 ),
             )
             tuner.fit()
-        if records.error is not None:
-            raise records.error
+        ended_by = records.error or records.refusal
+        if ended_by is not None:
+            raise ended_by
 
     def _job(self, name: str, candidate: Candidate) -> Job:
         asked = self._config.search.ray
@@ -298,7 +303,8 @@ class _RecordWriter(tune.Callback):
     """Hands the record of each finished trial to `ended`, in this process, and asks `starting` before each one.
 
     Attributes:
-        error: error or refusal that ends the search; None if there is none.
+        error: error that ends the search; None if there is none.
+        refusal: what `starting` raised; None if all may start.
     """
 
     def __init__(
@@ -312,6 +318,7 @@ class _RecordWriter(tune.Callback):
         self._config, self._candidates, self._ended, self._supervisor = config, candidates, ended, supervisor
         self._starting = starting
         self.error: Exception | None = None
+        self.refusal: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks to restore experiments, which this package never does.
@@ -319,8 +326,8 @@ class _RecordWriter(tune.Callback):
 
     def may_start(self, name: str) -> bool:
         """Whether this trial may start; after a refusal, running ones go on."""
-        self.error = self.error or _refusal(self._starting, self._candidates[name])
-        return self.error is None
+        self.refusal = self.refusal or _refusal(self._starting, self._candidates[name])
+        return self.error is None and self.refusal is None
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result, name = trial.last_result or {}, trial.config["name"]
