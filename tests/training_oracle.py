@@ -92,6 +92,8 @@ def oracle(config: RunConfig, task: Task, mask: Mask, seed: int) -> Trained:
     exact = copy.deepcopy(model).float() if config.model.dtype == "bfloat16" else model
     masks = {n: m.to(exact.get_parameter(n).dtype) for n, m in masks.items()}
     optimizer = MaskedAdamW(exact, masks, lr=0.0, weight_decay=train.weight_decay, decay=train.decay)
+    if mask.k and train.max_head_rate is not None:
+        optimizer.shares = dict.fromkeys(head, min(1.0, train.max_head_rate / train.learning_rate))
     for name in optimizer.start:
         if _undecayed(model, name):
             optimizer.start[name] = exact.get_parameter(name)

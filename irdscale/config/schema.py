@@ -217,6 +217,12 @@ class TrainConfig(Section):
     gradient_accumulation: int = Field(1, ge=1, description="Passes whose gradients are added up for one step.")
     eval_batch_size: int = Field(64, ge=1, description="Samples in one forward pass of an evaluation.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW, for masked entries and head.")
+    max_head_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Largest peak learning rate of parameters trained densely beside a mask, such as a new head; no "
+        "limit but `learning_rate` if unset.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW (decoupled).")
     decay: Literal["delta", "weight"] = Field(
         "delta", description="Target of the weight decay: the pretrained weight (delta) or zero (weight)."
@@ -336,8 +342,10 @@ class RunConfig(Section):
 
 
 def result_settings(train: dict[str, Any]) -> dict[str, Any]:
-    """A dumped section `train` without keys that change no result: reports, and evaluations of which none is kept."""
+    """A dumped section `train` without keys that change no result, such as evaluations of which none is kept."""
     idle = {"report_to"} if train["keep"] == "best" else {"report_to", "eval_steps", "keep"}
+    if (train.get("max_head_rate") or math.inf) >= train["learning_rate"]:
+        idle.add("max_head_rate")
     return {key: value for key, value in train.items() if key not in idle}
 
 

@@ -2,6 +2,7 @@
 
 from irdscale.sparse.model import (
     base_hash,
+    dense_beside_mask,
     entries_of,
     matching_parameters,
     merge,
@@ -14,6 +15,7 @@ from irdscale.sparse.model import (
 
 __all__ = [
     "base_hash",
+    "dense_beside_mask",
     "entries_of",
     "matching_parameters",
     "merge",

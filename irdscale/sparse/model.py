@@ -307,6 +307,14 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
     return deltas, dense
 
 
+def dense_beside_mask(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer trains of a model outside its masked entries; nothing for a model without any."""
+    state, parameters = sparse_state(model), dict(model.named_parameters())
+    if not state.entries:
+        return []
+    return [state.masters[name].values if name in state.masters else parameters[name] for name in state.dense]
+
+
 def entries_of(model: nn.Module) -> dict[str, Entries]:
     """name -> trainable entries (`values`, `base`, `index`) of each masked parameter."""
     return sparse_state(model).entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers.optimization import get_scheduler
 from irdscale.config.schema import TrainConfig
 from irdscale.distributed.deepspeed import compile_nothing
 from irdscale.distributed.ranks import current_group
+from irdscale.sparse import dense_beside_mask
 from irdscale.training.control import Control
 from irdscale.training.step_metrics import StepLosses
 
@@ -77,6 +79,14 @@ class SparseTrainer(Trainer):
             self.losses.add_norm(self.step + 1, grad_norm)
         return grad_norm
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """AdamW; parameters trained densely beside a mask have at most the learning rate `train.max_head_rate`."""
+        made, train = self.optimizer is None, self.training.train
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and train.max_head_rate is not None and train.max_head_rate < train.learning_rate:
+            _limit_rate(optimizer, dense_beside_mask(cast(nn.Module, self.model)), train.max_head_rate)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The learning rate schedule of all `training.steps`, starting at step `training.done`."""
         if self.lr_scheduler is None:
@@ -87,6 +97,18 @@ class SparseTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(done + step))
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def _limit_rate(optimizer: Any, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """Move parameters into groups of their own, with this learning rate; groups keep their order, the new ones last."""
+    moved = {id(parameter) for parameter in parameters}
+    groups, limited = [], []
+    for group in optimizer.param_groups:
+        for own, kept in ((groups, False), (limited, True)):
+            found = [one for one in group["params"] if (id(one) in moved) is kept]
+            if found:
+                own.append({**group, "params": found, **({"lr": rate} if kept else {})})
+    optimizer.param_groups[:] = groups + limited
 
 
 def training_arguments(

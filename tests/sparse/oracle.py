@@ -36,6 +36,8 @@ class MaskedAdamW:
             self.start = {n: torch.zeros_like(p) for n, p in self.start.items()}
         self.m = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         self.v = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        # Share of `lr` that a parameter has, 1 unless it is named.
+        self.shares: dict[str, float] = {}
         self.steps = 0
 
     @torch.no_grad()
@@ -48,8 +50,9 @@ class MaskedAdamW:
             self.v[name].mul_(0.999).add_(0.001 * g * g)
             m_hat = self.m[name] / (1 - 0.9**self.steps)
             v_hat = self.v[name] / (1 - 0.999**self.steps)
-            decay = self.lr * self.weight_decay * (p - self.start[name]) * self.masks[name]
-            p -= decay + self.lr * self.masks[name] * m_hat / (v_hat.sqrt() + 1e-8)
+            lr = self.lr * self.shares.get(name, 1.0)
+            decay = lr * self.weight_decay * (p - self.start[name]) * self.masks[name]
+            p -= decay + lr * self.masks[name] * m_hat / (v_hat.sqrt() + 1e-8)
 
 
 def random_mask(model: nn.Module, share: float, seed: int = 0, leave: tuple[str, ...] = ()) -> Mask:

@@ -54,13 +54,16 @@ class Recorder:
         layer.register_forward_hook(lambda _m, _a, output: self.dropout.append(output == 0))
 
 
-@pytest.mark.parametrize("decay", ["delta", "weight"])
-def test_trainer_equals_the_masked_dense_oracle(toy: tuple[RunConfig, Task], decay: str) -> None:
-    """Same batches, no dropout: the same weights as dense masked AdamW with clipping, warm-up and decay."""
+@pytest.mark.parametrize(
+    ("decay", "head_rate"), [("delta", None), ("weight", 0.1), ("weight", 0.002), ("delta", 0.002)]
+)
+def test_trainer_equals_the_masked_dense_oracle(
+    toy: tuple[RunConfig, Task], decay: str, head_rate: float | None
+) -> None:
+    """Same batches, no dropout: the same weights as dense masked AdamW with clipping, warm-up, decay and two rates."""
     config, task = toy
-    train = TrainConfig.model_validate(
-        {**config.train.model_dump(), "weight_decay": 0.3, "decay": decay, "steps": 10, "learning_rate": 1e-2}
-    )
+    changes = {"weight_decay": 0.3, "decay": decay, "steps": 10, "learning_rate": 1e-2, "max_head_rate": head_rate}
+    train = TrainConfig.model_validate({**config.train.model_dump(), **changes})
     model, new = build_model(config, task, 0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -78,6 +81,7 @@ def test_trainer_equals_the_masked_dense_oracle(toy: tuple[RunConfig, Task], dec
             oracle.start[name] = torch.zeros_like(oracle.start[name])
         if "bias" in name or "LayerNorm" in name:
             oracle.start[name] = dense.get_parameter(name)
+    oracle.shares = dict.fromkeys(new, 0.2) if head_rate == 0.002 else {}
     trained = [n for n, m in oracle.masks.items() if bool(m.any())]
     rows = {tuple(r["input_ids"]): r for r in task.train}
     for step, ids_BT in enumerate(recorder.batches):
@@ -246,6 +250,21 @@ def test_what_is_trained_whole(toy: tuple[RunConfig, Task], tmp_path: Path) -> N
     none = config.model_copy(update={"train": config.train.model_copy(update={"always_train": []})})
     with pytest.raises(InputError, match="expected something to train"):
         sparse_model(none, task, None, 0)
+
+
+def test_the_rate_of_the_head_is_limited_only_beside_a_mask(toy: tuple[RunConfig, Task]) -> None:
+    """Without a mask the head alone is what is trained, at the learning rate."""
+    config, task = toy
+    heads = {}
+    for limit in (None, 1e-4):
+        train = config.train.model_copy(update={"steps": 3, "max_head_rate": limit})
+        limited = config.model_copy(update={"train": train})
+        for masked, mask in ((True, some_mask(config, task)), (False, None)):
+            model = sparse_model(limited, task, mask, 0)
+            fine_tune(model, task, limited, 0)
+            heads[limit, masked] = model.get_parameter("classifier.weight").detach().clone()
+    assert torch.equal(heads[None, False], heads[1e-4, False])
+    assert not torch.equal(heads[None, True], heads[1e-4, True])
 
 
 @pytest.mark.parametrize(
