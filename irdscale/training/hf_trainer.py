@@ -102,7 +102,8 @@ class SparseTrainer(Trainer):
 def _limit_rate(optimizer: Any, parameters: Sequence[nn.Parameter], rate: float) -> None:
     """Move parameters into groups of their own, with this learning rate; groups keep their order, the new ones last."""
     moved = {id(parameter) for parameter in parameters}
-    groups, limited = [], []
+    groups: list[dict[str, Any]] = []
+    limited: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         for own, kept in ((groups, False), (limited, True)):
             found = [one for one in group["params"] if (id(one) in moved) is kept]
