@@ -35,7 +35,7 @@ def next_steps(study: dict[str, Any], output: Path) -> tuple[str, list[str]]:
         first = [f"{ENOUGH_SEEDS} seeds"] if len(study["seeds"]) < ENOUGH_SEEDS else []
         more = " and ".join([*first, *(["more learning rates"] if wider else [])])
         sentences.append(f"Compare with {more}: the same folder keeps what is done already.")
-        changes = [f"compare.seeds=[{','.join(map(str, _more_seeds(study['seeds'], seeds)))}]"]
+        changes = [f"compare.seeds=[{','.join(map(str, _seeds_in_all(study['seeds'], seeds)))}]"]
         changes += [wider] if wider else []
         commands.append(_again(study, output, *changes))
     found = _use(study, output)
@@ -52,7 +52,7 @@ def _again(study: dict[str, Any], output: Path, *changes: str) -> str:
     return command("compare", output / "config.yaml", f"output={output.absolute()}", *changes)
 
 
-def _more_seeds(seeds: list[int], count: int) -> list[int]:
+def _seeds_in_all(seeds: list[int], count: int) -> list[int]:
     """The seeds, and further ones up to this number."""
     further = (seed for seed in range(count + len(seeds)) if seed not in seeds)
     return [*seeds, *(next(further) for _ in range(count - len(seeds)))]
