@@ -29,21 +29,26 @@ def evaluate_model(model: nn.Module, task: Task, split: Dataset, batch_size: int
     Raises:
         TrainingError: a logit, or the loss of a text, is NaN or infinite.
     """
-    return evaluate_with_errors(model, task, split, batch_size, errors=False)[0]
+    return _evaluated(model, task, split, batch_size, errors=False)[0]
 
 
 def evaluate_with_errors(
-    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs | None = None, errors: bool = True
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, outputs: Outputs | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """`evaluate_model`, and the standard error of each metric over draws of the split's samples.
 
     Args:
         outputs: gets what the metrics are computed from.
-        errors: False to leave out errors that take time.
 
     Raises:
         TrainingError: as `evaluate_model`.
     """
+    return _evaluated(model, task, split, batch_size, errors=True, outputs=outputs)
+
+
+def _evaluated(
+    model: nn.Module, task: Task, split: Dataset, batch_size: int, errors: bool, outputs: Outputs | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     to_gpu(model)
     with watched():
         if task.is_language:
