@@ -101,15 +101,10 @@ class SparseTrainer(Trainer):
 
 def _limit_rate(optimizer: Any, parameters: Sequence[nn.Parameter], rate: float) -> None:
     """Move parameters into groups of their own, with this learning rate; groups keep their order, the new ones last."""
-    moved = {id(parameter) for parameter in parameters}
-    groups: list[dict[str, Any]] = []
-    limited: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        for own, kept in ((groups, False), (limited, True)):
-            found = [one for one in group["params"] if (id(one) in moved) is kept]
-            if found:
-                own.append({**group, "params": found, **({"lr": rate} if kept else {})})
-    optimizer.param_groups[:] = groups + limited
+    moved, groups = {id(parameter) for parameter in parameters}, optimizer.param_groups
+    kept = [{**group, "params": [p for p in group["params"] if id(p) not in moved]} for group in groups]
+    limited = [{**group, "params": [p for p in group["params"] if id(p) in moved], "lr": rate} for group in groups]
+    optimizer.param_groups[:] = [group for group in kept + limited if group["params"]]
 
 
 def training_arguments(
