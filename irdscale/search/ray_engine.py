@@ -265,7 +265,7 @@ class RayEngine:
 
 
 def _refusal(starting: Callable[[T], None] | None, what: T) -> Exception | None:
-    """What `starting` raises; None if this may start."""
+    """The error that `starting` raises; None if this may start."""
     try:
         if starting is not None:
             starting(what)
@@ -304,7 +304,7 @@ class _RecordWriter(tune.Callback):
 
     Attributes:
         error: error that ends the search; None if there is none.
-        refusal: what `starting` raised; None if all may start.
+        refusal: error that `starting` raised; None if all may start.
     """
 
     def __init__(

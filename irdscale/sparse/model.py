@@ -308,7 +308,7 @@ def trained_numbers(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def dense_beside_mask(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer trains of a model outside its masked entries; nothing for a model without any."""
+    """The parameters that an optimizer trains beside the masked entries; none for a model without entries."""
     state, parameters = sparse_state(model), dict(model.named_parameters())
     if not state.entries:
         return []
