@@ -1,8 +1,9 @@
 """The supervisor: an actor that starts jobs on the cluster, follows them and ends those that hang.
 
-A job is a function that all ranks of its group run together. Ranks are Ray tasks, not actors, because Ray reuses the
-processes of tasks with their imports. The supervisor owns the tasks, so it outlives rounds and trials. The placement
-group of several ranks is allocated atomically, so two jobs never wait for each other's bundles.
+A job is a function that all ranks of its group run together. Ranks are Ray tasks, because Ray reuses the processes of
+tasks with their imports; a single rank with a GPU runs on an actor (`irdscale.cluster.gpu_workers`), to the same end.
+The supervisor owns tasks and actors, so these outlive rounds and trials. The placement group of several ranks is
+allocated atomically, so two jobs never wait for each other's bundles.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from irdscale.cluster.gpu_workers import GpuWorkers
 from irdscale.cluster.worker import RankGroup, run_rank
 from irdscale.errors import InputError, RunError
 from irdscale.utils.formats import duration
@@ -69,6 +71,11 @@ class _State:
     def running(self) -> bool:
         return self.task is not None and not self.task.done()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it waits for resources."""
+        return self.running and self.arrived is None
+
 
 class Supervisor:
     """Starts and watches jobs; `irdscale.cluster.connect` makes it an actor."""
@@ -77,6 +84,7 @@ class Supervisor:
         self._jobs: dict[str, _State] = {}
         self._logs: list[str] = []
         self._closing = False
+        self._workers = GpuWorkers(lambda: any(state.waiting for state in self._jobs.values()))
 
     # Called by the search.
 
@@ -194,13 +202,18 @@ class Supervisor:
         job = state.job
         if self._closing:
             return None
-        group, ranks = None, {}
+        group, worker, ranks, kept = None, None, {}, False
+        self._workers.end_others(job.rank_group)
         try:
-            if job.rank_group.size > 1:
+            if job.rank_group.on_gpu_worker:
+                worker = await self._worker(state)
+                if worker is None:
+                    return None
+            elif job.rank_group.size > 1:
                 strategy = "SPREAD" if job.rank_group.spread else "PACK"
                 group = ray.util.placement_group([job.rank_group.bundle] * job.rank_group.size, strategy)
                 await group.ready()
-            ranks = _submit(job, group)
+            ranks = _submit(job, group, worker)
             waiting, first = set(ranks.values()), None
             while waiting:
                 done, waiting = await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -210,6 +223,7 @@ class Supervisor:
                 self._check(state)
                 if self._closing and state.arrived is None:
                     return None
+            kept = True
             return first
         except InputError as error:
             # Ray's wrapper cannot be sent on.
@@ -217,9 +231,24 @@ class Supervisor:
         except ray.exceptions.RayError as error:
             raise RunError(_died_of(state, error)) from None
         finally:
-            await _end(state, ranks)
+            # Whatever went wrong may have left a worker's process unusable.
+            await _end(state, ranks, None if kept else worker)
+            if worker is not None and kept:
+                await self._workers.give_back(job.rank_group, worker)
             if group is not None:
                 ray.util.remove_placement_group(group)
+
+    async def _worker(self, state: _State) -> Any:
+        """A worker with a GPU for a job; None if the search closes before there is one."""
+        taking = asyncio.create_task(self._workers.take(state.job.rank_group))
+        try:
+            while not taking.done():
+                if self._closing:
+                    return None
+                await asyncio.wait({taking}, timeout=LOOK_S)
+            return taking.result()
+        finally:
+            taking.cancel()
 
     def _check(self, state: _State) -> None:
         if state.arrived is None:
@@ -242,16 +271,19 @@ def _last_seen(state: _State) -> str:
 def _rank_task(fresh: bool) -> Any:
     import ray
 
-    # Processes with a GPU or DeepSpeed are not reused, because both keep state in the process.
     return ray.remote(max_retries=0, max_calls=1 if fresh else 0)(run_rank)
 
 
-def _submit(job: Job, group: Any) -> dict[Any, asyncio.Future[Any]]:
+def _submit(job: Job, group: Any, worker: Any) -> dict[Any, asyncio.Future[Any]]:
+    """Start all ranks of a job; returns Ray's reference to each, with its future."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     rank_group, ranks = job.rank_group, {}
     supervisor = ray.get_runtime_context().current_actor
+    if worker is not None:
+        ref = worker.run.remote(supervisor, job.name, rank_group, job.work)
+        return {ref: asyncio.wrap_future(ref.future())}
     for rank in range(rank_group.size):
         strategy: Any = "SPREAD" if rank_group.spread else "DEFAULT"
         if group is not None:
@@ -264,22 +296,25 @@ def _submit(job: Job, group: Any) -> dict[Any, asyncio.Future[Any]]:
     return ranks
 
 
-async def _end(state: _State, ranks: dict[Any, asyncio.Future[Any]]) -> None:
-    """End the running ranks by force; a stopped process reacts only to a signal on its own node."""
+async def _end(state: _State, ranks: dict[Any, asyncio.Future[Any]], worker: Any) -> None:
+    """End the running ranks, or the worker, by force; a stopped process reacts only to a signal on its own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     left = {future for future in ranks.values() if not future.done()}
-    for ref, future in ranks.items():
-        if future in left:
-            ray.cancel(ref, force=True)
-    if left:
+    if left and worker is None:
+        for ref, future in ranks.items():
+            if future in left:
+                ray.cancel(ref, force=True)
         _, left = await asyncio.wait(left, timeout=END_S)
     if left:
         kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
         for where in state.where.values():
             on_its_node = NodeAffinitySchedulingStrategy(where["node"], soft=False)
             kill.options(scheduling_strategy=on_its_node).remote(where["pid"])
+    if worker is not None:
+        ray.kill(worker)
+    if left:
         _, left = await asyncio.wait(left, timeout=END_S)
     for future in ranks.values():
         if future.done() and not future.cancelled():

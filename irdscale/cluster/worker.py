@@ -45,8 +45,13 @@ class RankGroup:
 
     @property
     def fresh(self) -> bool:
-        """Whether the job needs new processes, because DeepSpeed and CUDA keep state in a process."""
-        return self.grouped or self.gpus > 0
+        """Whether the job needs new processes, because DeepSpeed and NCCL keep state in a process."""
+        return self.grouped or (self.gpus > 0 and self.size > 1)
+
+    @property
+    def on_gpu_worker(self) -> bool:
+        """Whether the job runs on a worker that keeps its GPU (`irdscale.cluster.gpu_workers`)."""
+        return self.gpus > 0 and not self.fresh
 
     @property
     def bundle(self) -> dict[str, float]:

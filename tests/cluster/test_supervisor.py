@@ -28,6 +28,7 @@ from tests.cluster import works  # noqa: E402
 from tests.search import ray_toy  # noqa: E402
 
 TWO = RankGroup(size=2)
+GPU, HALF = RankGroup(gpus=1), RankGroup(gpus=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def start(supervisor: Any, name: str, work: Any, rank_group: RankGroup | None = 
 
 def end_of(supervisor: Any, name: str) -> Any:
     return unpacked(connect.answer(supervisor.follow.remote(name, 0))["result"])
+
+
+def processes_of(supervisor: Any, names: list[str], rank_group: RankGroup, work: Any = works.answer) -> list[int]:
+    """The processes of jobs that start together."""
+    for name in names:
+        start(supervisor, name, work, rank_group)
+    return [end_of(supervisor, name) for name in names]
 
 
 def until(supervisor: Any, what: Any) -> list[dict[str, Any]]:
@@ -76,6 +84,7 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("rank_group", [RankGroup(), GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("work", "options", "error", "message"),
     [
@@ -87,16 +96,20 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
         (works.slow, {"limit_s": 2.0}, RunError, "not done after 2.0 s; last: step"),
     ],
 )
-def test_what_a_job_dies_of(supervisor: Any, work: Any, options: Any, error: type[Exception], message: str) -> None:
-    start(supervisor, "doomed", work, **options)
+def test_what_a_job_dies_of(
+    supervisor: Any, work: Any, options: Any, error: type[Exception], message: str, rank_group: RankGroup
+) -> None:
+    # The imports of a new process would count as silence.
+    assert processes_of(supervisor, ["first"], rank_group)
+    start(supervisor, "doomed", work, rank_group, **options)
     with pytest.raises(error, match=message):
         end_of(supervisor, "doomed")
     assert "\n" not in ray.get(supervisor.why.remote("doomed"))
     assert ray.get(supervisor.idle.remote())
     # A stopped process hears no request to end; it is gone all the same, and its room is free again.
     assert not [p for p in psutil.process_iter(["status"]) if p.info["status"] == "stopped" and is_ours(p)]
-    for name in ("next", "other"):
-        start(supervisor, name, works.answer)
+    for name, wanted in (("next", rank_group), ("other", RankGroup())):
+        start(supervisor, name, works.answer, wanted)
     assert end_of(supervisor, "next")
     assert end_of(supervisor, "other")
 
@@ -156,7 +169,7 @@ def test_a_rank_that_arrives_after_the_close_does_not_start_its_job(monkeypatch:
 
     async def scenario() -> None:
         # A Ray task gives its resources to the next one before the supervisor looks again.
-        monkeypatch.setattr(supervisor_module, "_submit", lambda job, group: {"rank": asyncio.Future()})
+        monkeypatch.setattr(supervisor_module, "_submit", lambda job, group, worker: {"rank": asyncio.Future()})
         monkeypatch.setattr(ray, "cancel", lambda ref, force: None)
         monkeypatch.setattr(supervisor_module, "END_S", 0.01)
         mine = supervisor_module.Supervisor()
@@ -213,6 +226,53 @@ def test_jobs_share_a_gpu_as_far_as_it_goes(supervisor: Any) -> None:
     assert waiting["begun"] is None
     ray.get(supervisor.stop.remote("half"))
     assert end_of(supervisor, "most") == ["0", 0, False]
+
+
+def test_a_process_with_a_gpu_is_used_again(supervisor: Any) -> None:
+    one_by_one = [processes_of(supervisor, [name], GPU) for name in ("a", "b", "c")]
+    assert one_by_one[0] == one_by_one[1] == one_by_one[2]
+    # Jobs that wait for resources get the processes of those that end.
+    assert len(set(processes_of(supervisor, [f"queued {n}" for n in range(5)], HALF, works.short))) == 2
+
+
+@pytest.mark.parametrize("wanted", [RankGroup(), RankGroup(2), GPU, RankGroup(gpus=0.75)], ids=str)
+def test_idle_processes_with_gpus_end_for_a_job_that_they_cannot_run(supervisor: Any, wanted: RankGroup) -> None:
+    """Two of them hold both processors and the GPU."""
+    assert len(set(processes_of(supervisor, ["a", "b"], HALF, works.short))) == 2
+    start(supervisor, "other", works.short, wanted)
+    assert end_of(supervisor, "other")
+
+
+@pytest.mark.parametrize("wanted", [RankGroup(cpus=2), GPU], ids=str)
+def test_a_process_with_a_gpu_ends_when_another_job_waits(supervisor: Any, wanted: RankGroup) -> None:
+    start(supervisor, "half", works.short, HALF)
+    until(supervisor, lambda jobs: jobs and jobs[0]["begun"] is not None)
+    start(supervisor, "waits", works.short, wanted)
+    assert end_of(supervisor, "half")
+    assert end_of(supervisor, "waits")
+
+
+def test_a_process_with_a_gpu_is_left_when_it_died_or_its_gpu_failed(supervisor: Any) -> None:
+    (first,) = processes_of(supervisor, ["first"], GPU)
+    os.kill(first, signal.SIGKILL)
+    (second,) = processes_of(supervisor, ["second"], GPU, works.breaking_the_gpu)
+    (third,) = processes_of(supervisor, ["third"], GPU)
+    assert len({first, second, third}) == 3
+
+
+def test_jobs_with_a_gpu_stop_while_they_wait_for_it(supervisor: Any) -> None:
+    start(supervisor, "first", works.slow, GPU)
+    until(supervisor, lambda jobs: jobs and jobs[0]["begun"] is not None)
+    start(supervisor, "stopped", works.slow, GPU)
+    start(supervisor, "closed", works.slow, GPU)
+    ray.get(supervisor.stop.remote("stopped"))
+    ray.get(supervisor.close.remote(True))
+    try:
+        assert end_of(supervisor, "closed") is None
+        assert end_of(supervisor, "first").startswith("paused at")
+    finally:
+        ray.get(supervisor.close.remote(False))
+    assert processes_of(supervisor, ["last"], GPU)
 
 
 def test_the_output_folder_is_checked_and_left_as_it_was(supervisor: Any, tmp_path: Path) -> None:

@@ -18,6 +18,23 @@ def answer(client: SupervisorClient) -> int:
     return os.getpid()
 
 
+def short(client: SupervisorClient) -> int:
+    time.sleep(0.5)
+    return os.getpid()
+
+
+def breaking_the_gpu(client: SupervisorClient) -> int:
+    """Its process fails from now on, as after an error of a CUDA kernel."""
+    import torch
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = fail
+    return os.getpid()
+
+
 def gpu(client: SupervisorClient) -> list[Any]:
     """The GPUs that a rank sees, which of them it is to take, and whether the Trainer looks for other ranks."""
     return [os.environ["CUDA_VISIBLE_DEVICES"], launched()[1], "LOCAL_RANK" in os.environ]
