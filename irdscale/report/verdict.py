@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from irdscale.report.statistics import ENOUGH_SEEDS, interval
 from irdscale.utils.formats import percent
 
 
@@ -82,7 +83,13 @@ def _against(best: dict[str, Any], other: dict[str, Any], name: str, sign: int) 
     if len(differences) == 1:
         return f"That is {word} than {name} ({figures}), but one seed cannot tell a difference from chance."
     spread = f"{figures}, by seed {min(differences):+.4f} to {max(differences):+.4f}"
-    if min(differences) <= 0 <= max(differences):
-        return f"It cannot be distinguished from {name} ({spread}): the seeds disagree on which is better."
-    few = "; with so few seeds, this is a hint, not a proof" if len(differences) < 5 else ""
-    return f"That is {word} than {name} for every seed ({spread}){few}."
+    found = interval(differences)
+    low, high = found["low"], found["high"]
+    if low is None:
+        low, high, agree = min(differences), max(differences), " for every seed"
+    else:
+        spread, agree = f"{spread}; 95 % interval {low:+.4f} to {high:+.4f}", ""
+    if low <= 0 <= high:
+        return f"It cannot be distinguished from {name} ({spread})."
+    few = "; with so few seeds, this is a hint, not a proof" if len(differences) < ENOUGH_SEEDS else ""
+    return f"That is {word} than {name}{agree} ({spread}){few}."

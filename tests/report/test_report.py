@@ -12,6 +12,7 @@ import pytest
 from irdscale.errors import InputError
 from irdscale.report import write_report
 from irdscale.report.facts import gather
+from irdscale.report.next_steps import next_steps
 from irdscale.report.verdict import verdict
 from irdscale.search.ird import Pair
 from tests.pages import Cells
@@ -104,6 +105,38 @@ def test_seeds_that_disagree_prove_nothing(tmp_path: Path) -> None:
     text = " ".join(verdict(result))
     assert "It cannot be distinguished from random samples" in text
     assert "by seed -0.0300 to +0.0400" in text
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected", "advice"),
+    [
+        # Better for every seed, by chance; better beyond chance, though not for every seed.
+        (
+            (0.001, 0.001, 0.001, 0.001, 0.2),
+            "cannot be distinguished from random samples (FISH, the same s and p) (0.6892; difference +0.0408, by seed "
+            "+0.0010 to +0.2000; 95 % interval -0.0697 to +0.1513).",
+            "The seeds do not tell the winner from random samples",
+        ),
+        (
+            (0.05, 0.05, 0.05, 0.05, -0.001),
+            "better than random samples (FISH, the same s and p) (0.6902; difference +0.0398, by seed -0.0010 to "
+            "+0.0500; 95 % interval +0.0115 to +0.0681).",
+            "The winner beats random samples beyond the chance of the seeds",
+        ),
+    ],
+)
+def test_the_interval_of_the_seeds_decides(
+    gains: tuple[float, ...], expected: str, advice: str, tmp_path: Path
+) -> None:
+    write_output(tmp_path, seeds=tuple(range(5)))
+    result = of_fewer_samples(tmp_path)
+    best, fish = result["best"], result["baseline"]["fish_random"]
+    best["test_metric"] = 0.73
+    for one, other, gain in zip(best["seeds"], fish["seeds"], gains, strict=True):
+        one["test_metric"], other["test_metric"] = 0.73, 0.73 - gain
+    fish["test_metric"] = 0.73 - sum(gains) / 5
+    assert expected in " ".join(verdict(result))
+    assert advice in next_steps(result, tmp_path)[0]
 
 
 @pytest.mark.parametrize("direction", ["ird", "reverse", "random"])
