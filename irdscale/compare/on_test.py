@@ -10,6 +10,7 @@ from irdscale.distributed.ranks import broadcast_json, failing_together, rank_an
 from irdscale.search.candidates import Candidate, score_base, score_on_test
 from irdscale.search.runner import WorkItem
 from irdscale.utils.files import read_json
+from irdscale.utils.progress import bar
 
 SCORES = "test_scores.json"
 
@@ -22,11 +23,17 @@ def scores_on_test(study: Study, chosen: Sequence[Candidate]) -> dict[str, tuple
     known: dict[str, tuple[float, float]] = {key: tuple(stored[key]) for key in by_key if key in stored}
     missing = [key for key in by_key if key not in known]
 
-    def keep(place: int, scores: list[tuple[float, float]]) -> None:
-        (known[missing[place]],) = scores
-        write_json_once(study.output / SCORES, stored | known)
+    items = [WorkItem(score_on_test, ([(by_key[key], False)],), light=True) for key in missing]
+    shown = study.progress and bool(missing) and rank_and_world()[0] == 0
+    with bar("Test scores", len(by_key), enabled=shown) as advance:
+        advance(len(known), earlier=True)
 
-    study.engine.call_all([WorkItem(score_on_test, ([(by_key[key], False)],), light=True) for key in missing], keep)
+        def keep(place: int, scores: list[tuple[float, float]]) -> None:
+            (known[missing[place]],) = scores
+            write_json_once(study.output / SCORES, stored | known)
+            advance(note=str(by_key[missing[place]]))
+
+        study.engine.call_all(items, keep)
     return known
 
 

@@ -469,22 +469,26 @@ def test_measured_costs_are_those_of_the_tested_trainings(compare: Any) -> None:
 def test_the_bar_is_never_overrun(
     changes: dict[str, Any], tight: bool, compare: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bars: list[list[float]] = []
+    bars: dict[str, list[float]] = {}
 
     @contextmanager
     def bar(description: str, total: int, enabled: bool) -> Iterator[Any]:
-        bars.append([total, 0])
+        assert description not in bars
+        shown = bars[description] = [total, 0]
 
-        def advance(n: float = 1, note: str = "", earlier: bool = False, **shown: Any) -> None:
-            bars[-1][1] += n
+        def advance(n: float = 1, note: str = "", earlier: bool = False, **more: Any) -> None:
+            shown[1] += n
 
         yield advance
 
     monkeypatch.setattr(run, "bar", bar)
-    compare(patience=9, **changes)
-    ((total, done),) = bars
+    monkeypatch.setattr(on_test, "bar", bar)
+    _, engine = compare(patience=9, **changes)
+    total, done = bars["Evaluations"]
     assert done <= total
     assert not tight or done == total
+    # Methods with the same mask share a test score.
+    assert bars["Test scores"] == [len(engine.tested)] * 2
 
 
 @pytest.mark.parametrize(("most", "fewest"), [(1, 8), (2, 4), (9, 4)])
