@@ -190,7 +190,9 @@ def search_seconds(
     if config.fisher.head_warmup:
         # Once for the pool and once for the random samples. A step of the head takes at most a full step.
         passes += 2 * (costs.begin + config.fisher.head_warmup * costs.step)
-    computing = size.steps * costs.step + size.selection * costs.prediction
+    # The last step's evaluation comes on top of the one that ends the training.
+    measures = 1 + (0 if config.train.eval_steps is None else ceil(size.steps / config.train.eval_steps))
+    computing = size.steps * costs.step + measures * size.selection * costs.prediction
     groups = [pairs * seeds for pairs in (1, *[size.candidates] * size.rounds, 2)]
     waves = sum(ceil(evaluations / at_once) for evaluations in groups)
     turns = sum(shared_turns(evaluations, at_once, trials_a_gpu) for evaluations in groups)

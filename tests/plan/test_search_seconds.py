@@ -48,6 +48,16 @@ def test_the_time_of_a_search_is_the_sum_of_its_parts(toy):
     assert search_seconds(toy, costs, more) - search_seconds(toy, costs, size) == pytest.approx(4e4, abs=20)
 
 
+@pytest.mark.parametrize(("every", "inside"), [(4, 3), (5, 2), (10, 1), (100, 1)])
+def test_evaluations_inside_a_training_take_time(toy, every, inside):
+    """Every so many of its 10 steps, and at the last one."""
+    size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, samples=0, selection=20, test=0)
+    costs = Costs(trace=0.0, gradient=0.0, ranking=0.0, begin=0.0, step=0.0, prediction=1.0)
+    looking = toy.model_copy(update={"train": toy.train.model_copy(update={"eval_steps": every})})
+    assert search_seconds(toy, costs, size) == 18 * 20
+    assert search_seconds(looking, costs, size) == (1 + inside) * 18 * 20
+
+
 def test_the_time_of_evaluations_that_share_a_gpu(toy):
     splits = {"samples": 100, "selection": 20, "test": 30}
     size = Size(rounds=2, candidates=3, evaluations=18, steps=10, rankings=3, **splits)
