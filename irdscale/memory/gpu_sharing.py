@@ -11,7 +11,7 @@ from irdscale.config.schema import RunConfig
 from irdscale.errors import InputError
 from irdscale.memory.phases import trial_phases
 from irdscale.memory.workload import workload_of
-from irdscale.utils.formats import GIB, counted, gib, size
+from irdscale.utils.formats import GIB, counted, gib, percent, size
 
 # Relative error of an estimate; only trials that exceed their share by more are refused.
 ESTIMATE_ERROR = 0.1
@@ -47,13 +47,17 @@ class Sharing:
     fits: bool | None = None
 
 
-def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: int | None = None) -> Sharing:
+def sharing_of(
+    config: RunConfig, share: float, cards: Sequence[Card], tokens: int | None = None, ratio: float | None = None
+) -> Sharing:
     """Compare the memory of trials that share GPUs with the memory of these GPUs.
 
     Args:
         share: share of a GPU per trial.
         cards: GPUs from `irdscale.cluster.share.cards`; without GPUs, nothing is checked.
         tokens: length of the longest sample; `task.max_length` if None.
+        ratio: share of the parameters that the largest training trains, if larger than `search.ratio`. Only a warning
+            says that this training exceeds its share, because a dense training takes less than a mask of its size.
 
     Raises:
         InputError: the trials exceed the GPU's memory by more than the estimate's error.
@@ -65,6 +69,7 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
     room, gpu_gib = tensors_room(share, card.memory), round(card.memory / GIB, 2)
     try:
         phase, needed = trial_peak(config, tokens)
+        most_needed = needed if ratio is None else trial_peak(_with_ratio(config, ratio), tokens)[1]
     except Exception as unknown:  # the search can run without this estimate
         why = " ".join(str(unknown).split())
         log.warning("search.ray.gpus_per_rank: whether %d trials fit on a GPU is not known: %s", trials, why)
@@ -77,6 +82,9 @@ def sharing_of(config: RunConfig, share: float, cards: Sequence[Card], tokens: i
             f"{gib(gpu_gib)} ({card.name} of {card.host})"
         )
         raise InputError(found, expected, key="search.ray.gpus_per_rank")
+    if most_needed > max(needed, room):
+        what = "search.ray.gpus_per_rank: a training of %s of the parameters needs up to %s, and its share is %s"
+        log.warning(what, percent(ratio or 0), size(most_needed + CONTEXT), size(share * card.memory))
     trial_gib = round((needed + CONTEXT) / GIB, 2)
     return Sharing(share, trials, card.name, gpu_gib, mps, phase, trial_gib, most, needed <= room)
 
@@ -89,15 +97,19 @@ def share_by_memory(
     Args:
         ratio: share of the parameters that the largest training trains; `search.ratio` if None.
     """
-    if ratio is not None:
-        config = config.model_copy(update={"search": config.search.model_copy(update={"ratio": ratio})})
     try:
-        needed = trial_peak(config, tokens)[1] * (1 + ESTIMATE_ERROR) + CONTEXT
+        needed = trial_peak(_with_ratio(config, ratio), tokens)[1] * (1 + ESTIMATE_ERROR) + CONTEXT
     except Exception as unknown:  # each trial has a GPU alone
         log.warning("search.ray.gpus_per_rank: how many trials fit is not known: %s", " ".join(str(unknown).split()))
         return 1
     most = min((int(card.memory // needed) for card in cards), default=1)
     return share_of(min(most, AUTO_TRIALS)) if most > 1 else 1
+
+
+def _with_ratio(config: RunConfig, ratio: float | None) -> RunConfig:
+    if ratio is None:
+        return config
+    return config.model_copy(update={"search": config.search.model_copy(update={"ratio": ratio})})
 
 
 def trial_peak(config: RunConfig, tokens: int | None = None) -> tuple[str, int]:

@@ -115,7 +115,7 @@ def sharing(config: RunConfig, task: Task, ratio: float | None = None) -> tuple[
     share = rank_group_of(config, config.search.ray.ranks).gpus
     if not is_share(share):
         return config, None
-    return config, sharing_of(config, share, found if given == "auto" else cards(share), task.longest)
+    return config, sharing_of(config, share, found if given == "auto" else cards(share), task.longest, ratio)
 
 
 class RayEngine:

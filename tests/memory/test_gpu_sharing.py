@@ -104,6 +104,16 @@ def test_shares_are_for_the_largest_training_and_need_a_gpu_and_an_estimate(monk
     assert "search.ray.gpus_per_rank: how many trials fit is not known" in caplog.text
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.3, True)])
+def test_a_dense_training_that_may_exceed_its_share_is_warned_of(monkeypatch, caplog, share, warned):
+    monkeypatch.setattr(gpu_sharing, "trial_peak", lambda config, tokens: ("train", config.search.ratio * 8 * GIB))
+    found = sharing_of(CONFIG, share, [L4], ratio=1.0)
+    assert found.fits
+    assert found == sharing_of(CONFIG, share, [L4])
+    line = "a training of 100 % of the parameters needs up to 8.50 GiB, and its share is 6.60 GiB"
+    assert caplog.messages == [f"search.ray.gpus_per_rank: {line}"] * warned
+
+
 def test_without_a_gpu_in_truth_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(gpu_sharing, "trial_peak", None)
     found = sharing_of(CONFIG, 0.1, [])
