@@ -235,7 +235,7 @@ def test_a_process_with_a_gpu_is_used_again(supervisor: Any) -> None:
     assert len(set(processes_of(supervisor, [f"queued {n}" for n in range(5)], HALF, works.short))) == 2
 
 
-@pytest.mark.parametrize("wanted", [RankGroup(), RankGroup(2), GPU, RankGroup(gpus=0.75)], ids=str)
+@pytest.mark.parametrize("wanted", [RankGroup(), TWO, GPU, RankGroup(gpus=0.75)], ids=["cpu", "two", "gpu", "0.75"])
 def test_idle_processes_with_gpus_end_for_a_job_that_they_cannot_run(supervisor: Any, wanted: RankGroup) -> None:
     """Two of them hold both processors and the GPU."""
     assert len(set(processes_of(supervisor, ["a", "b"], HALF, works.short))) == 2
@@ -243,7 +243,7 @@ def test_idle_processes_with_gpus_end_for_a_job_that_they_cannot_run(supervisor:
     assert end_of(supervisor, "other")
 
 
-@pytest.mark.parametrize("wanted", [RankGroup(cpus=2), GPU], ids=str)
+@pytest.mark.parametrize("wanted", [RankGroup(cpus=2), GPU], ids=["cpus", "gpu"])
 def test_a_process_with_a_gpu_ends_when_another_job_waits(supervisor: Any, wanted: RankGroup) -> None:
     start(supervisor, "half", works.short, HALF)
     until(supervisor, lambda jobs: jobs and jobs[0]["begun"] is not None)
@@ -283,14 +283,15 @@ def test_the_output_folder_is_checked_and_left_as_it_was(supervisor: Any, tmp_pa
     assert not list((tmp_path / "old").iterdir())
 
 
-def test_a_lost_desk_says_so(supervisor: Any) -> None:
-    """Its jobs end with it, and whoever follows them is told to start again. Last, for it takes the supervisor."""
-    start(supervisor, "orphan", works.slow)
-    (job,) = until(supervisor, lambda jobs: jobs and jobs[0]["begun"] is not None)
+def test_a_lost_supervisor_says_so(supervisor: Any) -> None:
+    """Its jobs end with it, and whoever follows them is told to start again. The last test, because it kills it."""
+    for name, rank_group in (("orphan", RankGroup()), ("orphan on a GPU", GPU)):
+        start(supervisor, name, works.slow, rank_group)
+    jobs = until(supervisor, lambda jobs: len(jobs) == 2 and all(job["begun"] is not None for job in jobs))
     ray.kill(supervisor, no_restart=False)
     with pytest.raises(RunError, match=r"^the search's supervisor was lost, with its jobs$"):
         end_of(supervisor, "orphan")
     deadline = time.monotonic() + 30
-    while psutil.pid_exists(job["pids"][0]):
+    while any(psutil.pid_exists(job["pids"][0]) for job in jobs):
         assert time.monotonic() < deadline
         time.sleep(0.2)
