@@ -84,21 +84,23 @@ def test_a_process_is_used_again(supervisor: Any) -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("rank_group", [RankGroup(), GPU], ids=["cpu", "gpu"])
+DEATHS = {
+    "bad input": (works.bad_input, {}, InputError, "^train.steps: found nothing$"),
+    "error": (works.failing, {}, RunError, "^ZeroDivisionError: by$"),
+    "error of a run": (works.refusing, {}, RunError, "^RunError: the disk is full$"),
+    "killed": (works.dying, {}, RunError, "a process was killed, or its node is gone .*step 3, on"),
+    "silent": (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2.0 s; last: step 7, on"),
+    "too long": (works.slow, {"limit_s": 2.0}, RunError, "not done after 2.0 s; last: step"),
+}
+
+
 @pytest.mark.parametrize(
-    ("work", "options", "error", "message"),
-    [
-        (works.bad_input, {}, InputError, "^train.steps: found nothing$"),
-        (works.failing, {}, RunError, "^ZeroDivisionError: by$"),
-        (works.refusing, {}, RunError, "^RunError: the disk is full$"),
-        (works.dying, {}, RunError, "a process was killed, or its node is gone .*step 3, on"),
-        (works.silent, {"silent_s": 2.0}, RunError, "no progress for 2.0 s; last: step 7, on"),
-        (works.slow, {"limit_s": 2.0}, RunError, "not done after 2.0 s; last: step"),
-    ],
+    ("rank_group", "death"),
+    [*((RankGroup(), death) for death in DEATHS), *((GPU, death) for death in ("error", "killed", "silent"))],
+    ids=lambda value: value if isinstance(value, str) else f"{value.gpus} GPUs",
 )
-def test_what_a_job_dies_of(
-    supervisor: Any, work: Any, options: Any, error: type[Exception], message: str, rank_group: RankGroup
-) -> None:
+def test_what_a_job_dies_of(supervisor: Any, rank_group: RankGroup, death: str) -> None:
+    work, options, error, message = DEATHS[death]
     # The imports of a new process would count as silence.
     assert processes_of(supervisor, ["first"], rank_group)
     start(supervisor, "doomed", work, rank_group, **options)
@@ -235,7 +237,7 @@ def test_a_process_with_a_gpu_is_used_again(supervisor: Any) -> None:
     assert len(set(processes_of(supervisor, [f"queued {n}" for n in range(5)], HALF, works.short))) == 2
 
 
-@pytest.mark.parametrize("wanted", [RankGroup(), TWO, GPU, RankGroup(gpus=0.75)], ids=["cpu", "two", "gpu", "0.75"])
+@pytest.mark.parametrize("wanted", [RankGroup(), TWO, GPU], ids=["cpu", "two", "gpu"])
 def test_idle_processes_with_gpus_end_for_a_job_that_they_cannot_run(supervisor: Any, wanted: RankGroup) -> None:
     """Two of them hold both processors and the GPU."""
     assert len(set(processes_of(supervisor, ["a", "b"], HALF, works.short))) == 2

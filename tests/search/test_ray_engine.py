@@ -80,7 +80,7 @@ def faulty(raising: str, dying: str, folder: Path) -> Callable[[], None]:
     return setup
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("gpus", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_same_winner_and_ledger_as_local_though_workers_die(
     local: tuple[Path, dict[str, Any]], folder: Path, on_ray: Callable[..., None], tmp_path: Path, gpus: int
 ) -> None:
