@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irdscale.report.commands import command
-from irdscale.report.statistics import ENOUGH_SEEDS, interval
+from irdscale.report.statistics import ENOUGH_SEEDS, interval, seed_range
 from irdscale.report.verdict import is_fish_mask
 from irdscale.utils.formats import counted
 
@@ -79,7 +79,7 @@ def _against_fish(result: Mapping[str, Any], output: Path) -> tuple[list[str], l
     found = gains(best, fish, result["task"]["lower_is_better"])
     spread = seed_interval(found)
     shown = "" if spread is None else f" (gain {spread[0]:+.4f}, 95 % interval {spread[1]:+.4f} to {spread[2]:+.4f})"
-    low, high = (min(found), max(found)) if spread is None else spread[1:]
+    low, high = seed_range(found)
     if low > 0 and len(found) >= ENOUGH_SEEDS:
         return [f"The winner beats random samples beyond the chance of the seeds{shown}: use it."], []
     sure = "" if len(found) >= ENOUGH_SEEDS else f", which {counted(len(found), 'seed')} cannot prove"

@@ -32,6 +32,19 @@ def interval(values: Iterable[float | None], within: tuple[float, float] = ANY) 
     return _spread(present, max(map(abs, present), default=0.0), within)
 
 
+def seed_range(differences: Sequence[float]) -> tuple[float, float]:
+    """The range of a difference that the seeds leave open, which decides whether two methods are told apart.
+
+    Args:
+        differences: difference of each seed, at least one.
+
+    Returns:
+        The 95 % t interval of their mean; the smallest and the largest with fewer than three.
+    """
+    found = interval(differences)
+    return (min(differences), max(differences)) if found["low"] is None else (found["low"], found["high"])
+
+
 def paired(
     reference: Mapping[Any, float | None],
     other: Mapping[Any, float | None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from irdscale.report.statistics import ENOUGH_SEEDS, interval
+from irdscale.report.statistics import ENOUGH_SEEDS, FEWEST_SEEDS, seed_range
 from irdscale.utils.formats import percent
 
 
@@ -83,11 +83,8 @@ def _against(best: dict[str, Any], other: dict[str, Any], name: str, sign: int) 
     if len(differences) == 1:
         return f"That is {word} than {name} ({figures}), but one seed cannot tell a difference from chance."
     spread = f"{figures}, by seed {min(differences):+.4f} to {max(differences):+.4f}"
-    found = interval(differences)
-    low, high = found["low"], found["high"]
-    if low is None:
-        low, high, agree = min(differences), max(differences), " for every seed"
-    else:
+    (low, high), agree = seed_range(differences), " for every seed"
+    if len(differences) >= FEWEST_SEEDS:
         spread, agree = f"{spread}; 95 % interval {low:+.4f} to {high:+.4f}", ""
     if low <= 0 <= high:
         return f"It cannot be distinguished from {name} ({spread})."
