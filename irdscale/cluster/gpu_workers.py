@@ -61,7 +61,8 @@ class GpuWorkers:
             if await _ready(idle):
                 return idle
             ray.kill(idle)
-        given, new = asyncio.get_running_loop().create_future(), _start(rank_group)
+        given = asyncio.get_running_loop().create_future()
+        new = ray.remote(GpuWorker).options(**rank_group.options).remote()
         started = asyncio.wrap_future(new.ready.remote().future())
         # The error of a worker that is ended here is of no interest.
         started.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -109,14 +110,6 @@ class GpuWorkers:
                 del self._idle[place]
                 return worker
         return None
-
-
-def _start(rank_group: RankGroup) -> Any:
-    import ray
-
-    options = {"num_cpus": rank_group.cpus, "num_gpus": rank_group.gpus, "max_restarts": 0}
-    strategy = "SPREAD" if rank_group.spread else "DEFAULT"
-    return ray.remote(GpuWorker).options(**options, scheduling_strategy=strategy).remote()
 
 
 async def _ready(worker: Any) -> bool:

@@ -285,12 +285,10 @@ def _submit(job: Job, group: Any, worker: Any) -> dict[Any, asyncio.Future[Any]]
         ref = worker.run.remote(supervisor, job.name, rank_group, job.work)
         return {ref: asyncio.wrap_future(ref.future())}
     for rank in range(rank_group.size):
-        strategy: Any = "SPREAD" if rank_group.spread else "DEFAULT"
+        options = rank_group.options
         if group is not None:
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        task = _rank_task(rank_group.fresh).options(
-            num_cpus=rank_group.cpus, num_gpus=rank_group.gpus, scheduling_strategy=strategy
-        )
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        task = _rank_task(rank_group.fresh).options(**options)
         ref = task.remote(supervisor, job.name, rank, rank_group, job.work)
         ranks[ref] = asyncio.wrap_future(ref.future())
     return ranks

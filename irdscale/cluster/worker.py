@@ -58,6 +58,12 @@ class RankGroup:
         """Ray resources of one rank."""
         return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ray options of one rank that has no placement group."""
+        strategy = "SPREAD" if self.spread else "DEFAULT"
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": strategy}
+
 
 @dataclass
 class SupervisorClient:
