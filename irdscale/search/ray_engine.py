@@ -112,6 +112,8 @@ def sharing(config: RunConfig, task: Task, ratio: float | None = None) -> tuple[
         gpus = share_by_memory(config, found, task.longest, ratio) if has_gpus() else 0
         asked = config.search.ray.model_copy(update={"gpus_per_rank": gpus})
         config = config.model_copy(update={"search": config.search.model_copy(update={"ray": asked})})
+        # This share holds the largest training already.
+        ratio = None
     share = rank_group_of(config, config.search.ray.ranks).gpus
     if not is_share(share):
         return config, None
